@@ -1,0 +1,55 @@
+"""Write an emitted kernel to a file named by its key and import it (Triton needs real files; so do people)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from attnopt import settings
+from attnopt.codegen.spec import KernelSpec
+from attnopt.registry import TARGETS
+
+_loaded: dict[tuple[str, str], ModuleType] = {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file in the same folder, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def kernel_folder() -> Path:
+    return settings.cache_dir() / "kernels"
+
+
+def load(spec: KernelSpec) -> ModuleType:
+    """The emitted module of `spec`: source from its target, written if it is not there already, imported once.
+
+    The module has ``prefill(q, k, v, sinks, windows, scale, pad=None) -> out``; see docs/add-a-target.md.
+    """
+    source = TARGETS[spec.target].emit(spec)
+    folder = kernel_folder()
+    cached = _loaded.get((str(folder), spec.key()))
+    if cached is not None:
+        return cached
+    path = folder / f"{spec.key()}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != source:
+        write_atomically(path, source)
+    module_spec = importlib.util.spec_from_file_location(f"attnopt_emitted.{spec.key()}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    _loaded[str(folder), spec.key()] = module
+    return module

@@ -1,0 +1,47 @@
+"""Every mistake attnopt can name. Each message says what is wrong and, after it, what to do."""
+
+from __future__ import annotations
+
+
+class AttnoptError(Exception):
+    """Base of all errors a user can cause or mend; the command line prints it without a traceback."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(f"{problem}\n  {remedy}" if remedy else problem)
+
+
+class OptionError(AttnoptError):
+    """An option of the backend or of the command line that does not exist or has a wrong value."""
+
+
+class PlanError(AttnoptError):
+    """A plan that cannot be read, or that belongs to another model."""
+
+
+class ProfileError(AttnoptError):
+    """A profile that cannot be read, or that belongs to another model."""
+
+
+class BudgetError(AttnoptError):
+    """No plan keeps to the budget that was asked for."""
+
+
+class TextError(AttnoptError):
+    """Text to measure on that is missing, empty or too short."""
+
+
+class ModelError(AttnoptError):
+    """A model that cannot be found or loaded."""
+
+
+class DependencyError(AttnoptError):
+    """An optional package is needed here and is not installed."""
+
+
+class CaptureError(AttnoptError):
+    """A graph that could not be exported; with ATTNOPT_STRICT=1 it is raised, else reported."""
+
+
+class VerificationError(AttnoptError):
+    """A rewrite whose result differs from the original on random inputs."""

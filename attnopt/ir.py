@@ -1,0 +1,192 @@
+"""The records that travel between the stages: frozen, hashable, each with a one-line text form.
+
+    Mask     what an attention's mask means, as bounds on i - j and opaque loads
+    Site     the facts of one attention, found by a pattern
+    Region   a Site plus the fx nodes that hold it; lives for one compile
+    Choice   what one head is replaced by
+    Miss     something that looks like attention and was not recognised, and why
+    Refusal  a site that was recognised and left alone, and why
+
+Conventions, used everywhere: b batch, h query head, i query position, j key position; a window of w keys keeps
+``0 <= i + offset - j < w`` (the query's own key counts); s sinks keep ``j < s`` (outside the window's count).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Load:
+    """An opaque boolean tensor the mask reads, true where the key is kept; `dims` are the indices it depends on."""
+
+    name: str
+    dims: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(self.dims)}]"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keys j that query i keeps: ``causal`` and ``window`` bound i + offset - j, ``loads`` are conjoined.
+
+    offset: key length minus query length for a mask aligned to the end, 0 for one aligned to the start.
+    window: None for no bound. ``symmetric`` bounds |i - j| instead of i - j (a bidirectional window).
+    fill: what a masked score was replaced by, "-inf" or "finite" (a fully masked row then averages all keys).
+    """
+
+    causal: bool = False
+    window: int | None = None
+    symmetric: bool = False
+    offset: int = 0
+    loads: tuple[Load, ...] = ()
+    fill: str = "-inf"
+
+    @property
+    def kind(self) -> str:
+        """The mask's name: "none", "causal", "sliding" or "band", without its loads."""
+        if self.window is not None:
+            return "sliding" if self.causal else "band"
+        return "causal" if self.causal else "none"
+
+    @property
+    def padded(self) -> bool:
+        return bool(self.loads)
+
+    def __str__(self) -> str:
+        i = "i" if self.offset == 0 else f"i + {self.offset}" if self.offset > 0 else f"i - {-self.offset}"
+        terms = []
+        if self.causal:
+            terms.append(f"j <= {i}")
+        if self.window is not None:
+            terms.append(f"|{i} - j| < {self.window}" if self.symmetric else f"{i} - j < {self.window}")
+        return " and ".join(terms + [str(load) for load in self.loads]) or "all"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The facts of one attention. Lengths are not part of it: one site serves every sequence length.
+
+    path: module path in the model, the closure prefix stripped; ordinal: n-th attention of that module in its graph.
+    heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
+    """
+
+    path: str
+    ordinal: int
+    pattern: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    scale: float
+    dtype: str
+    mask: Mask
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """What plans, profiles and reports call the site: its path, with #n where one module holds several."""
+        return self.path if self.ordinal == 0 else f"{self.path}#{self.ordinal}"
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        return f"{self.name}: {self.pattern} heads={heads} dim={dims} scale={self.scale:.6g} {self.dtype} keep {self.mask}"
+
+
+@dataclass(eq=False)
+class Region:
+    """A Site and its fx nodes. q, k, v have shapes (B, heads, Sq, D), (B, kv_heads, Sk, D), (B, kv_heads, Sk, Dv);
+    out has (B, heads, Sq, Dv). `mask_node` is the mask operand as the graph had it (None if there was none);
+    `loads` maps a Load's name to the fx node it reads."""
+
+    site: Site
+    q: torch.fx.Node
+    k: torch.fx.Node
+    v: torch.fx.Node
+    out: torch.fx.Node
+    anchor: torch.fx.Node
+    mask_node: torch.fx.Node | None = None
+    loads: dict[str, torch.fx.Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one head is replaced by: a candidate's name and its parameters, as they stand in a plan file."""
+
+    candidate: str
+    params: tuple[tuple[str, int | float], ...] = ()
+
+    @classmethod
+    def of(cls, candidate: str, params: Mapping[str, int | float] | None = None) -> Choice:
+        return cls(candidate, tuple(sorted((params or {}).items())))
+
+    def __getitem__(self, key: str) -> int | float:
+        return dict(self.params)[key]
+
+    def __str__(self) -> str:
+        return f"{self.candidate}({', '.join(f'{k}={v:g}' for k, v in self.params)})" if self.params else self.candidate
+
+
+DENSE = Choice("dense")
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Something that looks like attention and was not recognised. Falsy, so a matcher can return it for "no"."""
+
+    reason: str
+    path: str = ""
+    source: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        where = " at " + self.source if self.source else ""
+        return f"{self.path or 'graph'}: not recognised, {self.reason}{where}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A recognised site, or a whole graph, that was left as it was. Falsy, so a rewriter can return it for "no"."""
+
+    reason: str
+    path: str = ""
+    source: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.path or 'graph'}: left alone, {self.reason}"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A site that was rewritten: by what, and how its tensors are laid out there."""
+
+    site: Site
+    lowering: str
+    choices: tuple[Choice, ...] = ()
+    note: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.site.name
+
+    def __str__(self) -> str:
+        return f"{self.site.name}: {self.lowering}" + (f" ({self.note})" if self.note else "")
+
+
+def to_record(value: Any) -> Any:
+    """A record as plain JSON data."""
+    from dataclasses import asdict, is_dataclass
+
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
