@@ -185,6 +185,38 @@ class Rewrite:
         return f"{self.site.name}: {self.lowering}" + (f" ({self.note})" if self.note else "")
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: its name, milliseconds, and node counts before and after."""
+
+    name: str
+    milliseconds: float
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.after} nodes in {self.milliseconds:.1f} ms"
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was."""
+
+    sites: tuple[Site, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    history: tuple[Step, ...] = ()
+    plan: str = ""
+    fallback: str = ""
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """One line per fact, in the order site, rewrite, refusal, miss."""
+        facts: list[Any] = [*self.rewrites, *self.refusals, *self.misses, *self.notes]
+        return [f"graph: left alone, {self.fallback}"] * bool(self.fallback) + [str(fact) for fact in facts]
+
+
 def to_record(value: Any) -> Any:
     """A record as plain JSON data."""
     from dataclasses import asdict, is_dataclass

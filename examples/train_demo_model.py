@@ -3,7 +3,7 @@
 A Llama-architecture transformer (GQA, RoPE, context 8192) on the source of Python's standard library,
 mixed with long-range recall: a name bound far above must be reproduced. Everything comes from this machine.
 
-    python examples/train_demo_model.py --out runs/demo --tokens 20_000_000     # hours on two cores
+    python examples/train_demo_model.py --out runs/demo --tokens 13_000_000     # hours on two cores
     python examples/train_demo_model.py --out runs/demo                          # resumes where it stopped
     python examples/train_demo_model.py --out /tmp/t --tokens 20_000 --tiny      # a minute: checks the script
 
@@ -38,7 +38,7 @@ CONTEXT = 8192
 # Letters, digits one by one, punctuation runs, indentation: a name's parts stay whole tokens.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+| ?_+|\n+ *|\s+"
 # (share of the run, sequence length, sequences a step): most training is at short lengths.
-CURRICULUM = ((0.62, 512, 16), (0.86, 2048, 4), (1.0, 8192, 1))
+CURRICULUM = ((0.50, 512, 16), (0.80, 2048, 4), (1.0, 8192, 1))
 PEAK_LR = 3e-3
 WARMUP = 0.02
 COOLDOWN = 0.35
@@ -235,7 +235,7 @@ def train(args: argparse.Namespace) -> None:
     batches = Batches(encode_library(tokenizer, args.out / "library.npy"), tokenizer)
     model = build_model(args.tiny).to(device)
     optimizers = build_optimizers(model)
-    state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 20_000_000, "history": []}
+    state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 13_000_000, "history": []}
     if args.tokens:
         state["budget"] = args.tokens
     step_model = torch.compile(model, dynamic=False) if args.compile else model

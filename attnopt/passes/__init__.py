@@ -1,1 +1,28 @@
+"""The pipeline: named passes over one Program, in order. Each file holds one pass and shows its rewrite as
+*before -> after* in its docstring. A new pass is one file and one line here."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from attnopt.passes import (
+    lower_exact,
+    lower_planned,
+    match_attention,
+    observe,
+    recover_masks,
+    remove_dead_code,
+    strip_assertions,
+)
+from attnopt.passes.program import Program
+
+Pass: TypeAlias = Callable[[Program], None]
+
+RECOGNISE: tuple[Pass, ...] = (strip_assertions.run, match_attention.run, recover_masks.run)
+# torch.compile(model, backend="attnopt")
+PIPELINE: tuple[Pass, ...] = (*RECOGNISE, lower_planned.run, lower_exact.run, remove_dead_code.run)
+# attnopt profile: every recognised site computes the same and is observed
+OBSERVE: tuple[Pass, ...] = (*RECOGNISE, observe.run, remove_dead_code.run)
+
+__all__ = ["OBSERVE", "PIPELINE", "RECOGNISE", "Program"]

@@ -1,0 +1,137 @@
+"""The torch.compile backend: capture, rewrite, hand to inductor. It never raises into Dynamo.
+
+    torch.compile(model, backend="attnopt")                                        exact, no plan needed
+    torch.compile(model, backend="attnopt", options={"plan": "plan.json"})         the plan's spans
+    torch.compile(model, backend="attnopt", options={"mode": "max-autotune", "inductor": {...}, "verify": True})
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from attnopt import settings
+from attnopt.capture import capture, needs_grad
+from attnopt.errors import OptionError, PlanError
+from attnopt.ir import GraphReport, Refusal
+from attnopt.passes import PIPELINE, Program
+from attnopt.plan import Plan
+
+log = logging.getLogger("attnopt")
+# Reports of the graphs compiled in this process, in order; a long-lived process keeps the last ones only.
+MAX_REPORTS = 1000
+_reports: list[GraphReport] = []
+
+
+@dataclass(frozen=True)
+class Options:
+    """What torch.compile's options may hold. `inductor` are inductor's own settings; `mode` as torch.compile means it."""
+
+    plan: Plan | None = None
+    mode: str | None = None
+    inductor: dict[str, Any] = field(default_factory=dict)
+    verify: bool = False
+
+    @classmethod
+    def of(cls, options: dict[str, Any] | None) -> Options:
+        """Validated options; an unknown name or a wrong value is an OptionError that says what is meant."""
+        given = dict(options or {})
+        names = list(cls.__dataclass_fields__)
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                remedy = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names)}."
+                raise OptionError(f"attnopt has no option {name!r}.", remedy + ' Inductor\'s own go into "inductor".')
+        plan = given.get("plan")
+        if isinstance(plan, (str, Path)):
+            plan = Plan.load(plan)
+        if plan is not None and not isinstance(plan, Plan):
+            raise OptionError(f'"plan" is a {type(plan).__name__}.', "Give the path of a plan file, or a Plan.")
+        mode = given.get("mode")
+        modes = ["default", *torch._inductor.list_mode_options()] if mode is not None else []
+        if mode is not None and mode not in modes:
+            near = difflib.get_close_matches(str(mode), modes, 1)
+            remedy = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(dict.fromkeys(modes))}."
+            raise OptionError(f"{mode!r} is no mode of inductor.", remedy)
+        inductor, verify = given.get("inductor", {}), given.get("verify", False)
+        if not isinstance(inductor, dict):
+            raise OptionError('"inductor" must be a dict of inductor settings.', 'For example {"max_autotune": True}.')
+        if not isinstance(verify, bool):
+            raise OptionError('"verify" must be true or false.', "Leave it out for false.")
+        return cls(plan, mode, inductor, verify)
+
+    def patches(self) -> dict[str, Any]:
+        """Inductor's configuration for these options."""
+        chosen = torch._inductor.list_mode_options(self.mode) if self.mode not in (None, "default") else {}
+        return {**chosen, **self.inductor}
+
+
+def reports() -> list[GraphReport]:
+    """What was done to every graph compiled so far in this process."""
+    return list(_reports)
+
+
+def clear_reports() -> None:
+    _reports.clear()
+
+
+def record(report: GraphReport) -> None:
+    _reports.append(report)
+    del _reports[:-MAX_REPORTS]
+    if settings.debug():
+        print("\n".join(report.lines()), file=sys.stderr)
+    else:
+        for line in report.lines():
+            log.info(line)
+
+
+def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[GraphModule, GraphReport]:
+    """The rewritten functional graph, or `gm` itself with the reason in the report."""
+    captured = capture(gm)
+    if isinstance(captured, Refusal):
+        return gm, GraphReport(fallback=captured.reason)
+    device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+    program = Program(captured, needs_grad=needs_grad(inputs), device=device, plan=options.plan, verify=options.verify)
+    if settings.debug() > 1:
+        print(f"--- before\n{captured.code}", file=sys.stderr)
+    program.run(PIPELINE)
+    if settings.debug() > 1:
+        print(f"--- after\n{captured.code}", file=sys.stderr)
+    report = program.report()
+    # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
+    return (captured if report.rewrites else gm), report
+
+
+def left_softmax(gm: GraphModule, report: GraphReport) -> bool:
+    """Whether a soft-max stays that inductor's own attention patterns might fuse without proving it."""
+    targets = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+    return bool(report.misses) and any(n.target in targets for n in gm.graph.nodes)
+
+
+def attnopt(gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """Entry point of torch.compile. Mistakes in the options raise; anything else leaves the graph as it was."""
+    from torch._inductor.compile_fx import compile_fx
+
+    chosen = Options.of(options)
+    patches = chosen.patches()
+    try:
+        graph, report = rewrite(gm, example_inputs, chosen)
+    except Exception as error:
+        if settings.strict() or isinstance(error, PlanError):
+            raise
+        log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
+        graph, report = gm, GraphReport(fallback=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if left_softmax(graph, report) and "pattern_matcher" not in patches:
+        # Inductor's attention patterns match by shape of the graph and can fuse what is not attention.
+        patches["pattern_matcher"] = False
+        report = replace(report, notes=(*report.notes, "inductor's pattern matcher is off: a soft-max was not recognised"))
+    record(report)
+    return compile_fx(graph, example_inputs, config_patches=patches or None)

@@ -1,0 +1,51 @@
+"""Planned mode: replace each region the plan names by one call whose heads follow their own spans.
+
+    sdpa(q, k, v, is_causal=True)  ->  attnopt::span_attention(q, k, v, sinks, alphas, betas, ...)
+
+Regions whose heads are all dense, or that the plan's kernel cannot serve, are left to the exact lowering.
+"""
+
+from __future__ import annotations
+
+from attnopt.ir import DENSE, Refusal, Region
+from attnopt.passes.program import Program
+from attnopt.passes.span import insert_span
+from attnopt.patterns import same
+from attnopt.registry import CANDIDATES
+
+
+def refusal(program: Program, region: Region) -> Refusal | None:
+    """Why the span kernel cannot stand in for this region; None if it can."""
+    mask, q, k = region.site.mask, region.q.meta["val"], region.k.meta["val"]
+    if not mask.causal or mask.offset != 0:
+        return Refusal(f"planned spans need a causal mask, and this one keeps {mask}")
+    if not same(q.shape[2], k.shape[2]):
+        return Refusal("planned spans serve prefill only: the keys are not the queries' own")
+    if region.site.head_dim != region.site.head_dim_v:
+        return Refusal("planned spans need values as wide as keys")
+    if program.needs_grad:
+        return Refusal("the plan's kernel has no gradient; run under torch.no_grad() to use the plan")
+    return None
+
+
+def run(program: Program) -> None:
+    plan = program.plan
+    if plan is None:
+        return
+    for region in program.pending:
+        choices = plan.choices.get(region.site.name)
+        if choices is None:
+            program.notes.append(Refusal("the plan does not name this site; it stays exact", region.site.name))
+            continue
+        if all(c == DENSE for c in choices):
+            continue
+        no = refusal(program, region) or next(
+            (r for c in set(choices) if (r := CANDIDATES[c.candidate].refuse(region.site))), None
+        )
+        if no is not None:
+            program.notes.append(Refusal(f"planned, but {no.reason}; it stays exact", region.site.name, region.site.source))
+            continue
+        groups = len(set(choices))
+        program.replace(
+            region, insert_span(program, choices, plan.min_length), f"span kernel, {groups} span{'s' * (groups > 1)}", tuple(choices)
+        )

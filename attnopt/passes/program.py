@@ -1,0 +1,138 @@
+"""Program: one traced graph on its way through the pipeline, with everything the passes learn of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnopt import settings
+from attnopt.ir import Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
+from attnopt.patterns import Match
+
+if TYPE_CHECKING:
+    from attnopt.plan import Plan
+
+
+@dataclass
+class Program:
+    """A graph and what is known of it. `needs_grad`: gradients will be asked of it; `plan`: None is exact mode.
+
+    `observer` is called with (region) by the observe pass and returns the callable that stands in for it.
+    """
+
+    gm: GraphModule
+    needs_grad: bool = False
+    device: str = "cpu"
+    plan: Plan | None = None
+    verify: bool = False
+    observer: Callable[[Region], Callable[..., torch.Tensor]] | None = None
+    matches: list[Match] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    # Said of a site that was dealt with all the same: planned, but left exact.
+    notes: list[Refusal] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    history: list[Step] = field(default_factory=list)
+
+    def run(self, passes: Iterable[Callable[[Program], None]]) -> Program:
+        for step in passes:
+            before, started = len(self.gm.graph.nodes), time.perf_counter()
+            step(self)
+            self.gm.graph.lint()
+            name = step.__module__.rsplit(".", 1)[-1]
+            milliseconds = (time.perf_counter() - started) * 1e3
+            self.history.append(Step(name, milliseconds, before, len(self.gm.graph.nodes)))
+        self.gm.recompile()
+        return self
+
+    @property
+    def pending(self) -> list[Region]:
+        """Regions no lowering has dealt with yet."""
+        return [r for r in self.regions if r.site.name not in self.done]
+
+    def report(self) -> GraphReport:
+        sites = tuple(r.site for r in self.regions)
+        return GraphReport(
+            sites, tuple(self.rewrites), tuple(self.refusals + self.notes), tuple(self.misses), tuple(self.history),
+            self.plan.id if self.plan is not None else "",
+        )  # fmt: skip
+
+    def refuse(self, region: Region, reason: str) -> None:
+        self.refusals.append(Refusal(reason, region.site.name, region.site.source))
+        self.done.add(region.site.name)
+
+    def replace(
+        self, region: Region, build: Callable[[Region], Node], lowering: str, choices: tuple[Choice, ...] = (), note: str = ""
+    ) -> None:
+        """Put what `build` makes in the place of the region's output; a failure leaves the site as it was."""
+        graph = self.gm.graph
+        last = graph_order_last(graph, (region.out,))
+        existing = set(graph.nodes)
+        try:
+            with graph.inserting_before(last):
+                new = build(region)
+            check_same_meta(new, region.out)
+            if self.verify or settings.verify():
+                from attnopt.passes.verify import check_region
+
+                check_region(self.gm, region, new)
+        except Exception as error:
+            for node in reversed([n for n in graph.nodes if n not in existing]):
+                graph.erase_node(node)
+            if settings.strict():
+                raise
+            self.refuse(region, f"{type(error).__name__} while rewriting: {str(error).splitlines()[0] if str(error) else ''}")
+            return
+        region.out.replace_all_uses_with(new)
+        relax_views(graph)
+        self.done.add(region.site.name)
+        self.rewrites.append(Rewrite(region.site, lowering, choices, note))
+
+
+def relax_views(graph: torch.fx.Graph) -> None:
+    """view -> reshape: a view may rely on the strides of what was replaced; a reshape is right for any."""
+    for node in graph.nodes:
+        if node.target == torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+
+
+def graph_order_last(graph: torch.fx.Graph, nodes: Iterable[Node]) -> Node:
+    wanted = set(nodes)
+    return [n for n in graph.nodes if n in wanted][-1]
+
+
+def check_same_meta(new: Node, old: Node) -> None:
+    a, b = new.meta["val"], old.meta["val"]
+    if a.dtype != b.dtype or a.device != b.device or a.ndim != b.ndim:
+        raise TypeError(f"the rewrite yields {a.dtype} {tuple(a.shape)}, the original {b.dtype} {tuple(b.shape)}")
+
+
+class Builder:
+    """Inserts calls with their metadata (fake value, module path, source line) taken from the original output."""
+
+    def __init__(self, gm: GraphModule, like: Node) -> None:
+        self.gm, self.like = gm, like
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.gm.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in self.like.meta.items() if k not in ("val", "tensor_meta", "example_value")}
+
+        def fake(item: Any) -> Any:
+            return item.meta["val"] if isinstance(item, Node) else item
+
+        values = torch.fx.node.map_aggregate((args, kwargs), fake)
+        with self.like.meta["val"].fake_mode, torch.no_grad():
+            if target is torch.ops.aten.scaled_dot_product_attention.default:
+                # Said, not traced: choosing a kernel for symbolic sizes would add guards, and so recompiles.
+                q, _, v = values[0][:3]
+                node.meta["val"] = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+            else:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node

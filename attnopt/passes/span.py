@@ -1,0 +1,72 @@
+"""Shared by the lowerings: insert ``attnopt::span_attention`` for a region, its tables as tensor attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from attnopt import ops  # noqa: F401  (registers the operator)
+from attnopt.ir import Region
+from attnopt.passes.program import Builder, Program
+
+if TYPE_CHECKING:
+    from attnopt.ir import Choice
+
+aten = torch.ops.aten
+# A window no length reaches.
+UNBOUNDED = 2**30
+
+
+def key_padding(builder: Builder, region: Region) -> Node:
+    """The conjunction of the mask's loads as bool (B, Sk)."""
+    batch, keys = region.q.meta["val"].shape[0], region.k.meta["val"].shape[2]
+    combined: Node | None = None
+    for load in region.site.mask.loads:
+        node = region.loads[load.name]
+        rows = batch if "b" in load.dims else 1
+        flat = builder.call(aten.reshape.default, node, [rows, keys])
+        flat = flat if rows is batch else builder.call(aten.expand.default, flat, [batch, keys])
+        combined = flat if combined is None else builder.call(aten.logical_and.default, combined, flat)
+    assert combined is not None
+    return combined
+
+
+def tables(choices: Sequence[Choice] | None, heads: int) -> dict[str, torch.Tensor]:
+    """sinks, alphas (int32) and betas (float64) of a site's choices; None means every head is dense."""
+    from attnopt.registry import CANDIDATES
+
+    rules = [(0, UNBOUNDED, 0.0)] * heads
+    if choices is not None:
+        rules = [CANDIDATES[c.candidate].rule(dict(c.params)) for c in choices]
+    sinks, alphas, betas = zip(*rules, strict=True)
+    return {
+        "sinks": torch.tensor(sinks, dtype=torch.int32),
+        "alphas": torch.tensor(alphas, dtype=torch.int32),
+        "betas": torch.tensor(betas, dtype=torch.float64),
+    }
+
+
+def insert_span(program: Program, choices: Sequence[Choice] | None, min_length: int = 0) -> Callable[[Region], Node]:
+    """A builder of the operator's call for one region."""
+
+    def build(region: Region) -> Node:
+        gm, builder = program.gm, Builder(program.gm, region.out)
+        held: list[Node] = []
+        for name, tensor in tables(choices, region.site.heads).items():
+            attribute = f"attnopt_{name}_{len(list(gm.named_buffers()))}"
+            gm.register_buffer(attribute, tensor)
+            node = gm.graph.get_attr(attribute)
+            mode = region.q.meta["val"].fake_mode
+            node.meta["val"] = mode.from_tensor(tensor)
+            held.append(node)
+        pad = key_padding(builder, region) if region.loads else None
+        window = region.site.mask.window or 0
+        return builder.call(
+            torch.ops.attnopt.span_attention.default,
+            region.q, region.k, region.v, *held, pad, region.site.scale, window, min_length,
+        )  # fmt: skip
+
+    return build
