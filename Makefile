@@ -1,0 +1,64 @@
+# make demo    the whole path on the model that ships with attnopt; installs into .venv first
+# make test    the tests
+# make check   linter, types, house rules, sizes
+# make bench   the table of benchmarks/
+# make clean   removes .venv and what the tools left behind
+#
+# PYTHON=python3.12 names another interpreter, ARGS="..." passes arguments on (make test ARGS="-k sdpa").
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && { echo $$p; break; }; done || echo python3)
+endif
+ARGS ?=
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -c constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test check bench clean requirements
+
+help:
+	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/attnopt demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest tests/test_house_rules.py
+	$(VENV)/bin/python tools/sizes.py
+
+bench: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/end_to_end.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+requirements:
+	@sh tools/check_requirements.sh $(PYTHON)
+
+# The environment, then one stamp for each set of packages in it.
+$(VENV)/.torch: constraints.txt | requirements
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools
+	@# Without a GPU, prefer torch's CPU build: from where pip looks anyway, else from PyTorch's own index. Where neither
+	@# has it, the next step takes the build that PyPI has. Its dependencies come with that step, pinned.
+	@nvidia-smi -L >/dev/null 2>&1 \
+	  || $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --no-deps --index-url $(CPU_INDEX) --retries 1 --timeout 15 "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || echo "No CPU build of torch $(TORCH) found; installing the one that PyPI has."
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch | requirements
+	$(INSTALL) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch | requirements
+	$(INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@ $(VENV)/.demo

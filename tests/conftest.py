@@ -1,0 +1,47 @@
+"""What every test stands on: a fixed seed, few threads, no network, a cache folder of its own, a fresh Dynamo."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before any library reads them.
+for name in [name for name in os.environ if name.startswith("ATTNOPT_")]:
+    del os.environ[name]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("attnopt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ATTNOPT_CACHE of the whole run, so that no kernel or cost table of the user's is read or written."""
+    folder = tmp_path_factory.mktemp("attnopt-cache")
+    os.environ["ATTNOPT_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Forget compiled code after each test, or the recompile limit of one test would be spent by another."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
