@@ -1,0 +1,289 @@
+"""The profile: what was observed of every site at every length, as sums that add. safetensors with a JSON header.
+
+A profile says which model, text, grid and versions it comes from and which statistics it holds. Profiles of several
+batches, processes or ranks add (`+`); of another model, grid or set of statistics they refuse to. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import DependencyError, ProfileError
+from attnopt.fingerprint import Fingerprint, mismatch
+from attnopt.statistics import Grid, Observation, sum_shapes
+
+SCHEMA = 1
+KEY = "attnopt_profile"  # the one metadata key: several would be written in random order
+AGAIN = "write it again with `attnopt profile`"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where a profile comes from.
+
+    data: hashes of the text observed, ascending. dtypes: of q, k, v, e.g. ("bfloat16",). held: the names of the sums.
+    versions: (package, version), one entry for every version that took part.
+    """
+
+    fingerprint: Fingerprint
+    grid: Grid
+    data: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    held: tuple[str, ...]
+    versions: tuple[tuple[str, str], ...]
+    schema: int = SCHEMA
+
+
+def versions_here() -> tuple[tuple[str, str], ...]:
+    return (("python", platform.python_version()), ("torch", torch.__version__))
+
+
+@dataclass
+class Profile:
+    """observations: (site name, length) -> Observation, in the order in which the sites run."""
+
+    header: Header
+    observations: dict[tuple[str, int], Observation] = field(default_factory=dict)
+
+    @classmethod
+    def empty(
+        cls, fingerprint: Fingerprint, grid: Grid, data: Iterable[str], dtypes: Iterable[str], delta: bool = False
+    ) -> Profile:
+        """A profile to which `observation` adds sites. data: hashes of the text; dtypes: of the sites."""
+        held = tuple(sorted(sum_shapes(1, grid, 1, delta)))
+        return cls(
+            Header(fingerprint, grid, tuple(sorted(set(data))), tuple(sorted(set(dtypes))), held, versions_here())
+        )
+
+    def observation(self, site: str, heads: int, length: int) -> Observation:
+        """The observation of a site (its name) at a length, to be added to; a new one where there is none."""
+        found = self.observations.get((site, length))
+        if found is None:
+            found = Observation.zeros(heads, self.header.grid, length, "delta" in self.header.held)
+            self.observations[site, length] = found
+        if found.heads != heads:
+            raise ProfileError(f"{site} was profiled with {found.heads} heads and has {heads}", AGAIN)
+        return found
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(sorted({length for _, length in self.observations}))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(site for site, _ in self.observations))
+
+    @property
+    def samples(self) -> dict[int, int]:
+        """Samples at each length: sequences times label draws, the most of any site."""
+        return {n: max(o.samples for (_, length), o in self.observations.items() if length == n) for n in self.lengths}
+
+    def __iadd__(self, other: Profile) -> Profile:
+        mine, theirs = self.header, other.header
+        different = mismatch(mine.fingerprint, theirs.fingerprint)
+        if different:
+            raise ProfileError(f"these profiles do not add: {different}", "add profiles of one model only")
+        for what in ("grid", "held"):
+            one, two = getattr(mine, what), getattr(theirs, what)
+            if one != two:
+                raise ProfileError(f"these profiles do not add: {what} {one} and {two}", "profile with equal settings")
+        for key, theirs_seen in other.observations.items():
+            seen = self.observations.get(key)
+            if seen is not None and seen.heads != theirs_seen.heads:
+                raise ProfileError(
+                    f"these profiles do not add: {key[0]} has other heads", "add profiles of one model only"
+                )
+        self.header = Header(
+            mine.fingerprint,
+            mine.grid,
+            tuple(sorted({*mine.data, *theirs.data})),
+            tuple(sorted({*mine.dtypes, *theirs.dtypes})),
+            mine.held,
+            tuple(sorted({*mine.versions, *theirs.versions})),
+        )
+        for (site, length), observation in other.observations.items():
+            self.observation(site, observation.heads, length).__iadd__(observation)
+        return self
+
+    def __add__(self, other: Profile) -> Profile:
+        total = Profile(self.header)
+        total += self
+        total += other
+        return total
+
+    def add(self, other: Profile) -> None:
+        """Add `other` in place; ProfileError, and nothing changed, if it is of another model, grid or statistics."""
+        self.__iadd__(other)
+
+    def check_model(self, fingerprint: Fingerprint) -> None:
+        """ProfileError unless the profile is of the model with this fingerprint."""
+        different = mismatch(self.header.fingerprint, fingerprint)
+        if different:
+            raise ProfileError(f"this profile belongs to another model: {different}", "profile this model first")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile; a reader sees the old file or the whole new one. ProfileError if a sum is not finite."""
+        for (site, length), o in self.observations.items():
+            if not all(tensor.isfinite().all() for tensor in o.sums.values()):
+                raise ProfileError(
+                    f"what was observed of {site} at length {length} is not finite",
+                    "check that the model's loss is finite on this text, or profile in float32",
+                )
+        save = _safetensors().save
+        header = _header_to_json(self.header)
+        header["lengths"], header["samples"] = list(self.lengths), {str(n): c for n, c in self.samples.items()}
+        header["observations"] = [
+            {"site": site, "length": length, "heads": o.heads, "rows": o.rows, "samples": o.samples}
+            for (site, length), o in self.observations.items()
+        ]
+        tensors = {
+            f"{n}.{name}": o.sums[name].contiguous()
+            for n, o in enumerate(self.observations.values())
+            for name in self.header.held
+        }
+        metadata = {KEY: json.dumps(header, sort_keys=True)}
+        _write_atomically(Path(path), save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile; ProfileError for anything that `save` would not have written."""
+        path = Path(path)
+        metadata, tensors = _read(path)
+        if KEY not in metadata:
+            raise ProfileError(
+                f"{path} is a safetensors file and not a profile", "give a file that `attnopt profile` wrote"
+            )
+        try:
+            data = json.loads(metadata[KEY])
+            schema = data["schema"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"the header of {path} cannot be read", AGAIN) from error
+        if schema != SCHEMA:
+            raise ProfileError(
+                f"{path} has profile format {schema}, this attnopt reads {SCHEMA}",
+                f"{AGAIN}, or use the attnopt that wrote it",
+            )
+        try:
+            profile = cls(_header_from_json(data))
+            for n, entry in enumerate(data["observations"]):
+                _add_entry(profile, n, entry, tensors)
+            if tensors:
+                raise ValueError(f"tensors that the header does not name: {sorted(tensors)[0]}")
+            if data["lengths"] != list(profile.lengths) or data["samples"] != {
+                str(n): c for n, c in profile.samples.items()
+            }:
+                raise ValueError("the lengths or numbers of samples differ from those of the observations")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ProfileError(f"{path} contradicts itself: {reason}", AGAIN) from error
+        return profile
+
+
+def _header_to_json(header: Header) -> dict[str, Any]:
+    return {
+        "schema": header.schema,
+        "fingerprint": header.fingerprint.to_json(),
+        "grid": {"sinks": list(header.grid.sinks), "windows": list(header.grid.windows)},
+        "data": list(header.data),
+        "dtypes": list(header.dtypes),
+        "held": list(header.held),
+        "versions": [list(version) for version in header.versions],
+    }
+
+
+def _header_from_json(data: Mapping[str, Any]) -> Header:
+    grid = Grid(*(tuple(_count(x) for x in data["grid"][name]) for name in ("sinks", "windows")))
+    held = tuple(data["held"])
+    if held not in [tuple(sorted(sum_shapes(1, grid, 1, delta))) for delta in (False, True)]:
+        raise ValueError(f"statistics that this attnopt does not know: {', '.join(map(str, held))}")
+    return Header(
+        Fingerprint.from_json(data["fingerprint"]),
+        grid,
+        tuple(str(x) for x in data["data"]),
+        tuple(str(x) for x in data["dtypes"]),
+        held,
+        tuple((str(package), str(version)) for package, version in data["versions"]),
+    )
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Move observation n from `tensors` into the profile; ValueError where header and tensors disagree."""
+    site, header = entry["site"], profile.header
+    length, heads, rows, samples = (_count(entry[name]) for name in ("length", "heads", "rows", "samples"))
+    if not isinstance(site, str) or not length or not heads:
+        raise ValueError(f"observation {n} has no site, length or heads")
+    if (site, length) in profile.observations:
+        raise ValueError(f"{site} at length {length} is there twice")
+    if rows > samples * length:
+        raise ValueError(f"{site} counts {rows} rows in {samples} samples of length {length}")
+    sums = {}
+    for name, shape in sum_shapes(heads, header.grid, length, "delta" in header.held).items():
+        tensor = tensors.pop(f"{n}.{name}", None)
+        if tensor is None:
+            raise ValueError(f"{name} of {site} at length {length} is missing")
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} of {site} is {found} where the header has torch.float64 {shape}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of {site} is not finite")
+        if name in ("t2", "sample_sq", "delta", "ablation_t2") and (tensor < 0).any():
+            raise ValueError(f"{name} of {site} is a sum of squares and negative")
+        sums[name] = tensor
+    profile.observations[site, length] = Observation(heads, header.grid, length, rows, samples, sums)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise DependencyError("profiles are safetensors files", "pip install safetensors") from error
+    return safetensors.torch
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; the tensors are copied, the file is not kept open or mapped."""
+    torch_format = _safetensors()
+    if not path.is_file():
+        problem = f"{path} is a folder" if path.is_dir() else f"there is no profile {path}"
+        raise ProfileError(problem, "make one with `attnopt profile`, or correct the path")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+    try:  # 8 bytes of length, so many bytes of JSON, then the tensors; `load` checks lengths and offsets
+        tensors = torch_format.load(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    except Exception as error:  # safetensors raises its own SafetensorError, and others for unknown dtypes
+        raise ProfileError(f"{path} is truncated or not a safetensors file", AGAIN) from error
+    return metadata, tensors
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,520 @@
+"""What dropping keys does to the loss, for every sink+window at once, in one streamed pass of O(N) memory.
+
+For query row i of a head: A_ij soft-max weights, v_j values, O_i output, dO_i the gradient of the loss at O_i,
+g_ij = dO_i.v_j, D_i = dO_i.O_i. Dropping the keys S(i) = {j : s <= j <= i - w} and renormalising over the kept
+keys K(i) moves the output by, exactly, with m = sum_S A_ij,
+
+    delta O_i = (m O_i - sum_S A_ij v_j) / (1 - m)        t_i = dO_i . delta O_i = (m D_i - sum_S A_ij g_ij) / (1 - m)
+
+With labels drawn from the model's own distribution and the loss *summed* over tokens, 1/2 sum_i t_i^2 estimates
+KL(dense || dropped) in nats to second order (the Fisher form; the first-order sum cancels).
+
+How it is computed: dS_ij = A_ij (g_ij - D_i), the gradient at the scores, is formed for dq and dk anyway, and its
+rows sum to 0; hence t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every
+cancellation, also at a kept mass of 1e-20. `Observe` is the attention that gathers this in its backward pass;
+`naive_observation` is the N x N twin that it is tested against.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
+TINY_MASS = 1e-30
+MASKED = -1e30  # finite, so that weight * score is 0 and not NaN where the weight is 0
+ROWS = 64  # query rows of a block; measured on a CPU at N = 4096: 32 to 128 are alike, 256 takes 1.7 times as long
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26  # elements of one block of weights: a core's L2 cache, a share of GPU memory
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sinks and windows observed: candidate (s, w) keeps key j of row i iff j <= i and (j < s or i - j < w)."""
+
+    sinks: tuple[int, ...]
+    windows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, values, least in (("sinks", self.sinks, 0), ("windows", self.windows, 1)):
+            if not values or list(values) != sorted(set(values)) or values[0] < least:
+                raise ValueError(f"{name} must be ascending, distinct and at least {least}: {values}")
+
+    def index(self, sink: int, window: int) -> tuple[int, int]:
+        return self.sinks.index(sink), self.windows.index(window)
+
+
+def distance_buckets(length: int) -> list[int]:
+    """Lower ends of the buckets of i - j: 0, 1, 2, 4, 8, ...; bucket n > 0 holds 2^(n-1) <= i - j < 2^n."""
+    return [0] + [1 << n for n in range((length - 1).bit_length())]
+
+
+def sum_shapes(heads: int, grid: Grid, length: int, delta: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors of an Observation and their shapes."""
+    spans = (heads, len(grid.sinks), len(grid.windows))
+    shapes: dict[str, tuple[int, ...]] = {name: spans for name in ("t2", "t1", "sample_sq", "mass")}
+    if delta:
+        shapes["delta"] = spans
+    shapes |= {"ablation_t2": (heads,), "entropy": (heads,)}
+    shapes["mass_by_distance"] = (heads, len(distance_buckets(length)))
+    return shapes
+
+
+@dataclass
+class Observation:
+    """Sums of one site at one length; those of other batches, processes or ranks simply add. All float64, on the CPU.
+
+    sums, by name, over rows i of all samples (H query heads, S sinks, W windows):
+        t2 (H, S, W): sum t_i^2; t1: sum t_i; sample_sq: sum over samples of (sum_i t_i)^2; mass: sum of dropped mass
+        delta (H, S, W), optional: sum ||delta O_i||^2
+        ablation_t2 (H,): sum D_i^2, the t2 of dropping every key; entropy (H,): of A_i, nats
+        mass_by_distance (H, buckets): sum of A_ij by i - j, see `distance_buckets`
+    rows: query rows counted (padded ones are not). samples: sequences counted, once per backward pass.
+    """
+
+    heads: int
+    grid: Grid
+    length: int
+    rows: int
+    samples: int
+    sums: dict[str, Tensor]
+
+    @classmethod
+    def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False) -> Observation:
+        shapes = sum_shapes(heads, grid, length, delta)
+        return cls(heads, grid, length, 0, 0, {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()})
+
+    def __getattr__(self, name: str) -> Tensor:
+        sums = self.__dict__.get("sums", {})
+        if name not in sums:
+            raise AttributeError(f"this observation does not hold {name!r}")
+        return sums[name]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        return tuple(sorted(self.sums))
+
+    def damage(self, head: int, sink: int, window: int) -> float:
+        """Estimated KL(dense || dropped) of one head in nats, summed over the rows observed: t2 / 2."""
+        return 0.5 * float(self.sums["t2"][head, *self.grid.index(sink, window)])
+
+    def __iadd__(self, other: Observation) -> Observation:
+        mine, theirs = ((o.heads, o.grid, o.length, o.held) for o in (self, other))
+        if mine != theirs:
+            raise ValueError(f"these observations do not add: {mine} and {theirs}")
+        self._count(other.rows, other.samples, other.sums)
+        return self
+
+    def __add__(self, other: Observation) -> Observation:
+        sums = {name: tensor.clone() for name, tensor in self.sums.items()}
+        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums)
+        total += other
+        return total
+
+    def _count(self, rows: int, samples: int, sums: Mapping[str, Tensor]) -> None:
+        self.rows += rows
+        self.samples += samples
+        for name, tensor in sums.items():
+            self.sums[name] += tensor.to("cpu", torch.float64)
+
+
+class Observe(torch.autograd.Function):
+    """Causal attention whose backward pass also fills an Observation. Output and gradients are those of SDPA.
+
+    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), H a multiple of G (consecutive query heads share a KV head);
+    pad bool (B, N), true where the key is kept (rows that are False count in no sum), or None; window: the model's
+    own sliding window, or None. Returns (B, H, N, Dv).
+
+    Statistics are added in backward and nowhere else, once per backward pass: a forward that is recomputed
+    (checkpointing) does not count twice, several label draws from one forward count as several samples. So the
+    gradient must reach the output: at least one of q, k, v has to require it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        pad: Tensor | None,
+        observation: Observation,
+        window: int | None = None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, pad)
+        ctx.scale, ctx.observation, ctx.window = scale, observation, window
+        return attention(q, k, v, scale, pad, window)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pad = ctx.saved_tensors
+        dq, dk, dv = stream(q, k, v, grads[0], ctx.scale, pad, ctx.observation, ctx.window)
+        return dq, dk, dv, None, None, None, None
+
+
+def causal_mask(length: int, window: int | None, pad: Tensor | None, device: torch.device) -> Tensor:
+    """Keep-mask bool, (N, N) or with `pad` (B, 1, N, N)."""
+    i = torch.arange(length, device=device)
+    keep = i <= i[:, None]
+    if window is not None:
+        keep &= i[:, None] - i < window
+    return keep if pad is None else keep & pad[:, None, None, :]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, pad: Tensor | None, window: int | None) -> Tensor:
+    """The attention that is observed, without observing; shapes as in `Observe`. A row without any key gives 0."""
+    if pad is None and (window is None or window >= q.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    mask = causal_mask(q.shape[2], window, pad, q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+def measure_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    pad: Tensor | None,
+    observation: Observation,
+    window: int | None = None,
+) -> None:
+    """Add what needs no gradient (mass, entropy, mass_by_distance, delta); t1, t2, sample_sq, ablation_t2 stay."""
+    stream(q, k, v, None, scale, pad, observation, window)
+
+
+def stream(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor | None,
+    scale: float,
+    pad: Tensor | None,
+    observation: Observation,
+    window: int | None = None,
+    rows: int = ROWS,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """One pass over blocks of `rows` query rows: recompute the weights, add the sums, return dq, dk, dv (or None).
+
+    Shapes as in `Observe`; grad (B, H, N, Dv). Memory O(N) for the gradients plus one block of at most
+    max(rows * N * H / G, CPU_BLOCK or GPU_BLOCK) weights, float32 (float64 for float64 inputs).
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        work = _Pass(q, k, v, grad, scale, pad, observation, window, rows)
+        for first, last in work.groups():
+            for start in range(0, q.shape[2], rows):
+                work.block(first, last, start, min(start + rows, q.shape[2]))
+        return work.finish()
+
+
+class _Pass:
+    """The state of one streamed pass. Batch and KV groups are folded into one dimension X = B * G of blocks
+    (x, r, R, n): x of X, r = H / G query heads, R query rows, n keys."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad: Tensor | None,
+        scale: float,
+        pad: Tensor | None,
+        observation: Observation,
+        window: int | None,
+        rows: int,
+    ) -> None:
+        (self.batch, self.heads, self.length, _), self.kv_heads = q.shape, k.shape[1]
+        self.repeat, self.folded = self.heads // self.kv_heads, self.batch * self.kv_heads
+        if (self.heads, self.length) != (observation.heads, observation.length):
+            raise ValueError(
+                f"{self.heads} heads of {self.length} rows do not fit an observation "
+                f"of {observation.heads} heads of {observation.length}"
+            )
+        self.scale, self.pad, self.window, self.rows = scale, pad, window, rows
+        self.observation, self.grid, self.dtypes = observation, observation.grid, (q.dtype, k.dtype, v.dtype)
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.grad = self._fold(q), None if grad is None else self._fold(grad)
+        self.k, self.v = (x.to(self.wide).reshape(self.folded, self.length, -1) for x in (k, v))
+        self.grads = None
+        if grad is not None:
+            self.grads = (torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v))
+        # Every distance at which a candidate or a bucket begins: columns are summed between two of these.
+        buckets = distance_buckets(self.length)
+        self.edges = sorted({0, *self.grid.windows, *buckets})
+        self.at_window = [self.edges.index(w) for w in self.grid.windows]
+        self.at_bucket = [self.edges.index(d) for d in buckets]
+        self.sinks = torch.tensor(self.grid.sinks, device=q.device)
+        self.distances = torch.tensor(self.edges, device=q.device)
+        shapes = sum_shapes(self.repeat, self.grid, self.length, "delta" in observation.sums)
+        self.sums = {
+            name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)
+            for name, shape in shapes.items()
+            if name != "sample_sq"
+        }
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return x.reshape(self.folded, self.repeat, self.length, -1)
+
+    def groups(self) -> Iterable[tuple[int, int]]:
+        """Ranges of X whose blocks fit the budget together."""
+        budget = GPU_BLOCK if self.q.is_cuda else CPU_BLOCK
+        step = max(1, budget // (self.repeat * min(self.rows, self.length) * self.length))
+        return ((x, min(x + step, self.folded)) for x in range(0, self.folded, step))
+
+    def block(self, first: int, last: int, start: int, stop: int) -> None:
+        """Rows start <= i < stop of groups first <= x < last: sums and gradients."""
+        tile = min(max(self.rows, self.grid.sinks[-1]), stop)  # leading columns, summed apart: see _split
+        low = 0 if self.window is None else max(0, start - self.window + 1)
+        low = 0 if low < tile else low
+        x, shape = slice(first, last), (last - first, self.repeat, stop - start, stop - low)
+        key, value = self.k[x, low:stop], self.v[x, low:stop]
+        query = self.q[x, :, start:stop].to(self.wide).mul(self.scale).reshape(shape[0], -1, key.shape[-1])
+        valid = self._valid(x, start, stop)
+
+        scores = query @ key.mT
+        self._mask(scores.view(shape), x, low, start)
+        weights = torch.softmax(scores, -1)
+        self._entropy(scores.view(shape), weights.view(shape), x, valid)
+        if self.pad is not None:
+            weights.mul_(scores.amax(-1, keepdim=True) > MASKED / 2)  # a row without any key
+        scored, dots = None, None
+        if self.grad is not None and self.grads is not None:
+            dq, dk, dv = self.grads
+            upstream = self.grad[x, :, start:stop].to(self.wide).reshape(shape[0], -1, value.shape[-1])
+            dv[x, low:stop].baddbmm_(weights.mT, upstream)
+            scored = torch.matmul(upstream, value.mT, out=scores).mul_(weights)
+            total = scored.sum(-1, keepdim=True)  # D_i from the weights, not from an output rounded to bfloat16
+            scored.addcmul_(weights, total, value=-1)
+            dq[x, :, start:stop] = (scored @ key).mul_(self.scale).view(*shape[:3], -1)
+            dk[x, low:stop].baddbmm_(scored.mT, query)
+            scored, dots = scored.view(shape), total.view(shape[:3])
+        self._candidates(weights.view(shape), scored, dots, x, low, start, tile, valid)
+
+    def _valid(self, x: slice, start: int, stop: int) -> Tensor:
+        """bool (x, 1, R): rows that count."""
+        if self.pad is None:
+            return torch.ones(x.stop - x.start, 1, stop - start, dtype=torch.bool, device=self.q.device)
+        return self._pad_of(x)[:, None, start:stop]
+
+    def _pad_of(self, x: slice) -> Tensor:
+        assert self.pad is not None
+        return self.pad[torch.arange(x.start, x.stop, device=self.pad.device) // self.kv_heads]
+
+    def _mask(self, scores: Tensor, x: slice, low: int, start: int) -> None:
+        """Mask a block in place; only its last R columns hold keys in a row's future."""
+        rows, keys = scores.shape[-2:]
+        future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+        scores[..., keys - rows :].masked_fill_(future, MASKED)
+        if self.window is not None:
+            i = torch.arange(start, start + rows, device=scores.device)[:, None]
+            scores.masked_fill_(i - torch.arange(low, low + keys, device=scores.device) >= self.window, MASKED)
+        if self.pad is not None:
+            scores.masked_fill_(~self._pad_of(x)[:, None, None, low : low + keys], MASKED)
+
+    def _entropy(self, scores: Tensor, weights: Tensor, x: slice, valid: Tensor) -> None:
+        """log sum exp(s) - sum A s; the logarithm comes from the largest entry, where s - log A is most exact."""
+        log_sum = scores.amax(-1).double() - weights.amax(-1).double().log()
+        mean = (weights * scores).sum(-1).double()
+        self.sums["entropy"][x] += ((log_sum - mean) * valid).sum(-1)
+
+    def _split(self, block: Tensor, low: int, start: int, tile: int) -> tuple[_Tile, Tensor, Tensor]:
+        """Sums over a block (x, r, R, n) by column near key 0 and by distance elsewhere.
+
+        Returns the tile of columns j < `tile`, where sinks begin, and for the other columns near, far (edges, x, r, R):
+        sums over i - j < edge and i - j >= edge. Shifting row r left by r columns (a stride of n + 1) aligns equal
+        distances, so a segment between two edges is a plain sum; the tile, at least R columns wide, holds every
+        key that this view does not reach. No sum is ever obtained by subtracting two large ones.
+        """
+        shape, columns = block.shape[:3], max(0, tile - low)
+        leading = _Tile(block[..., :columns].double())
+        block[..., :columns] = 0
+        rows, keys = block.shape[-2:]
+        span = keys - rows  # the greatest distance that the shifted view reaches
+        skewed = block.as_strided(
+            (*shape, span + 1), (shape[1] * rows * keys, rows * keys, keys + 1, 1), block.storage_offset()
+        )
+        empty = max(0, columns - rows + 1)  # shifted columns that lie in the tile for every row
+        segments = torch.zeros((len(self.edges) + 1, *shape), dtype=torch.float64, device=block.device)
+        for n, (begin, end) in enumerate(zip(self.edges, [*self.edges[1:], span + 1], strict=True)):
+            left, right = max(empty, span + 1 - end), span + 1 - begin
+            if left < right:
+                segments[n + 1] = skewed[..., left:right].sum(-1)
+        far = segments[1:].flip(0).cumsum(0).flip(0)
+        return leading, segments[:-1].cumsum(0), far
+
+    def _candidates(
+        self,
+        weights: Tensor,
+        scored: Tensor | None,
+        dots: Tensor | None,
+        x: slice,
+        low: int,
+        start: int,
+        tile: int,
+        valid: Tensor,
+    ) -> None:
+        """Every candidate's t_i and dropped mass from a block's weights and score gradients, both (x, r, R, n)."""
+        values = None
+        if "delta" in self.sums:
+            values = self._values(weights, self.v[x, low : low + weights.shape[3]], low, start, tile)
+        rows = torch.arange(start, start + weights.shape[2], device=weights.device)
+        leading, near, far = self._split(weights, low, start, tile)
+        cuts = (rows[:, None] - self.distances + 1).clamp(0, leading.columns)  # (R, edges): first near column
+        beyond = leading.below(cuts).permute(3, 0, 1, 2) + far
+        beyond = (beyond[self.at_bucket] * valid).sum(-1).permute(1, 2, 0)  # (x, r, buckets): mass from there on
+        self.sums["mass_by_distance"][x] += beyond - F.pad(beyond[..., 1:], (0, 1))
+
+        sinks = self.sinks.clamp(max=leading.columns)
+        cuts = torch.maximum(cuts[:, self.at_window][:, None], sinks[:, None])  # (R, S, W)
+        kept = leading.kept(sinks, cuts) + _last(near[self.at_window])
+        dropped = leading.dropped(sinks, cuts) + _last(far[self.at_window])
+        gone, counts = kept < TINY_MASS, valid[..., None, None]
+        self.sums["mass"][x] += (dropped.masked_fill(gone, 1.0) * counts).sum(2)
+        if values is not None:
+            kept_values, dropped_values, output = values
+            less = dropped[..., None] * output - dropped_values
+            moved = torch.where((kept < 0.5)[..., None], kept_values - kept[..., None] * output, less)
+            moved = torch.where(gone[..., None], -output, moved / kept[..., None]) * counts[..., None]
+            self.sums["delta"][x] += moved.square().sum((2, 5))
+        if scored is None or dots is None:
+            return
+        dots = dots.double()
+        leading, near, far = self._split(scored, low, start, tile)
+        from_kept = leading.kept(sinks, cuts) + _last(near[self.at_window])
+        from_dropped = leading.dropped(sinks, cuts) + _last(far[self.at_window])
+        moved = torch.where(kept < 0.5, from_kept, -from_dropped)
+        t = torch.where(gone, -dots[..., None, None], moved / kept) * counts
+        self.sums["t1"][x] += t.sum(2)
+        self.sums["t2"][x] += t.square().sum(2)
+        self.sums["ablation_t2"][x] += (dots * valid).square().sum(2)
+
+    def _values(self, weights: Tensor, value: Tensor, low: int, start: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of A_ij v_j over the kept and the dropped keys (x, r, R, S, W, Dv) and O_i (x, r, R, 1, 1, Dv).
+
+        Costs one product of the block with v for O, one more by bands of distance, two of the tile per candidate.
+        """
+        rows, keys = weights.shape[2:]
+        value = value[:, None]
+        distance = torch.arange(start, start + rows, device=weights.device)[:, None]
+        distance = distance - torch.arange(low, low + keys, device=weights.device)
+        columns, bands = max(0, tile - low), []
+        for begin, end in zip((0, *self.grid.windows), (*self.grid.windows, self.length), strict=True):
+            right = max(columns, min(keys, start + rows - begin - low))
+            left = min(right, max(columns, start - end + 1 - low))
+            inside = (distance[:, left:right] >= begin) & (distance[:, left:right] < end)
+            bands.append(((weights[..., left:right] * inside) @ value[..., left:right, :]).double())
+        near = torch.stack(bands[:-1], -2).cumsum(-2)
+        far = torch.stack(bands[1:], -2).flip(-2).cumsum(-2).flip(-2)  # both (x, r, R, W, Dv)
+        leading, kept, dropped = weights[..., :columns], [], []
+        for sink in self.grid.sinks:
+            for window in self.grid.windows:
+                drop = distance[:, :columns] >= window
+                drop[:, :sink] = False
+                kept.append((leading * ~drop) @ value[..., :columns, :])
+                dropped.append((leading * drop) @ value[..., :columns, :])
+        shape = (*weights.shape[:3], len(self.grid.sinks), len(self.grid.windows), -1)
+        kept_sum, dropped_sum = (torch.stack(s, -2).double().view(shape) for s in (kept, dropped))
+        output = (weights @ value).double()[..., None, None, :]
+        return kept_sum + near[..., None, :, :], dropped_sum + far[..., None, :, :], output
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""
+        unfold = {n: s.reshape(self.batch, self.heads, *s.shape[2:]) for n, s in self.sums.items()}
+        total = {name: tensor.sum(0) for name, tensor in unfold.items()}
+        total["sample_sq"] = unfold["t1"].square().sum(0)
+        rows = self.batch * self.length if self.pad is None else int(self.pad.sum())
+        self.observation._count(rows, self.batch, total)
+        if self.grads is None:
+            return None, None, None
+        dq, dk, dv = self.grads
+        dq = dq.reshape(self.batch, self.heads, self.length, -1)
+        dk, dv = (g.reshape(self.batch, self.kv_heads, self.length, -1) for g in (dk, dv))
+        return dq.to(self.dtypes[0]), dk.to(self.dtypes[1]), dv.to(self.dtypes[2])
+
+
+class _Tile:
+    """Sums over the leading columns of a block: `block` float64 (x, r, R, T), from the left and from the right."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.columns = block.shape[-1]
+        self.prefix = F.pad(block.cumsum(-1), (1, 0))
+        self.suffix = F.pad(block.flip(-1).cumsum(-1).flip(-1), (0, 1))
+
+    def below(self, cuts: Tensor) -> Tensor:
+        """Sums over columns < cuts; cuts (R, n) -> (x, r, R, n)."""
+        return self._at(self.prefix, cuts)
+
+    def kept(self, sinks: Tensor, cuts: Tensor) -> Tensor:
+        """Sums over j < sink or j >= cut; sinks (S,), cuts (R, S, W) with cut >= sink -> (x, r, R, S, W)."""
+        return self.prefix[..., sinks, None] + self._at(self.suffix, cuts.flatten(1)).unflatten(-1, cuts.shape[1:])
+
+    def dropped(self, sinks: Tensor, cuts: Tensor) -> Tensor:
+        """Sums over sink <= j < cut, otherwise as `kept`; exactly 0 where there is none."""
+        return self._at(self.prefix, cuts.flatten(1)).unflatten(-1, cuts.shape[1:]) - self.prefix[..., sinks, None]
+
+    @staticmethod
+    def _at(sums: Tensor, index: Tensor) -> Tensor:
+        return sums.gather(-1, index.expand(*sums.shape[:2], *index.shape))
+
+
+def _last(by_window: Tensor) -> Tensor:
+    """(W, x, r, R) -> (x, r, R, 1, W)."""
+    return by_window.permute(1, 2, 3, 0)[..., None, :]
+
+
+def naive_observation(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    scale: float,
+    pad: Tensor | None = None,
+    window: int | None = None,
+    delta: bool = True,
+) -> Observation:
+    """The reference of tests: float64, N x N, every candidate really soft-maxed again over its kept keys.
+
+    Shapes as in `Observe`, grad (B, H, N, Dv) the gradient at the output. No formula of this module is used.
+    """
+    heads, length = q.shape[1:3]
+    repeat = heads // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
+    i = torch.arange(length, device=q.device)
+    distance = i[:, None] - i
+    keep = causal_mask(length, window, pad, q.device)
+    counted = torch.ones(q.shape[0], 1, length, dtype=torch.bool, device=q.device) if pad is None else pad[:, None]
+    scores = q @ k.mT * scale
+
+    def weights_of(mask: Tensor) -> Tensor:
+        return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1).nan_to_num(0.0)
+
+    weights = weights_of(keep)
+    output, result = weights @ v, Observation.zeros(heads, grid, length, delta)
+    sums = {name: torch.zeros_like(tensor) for name, tensor in result.sums.items()}
+
+    def total(per_row: Tensor) -> Tensor:
+        return per_row.masked_fill(~counted, 0.0).sum((0, 2))
+
+    for a, sink in enumerate(grid.sinks):
+        for b, size in enumerate(grid.windows):
+            mask = keep & ((i < sink) | (distance < size))
+            moved = weights_of(mask) @ v - output
+            t = (grad * moved).sum(-1)
+            sums["t1"][:, a, b], sums["t2"][:, a, b] = total(t), total(t.square())
+            sums["sample_sq"][:, a, b] = t.masked_fill(~counted, 0.0).sum(2).square().sum(0)
+            sums["mass"][:, a, b] = total(weights.masked_fill(mask, 0.0).sum(-1))
+            if delta:
+                sums["delta"][:, a, b] = total(moved.square().sum(-1))
+    sums["ablation_t2"] = total((grad * output).sum(-1).square())
+    sums["entropy"] = total(torch.special.entr(weights).sum(-1))
+    ends = [*distance_buckets(length), length]
+    for n, (begin, end) in enumerate(itertools.pairwise(ends)):
+        sums["mass_by_distance"][:, n] = total((weights * ((distance >= begin) & (distance < end))).sum(-1))
+    result._count(int(counted.expand(q.shape[0], 1, length).sum()), q.shape[0], sums)
+    return result

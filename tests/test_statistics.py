@@ -1,0 +1,321 @@
+"""The streamed statistics against their N x N twin, the gradients against SDPA, the damage against the true KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnopt.statistics import (
+    ROWS,
+    Grid,
+    Observation,
+    Observe,
+    attention,
+    distance_buckets,
+    measure_forward,
+    naive_observation,
+    stream,
+)
+
+GRID = Grid((0, 1, 4), (1, 3, 8, 20, 64, 500))
+CASES = {
+    # batch, heads, kv heads, length, head dim, head dim of v, scale of the scores, window, padding
+    "plain": (2, 4, 4, 150, 8, 8, 1.0, None, None),
+    "grouped": (1, 8, 2, 131, 16, 12, 2.0, None, None),
+    "short": (2, 2, 1, 5, 4, 4, 1.0, None, None),
+    "one key": (1, 2, 1, 1, 4, 4, 1.0, None, None),
+    "block edge": (1, 2, 2, 2 * ROWS, 8, 8, 1.0, None, None),
+    "window": (2, 4, 2, 300, 8, 8, 1.0, 40, None),
+    "window, far from key 0": (1, 2, 2, 300, 8, 8, 1.0, 8, None),
+    "padded right": (3, 4, 2, 150, 8, 8, 1.0, None, "right"),
+    "padded left": (3, 4, 2, 150, 8, 8, 1.0, None, "left"),
+    "padded left, window": (2, 4, 2, 200, 8, 8, 1.0, 30, "left"),
+    "peaky": (1, 4, 2, 200, 8, 8, 6.0, None, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def padding(side: str | None, batch: int, length: int) -> Tensor | None:
+    if side is None:
+        return None
+    pad = torch.ones(batch, length, dtype=torch.bool)
+    for b in range(batch):
+        cut = b * length // 4
+        if side == "left":
+            pad[b, :cut] = False
+        else:
+            pad[b, length - cut :] = False
+    return pad
+
+
+def tensors(
+    case: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor, float, Tensor | None, int | None]:
+    batch, heads, kv_heads, length, dim, dim_v, sharp, window, side = CASES[case]
+    torch.manual_seed(len(case))
+    shapes = ((batch, heads, length, dim), (batch, kv_heads, length, dim), (batch, kv_heads, length, dim_v))
+    qkv = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    pad = padding(side, batch, length)
+    grad = torch.randn(batch, heads, length, dim_v).to(dtype)
+    if pad is not None:
+        grad *= pad[:, None, :, None]
+    return qkv, grad, sharp * dim**-0.5, pad, window
+
+
+def observe(
+    case: str, dtype: torch.dtype = torch.float32, delta: bool = False
+) -> tuple[Observation, list[Tensor], list[Tensor]]:
+    """The observation, its gradients, and those of SDPA in float64."""
+    qkv, grad, scale, pad, window = tensors(case, dtype)
+    observation = Observation.zeros(qkv[0].shape[1], GRID, qkv[0].shape[2], delta)
+    out = Observe.apply(*qkv, scale, pad, observation, window)
+    out.backward(grad)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    attention(*exact, scale, pad, window).backward(grad.double())
+    return observation, [x.grad for x in qkv], [x.grad for x in exact]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Every entry within `tolerance` of the expected one, or of a millionth of the largest where that is more."""
+    floor = expected.abs().max() * 1e-6
+    worst = ((found - expected).abs() / expected.abs().clamp(min=max(float(floor), 1e-12))).max()
+    assert worst <= tolerance, f"relative error {float(worst):.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_naive_twin(case: str) -> None:
+    observation, _, _ = observe(case, delta=True)
+    qkv, grad, scale, pad, window = tensors(case)
+    twin = naive_observation(*qkv, grad, GRID, scale, pad, window)
+    assert (observation.rows, observation.samples) == (twin.rows, twin.samples)
+    for name in ("t2", "mass", "delta", "ablation_t2"):
+        close(observation.sums[name], twin.sums[name], 1e-4)
+    # These cancel or are small: judged against the size of what they sum.
+    for name, size in (("t1", (twin.t2 * twin.rows).sqrt()), ("entropy", twin.entropy.new_tensor(float(twin.rows)))):
+        assert ((observation.sums[name] - twin.sums[name]).abs() <= 1e-5 * size + 1e-9).all(), name
+    assert ((observation.sample_sq - twin.sample_sq).abs() <= 1e-4 * twin.t2 * twin.rows + 1e-12).all()
+    assert (observation.mass_by_distance - twin.mass_by_distance).abs().max() <= 1e-5 * twin.rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_plain_attention(case: str) -> None:
+    _, found, exact = observe(case)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-12
+    qkv, _, scale, pad, window = tensors(case)
+    observation = Observation.zeros(qkv[0].shape[1], GRID, qkv[0].shape[2])
+    out = Observe.apply(*qkv, scale, pad, observation, window)
+    assert torch.equal(out, attention(*qkv, scale, pad, window))
+
+
+def far_away(gap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention whose rows put all but about exp(-gap) of their mass on key 3, which small windows drop."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 180, 8) * s for s in (1.0, 0.3, 1.0))
+    q[..., 0], k[..., 0], k[:, :, 3, 0] = 8**0.5, 0.0, gap
+    return q, k, v, torch.randn(1, 2, 180, 8)
+
+
+@pytest.mark.parametrize("gap", [10.0, 14.0, 30.0, 60.0])
+def test_little_kept_mass(gap: float) -> None:
+    """1 - m by subtraction would have no correct digit left from a gap of 17 nats on."""
+    q, k, v, grad = far_away(gap)
+    grid = Grid((0, 2, 6), (1, 4, 32, 100))
+    observation = Observation.zeros(2, grid, 180, delta=True)
+    stream(q, k, v, grad, 8**-0.5, None, observation)
+    twin = naive_observation(q, k, v, grad, grid, 8**-0.5)
+    dropping = 180 - 100 - 3  # rows that lose key 3 to a window of 100
+    assert dropping - float(twin.mass[0, 0, 3]) < dropping * 100 * math.exp(5 - gap) + 1e-12
+    close(observation.t2, twin.t2, 1e-4)
+    close(observation.delta, twin.delta, 1e-4)
+
+
+def test_no_kept_mass_counts_as_ablated() -> None:
+    q, k, v, grad = far_away(400.0)
+    observation = Observation.zeros(2, Grid((0,), (1, 32)), 180, delta=True)
+    stream(q, k, v, grad, 8**-0.5, None, observation)
+    output = attention(q, k, v, 8**-0.5, None, None).double()
+    dots = (grad.double() * output).sum(-1)
+    for n, window in enumerate((1, 32)):
+        close(observation.t2[:, 0, n], dots[:, :, 3 + window :].square().sum((0, 2)), 0.05)  # other rows: keys 0..2
+        assert float(observation.mass[0, 0, n]) == pytest.approx(180 - 3 - window, abs=3)
+        assert all(tensor.isfinite().all() for tensor in observation.sums.values())
+
+
+def test_half_precision_inputs_with_float32_sums() -> None:
+    qkv, grad, scale, pad, window = tensors("grouped", torch.bfloat16)
+    observation, found, exact = observe("grouped", torch.bfloat16)
+    assert all(g.dtype == torch.bfloat16 for g in found)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours - theirs).norm() <= 4e-3 * theirs.norm()  # one rounding to bfloat16
+    close(observation.t2, naive_observation(*qkv, grad, GRID, scale, pad, window).t2, 1e-4)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    qkv, grad, scale, _, _ = tensors("plain")
+    plain, cast = (Observation.zeros(4, GRID, 150) for _ in range(2))
+    stream(*qkv, grad, scale, None, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        stream(*qkv, grad, scale, None, cast)
+    assert torch.equal(plain.t2, cast.t2)
+
+
+@pytest.mark.parametrize("rows", [16, 50, 256])
+def test_block_size_and_grouping_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, grad, scale, pad, window = tensors("padded left")
+    one, other = (Observation.zeros(4, GRID, 150, delta=True) for _ in range(2))
+    stream(*qkv, grad, scale, pad, one, window)
+    monkeypatch.setattr("attnopt.statistics.CPU_BLOCK", 1)
+    stream(*qkv, grad, scale, pad, other, window, rows=rows)
+    for name in ("t2", "mass", "delta", "entropy"):
+        close(other.sums[name], one.sums[name], 1e-4)
+
+
+def test_padded_rows_and_padding_length_do_not_count() -> None:
+    """A right-padded sample has the sums of the same sample without its padding."""
+    qkv, grad, scale, _, _ = tensors("plain")
+    pad = torch.ones(2, 150, dtype=torch.bool)
+    pad[:, 100:] = False
+    noisy, short = Observation.zeros(4, GRID, 150), Observation.zeros(4, GRID, 100)
+    stream(*qkv, grad, scale, pad, noisy)  # grad is not zero on the padded rows
+    stream(*(x[:, :, :100] for x in (*qkv, grad)), scale, None, short)
+    close(noisy.t2, short.t2, 1e-5)
+    close(noisy.ablation_t2, short.ablation_t2, 1e-5)
+    assert noisy.rows == short.rows == 200
+
+
+def test_forward_only_measures_what_needs_no_gradient() -> None:
+    qkv, grad, scale, pad, window = tensors("padded right")
+    full, forward = (Observation.zeros(4, GRID, 150, delta=True) for _ in range(2))
+    stream(*qkv, grad, scale, pad, full, window)
+    measure_forward(*qkv, scale, pad, forward, window)
+    for name in ("mass", "entropy", "mass_by_distance", "delta"):
+        assert torch.equal(full.sums[name], forward.sums[name]), name
+    assert not forward.t2.any() and not forward.ablation_t2.any()
+
+
+def test_observations_add() -> None:
+    qkv, grad, scale, _, _ = tensors("plain")
+    both, first, second = (Observation.zeros(4, GRID, 150) for _ in range(3))
+    stream(*qkv, grad, scale, None, both)
+    for n, part in enumerate((first, second)):
+        stream(*(x[n : n + 1] for x in (*qkv, grad)), scale, None, part)
+    total = first + second
+    assert (total.rows, total.samples) == (both.rows, both.samples) == (300, 2)
+    for name in both.sums:
+        close(total.sums[name], both.sums[name], 1e-5)
+    assert first.samples == 1, "adding leaves the terms as they were"
+    assert total.damage(1, 4, 8) == 0.5 * float(total.t2[1, 2, 2])
+    with pytest.raises(ValueError, match="do not add"):
+        first + Observation.zeros(4, Grid((0,), (1,)), 150)
+    with pytest.raises(ValueError, match="do not fit"):
+        stream(*(x[:, :, :50] for x in (*qkv, grad)), scale, None, both)
+    with pytest.raises(AttributeError, match="delta"):
+        _ = first.delta
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_does_not_count_twice(reentrant: bool) -> None:
+    qkv, grad, scale, _, _ = tensors("plain")
+    plain, again = (Observation.zeros(4, GRID, 150) for _ in range(2))
+    Observe.apply(*qkv, scale, None, plain).backward(grad)
+    out = torch.utils.checkpoint.checkpoint(
+        lambda *x: Observe.apply(*x, scale, None, again), *qkv, use_reentrant=reentrant
+    )
+    out.backward(grad)
+    assert again.samples == plain.samples == 2
+    assert torch.equal(again.t2, plain.t2)
+
+
+def test_distance_buckets() -> None:
+    assert distance_buckets(1) == [0]
+    assert distance_buckets(2) == [0, 1]
+    assert distance_buckets(9) == [0, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "sinks, windows", [((), (1,)), ((0,), ()), ((-1,), (1,)), ((0,), (0,)), ((0,), (4, 2)), ((0, 0), (1,))]
+)
+def test_grid_refuses(sinks: tuple[int, ...], windows: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="ascending"):
+        Grid(sinks, windows)
+
+
+class Small(nn.Module):
+    """Two layers, four heads, vocabulary of 50; sharp, partly local attention as training makes it."""
+
+    def __init__(self, length: int, dim: int = 48, heads: int = 4, layers: int = 2, words: int = 50) -> None:
+        super().__init__()
+        self.heads, self.layers = heads, layers
+        self.words, self.places = nn.Embedding(words, dim), nn.Parameter(torch.randn(length, dim) * 0.5)
+        self.qkv = nn.ParameterList(torch.randn(dim, 3 * dim) * 1.5 * dim**-0.5 for _ in range(layers))
+        self.out = nn.ParameterList(torch.randn(dim, dim) * 0.7 * dim**-0.5 for _ in range(layers))
+        self.head = nn.Parameter(torch.randn(dim, words) * 1.2 * dim**-0.5)
+
+    def forward(
+        self, tokens: Tensor, sites: list[Observation] | None = None, keep: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """tokens (B, N) -> log-probabilities (B, N, words); keep: layer -> mask (heads, N, N)."""
+        x = self.words(tokens) + self.places
+        for n in range(self.layers):
+            y = F.layer_norm(x, x.shape[-1:]) @ self.qkv[n]
+            q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in y.chunk(3, -1))
+            scale = q.shape[-1] ** -0.5
+            if sites is not None:
+                o = Observe.apply(q, k, v, scale, None, sites[n])
+            elif keep and n in keep:
+                o = F.scaled_dot_product_attention(q, k, v, keep[n][None], scale=scale)
+            else:
+                o = attention(q, k, v, scale, None, None)
+            x = x + o.transpose(1, 2).flatten(-2) @ self.out[n]
+        return torch.log_softmax(F.layer_norm(x, x.shape[-1:]) @ self.head, -1)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_damage_is_the_kl_divergence_in_nats() -> None:
+    torch.manual_seed(11)
+    length, batch, draws = 96, 8, 8
+    grid = Grid((0, 2), (8, 16, 32, 64))
+    model = Small(length)
+    tokens = torch.randint(50, (batch, length))
+    sites = [Observation.zeros(model.heads, grid, length) for _ in range(model.layers)]
+    log_p = model(tokens, sites)
+    for _ in range(draws):
+        labels = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1)
+        F.nll_loss(log_p.flatten(0, 1), labels[:, 0], reduction="sum").backward(retain_graph=True)
+    assert sites[0].samples == batch * draws
+    i = torch.arange(length)
+    causal = i <= i[:, None]
+    predicted, true = [], []
+    with torch.no_grad():
+        for layer in range(model.layers):
+            for head in range(model.heads):
+                for sink in grid.sinks:
+                    for window in grid.windows:
+                        mask = causal.expand(model.heads, -1, -1).clone()
+                        mask[head] &= (i < sink) | (i[:, None] - i < window)
+                        log_q = model(tokens, keep={layer: mask})
+                        true.append(float((log_p.exp() * (log_p - log_q)).sum()))
+                        predicted.append(sites[layer].damage(head, sink, window) / draws)
+    found, kl = torch.tensor(predicted), torch.tensor(true)
+    ratio = (found / kl)[kl > 1e-3 * batch]
+    within = ((ratio > 0.7) & (ratio < 1.5)).float().mean()
+    assert len(ratio) >= 48 and within >= 0.9
+    assert spearman(found, kl) > 0.9
