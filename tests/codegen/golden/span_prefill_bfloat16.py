@@ -1,0 +1,218 @@
+"""Span prefill for triton: 32/8 heads, dim 128/128, bfloat16. Emitted by attnopt; edits are overwritten.
+
+Key j is kept by query i of head h where ``j <= i and (j < sinks[h] or i - j < windows[h])``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from attnopt.codegen.work_list import side_stream, work_lists
+
+# One launch per tile class, long tiles first; heads with short spans take the last.
+LAUNCHES = (
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+)
+TILES = tuple((config["BLOCK_M"], config["BLOCK_N"]) for config in LAUNCHES)
+
+
+@triton.jit(do_not_specialize=["length", "tiles"])
+def span_prefill(
+    q,
+    k,
+    v,
+    out,
+    sinks,
+    windows,
+    work,
+    length,
+    tiles,
+    scale_log2,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M."""
+    # Which tile: ((batch * 32 heads) + head) * tiles + tile, longest first over the grid.
+    item = tl.load(work + tl.program_id(0))
+    first = item % tiles * BLOCK_M
+    head = item // tiles % 32
+    kv_head = head // 4
+    # 64 bits: a large batch has more elements than 32 bits count.
+    batch = (item // tiles // 32).to(tl.int64)
+    sink = tl.minimum(tl.maximum(tl.load(sinks + head), 0), length)
+    window = tl.minimum(tl.maximum(tl.load(windows + head), 0), length)
+
+    inner = tl.arange(0, BLOCK_M)
+    local = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, 128)
+    dims_v = tl.arange(0, 128)
+    rows = first + inner
+    q += batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_row
+    k += batch * k_batch + kv_head.to(tl.int64) * k_head
+    v += batch * v_batch + kv_head.to(tl.int64) * v_head
+    out += batch * out_batch + head.to(tl.int64) * out_head + first.to(tl.int64) * out_row
+    k_tile = local[None, :] * k_row + dims[:, None]
+    v_tile = local[:, None] * v_row + dims_v[None, :]
+    q_tile = inner[:, None] * q_row + dims[None, :]
+    queries = tl.load(q + q_tile, mask=rows[:, None] < length, other=0.0)
+
+    # Per row: the largest score in base 2, the sum of weights relative to it, and the weighted sum of values.
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, 128], tl.float32)
+
+    # Every row of the tile keeps every key in [0, full_sink) and in [full_left, first); these ranges do not overlap.
+    # The rest are edges: [full_sink, part_sink) where the sinks end inside a block, [left, full_left) where the window
+    # begins, and the diagonal from first on.
+    full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)
+    full_sink = tl.minimum(sink // BLOCK_N * BLOCK_N, full_left)
+    part_sink = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, full_left)
+    left = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    left = tl.minimum(tl.maximum(left, part_sink), full_left)
+
+    # Fully live blocks: no mask, and every score is finite.
+    sink_blocks = full_sink // BLOCK_N
+    full_blocks = sink_blocks + (first - full_left) // BLOCK_N
+    for n in range(0, full_blocks):
+        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, full_left - full_sink)
+        k_block = k + start.to(tl.int64) * k_row
+        v_block = v + start.to(tl.int64) * v_row
+        keys = tl.load(k_block + k_tile)
+        scores = tl.dot(queries, keys)
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        values = tl.load(v_block + v_tile)
+        acc = tl.dot(weights.to(values.dtype), values, acc)
+        top = new_top
+
+    # Edge blocks, masked.
+    sink_edge = (part_sink - full_sink) // BLOCK_N
+    left_edge = sink_edge + (full_left - left) // BLOCK_N
+    live_blocks = left_edge + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
+    for n in range(0, live_blocks):
+        jump = tl.where(n < left_edge, left - sink_edge * BLOCK_N, first - left_edge * BLOCK_N)
+        start = n * BLOCK_N + tl.where(n < sink_edge, full_sink, jump)
+        cols = start + local
+        k_block = k + start.to(tl.int64) * k_row
+        v_block = v + start.to(tl.int64) * v_row
+        keys = tl.load(k_block + k_tile, mask=cols[None, :] < length, other=0.0)
+        scores = tl.dot(queries, keys)
+        span = (cols[None, :] < sink) | (rows[:, None] - cols[None, :] < window)
+        keep = span & (cols[None, :] <= rows[:, None])
+        scores = tl.where(keep, scores * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has met no kept key yet: -inf minus -inf would be NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        values = tl.load(v_block + v_tile, mask=cols[:, None] < length, other=0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc)
+        top = new_top
+
+    # A row without a kept key is 0.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_tile = inner[:, None] * out_row + dims_v[None, :]
+    tl.store(out + out_tile, acc.to(out.dtype.element_ty), mask=rows[:, None] < length)
+
+
+# Chosen by TRITON_INTERPRET when this file is imported.
+INTERPRETED = not isinstance(span_prefill, triton.JITFunction)
+
+
+def _check(q, k, v, pad):
+    batch, length = q.shape[0], q.shape[2]
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    wanted = (batch, 32, length, 128), (batch, 8, length, 128), (batch, 8, length, 128)
+    if shapes != wanted:
+        raise ValueError(f"q, k, v have shapes {shapes}; this kernel wants {wanted}")
+    if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this kernel wants bfloat16")
+    if not (INTERPRETED or q.is_cuda):
+        raise ValueError(f"Triton needs a GPU, and q is on {q.device}; set ATTNOPT_TARGET to cpu or reference")
+    if pad is not None:
+        raise ValueError("this kernel was emitted for unpadded inputs; pass no pad")
+
+
+def _launch(work, tensors, length, scale_log2, strides):
+    span_prefill[(work.items.numel(),)](
+        *tensors,
+        work.items,
+        length,
+        work.tiles,
+        scale_log2,
+        *strides,
+        **LAUNCHES[work.tile_class],
+        enable_fp_fusion=True,
+    )
+
+
+def prefill(q, k, v, sinks, windows, scale, pad=None):
+    """q (B, 32, N, 128), k (B, 8, N, 128), v (B, 8, N, 128) -> (B, 32, N, 128).
+
+    All bfloat16; sinks, windows int32 (32,); pad None.
+    The result is laid out as (B, N, 32, 128).
+    """
+    _check(q, k, v, pad)
+    batch, length, dtype = q.shape[0], q.shape[2], q.dtype
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bit patterns of bfloat16.
+        q, k, v = q.float(), k.float(), v.float()
+    if scale < 0:
+        # The kernel takes each row's largest score before it scales.
+        q, scale = -q, -scale
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    out = torch.empty((batch, length, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
+    tensors = (q, k, v, out, sinks, windows)
+    strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
+    rest = (tensors, length, scale * 1.4426950408889634, strides)
+    with torch.cuda.device_of(q):
+        works = work_lists(sinks, windows, 8, length, batch, TILES)
+        if len(works) == 2 and q.is_cuda:
+            # Side by side, so that short tiles fill the SMs that the last long tiles leave idle.
+            main, side = torch.cuda.current_stream(), side_stream(q.device)
+            side.wait_stream(main)
+            _launch(works[0], *rest)
+            with torch.cuda.stream(side):
+                _launch(works[1], *rest)
+            main.wait_stream(side)
+        else:
+            for work in works:
+                _launch(work, *rest)
+    return out.to(dtype)
+
+
+def aot_signatures():
+    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors."""
+    signature = {
+        **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+        **dict.fromkeys(("sinks", "windows"), "*i32"),
+        "work": "*i32",
+        **dict.fromkeys(("length", "tiles"), "i32"),
+        "scale_log2": "fp32",
+        **{f"{tensor}_{step}": "i32" for tensor in ("q", "k", "v", "out") for step in ("batch", "head", "row")},
+        **dict.fromkeys(("BLOCK_M", "BLOCK_N"), "constexpr"),
+    }
+    unaligned = ("length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unaligned}
+    for config in LAUNCHES:
+        constexprs = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+        options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}
+        yield {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}

@@ -1,0 +1,283 @@
+"""The emitted Triton prefill: its text, and in Triton's interpreter its numbers.
+
+Triton fixes the interpreter when a kernel is imported, so all numbers come from one child process: this file run as a
+script with TRITON_INTERPRET=1, which prints one JSON object per case.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from attnopt.codegen import emit, work_list
+from attnopt.codegen.reference import prefill as reference
+from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.triton import launches, source
+from attnopt.errors import DependencyError
+from attnopt.registry import TARGETS
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+# Relative Frobenius norms against float64.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+DENSE = 2**31 - 1
+
+
+class Case(NamedTuple):
+    length: int
+    sinks: list[int]
+    windows: list[int]
+    kv_heads: int = 2
+    dims: tuple[int, int] = (32, 32)
+    dtype: str = "float32"
+    batch: int = 1
+    padding: list[list[int]] | None = None  # per batch entry the padded positions, as [first, end)
+    scale: float = 0.2
+    shipped: bool = False  # keep the tiles shipped for the dtype; else those of the half types
+    layout: str = "transposed"
+
+
+MIXED = [0, 5, 64, 100], [DENSE, 1, 40, 130]
+CASES = {
+    **{f"length {n}": Case(n, *MIXED) for n in (1, 17, 63, 64, 100, 128, 200, 256)},
+    **{f"group of {4 // g}": Case(100, *MIXED, kv_heads=g) for g in (1, 2, 4)},
+    "shipped float32 tiles": Case(100, *MIXED, shipped=True),
+    "window 1, no sink": Case(130, [0] * 4, [1] * 4),
+    "window 1, one sink": Case(130, [1] * 4, [1] * 4),
+    "nothing kept": Case(70, [0, 0, 3, 0], [0, 0, 0, 5]),
+    "negative counts as none": Case(70, [-3, -3, 3, 2], [-1, 4, -9, 5]),
+    "all dense": Case(200, [0, 3, 64, 300], [DENSE, 200, 201, 300]),
+    "sinks reach past the window's start": Case(200, [150, 199, 200, 128], [10, 64, 1, 70]),
+    "windows around a block": Case(256, [0, 63, 64, 65], [63, 64, 65, 66]),
+    "windows around two blocks": Case(256, [127, 128, 129, 1], [127, 128, 129, 191]),
+    "batch 2": Case(100, *MIXED, batch=2),
+    "contiguous inputs": Case(100, *MIXED, batch=2, layout="contiguous"),
+    "last dimension strided": Case(40, *MIXED, layout="strided"),
+    "dims 24 and 40": Case(100, *MIXED, dims=(24, 40)),
+    "dims 8 and 16": Case(40, *MIXED, dims=(8, 16)),
+    "dims 64": Case(100, *MIXED, dims=(64, 64)),
+    "dims 128": Case(100, *MIXED, dims=(128, 128)),
+    "negative scale": Case(100, *MIXED, scale=-0.3),
+    "float16": Case(200, *MIXED, dtype="float16", dims=(64, 64)),
+    "float16, dims 256": Case(70, *MIXED, dtype="float16", dims=(256, 256), shipped=True),
+    "bfloat16": Case(100, *MIXED, dtype="bfloat16", batch=2),
+    "padded left": Case(100, *MIXED, batch=2, padding=[[0, 70], [0, 0]]),
+    "padded right": Case(100, *MIXED, batch=2, padding=[[90, 100], [30, 100]]),
+    "padded middle": Case(200, *MIXED, batch=2, padding=[[50, 140], [64, 128]]),
+    "padded everywhere": Case(70, *MIXED, batch=2, padding=[[0, 70], [0, 69]]),
+    "padded, shipped tiles": Case(70, *MIXED, batch=2, padding=[[0, 20], [60, 70]], shipped=True),
+    "padded float16": Case(100, *MIXED, dtype="float16", batch=2, padding=[[0, 33], [98, 100]]),
+    "padded, dims 24 and 40": Case(70, *MIXED, dims=(24, 40), padding=[[0, 20]]),
+    "empty": Case(0, *MIXED),
+    "empty batch": Case(10, *MIXED, batch=0),
+}
+
+
+def spec_of(case: Case) -> KernelSpec:
+    padded = case.padding is not None
+    return KernelSpec("triton", case.dtype, len(case.sinks), case.kv_heads, *case.dims, padded)
+
+
+def tensor(case: Case, heads: int, dim: int) -> torch.Tensor:
+    if case.layout == "contiguous":
+        return torch.randn(case.batch, heads, case.length, dim).to(getattr(torch, case.dtype))
+    if case.layout == "strided":
+        return torch.randn(case.batch, heads, dim, case.length).to(getattr(torch, case.dtype)).transpose(2, 3)
+    return torch.randn(case.batch, case.length, heads, dim).to(getattr(torch, case.dtype)).transpose(1, 2)
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def run(case: Case) -> dict[str, Any]:
+    """In the interpreter: the case's error, and what else the tests ask."""
+    torch.manual_seed(0)
+    module = emit.load(spec_of(case))
+    kernel, own = module.span_prefill, (module.LAUNCHES, module.TILES)
+    seen: list[str] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def call(*args: Any, **options: Any) -> None:
+                seen.extend(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
+                kernel[grid](*args, **options)
+
+            return call
+
+    heads = len(case.sinks)
+    q, k = tensor(case, heads, case.dims[0]), tensor(case, case.kv_heads, case.dims[0])
+    v = tensor(case, case.kv_heads, case.dims[1])
+    sinks = torch.tensor(case.sinks, dtype=torch.int32)
+    windows = torch.tensor(case.windows, dtype=torch.int32)
+    pad = None
+    if case.padding is not None:
+        j = torch.arange(case.length)
+        pad = torch.stack([(j < first) | (j >= end) for first, end in case.padding])
+    empty = torch.empty
+    torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
+    module.span_prefill = Recorded()
+    if not case.shipped:
+        module.LAUNCHES = ({"BLOCK_M": 128, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
+        module.TILES = ((128, 64), (64, 64))
+    try:
+        out = module.prefill(q, k, v, sinks, windows, case.scale, pad)
+        works = work_list.work_lists(sinks, windows, case.kv_heads, case.length, case.batch, module.TILES)
+    finally:
+        torch.empty, module.span_prefill = empty, kernel
+        module.LAUNCHES, module.TILES = own
+    exact = functools.partial(reference, q.double(), k.double(), v.double(), scale=case.scale, pad=pad)
+    expected = exact(sinks, windows)
+    return {
+        "error": error(out, expected),
+        "finite": bool(out.isfinite().all()),
+        "zero where nothing is kept": bool((out[expected.abs().sum(-1) == 0] == 0).all()),
+        "shape": list(out.shape) == [case.batch, heads, case.length, case.dims[1]],
+        "dtype": out.dtype == q.dtype,
+        "layout": out.transpose(1, 2).is_contiguous(),
+        "error of a longer window": error(out, exact(sinks, windows.clamp(max=2**20) + 1)),
+        "error of a longer sink": error(out, exact(sinks + 1, windows)),
+        "seen": sorted(set(seen)),
+        "classes": [work.tile_class for work in works],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # So that these short inputs meet both tile classes.
+    work_list.SHORT_SPAN, work_list.LONGEST_SHARE = 120, float("inf")
+    for name, case in CASES.items():
+        print(json.dumps({"case": name, **run(case)}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton")
+    cache = str(tmp_path_factory.mktemp("kernels"))
+    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_CACHE": cache}
+    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    return {row["case"]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    row = interpreted[name]
+    assert row["finite"], "a row was left unwritten or became NaN"
+    assert row["error"] <= TOLERANCE[CASES[name].dtype]
+    assert row["zero where nothing is kept"] and row["shape"] and row["dtype"] and row["layout"]
+
+
+@pytest.mark.parametrize("name", ["length 200", "float16", "bfloat16", "padded middle", "windows around a block"])
+def test_the_tolerance_rejects_a_span_off_by_one(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    row = interpreted[name]
+    assert row["error of a longer window"] > 5 * TOLERANCE[CASES[name].dtype]
+    assert row["error of a longer sink"] > 5 * TOLERANCE[CASES[name].dtype]
+
+
+def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
+    assert "torch.float16" in interpreted["float16"]["seen"]
+    assert interpreted["bfloat16"]["seen"] == ["torch.float32", "torch.int32"]
+
+
+def test_both_tile_classes_were_run(interpreted: dict[str, dict[str, Any]]) -> None:
+    assert interpreted["length 200"]["classes"] == [0, 1]
+    assert interpreted["padded middle"]["classes"] == [0, 1]
+
+
+SPEC = KernelSpec("triton", "bfloat16", 32, 8, 128, 128, False)
+ODD = [
+    SPEC,
+    KernelSpec("triton", "bfloat16", 32, 8, 128, 128, True),
+    KernelSpec("triton", "float16", 16, 16, 192, 128, False),
+    KernelSpec("triton", "float32", 6, 2, 96, 80, True),
+]
+
+
+def test_golden_text() -> None:
+    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
+    path, text = GOLDEN / "span_prefill_bfloat16.py", source(SPEC)
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("spec", ODD, ids=str)
+def test_emitted_text_is_clean(spec: KernelSpec, tmp_path: Path) -> None:
+    ruff = pytest.importorskip("ruff").find_ruff_bin()
+    path = tmp_path / "kernel.py"
+    path.write_text(source(spec), encoding="utf-8")
+    config = ["--config", str(ROOT / "pyproject.toml"), str(path)]
+    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
+        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_constants_are_literals() -> None:
+    text = source(KernelSpec("triton", "float16", 6, 2, 96, 80, False))
+    for literal in (
+        "item // tiles % 6",
+        "head // 3",
+        "tl.arange(0, 128)",
+        "dims[None, :] < 96",
+        "dims_v[None, :] < 80",
+    ):
+        assert literal in text
+    assert " pad" not in text.split("# Chosen by")[0].split('"""', 2)[2]
+
+
+def test_unsupported_specs_are_refused() -> None:
+    with pytest.raises(ValueError, match="no float64"):
+        source(KernelSpec("triton", "float64", 4, 4, 64, 64, False))
+    with pytest.raises(ValueError, match="exceed 256"):
+        source(KernelSpec("triton", "float16", 4, 4, 320, 64, False))
+
+
+def test_every_tile_is_a_multiple_of_its_blocks() -> None:
+    for spec in ODD:
+        assert all(rows % keys == 0 for rows, keys, _, _ in launches(spec))
+
+
+def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match="pip install triton"):
+        emit.load(SPEC)
+
+
+def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    module = emit.load(KernelSpec("triton", "float16", 4, 2, 16, 16, False))
+    padded = emit.load(KernelSpec("triton", "float16", 4, 2, 16, 16, True))
+    q, k = torch.zeros(1, 4, 8, 16).half(), torch.zeros(1, 2, 8, 16).half()
+    tables = torch.ones(4, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="shapes"):
+        module.prefill(q, q, k, *tables, 1.0)
+    with pytest.raises(ValueError, match="wants float16"):
+        module.prefill(q.float(), k, k, *tables, 1.0)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        module.prefill(q, k, k, *tables, 1.0)
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    monkeypatch.setattr(padded, "INTERPRETED", True)
+    with pytest.raises(ValueError, match="pass no pad"):
+        module.prefill(q, k, k, *tables, 1.0, torch.ones(1, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="pass pad"):
+        padded.prefill(q, k, k, *tables, 1.0)
+
+
+def test_is_a_registered_target() -> None:
+    pytest.importorskip("triton")
+    assert TARGETS["triton"].emit(SPEC) == source(SPEC)
+
+
+if __name__ == "__main__":
+    main()
