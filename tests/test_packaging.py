@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ def package_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """Built offline from a copy of the tree: setuptools leaves a build folder behind, from which stale files creep in."""
+    """Built offline, from a copy of the tree: a build folder that setuptools left behind may hold stale files."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("attnopt", "tests", "pyproject.toml", "README.md", "LICENSE", *LINKS):
         source = ROOT / name
@@ -94,3 +96,29 @@ def test_the_backend_imports_without_the_optional_libraries(tmp_path: Path) -> N
     absent = (*OPTIONAL, "triton", "rich")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import attnopt.backend; print('imported')"
     assert run_python(code, tmp_path) == "imported"
+
+
+def test_constraints_pin_every_dependency() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {re.fullmatch(r"([\w.-]+)==[\w.]+", line)[1].lower() for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *(n for extra in project["optional-dependencies"].values() for n in extra)]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed} - {"attnopt"}
+    assert names <= pinned
+
+
+def check_requirements(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(ROOT / "tools/check_requirements.sh"), environment.pop("python", sys.executable)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_missing_requirements_are_named_with_the_line_that_installs_them() -> None:
+    done = check_requirements(python="no-such-python", CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert "sudo apt-get install -y python3 python3-venv python3-dev g++" in done.stderr
+
+
+def test_a_missing_compiler_is_named_alone() -> None:
+    done = check_requirements(CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert "sudo apt-get install -y g++" in done.stderr and "python3" not in done.stderr
