@@ -31,8 +31,6 @@ def obstacle(gm: GraphModule, inputs: Sequence[Any]) -> str:
             return "it switches autocast inside, and the export would lose the casts"
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"it holds the higher-order operator {node.target}"
-        if "_set_grad_enabled" in str(node.target):
-            return "it switches gradients on or off inside"
     for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
         if torch.is_autocast_enabled(device):
             return "it runs under autocast, whose casts an exported graph does not show"

@@ -3,7 +3,7 @@
 A Llama-architecture transformer (GQA, RoPE, context 8192) on the source of Python's standard library,
 mixed with long-range recall: a name bound far above must be reproduced. Everything comes from this machine.
 
-    python examples/train_demo_model.py --out runs/demo --tokens 13_000_000     # hours on two cores
+    python examples/train_demo_model.py --out runs/demo --tokens 10_000_000     # hours on two cores
     python examples/train_demo_model.py --out runs/demo                          # resumes where it stopped
     python examples/train_demo_model.py --out /tmp/t --tokens 20_000 --tiny      # a minute: checks the script
 
@@ -235,7 +235,7 @@ def train(args: argparse.Namespace) -> None:
     batches = Batches(encode_library(tokenizer, args.out / "library.npy"), tokenizer)
     model = build_model(args.tiny).to(device)
     optimizers = build_optimizers(model)
-    state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 13_000_000, "history": []}
+    state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 10_000_000, "history": []}
     if args.tokens:
         state["budget"] = args.tokens
     step_model = torch.compile(model, dynamic=False) if args.compile else model

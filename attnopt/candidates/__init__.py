@@ -1,1 +1,134 @@
+"""What one head's attention may be replaced by: one file per candidate, found through ``registry.CANDIDATES``.
 
+A candidate reads facts (a Site), statistics (an Observation) and a cost table; it never sees a graph. See
+docs/add-a-candidate.md. Names used here: ``length`` is the total number of keys N, ``own_window`` the site's own
+sliding window (None for plain causal attention), ``params`` a mapping from parameter name to number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from attnopt.ir import Choice, Refusal, Site
+
+if TYPE_CHECKING:
+    import torch
+
+Number = int | float
+Params = Mapping[str, Number]
+
+
+class SpanGrid(Protocol):
+    """The sinks and windows a profile observed, both ascending."""
+
+    @property
+    def sinks(self) -> Sequence[int]: ...
+
+    @property
+    def windows(self) -> Sequence[int]: ...
+
+
+class SpanSums(Protocol):
+    """Sums of one site at one length: ``t2`` (heads, sinks, windows) and ``ablation_t2`` (heads,), sums of t_i^2 in
+    nats^2 as attnopt.statistics defines t_i, of which half is nats of divergence; float64."""
+
+    @property
+    def t2(self) -> torch.Tensor: ...
+
+    @property
+    def ablation_t2(self) -> torch.Tensor: ...
+
+
+class SpanCosts(Protocol):
+    """A table of prefill costs, in milliseconds per head."""
+
+    def cost(self, length: int, sink: int, window: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: ``kind`` is int or float; a float is a multiple of ``step`` so that it is exact in a file."""
+
+    name: str
+    kind: type
+    least: float
+    most: float
+    step: float = 0.0
+
+    def problem(self, value: object) -> str:
+        """What is wrong with `value`, or an empty string."""
+        wanted = "a whole number" if self.kind is int else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
+            return f"{self.name} must be {wanted}, not {value!r}"
+        if not self.least <= value <= self.most:
+            return f"{self.name} must be between {self.least:g} and {self.most:g}, not {value!r}"
+        if self.step and value / self.step != round(value / self.step):
+            return f"{self.name} must be a multiple of {self.step:g}, not {value!r}"
+        return ""
+
+
+class Candidate(ABC):
+    """One replacement of a head's attention. Stateless: one instance serves every site."""
+
+    name: ClassVar[str]
+    params: ClassVar[tuple[Param, ...]] = ()
+
+    def problem(self, params: Params) -> str:
+        """What is wrong with `params`, or an empty string."""
+        missing = [p.name for p in self.params if p.name not in params]
+        return f"{', '.join(missing)} is missing" if missing else next(
+            (text for p in self.params if (text := p.problem(params[p.name]))), ""
+        )
+
+    @abstractmethod
+    def space(self, grid: SpanGrid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
+        """The choices worth weighing at `lengths`: few spans, and none narrower than the profile observed."""
+
+    @abstractmethod
+    def refuse(self, site: Site) -> Refusal | None:
+        """Why this candidate cannot stand at `site`, or None if it can."""
+
+    @abstractmethod
+    def damage(
+        self, sums: SpanSums, grid: SpanGrid, params: Params, length: int, own_window: int | None = None
+    ) -> torch.Tensor:
+        """Predicted divergence from the dense model, per head (heads,), in nats summed over the observed rows."""
+
+    @abstractmethod
+    def span(self, params: Params, length: int, own_window: int | None = None) -> tuple[int, int]:
+        """Lowering for prefill and cache: (sink, window); key j is kept where j < sink or i - j < window."""
+
+    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
+        """Milliseconds of one head's prefill at `length`."""
+        return table.cost(length, *self.span(params, length, own_window))
+
+    def reference(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Params, scale: float,
+        own_window: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Plain PyTorch: q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv) -> (B, H, N, Dv), all heads alike."""
+        import torch
+
+        from attnopt.codegen.reference import prefill
+
+        sink, window = self.span(params, q.shape[2], own_window)
+        sinks = torch.full((q.shape[1],), sink, device=q.device)
+        return prefill(q, k, v, sinks, torch.full_like(sinks, window), scale)
+
+
+def refuse_span(site: Site) -> Refusal | None:
+    """The sites a (sink, window) table cannot describe; shared by every candidate that lowers to one."""
+    mask = site.mask
+    if mask.kind not in ("causal", "sliding"):
+        return Refusal(f"its mask is {mask.kind!r}; spans need a causal one", site.name, site.source)
+    if mask.offset != 0:
+        return Refusal(f"its queries are shifted by {mask.offset} against its keys", site.name, site.source)
+    wide = [load for load in mask.loads if not set(load.dims) <= {"b", "j"}]
+    if wide:
+        return Refusal(f"its mask reads {wide[0]}, which is more than padding of keys", site.name, site.source)
+    if len(mask.loads) > 1:
+        return Refusal(f"its mask reads {len(mask.loads)} tensors; spans combine with one", site.name, site.source)
+    return None

@@ -70,14 +70,24 @@ def site_of(match: Match, mask: Mask, ordinal: int) -> Site | Miss:
     )  # fmt: skip
 
 
+def switches_gradients(match: Match, order: dict[torch.fx.Node, int]) -> bool:
+    """Whether gradients are switched on or off between the operands and the output: then the parts differ in it."""
+    first, last = max(order[match.q], order[match.k]), order[match.out]
+    return any(first < n < last and "_set_grad_enabled" in str(node.target) for node, n in order.items())
+
+
 def run(program: Program) -> None:
     interpreter = Interpreter()
     seen: Counter[str] = Counter()
+    order = {node: n for n, node in enumerate(program.gm.graph.nodes)}
+    switching = any("_set_grad_enabled" in str(node.target) for node in order)
     for match in program.matches:
         path = module_path(match.anchor) or "attention"
         ordinal = seen[path]
         seen[path] += 1
         recovered = recover(interpreter, match)
+        if switching and switches_gradients(match, order):
+            recovered = Miss("gradients are switched on or off inside the attention")
         site = recovered if isinstance(recovered, Miss) else site_of(match, recovered[0], ordinal)
         if isinstance(recovered, Miss) or isinstance(site, Miss):
             reason = recovered.reason if isinstance(recovered, Miss) else site.reason
