@@ -14,7 +14,7 @@ ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -c constraints.txt
+INSTALL := $(PIP) install -c $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help demo test check bench clean requirements
@@ -43,22 +43,26 @@ clean:
 requirements:
 	@sh tools/check_requirements.sh $(PYTHON)
 
-# The environment, then one stamp for each set of packages in it.
-$(VENV)/.torch: constraints.txt | requirements
+# The environment and its constraints, then one stamp for each set of packages in it. Without a GPU, torch's CPU build is
+# preferred: from where pip looks anyway, else from PyTorch's own index. Where neither has it, the next step takes the
+# build that PyPI has, which asks for a triton of its own. torch's dependencies come with the next step, pinned.
+$(VENV)/constraints.txt: constraints.txt | requirements
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) setuptools
-	@# Without a GPU, prefer torch's CPU build: from where pip looks anyway, else from PyTorch's own index. Where neither
-	@# has it, the next step takes the build that PyPI has. Its dependencies come with that step, pinned.
-	@nvidia-smi -L >/dev/null 2>&1 \
-	  || $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install --no-deps --index-url $(CPU_INDEX) --retries 1 --timeout 15 "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || echo "No CPU build of torch $(TORCH) found; installing the one that PyPI has."
-	@touch $@
+	@if nvidia-smi -L >/dev/null 2>&1; then echo "A GPU is here: installing torch $(TORCH) as PyPI has it."; \
+	  grep -v "^triton==" constraints.txt > $@.partial; \
+	elif $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --no-deps --index-url $(CPU_INDEX) --retries 1 --timeout 15 "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	  cp constraints.txt $@.partial; \
+	else echo "No CPU build of torch $(TORCH) found: installing the one that PyPI has."; \
+	  grep -v "^triton==" constraints.txt > $@.partial; \
+	fi
+	$(PIP) install -c $@.partial setuptools
+	@mv $@.partial $@
 
-$(VENV)/.demo: pyproject.toml $(VENV)/.torch | requirements
+$(VENV)/.demo: pyproject.toml $(VENV)/constraints.txt | requirements
 	$(INSTALL) --no-build-isolation -e ".[demo]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.torch | requirements
+$(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt | requirements
 	$(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@ $(VENV)/.demo
