@@ -47,7 +47,7 @@ requirements:
 # preferred: from where pip looks anyway, else from PyTorch's own index. Where neither has it, the next step takes the
 # build that PyPI has, which asks for a triton of its own. torch's dependencies come with the next step, pinned.
 $(VENV)/constraints.txt: constraints.txt | requirements
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	@if nvidia-smi -L >/dev/null 2>&1; then echo "A GPU is here: installing torch $(TORCH) as PyPI has it."; \
 	  grep -v "^triton==" constraints.txt > $@.partial; \
 	elif $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
