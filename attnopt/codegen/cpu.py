@@ -1,0 +1,53 @@
+"""The CPU target: a module that binds the library functions of `span_cpu` to the spec and its measured constants."""
+
+from __future__ import annotations
+
+import torch
+
+from attnopt.codegen.span_cpu import tuning
+from attnopt.codegen.spec import KernelSpec
+from attnopt.registry import TARGETS
+
+TEMPLATE = '''"""{spec}.
+
+Heads of equal span run together. Dense ones are causal SDPA; windowed ones are chunks of query rows against strided
+views of K and V, the query heads of a KV head packed into rows. attnopt/codegen/span_cpu.py has the functions.
+"""
+
+import torch
+
+from attnopt.codegen import span_cpu
+
+SHAPE = ({heads}, {kv_heads}, {head_dim}, {head_dim_v})  # query heads, KV heads, dim of q and k, dim of v
+DTYPE = torch.{dtype}
+TUNING = span_cpu.{tuning}
+
+
+def prefill(q, k, v, sinks, windows, scale, pad=None):
+    """Arguments and result as those of span_cpu.prefill."""
+    shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    if shape != SHAPE or q.dtype != DTYPE:
+        raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
+{check}    return span_cpu.prefill(q, k, v, sinks, windows, scale, {pad}, TUNING)
+'''
+UNPADDED = """    if pad is not None:
+        raise ValueError("emitted without a padding mask, called with one")
+"""
+
+
+@TARGETS.register("cpu")
+class Cpu:
+    @staticmethod
+    def emit(spec: KernelSpec) -> str:
+        """Source of a module with ``prefill`` (attnopt/codegen/reference.py has its contract)."""
+        return TEMPLATE.format(
+            spec=spec,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            head_dim_v=spec.head_dim_v,
+            dtype=spec.dtype,
+            tuning=tuning(getattr(torch, spec.dtype), spec.head_dim),
+            check="" if spec.padded else UNPADDED,
+            pad="pad" if spec.padded else "None",
+        )
