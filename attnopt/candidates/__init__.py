@@ -7,6 +7,7 @@ sliding window (None for plain causal attention), ``params`` a mapping from para
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,29 +18,10 @@ from attnopt.ir import Choice, Refusal, Site
 if TYPE_CHECKING:
     import torch
 
+    from attnopt.statistics import Grid, Observation
+
 Number = int | float
 Params = Mapping[str, Number]
-
-
-class SpanGrid(Protocol):
-    """The sinks and windows a profile observed, both ascending."""
-
-    @property
-    def sinks(self) -> Sequence[int]: ...
-
-    @property
-    def windows(self) -> Sequence[int]: ...
-
-
-class SpanSums(Protocol):
-    """Sums of one site at one length: ``t2`` (heads, sinks, windows) and ``ablation_t2`` (heads,), sums of t_i^2 in
-    nats^2 as attnopt.statistics defines t_i, of which half is nats of divergence; float64."""
-
-    @property
-    def t2(self) -> torch.Tensor: ...
-
-    @property
-    def ablation_t2(self) -> torch.Tensor: ...
 
 
 class SpanCosts(Protocol):
@@ -84,7 +66,7 @@ class Candidate(ABC):
         )
 
     @abstractmethod
-    def space(self, grid: SpanGrid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
+    def space(self, grid: Grid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
         """The choices worth weighing at `lengths`: few spans, and none narrower than the profile observed."""
 
     @abstractmethod
@@ -93,13 +75,21 @@ class Candidate(ABC):
 
     @abstractmethod
     def damage(
-        self, sums: SpanSums, grid: SpanGrid, params: Params, length: int, own_window: int | None = None
+        self, observation: Observation, params: Params, length: int, own_window: int | None = None
     ) -> torch.Tensor:
         """Predicted divergence from the dense model, per head (heads,), in nats summed over the observed rows."""
 
     @abstractmethod
+    def rule(self, params: Params) -> tuple[int, int, float]:
+        """Lowering for prefill and cache: (sink, alpha, beta), which the run-time operator evaluates at any length.
+        Key j is kept where j < sink or i - j < window(N), window(N) = clamp(floor(alpha + beta * N), 1, N)."""
+
     def span(self, params: Params, length: int, own_window: int | None = None) -> tuple[int, int]:
-        """Lowering for prefill and cache: (sink, window); key j is kept where j < sink or i - j < window."""
+        """The rule at one length: (sink, window). Far sinks are hidden from a site with a sliding window of its own,
+        so there the sink is 0 and the window at most its own."""
+        sink, alpha, beta = self.rule(params)
+        window = min(max(math.floor(alpha + beta * length), 1), length)
+        return (sink, window) if own_window is None else (0, min(window, own_window))
 
     def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
         """Milliseconds of one head's prefill at `length`."""
@@ -129,6 +119,4 @@ def refuse_span(site: Site) -> Refusal | None:
     wide = [load for load in mask.loads if not set(load.dims) <= {"b", "j"}]
     if wide:
         return Refusal(f"its mask reads {wide[0]}, which is more than padding of keys", site.name, site.source)
-    if len(mask.loads) > 1:
-        return Refusal(f"its mask reads {len(mask.loads)} tensors; spans combine with one", site.name, site.source)
     return None

@@ -1,0 +1,433 @@
+"""The plan: one Choice per query head per site, what it was promised to cost, and what was measured.
+
+    plan = Plan.load("plan.json")                    # PlanError names the file, the place and the remedy
+    plan.check(sites, fingerprint)                   # PlanError if it was made for another model
+    sinks, windows = plan.tables(site, length)       # one int per query head
+
+The file is described in docs/plan-file.md. ``Plan.load`` then ``dump`` gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from attnopt.errors import PlanError
+from attnopt.ir import DENSE, Choice, Site
+from attnopt.registry import CANDIDATES
+
+if TYPE_CHECKING:
+    from attnopt.fingerprint import Fingerprint
+
+SCHEMA = 1
+UNITS = {"loss": "percent of the dense loss", "kl": "nats per token"}
+AGAIN = "Write the plan again with `attnopt plan`, or restore the file."
+_LINE = 116  # a record of numbers up to this width stays on one line of the file
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the plan may cost in quality: kind "loss" in percent of the dense loss, kind "kl" in nats per token."""
+
+    kind: str
+    limit: float
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.kind]
+
+    def __str__(self) -> str:
+        return f"{self.limit:g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Total lengths N, in tokens: observed by the profile, planned for, and verified end to end."""
+
+    profiled: tuple[int, ...]
+    planned: int
+    verified: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the planner expected at the planned length. `cost` is "measured" (milliseconds of the attention of one
+    sequence, all layers) or "density" (millions of kept query-key pairs, where nothing was measured)."""
+
+    kl_nats_per_token: float
+    cost: str
+    dense_cost: float
+    planned_cost: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One end-to-end measurement against the dense model. Losses in nats per token; `increase` and `upper_95` (upper
+    one-sided 95 % paired bootstrap bound) in the budget's unit. `choices` is the `choices_id` that was measured."""
+
+    split: str
+    length: int
+    sequences: int
+    tokens: int
+    dense_loss: float
+    planned_loss: float
+    increase: float
+    upper_95: float
+    choices: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`choices` maps a site's name to one Choice per query head. `min_length`: under it every site runs dense.
+    `calibration`: hash of the profiled text; `cost_table`: the CostTable's id."""
+
+    model: str
+    fingerprint: Fingerprint
+    budget: Budget
+    lengths: Lengths
+    choices: Mapping[str, tuple[Choice, ...]]
+    predicted: Predicted
+    measured: tuple[Measured, ...] = ()
+    min_length: int = 0
+    cost_table: str = ""
+    calibration: str = ""
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def id(self) -> str:
+        """Hash of the whole content."""
+        return hashlib.sha256(self.dump().encode()).hexdigest()[:12]
+
+    @property
+    def choices_id(self) -> str:
+        """Hash of the choices alone: what a measurement belongs to."""
+        return choices_id(self.choices)
+
+    @property
+    def edited(self) -> bool:
+        """True if a measurement stands here that was made with other choices."""
+        return any(m.choices != self.choices_id for m in self.measured)
+
+    def tables(self, site: Site | str, length: int) -> tuple[list[int], list[int]]:
+        """Sinks and windows, one int per query head, at total length `length`; a Site brings its own window along."""
+        name = site if isinstance(site, str) else site.name
+        own = None if isinstance(site, str) else site.mask.window
+        choices = self.choices[name]
+        if length < self.min_length:
+            choices = (DENSE,) * len(choices)
+        spans = [CANDIDATES[c.candidate].span(dict(c.params), length, own) for c in choices]
+        return [s for s, _ in spans], [w for _, w in spans]
+
+    def check(self, sites: Iterable[Site], fingerprint: Fingerprint | None = None, complete: bool = True) -> None:
+        """Raise PlanError unless this plan was made for a model of these sites. `complete`: `sites` are all of them,
+        not those of one graph."""
+        found = {site.name: site for site in sites}
+        remedy = f"The plan is for {self.model!r}. Profile and plan this model: `attnopt profile`, then `attnopt plan`."
+        extra = [n for n in found if n not in self.choices]
+        gone = [n for n in self.choices if n not in found] if complete else []
+        for names, text in ((gone, "plans {}, which this model does not have"), (extra, "holds nothing for {}")):
+            if names:
+                some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise PlanError(f"The plan {text.format(some)} ({len(self.choices)} sites, {len(found)} here).", remedy)
+        for name, site in found.items():
+            if len(self.choices[name]) != site.heads:
+                counts = f"The plan has {len(self.choices[name])} heads at {name}, this model has {site.heads}."
+                raise PlanError(counts, remedy)
+        if fingerprint is not None:
+            from attnopt.fingerprint import mismatch
+
+            difference = mismatch(self.fingerprint, fingerprint)
+            if difference:
+                raise PlanError(f"The plan was made for another model: {difference}.", remedy)
+
+    def dump(self) -> str:
+        """The file's text."""
+        data = {
+            "schema": self.schema,
+            "versions": dict(self.versions),
+            "model": {"name": self.model, "fingerprint": self.fingerprint.to_json()},
+            "budget": {**asdict(self.budget), "unit": self.budget.unit},
+            "lengths": asdict(self.lengths),
+            "min_length": self.min_length,
+            "predicted": asdict(self.predicted),
+            "measured": [asdict(m) for m in self.measured],
+            "cost_table": self.cost_table,
+            "calibration": self.calibration,
+            "seed": self.seed,
+            "sites": {n: {"heads": len(c), "choices": fold(c)} for n, c in self.choices.items()},
+        }
+        return _text(data) + "\n"
+
+    def save(self, path: Path | str) -> None:
+        from attnopt.codegen.emit import write_atomically
+
+        write_atomically(Path(path), self.dump())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PlanError(f"There is no plan at {path}.", "Check the path, or make one: `attnopt plan`.") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlanError(f"The plan {path} cannot be read: {e}.", AGAIN) from e
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, file: str = "plan") -> Plan:
+        """A plan from its text; `file` is what errors call it."""
+        root = _Place(file)
+        try:
+            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except json.JSONDecodeError as e:
+            root.fail(f"not JSON at line {e.lineno}: {e.msg}; is the file cut off?", AGAIN)
+        except RecursionError:
+            root.fail("records are nested too deeply to be a plan")
+        except ValueError as e:
+            root.fail(str(e), "Remove the wrong entry, or " + AGAIN[0].lower() + AGAIN[1:])
+        return _read_plan(root, data)
+
+
+def choices_id(choices: Mapping[str, tuple[Choice, ...]]) -> str:
+    """Twelve hex digits that change when any head's choice does."""
+    content = repr(sorted((name, [(c.candidate, c.params) for c in heads]) for name, heads in choices.items()))
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def fold(choices: Iterable[Choice]) -> dict[str, dict[str, Any]]:
+    """Equal heads together, in the order of their first head: {"0-3,6": {"candidate": ...}, ...}."""
+    groups: dict[Choice, list[int]] = {}
+    for head, choice in enumerate(choices):
+        groups.setdefault(choice, []).append(head)
+    return {_ranges(heads): _choice_json(choice) for choice, heads in groups.items()}
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    values = dict(choice.params)
+    return {"candidate": choice.candidate, **{p.name: values[p.name] for p in CANDIDATES[choice.candidate].params}}
+
+
+def _ranges(heads: list[int]) -> str:
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and head == runs[-1][1] + 1:
+            runs[-1][1] = head
+        else:
+            runs.append([head, head])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _text(value: Any, depth: int = 0, used: int = 0) -> str:
+    """JSON with two-space indents, a short record of plain values on one line."""
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    nested = isinstance(value, (dict, list)) and bool(value)
+    inner = list(value.values()) if isinstance(value, dict) else value
+    simple = nested and not any(isinstance(v, (dict, list)) for v in inner)
+    if not nested or (simple and depth and 2 * depth + used + len(flat) <= _LINE):
+        return flat
+    pad = "  " * (depth + 1)
+    if isinstance(value, list):
+        rows, ends = [_text(v, depth + 1) for v in value], "[]"
+    else:
+        keys = [json.dumps(k, ensure_ascii=False) + ": " for k in value]
+        rows, ends = [k + _text(v, depth + 1, len(k)) for k, v in zip(keys, value.values(), strict=True)], "{}"
+    return ends[0] + "\n" + ",\n".join(pad + row for row in rows) + "\n" + "  " * depth + ends[1]
+
+
+# Reading
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) != len(pairs):
+        names = [k for k, _ in pairs]
+        raise ValueError(f"the key {next(k for k in names if names.count(k) > 1)!r} stands twice in one record")
+    return seen
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number a plan can hold")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in which file a value stands, for messages."""
+
+    file: str
+    path: str = ""
+
+    def at(self, key: str | int) -> _Place:
+        return _Place(self.file, f"{self.path}[{key}]" if isinstance(key, int) else f"{self.path}.{key}".lstrip("."))
+
+    def fail(self, problem: str, remedy: str = AGAIN) -> NoReturn:
+        raise PlanError(f"{self.file}: {self.path + ': ' if self.path else ''}{problem}", remedy)
+
+    def record(self, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(f"a record is needed here, not {_show(value)}")
+        required = list(required)
+        known = [*required, *optional]
+        for key in value:
+            if key not in known:
+                self.fail(f"unknown key {key!r}", _nearest(key, known, "Remove it; the keys are"))
+        for key in required:
+            if key not in value:
+                self.fail(f"{key!r} is missing")
+        return value
+
+    def number(self, value: Any, kind: type, least: float = -math.inf) -> Any:
+        right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if not right or not abs(value) < 1e18 or value < least:
+            wanted = "a whole number" if kind is int else "a number"
+            self.fail(f"{wanted}{f' of at least {least:g}' if least > -math.inf else ''} is needed, not {_show(value)}")
+        return kind(value)
+
+    def string(self, value: Any) -> str:
+        return value if isinstance(value, str) else self.fail(f"a string is needed, not {_show(value)}")
+
+    def items(self, value: Any) -> Iterator[tuple[_Place, Any]]:
+        if not isinstance(value, list):
+            self.fail(f"a list is needed here, not {_show(value)}")
+        return ((self.at(i), v) for i, v in enumerate(value))
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}."
+
+
+_KEYS = (
+    "schema", "versions", "model", "budget", "lengths", "min_length", "predicted", "measured", "cost_table",
+    "calibration", "seed", "sites",
+)  # fmt: skip
+
+
+def _read_plan(root: _Place, data: Any) -> Plan:
+    if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+        found = _show(data["schema"])
+        root.at("schema").fail(
+            f"this is schema {found}; this attnopt reads schema {SCHEMA}", "Write the plan again with `attnopt plan`."
+        )
+    data = root.record(data, _KEYS)
+    place = root.at("versions")
+    if not isinstance(data["versions"], dict):
+        place.fail(f"a record is needed here, not {_show(data['versions'])}")
+    model = root.at("model").record(data["model"], ("name", "fingerprint"))
+    lengths = root.at("lengths").record(data["lengths"], [f.name for f in fields(Lengths)])
+    many = {
+        key: tuple(p.number(v, int, 1) for p, v in root.at("lengths").at(key).items(lengths[key]))
+        for key in ("profiled", "verified")
+    }
+    planned = root.at("lengths").at("planned").number(lengths["planned"], int, 1)
+    return Plan(
+        model=root.at("model").at("name").string(model["name"]),
+        fingerprint=_read_fingerprint(root.at("model").at("fingerprint"), model["fingerprint"]),
+        budget=_read_budget(root.at("budget"), data["budget"]),
+        lengths=Lengths(many["profiled"], planned, many["verified"]),
+        choices=_read_sites(root.at("sites"), data["sites"]),
+        predicted=_read_numbers(root.at("predicted"), data["predicted"], Predicted),
+        measured=tuple(_read_numbers(p, v, Measured) for p, v in root.at("measured").items(data["measured"])),
+        min_length=root.at("min_length").number(data["min_length"], int, 0),
+        cost_table=root.at("cost_table").string(data["cost_table"]),
+        calibration=root.at("calibration").string(data["calibration"]),
+        seed=root.at("seed").number(data["seed"], int),
+        versions={k: place.at(k).string(v) for k, v in data["versions"].items()},
+    )
+
+
+def _read_budget(place: _Place, value: Any) -> Budget:
+    value = place.record(value, ("kind", "limit", "unit"))
+    if value["kind"] not in UNITS:
+        place.at("kind").fail(f"{_show(value['kind'])} is no budget", f"Use {' or '.join(UNITS)}.")
+    budget = Budget(value["kind"], place.at("limit").number(value["limit"], float, 0))
+    if value["unit"] != budget.unit:
+        place.at("unit").fail(f"a {budget.kind!r} budget is in {budget.unit}, not {_show(value['unit'])}")
+    return budget
+
+
+def _read_numbers(place: _Place, value: Any, kind: type) -> Any:
+    """A flat record of strings, ints and floats, by the annotations of its dataclass."""
+    value = place.record(value, [f.name for f in fields(kind)])
+    read: dict[str, Any] = {}
+    for f in fields(kind):
+        here = place.at(f.name)
+        if f.type == "str":
+            read[f.name] = here.string(value[f.name])
+        else:
+            read[f.name] = here.number(value[f.name], int if f.type == "int" else float)
+    return kind(**read)
+
+
+def _read_fingerprint(place: _Place, value: Any) -> Fingerprint:
+    from attnopt.fingerprint import Fingerprint
+
+    value = place.record(value, ("structure", "samples"))
+    samples = tuple(p.number(v, float) for p, v in place.at("samples").items(value["samples"]))
+    return Fingerprint(place.at("structure").string(value["structure"]), samples)
+
+
+def _read_sites(place: _Place, value: Any) -> dict[str, tuple[Choice, ...]]:
+    if not isinstance(value, dict) or not value:
+        place.fail(f"a record of sites is needed here, not {_show(value)}")
+    sites = {}
+    for name, record in value.items():
+        here = place.at(name)
+        record = here.record(record, ("heads", "choices"))
+        heads = here.at("heads").number(record["heads"], int, 1)
+        here = here.at("choices")
+        if not isinstance(record["choices"], dict):
+            here.fail(f"a record is needed here, not {_show(record['choices'])}")
+        taken: dict[int, Choice] = {}
+        for text, choice in record["choices"].items():
+            read = _read_choice(here.at(text), choice)
+            for head in _read_heads(here, text, heads):
+                if head in taken:
+                    here.at(text).fail(f"head {head} is chosen twice", "List every head once.")
+                taken[head] = read
+        missing = [h for h in range(heads) if h not in taken]
+        if missing:
+            here.fail(f"no choice for head {_ranges(missing)} of {heads}", 'Add it, e.g. as {"candidate": "dense"}.')
+        sites[name] = tuple(taken[h] for h in range(heads))
+    return sites
+
+
+def _read_heads(place: _Place, text: str, heads: int) -> Iterator[int]:
+    for part in text.split(","):
+        bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if bounds is None:
+            place.fail(f"{text!r} does not name heads", 'Write them like "0-3,6".')
+        first, last = int(bounds[1]), int(bounds[2] or bounds[1])
+        if first > last or last >= heads:
+            place.fail(f"heads {part!r} do not exist; there are 0-{heads - 1}", "Correct the range.")
+        yield from range(first, last + 1)
+
+
+def _read_choice(place: _Place, value: Any) -> Choice:
+    if not isinstance(value, dict) or not isinstance(value.get("candidate"), str):
+        place.fail(f"a candidate is needed here, not {_show(value)}", 'Write e.g. {"candidate": "dense"}.')
+    name = value["candidate"]
+    if name not in CANDIDATES:
+        place.fail(f"unknown candidate {name!r}", _nearest(name, [n for n, _ in CANDIDATES], "There are"))
+    candidate = CANDIDATES[name]
+    kinds = {p.name: p.kind for p in candidate.params}
+    params = {k: v for k, v in place.record(value, ("candidate", *kinds)).items() if k != "candidate"}
+    problem = candidate.problem(params)
+    if problem:
+        place.fail(problem, "Correct the value, or choose dense.")
+    return Choice.of(name, {k: kinds[k](v) for k, v in params.items()})
