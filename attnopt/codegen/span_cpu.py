@@ -56,7 +56,7 @@ class Group:
 def tuning(dtype: torch.dtype, head_dim: int) -> Tuning:
     """The constants for a dtype and a head size, measured on one thread of a Xeon with AMX, torch 2.13.
 
-    rows, share of the ideal at N = 4096, 8 heads over 4 KV heads, 32 sinks (rows 128, 192, 256, 384; - is below the others):
+    rows, share of the ideal at N = 4096, 8 over 4 heads, 32 sinks, rows 128, 192, 256, 384 (- is below the rest):
     bfloat16 D=32 W=64: .29 .30 .26 .24; W=256: .45 .48 .47 .45; D=128 W=256: - .39 .40 .40; W=1024: - - .59 .63;
     float32 D=32 W=64: .30 .31 .28 .24; W=256: .55 .55 .53 -; W=1024: .80 .84 .84 .76.
     segment 2**19 against 2**17 and 2**21, bfloat16 W=128, 256 rows: .35 .33 .31. split_from: W=1024 in bfloat16
