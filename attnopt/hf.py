@@ -1,0 +1,99 @@
+"""Everything that knows transformers: finding and loading models and their tokenizers."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt.errors import DependencyError, ModelError, OptionError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode, its tokenizer if it has one, and the name it was asked for by."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+
+def demo_model_path() -> Path:
+    """The small trained model that ships with attnopt."""
+    return Path(__file__).parent / "assets" / "demo_model"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a name such as "bf16"."""
+    full = ALIASES.get(name, name)
+    if full not in DTYPES:
+        raise OptionError(f"{name!r} is no dtype attnopt runs.", f"Use {', '.join([*ALIASES, *DTYPES])}.")
+    return DTYPES[full]
+
+
+def transformers() -> Any:
+    try:
+        import transformers as module
+    except ImportError as error:
+        raise DependencyError("transformers is not installed.", 'Install it with `pip install "attnopt[hf]"`.') from error
+    return module
+
+
+def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa") -> Loaded:
+    """Load MODEL: "demo", a local directory in transformers format, a hub name, or ``module:callable``.
+
+    The callable returns a module, or a (module, tokenizer) pair. `attention` is transformers' attn_implementation.
+    """
+    if name == "demo":
+        return load(str(demo_model_path()), dtype, device, attention)
+    path = Path(name)
+    if ":" in name and not path.exists():
+        return from_callable(name, dtype, device)
+    if path.exists() and not (path / "config.json").exists():
+        raise ModelError(f"{name} is not a model in transformers format: it has no config.json.", "Save it with save_pretrained().")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"There is no model at {name}.", "Give a directory, a hub name, or module:callable.")
+    hf = transformers()
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).strip().splitlines()
+        offline = " (the hub is switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise ModelError(
+            f"{name} could not be loaded{offline}: {text[0] if text else type(error).__name__}",
+            "Give a directory in transformers format, a hub name, or module:callable.",
+        ) from error
+    return Loaded(model.to(device).eval(), tokenizer_of(name), name)
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer saved beside a model, or None."""
+    try:
+        return transformers().AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def from_callable(name: str, dtype: torch.dtype, device: str) -> Loaded:
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{name} could not be called: {error}.", "Give it as module:callable, importable from here.") from error
+    model, tokenizer = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}.", "It must return a torch module, or (module, tokenizer).")
+    return Loaded(model.to(device, dtype).eval(), tokenizer, name)
