@@ -99,7 +99,11 @@ def judge(evaluation: Evaluation, budget: Budget, split: str, choices: str, seed
             f"{count} sequences of {evaluation.length} tokens are too few to bound the loss on the {split} split.",
             f"Give at least {LEAST_SEQUENCES} ({LEAST_SEQUENCES * each} tokens), or use shorter sequences.",
         )
-    if budget.kind == "kl":
+    if budget.kind == "kl" and not evaluation.kl:
+        raise ValueError("a budget in KL needs the KL of every sequence")
+    if not all(map(math.isfinite, (*evaluation.dense, *evaluation.planned, *evaluation.kl))):
+        increase = upper = math.inf
+    elif budget.kind == "kl":
         increase, upper = paired_bound(evaluation.kl, evaluation.tokens, seed)
     else:
         differences = [p - d for p, d in zip(evaluation.planned, evaluation.dense, strict=True)]
@@ -109,7 +113,7 @@ def judge(evaluation: Evaluation, budget: Budget, split: str, choices: str, seed
 
 
 def holds(measured: Measured, budget: Budget) -> bool:
-    return measured.upper_95 <= budget.limit  # False also where a loss is not a number
+    return measured.upper_95 <= budget.limit
 
 
 def tokens_needed(measured: Measured, budget: Budget) -> int | None:
