@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from attnopt.codegen.span_cpu import PENALTY, tuning
 from attnopt.ir import Mask, Refusal, Region
 from attnopt.passes.program import Builder, Program
 from attnopt.passes.span import insert_span, key_padding
@@ -23,16 +24,17 @@ from attnopt.patterns import same
 
 aten = torch.ops.aten
 Build = Callable[[Region], Node]
-# A score this far below the others is 0 after the soft-max in every dtype, and fits float16.
-HIDDEN = -3.0e4
-# Width added to the head dimension for the hiding feature.
-EXTRA = 8
+# A GPU's fused kernels take head sizes in steps of 8.
+EXTRA_GPU = 8
 
 
-def sdpa(builder: Builder, region: Region, q: Node, k: Node, v: Node, mask: Node | None, causal: bool) -> Node:
+def sdpa(
+    builder: Builder, region: Region, q: Node, k: Node, v: Node, mask: Node | None, causal: bool, scale: float | None = None
+) -> Node:
     grouped = region.site.heads != region.site.kv_heads
+    scale = region.site.scale if scale is None else scale
     return builder.call(
-        aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=region.site.scale, enable_gqa=grouped
+        aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped
     )
 
 
@@ -56,26 +58,33 @@ def lower_key_padding(program: Program) -> Build:
 
 
 def lower_causal_padding(program: Program) -> Build:
-    """One more feature, 1 in q and hugely negative in a padded k, keeps the maskless causal kernel."""
+    """As `codegen.span_cpu.causal_padded`, in the graph: one more feature, constant in q and very negative in the keys
+    that are padded, keeps the causal kernel that takes no mask, and its gradient."""
 
     def build(region: Region) -> Node:
-        builder = Builder(program.gm, region.out)
-        call = builder.call
+        call, site = (builder := Builder(program.gm, region.out)).call, region.site
         pad = key_padding(builder, region)
-        q, k, v = region.q.meta["val"], region.k.meta["val"], region.v.meta["val"]
-        dtype, heads, groups = q.dtype, region.site.heads, region.site.kv_heads
-        hidden = call(aten.masked_fill.Scalar, call(aten.zeros_like.default, pad, dtype=dtype), call(aten.logical_not.default, pad), HIDDEN)
-        column = call(aten.unsqueeze.default, call(aten.unsqueeze.default, hidden, 1), 3)
-        column = call(aten.expand.default, column, [k.shape[0], groups, k.shape[2], 1])
-        one = call(aten.new_ones.default, region.q, [q.shape[0], heads, q.shape[2], 1])
-        wide_q = call(aten.constant_pad_nd.default, call(aten.cat.default, [region.q, one], 3), [0, EXTRA - 1])
-        wide_k = call(aten.constant_pad_nd.default, call(aten.cat.default, [region.k, column], 3), [0, EXTRA - 1])
-        wide_v = call(aten.constant_pad_nd.default, region.v, [0, EXTRA])
-        wide = sdpa(builder, region, wide_q, wide_k, wide_v, None, True)
-        out = call(aten.slice.Tensor, wide, 3, 0, region.site.head_dim_v)
-        live = call(aten.gt.Scalar, call(aten.cumsum.default, call(aten._to_copy.default, pad, dtype=torch.int64), 1), 0)
-        live = call(aten.unsqueeze.default, call(aten.unsqueeze.default, live, 1), 3)
-        return call(aten.where.ScalarOther, live, out, 0.0)
+        q, k, v, scale = region.q, region.k, region.v, site.scale
+        like = q.meta["val"]
+        if scale < 1e-4:  # the penalty is multiplied by the scale: keep it negative and large
+            q, scale = call(aten.mul.Tensor, q, scale), 1.0
+        extra = tuning(like.dtype, site.head_dim).extra if program.device == "cpu" else EXTRA_GPU
+        width = max(site.head_dim + extra, site.head_dim_v)
+        batch, _, keys, _ = k.meta["val"].shape
+        hidden = call(aten.where.Scalar, pad, 0.0, -PENALTY)
+        hidden = call(aten._to_copy.default, call(aten.view.default, hidden, [batch, 1, keys, 1]), dtype=like.dtype)
+        hidden = call(aten.expand.default, hidden, [batch, site.kv_heads, keys, 1])
+        marker = call(aten.new_full.default, q, [like.shape[0], site.heads, like.shape[2], 1], PENALTY)
+        q, k = call(aten.cat.default, [q, marker], 3), call(aten.cat.default, [k, hidden], 3)
+        if rest := width - site.head_dim - 1:
+            q, k = (call(aten.constant_pad_nd.default, x, [0, rest]) for x in (q, k))
+        if site.head_dim_v < width:
+            v = call(aten.constant_pad_nd.default, v, [0, width - site.head_dim_v])
+        out = call(aten.transpose.int, sdpa(builder, region, q, k, v, None, True, scale), 1, 2)
+        out = call(aten.slice.Tensor, out, 3, 0, site.head_dim_v)
+        dead = call(aten.eq.Scalar, call(aten.cumsum.default, pad, 1), 0)
+        dead = call(aten.unsqueeze.default, call(aten.unsqueeze.default, dead, 2), 3)
+        return call(aten.transpose.int, call(aten.masked_fill.Scalar, out, dead, 0.0), 1, 2)
 
     return build
 
@@ -108,10 +117,8 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     if mask.kind == "causal" and mask.offset == 0:
         if not mask.padded:
             return lower_plain(program, True), "SDPA is_causal"
-        if not square or region.site.head_dim != region.site.head_dim_v:
+        if not square:
             return Refusal("a padded causal mask over keys that are not the queries' own")
-        if abs(region.site.scale * HIDDEN) < 1e3:
-            return Refusal("a scale so small that padded keys could not be hidden")
         return lower_causal_padding(program), "SDPA is_causal, padding folded into a feature"
     if mask.kind == "sliding" and square:
         if program.needs_grad:

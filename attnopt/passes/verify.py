@@ -1,0 +1,114 @@
+"""Compare a rewritten site with its original by running both on random inputs.
+
+    q, k, v, mask inputs  ->  original subgraph  ->  a
+    q, k, v, mask inputs  ->  what replaces it   ->  b       a == b wherever a query keeps a key
+
+Run by `Program.replace` with ``options={"verify": True}`` or ATTNOPT_VERIFY=1, and by the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from attnopt.errors import VerificationError
+from attnopt.ir import Mask, Region
+
+# Largest error of an output whose values are averages of standard normal ones.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def check_region(gm: GraphModule, region: Region, new: Node) -> None:
+    """Raise VerificationError where `new` computes something else than ``region.out``.
+
+    Both are cut off at q, k, v and the mask's loads and fed random values of their shapes; a symbolic size is its hint.
+    """
+    boundary = dict.fromkeys((region.q, region.k, region.v, *region.loads.values()))
+    generator = torch.Generator().manual_seed(0)
+    values: dict[Node, Any] = {node: sample(node, generator) for node in boundary}
+    with torch.no_grad():
+        expected = evaluate(gm, region.out, values, generator)
+        found = evaluate(gm, new, values, generator)
+        keep = kept(region, values, expected)
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        shapes = f"{found.dtype} {tuple(found.shape)}", f"{expected.dtype} {tuple(expected.shape)}"
+        raise VerificationError(f"the rewrite yields {shapes[0]}, the original {shapes[1]}")
+    difference = (found - expected).double().abs().masked_fill(~keep, 0.0)
+    limit = TOLERANCE.get(expected.dtype, 1e-4)
+    largest = float(difference.max()) if difference.numel() else 0.0
+    if not largest <= limit:
+        raise VerificationError(f"the rewrite differs from the original by {largest:.3g} on random inputs (limit {limit:g})")
+
+
+def hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def sample(node: Node, generator: torch.Generator) -> Any:
+    """A random value like the node's fake one; a bool tensor keeps its first key, so that causal rows keep one."""
+    like = node.meta["val"]
+    if not isinstance(like, Tensor):
+        return hint(like) if isinstance(like, (int, torch.SymInt)) else like
+    shape = [hint(s) for s in like.shape]
+    if like.dtype == torch.bool:
+        made = torch.rand(shape, generator=generator) < 0.7
+        if made.ndim:
+            made[..., 0] = True
+    elif like.dtype.is_floating_point:
+        made = torch.randn(shape, generator=generator)
+    else:
+        made = torch.randint(0, 2, shape, generator=generator)
+    return made.to(like.device, like.dtype)
+
+
+def evaluate(gm: GraphModule, target: Node, values: dict[Node, Any], generator: torch.Generator) -> Tensor:
+    """The value of `target`, computed from `values`; whatever else the cut reads is sampled and added to them."""
+    done = dict(values)
+    stack = [target]
+    while stack:
+        node = stack[-1]
+        if node in done:
+            stack.pop()
+            continue
+        missing = [n for n in node.all_input_nodes if n not in done]
+        if missing:
+            stack += missing
+            continue
+        stack.pop()
+        if node.op == "placeholder":
+            done[node] = values[node] = sample(node, generator)
+        elif node.op == "get_attr":
+            done[node] = attribute(gm, str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), done.__getitem__)
+            done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            raise VerificationError(f"{node.op} nodes cannot be run on their own")
+    return done[target]
+
+
+def attribute(gm: GraphModule, path: str) -> Any:
+    held: Any = gm
+    for name in path.split("."):
+        held = getattr(held, name)
+    return held
+
+
+def kept(region: Region, values: dict[Node, Any], like: Tensor) -> Tensor:
+    """Where the output is defined: the rows (B, 1, Sq, 1) whose query keeps at least one key under the site's mask."""
+    mask: Mask = region.site.mask
+    queries, keys = like.shape[2], values[region.k].shape[2]
+    distance = torch.arange(queries)[:, None] + mask.offset - torch.arange(keys)
+    keep = torch.ones(queries, keys, dtype=torch.bool)
+    if mask.causal:
+        keep = keep & (distance >= 0)
+    if mask.window is not None:
+        keep = keep & ((distance.abs() if mask.symmetric else distance) < mask.window)
+    keep = keep.to(like.device)[None, None]
+    for load in mask.loads:
+        rows = like.shape[0] if "b" in load.dims else 1
+        keep = keep & values[region.loads[load.name]].reshape(rows, 1, 1, keys)
+    return keep.any(-1, keepdim=True)

@@ -1,0 +1,109 @@
+"""Tiny models that several tests share: transformers' from a configuration, and hand-written ones.
+
+Weights are scaled up from their initial ones, so that attention is far from uniform and a wrong mask shows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS = 61, 64, 2, 4, 2
+HEAD_DIM = HIDDEN // HEADS
+FAMILIES = ("llama", "mistral", "gpt2", "bert")
+
+
+def scaled_up(model: nn.Module, factor: float = 8.0) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name and "wte" not in name and "lm_head" not in name:
+                parameter.mul_(factor)
+    return model
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    grouped = {"num_key_value_heads": KV_HEADS, "intermediate_size": 96, "max_position_embeddings": 512}
+    if family == "llama":
+        return transformers.LlamaConfig(**sizes | grouped | changes)
+    if family == "mistral":
+        return transformers.MistralConfig(**sizes | grouped | {"sliding_window": 7} | changes)
+    if family == "bert":
+        return transformers.BertConfig(**sizes | {"intermediate_size": 96, "max_position_embeddings": 512} | changes)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 512}
+    return transformers.GPT2Config(**sizes | changes)
+
+
+def build(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
+    """A model of transformers with random weights, in evaluation mode; BERT without a head."""
+    import transformers
+
+    config = config_of(family, **changes)
+    torch.manual_seed(seed)
+    classes = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertModel"}
+    config._attn_implementation = attention
+    return scaled_up(getattr(transformers, classes[family])(config)).eval()
+
+
+def tokens(batch: int = 2, length: int = 20, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(batch: int, length: int, side: str) -> Tensor:
+    """An attention mask int64 (batch, length); the last sequence is whole."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch - 1):
+        if side == "left":
+            mask[row, : 3 + row] = 0
+        else:
+            mask[row, length - 3 - row :] = 0
+    return mask
+
+
+class Block(nn.Module):
+    """Causal self-attention as nanoGPT writes it: packed q, k and v; by SDPA or through a registered tril."""
+
+    def __init__(self, flash: bool, made_here: bool = True) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.norm, self.flash, self.made_here = nn.LayerNorm(HIDDEN), flash, made_here
+        self.register_buffer("bias", torch.tril(torch.ones(512, 512)).view(1, 1, 512, 512), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.c_attn(self.norm(x)).split(HIDDEN, dim=2)
+        q, k, v = (t.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for t in (q, k, v))
+        if self.flash:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0, is_causal=True)
+        else:
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+            if self.made_here:
+                below = torch.tril(torch.ones(length, length, device=x.device)).view(1, 1, length, length)
+            else:
+                below = self.bias[:, :, :length, :length]
+            y = F.softmax(scores.masked_fill(below == 0, float("-inf")), dim=-1) @ v
+        return x + self.c_proj(y.transpose(1, 2).contiguous().view(batch, length, HIDDEN))
+
+
+class NanoGPT(nn.Module):
+    """Embedding, blocks, head: logits (batch, length, vocabulary)."""
+
+    def __init__(self, flash: bool = True, made_here: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte = nn.Embedding(VOCABULARY, HIDDEN)
+        self.h = nn.ModuleList(Block(flash, made_here) for _ in range(LAYERS))
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+        scaled_up(self, 3.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        for block in self.h:
+            x = block(x)
+        return self.head(x)
