@@ -1,0 +1,397 @@
+"""What attnopt found out, as plain JSON data: the source of --json, of the terminal's tables and of the page alike.
+
+graphs_json(reports)    every site of every graph, what was done to it or why it was left alone; equal rows folded
+plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
+profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
+records_json(records)   the verify search, predicted against measured
+environment()           versions and hardware
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any, TypeVar
+
+import torch
+
+from attnopt import __version__, settings
+from attnopt.cost import device_name, kept_pairs
+from attnopt.ir import GraphReport, Site
+from attnopt.plan import Plan, fold
+from attnopt.planner.verify import Record
+from attnopt.profile_file import Profile
+from attnopt.statistics import Observation, distance_buckets
+
+Row = TypeVar("Row")
+WORST = 12  # heads in the list of the largest long-range damage
+PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
+
+
+# Names
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """ "0-3,6" for 0, 1, 2, 3, 6."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def fold_rows(
+    rows: Sequence[Row], name: Callable[[Row], str], facts: Callable[[Row], Any]
+) -> list[tuple[str, list[Row]]]:
+    """Rows of equal facts whose names differ in one number only, together under one name such as "layers.0-5.attn".
+
+    Order is that of each group's first row. Where a name holds several numbers, the one that folds most rows counts.
+    """
+    groups: dict[Any, list[int]] = {}
+    parts = [re.split(r"(\d+)", name(row)) for row in rows]
+    keys: list[list[Any]] = []
+    for at, row in enumerate(rows):
+        # The odd parts are the numbers; a template is the name without one of them. Index -1 is the whole name.
+        places = [-1, *range(1, len(parts[at]), 2)]
+        keys.append([(facts(row), p, tuple(x for i, x in enumerate(parts[at]) if i != p)) for p in places])
+        for key in keys[at]:
+            groups.setdefault(key, []).append(at)
+    folded: list[tuple[str, list[Row]]] = []
+    taken: set[int] = set()
+    for at in range(len(rows)):
+        if at in taken:
+            continue
+        best = max(keys[at], key=lambda key: len(set(groups[key]) - taken))
+        members = [m for m in groups[best] if m not in taken]
+        place = best[1]
+        shown = list(parts[at])
+        if place >= 0 and len(members) > 1:
+            shown[place] = number_ranges(int(parts[m][place]) for m in members)
+        folded.append(("".join(shown), [rows[m] for m in members]))
+        taken.update(members)
+    return folded
+
+
+def short_labels(names: Sequence[str]) -> tuple[str, list[str]]:
+    """("layers.*.attn", ["0", "1", ...]) if the names differ in one number only, else ("", the names)."""
+    folded = fold_rows(list(names), str, lambda _: 0)
+    if len(folded) != 1 or len(names) < 2 or len(set(names)) != len(names):
+        return "", list(names)
+    split = [re.split(r"(\d+)", n) for n in names]
+    place = next(i for i in range(len(split[0])) if len({s[i] for s in split}) > 1)
+    return "".join("*" if i == place else x for i, x in enumerate(split[0])), [s[place] for s in split]
+
+
+# Graphs
+
+
+def graphs_json(reports: Sequence[GraphReport]) -> dict[str, Any]:
+    """graphs: one record each. rows: all sites, misses and refusals, folded, for people. counts and total times."""
+    graphs = [_graph(n, report) for n, report in enumerate(reports)]
+    sites = [site for graph in graphs for site in graph["sites"]]
+    times: Counter[str] = Counter()
+    for graph in graphs:
+        for step in graph["passes"]:
+            times[step["name"]] += step["milliseconds"]
+    return {
+        "graphs": graphs,
+        "rows": _folded(graphs),
+        "counts": {
+            "graphs": len(graphs),
+            "sites": len(sites),
+            "rewritten": sum(site["lowering"] != "" for site in sites),
+            "left_alone": sum(site["lowering"] == "" for site in sites),
+            "not_recognised": sum(len(graph["misses"]) for graph in graphs),
+            "graphs_left_alone": sum(graph["fallback"] != "" for graph in graphs),
+        },
+        "pass_milliseconds": dict(times),
+    }
+
+
+def _graph(index: int, report: GraphReport) -> dict[str, Any]:
+    rewrites = {rewrite.site.name: rewrite for rewrite in report.rewrites}
+    reasons: dict[str, list[str]] = {}
+    for refusal in report.refusals:
+        reasons.setdefault(refusal.path, []).append(refusal.reason)
+    sites = []
+    for site in report.sites:
+        done = rewrites.get(site.name)
+        sites.append({
+            **_site(site),
+            "lowering": done.lowering if done else "",
+            "note": done.note if done else "",
+            "choices": fold(done.choices) if done else {},
+            "reasons": reasons.get(site.name, []),
+        })  # fmt: skip
+    known = {site.name for site in report.sites}
+    return {
+        "index": index,
+        "plan": report.plan,
+        "fallback": report.fallback,
+        "notes": list(report.notes),
+        "sites": sites,
+        "refusals": [asdict(refusal) | {"known_site": refusal.path in known} for refusal in report.refusals],
+        "misses": [asdict(miss) for miss in report.misses],
+        "passes": [asdict(step) for step in report.history],
+    }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    facts = asdict(site)
+    return facts | {"name": site.name, "mask": str(site.mask), "mask_kind": site.mask.kind, "padded": site.mask.padded}
+
+
+def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per distinct outcome: site or miss, equal layers and equal graphs together."""
+    rows: list[dict[str, Any]] = []
+    for graph in graphs:
+        for site in graph["sites"]:
+            rows.append({
+                "site": site["name"],
+                "pattern": site["pattern"],
+                "heads": _pair(site["heads"], site["kv_heads"]),
+                "dim": _pair(site["head_dim"], site["head_dim_v"]),
+                "dtype": site["dtype"],
+                "mask": site["mask"],
+                "state": "rewritten" if site["lowering"] else "left alone",
+                "done": site["lowering"],
+                "why": "; ".join([site["note"]] * bool(site["note"]) + site["reasons"]),
+                "source": site["source"],
+            })  # fmt: skip
+        for refusal in graph["refusals"]:
+            if not refusal["known_site"]:
+                rows.append(_bare(refusal["path"] or "graph", "left alone", refusal["reason"], refusal["source"]))
+        for miss in graph["misses"]:
+            rows.append(_bare(miss["path"] or "graph", "not recognised", miss["reason"], miss["source"]))
+        if graph["fallback"]:
+            rows.append(_bare("graph", "left alone", graph["fallback"], ""))
+    out = []
+    for name, members in fold_rows(rows, lambda r: r["site"], lambda r: tuple(v for k, v in r.items() if k != "site")):
+        names = Counter(row["site"] for row in members)
+        out.append(members[0] | {"site": name, "layers": len(names), "graphs": max(names.values())})
+    return out
+
+
+def _bare(site: str, state: str, why: str, source: str) -> dict[str, Any]:
+    blank = dict.fromkeys(("pattern", "heads", "dim", "dtype", "mask"), "")
+    return {"site": site, **blank, "state": state, "done": "", "why": why, "source": source}
+
+
+def _pair(one: int, two: int) -> str:
+    return str(one) if one == two else f"{one}/{two}"
+
+
+# Plan
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs."""
+    length = plan.lengths.planned
+    sites: dict[str, list[dict[str, Any]]] = {}
+    spans: Counter[tuple[str, int, int, float, bool]] = Counter()
+    for name, choices in plan.choices.items():
+        heads: list[dict[str, Any]] = []
+        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
+            dense = window >= length
+            sink, window = (0, length) if dense else (sink, window)
+            kept = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
+            spans[str(choice), sink, window, kept, dense] += 1
+            heads.append({"choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense})
+        sites[name] = heads
+    ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
+    every: list[float] = [head["kept"] for heads in sites.values() for head in heads]
+    return {
+        "id": plan.id,
+        "model": plan.model,
+        "fingerprint": plan.fingerprint.structure,
+        "budget": {**asdict(plan.budget), "unit": plan.budget.unit},
+        "lengths": asdict(plan.lengths),
+        "min_length": plan.min_length,
+        "predicted": asdict(plan.predicted),
+        "measured": [asdict(m) for m in plan.measured],
+        "edited": plan.edited,
+        "cost_table": plan.cost_table,
+        "calibration": plan.calibration,
+        "seed": plan.seed,
+        "versions": dict(plan.versions),
+        "sites": sites,
+        "spans": [
+            {"choice": choice, "sink": sink, "window": window, "kept": kept, "dense": dense, "heads": count}
+            for (choice, sink, window, kept, dense), count in ordered
+        ],
+        "density": sum(every) / len(every) if every else 1.0,
+    }
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The plan's figures as (label, value), of the data of `plan_json`."""
+    predicted, budget = plan["predicted"], plan["budget"]
+    unit = "ms" if predicted["cost"] == "measured" else "million kept pairs"
+    lengths = plan["lengths"]
+    facts = [
+        ("model", f"{plan['model']} ({plan['fingerprint']})"),
+        ("budget", f"{budget['limit']:g} {budget['unit']}"),
+        ("lengths", f"planned {lengths['planned']}, profiled {_list(lengths['profiled'])}, "
+                    f"verified {_list(lengths['verified'])}"),
+        ("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token; attention "
+                      f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {unit}, "
+                      f"{predicted['speedup']:.2f}x"),
+    ]  # fmt: skip
+    for m in plan["measured"]:
+        facts.append((f"measured ({m['split']}, {m['length']})", (
+            f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {budget['unit']}; loss "
+            f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+        )))  # fmt: skip
+    if not plan["measured"]:
+        facts.append(("measured", "nothing yet"))
+    if plan["edited"]:
+        facts.append(("edited", "the measurements belong to other choices than these"))
+    if plan["min_length"]:
+        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense"))
+    facts.append(("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {lengths['planned']}"))
+    return facts
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+# Profile
+
+
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """Damages are per token (query row): t2 / 2 / rows, as [sink][window] in the order of `grid`."""
+    header, grid = profile.header, profile.header.grid
+    sites: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (site, length), observation in profile.observations.items():
+        sites.setdefault(site, {})[str(length)] = [_head(observation, head) for head in range(observation.heads)]
+    lengths = [
+        {"length": n, "samples": profile.samples[n],
+         "rows": max(o.rows for (_, length), o in profile.observations.items() if length == n)}
+        for n in profile.lengths
+    ]  # fmt: skip
+    return {
+        "fingerprint": header.fingerprint.structure,
+        "grid": {"sinks": list(grid.sinks), "windows": list(grid.windows)},
+        "data": list(header.data),
+        "dtypes": list(header.dtypes),
+        "held": list(header.held),
+        "versions": [list(version) for version in header.versions],
+        "lengths": lengths,
+        "sites": sites,
+        "worst": _worst(profile),
+    }
+
+
+def _head(observation: Observation, head: int) -> dict[str, Any]:
+    rows = max(observation.rows, 1)
+    low, high = median_distance(observation, head)
+    return {
+        "head": head,
+        "distance": [low, high],
+        "entropy": float(observation.entropy[head]) / rows,
+        "ablation": float(observation.ablation_t2[head]) / 2 / rows,
+        "damage": (observation.t2[head] / 2 / rows).tolist(),
+    }
+
+
+def median_distance(observation: Observation, head: int) -> tuple[int, int]:
+    """The bucket of i - j up to which half of the head's mass lies: its first and last distance."""
+    starts = distance_buckets(observation.length)
+    ends = [*(s - 1 for s in starts[1:]), observation.length - 1]
+    mass = observation.mass_by_distance[head].cumsum(0)
+    at = int(torch.searchsorted(mass, float(mass[-1]) / 2)) if float(mass[-1]) > 0 else 0
+    at = min(at, len(starts) - 1)
+    return starts[at], max(ends[at], starts[at])
+
+
+def _worst(profile: Profile) -> list[dict[str, Any]]:
+    """The heads with most to lose beyond the narrowest window, the largest sink kept, so that it is the distance that
+    counts; at the longest length of each site."""
+    grid = profile.header.grid
+    sink, window = grid.sinks[-1], grid.windows[0]
+    longest: dict[str, int] = {}
+    for site, length in profile.observations:
+        longest[site] = max(length, longest.get(site, 0))
+    found: list[dict[str, Any]] = []
+    for site, length in longest.items():
+        observation = profile.observations[site, length]
+        for head in range(observation.heads if window < length else 0):
+            damage = observation.damage(head, sink, window) / max(observation.rows, 1)
+            found.append({
+                "site": site, "head": head, "length": length, "sink": sink, "window": window,
+                "nats_per_token": damage,
+            })  # fmt: skip
+    return sorted(found, key=lambda row: -row["nats_per_token"])[:WORST]
+
+
+# Search and environment
+
+
+def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The verify search: the figures of the worst length beside the prediction, and every measurement."""
+    return [
+        {
+            "step": record.step,
+            "predicted": record.predicted,
+            "cost": record.cost,
+            "increase": finite(record.worst.increase),
+            "upper_95": finite(record.worst.upper_95),
+            "length": record.worst.length,
+            "holds": record.holds,
+            "measured": [{k: finite(v) for k, v in asdict(m).items()} for m in record.measured],
+        }
+        for record in records
+    ]
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: null stands for what has no bound."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, compiler and attnopt's variables as they are now."""
+    cuda = torch.cuda.is_available()
+    return {
+        "attnopt": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        "cpu": device_name("cpu"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "compiler": _compiler(),
+        "variables": {name: os.environ.get(name, default) for name, (default, _) in settings.VARIABLES.items()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that inductor would find, by the first line of its --version."""
+    for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            try:
+                run = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10, check=True)
+            except (OSError, subprocess.SubprocessError):
+                continue
+            return run.stdout.splitlines()[0] if run.stdout else name
+    return None

@@ -1,0 +1,158 @@
+"""Terminal reports of small records built by hand."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from attnopt.errors import AttnoptError, PlanError
+from attnopt.fingerprint import Fingerprint
+from attnopt.ir import DENSE, Choice, GraphReport, Mask, Miss, Refusal, Rewrite, Site, Step
+from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
+from attnopt.planner.verify import Record
+from attnopt.profile_file import Profile
+from attnopt.report import terminal
+from attnopt.report.data import fold_rows, number_ranges, short_labels
+from attnopt.statistics import Grid
+
+CAUSAL = Mask(causal=True)
+
+
+def site(path: str, heads: int = 8) -> Site:
+    return Site(path, 0, "sdpa", heads, 2, 64, 64, 0.125, "bfloat16", CAUSAL, "model.py:12")
+
+
+def report(layers: int = 6) -> GraphReport:
+    sites = tuple(site(f"model.layers.{n}.self_attn") for n in range(layers))
+    odd = replace(site("model.head[/red].attn"), mask=Mask(window=7))
+    return GraphReport(
+        sites=(*sites, odd),
+        rewrites=tuple(Rewrite(s, "sdpa_causal", note="K and V are not repeated") for s in sites),
+        refusals=(Refusal("no exact lowering", odd.name, odd.source),),
+        misses=(Miss("the mask cannot be proved", "model.other", "other.py:3"),),
+        history=(Step("match_attention", 1.25, 100, 100), Step("lower_exact", 2.5, 100, 60)),
+        notes=("the pattern matcher is off",),
+    )
+
+
+def plan() -> Plan:
+    narrow = Choice.of("sink_window", {"sink": 4, "alpha": 128, "beta": 0.0})
+    made = Plan(
+        "demo", Fingerprint("0123456789abcdef", (0.125,)), Budget("loss", 1.0), Lengths((512,), 4096, (2048,)),
+        {"layers.0.attn": (narrow,) * 3 + (DENSE,), "layers.1.attn": (DENSE,) * 4},
+        Predicted(0.0125, "measured", 12.5, 5.0, 2.5), min_length=256,
+    )  # fmt: skip
+    return replace(made, measured=(Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, made.choices_id),))
+
+
+def profile() -> Profile:
+    grid = Grid((0, 4), (8, 16))
+    made = Profile.empty(Fingerprint("0123456789abcdef", (0.125,)), grid, ["text"], ["float32"])
+    for n in range(2):
+        for length in (32, 64):
+            seen = made.observation(f"layers.{n}.attn", 4, length)
+            seen.rows, seen.samples = 2 * length, 2
+            for name in seen.sums:
+                seen.sums[name] += torch.rand(seen.sums[name].shape, dtype=torch.float64)
+    return made
+
+
+def records() -> list[Record]:
+    one = Measured("verify", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, "abc")
+    return [
+        Record("point 4 of 9", 0.01, 5.0, (one,), True),
+        Record("point 8 of 9", 0.1, 2.0, (replace(one, increase=2.0, upper_95=float("inf")),), False),
+    ]
+
+
+def shown(print_it: object, *args: object, width: int = 160) -> str:
+    out = io.StringIO()
+    print_it(*args, to=Console(file=out, width=width, markup=False, highlight=False))  # type: ignore[operator]
+    return out.getvalue()
+
+
+def test_equal_layers_fold_into_one_row() -> None:
+    text = shown(terminal.print_graphs, [report()])
+    assert "model.layers.0-5.self_attn ×6" in text and text.count("self_attn") == 1
+    assert "8/2" in text and "j <= i" in text and "sdpa_causal" in text
+    assert "model.head[/red].attn" in text and "no exact lowering (model.py:12)" in text
+    assert "not recognised" in text and "the mask cannot be proved (other.py:3)" in text
+    assert "passes 3.8 ms: match_attention 1.2, lower_exact 2.5" in text and "note: the pattern matcher is off" in text
+    assert "7 attentions in 1 graph: 6 rewritten, 1 left alone, 1 not recognised" in text
+
+
+def test_recompiled_graphs_fold_too() -> None:
+    text = shown(terminal.print_graphs, [report(), report(), GraphReport(fallback="an unknown op")])
+    assert text.count("self_attn") == 1 and "graphs" in text and "an unknown op" in text
+
+
+def test_nothing_is_said_to_be_nothing() -> None:
+    assert "Nothing was compiled" in shown(terminal.print_graphs, [])
+    assert "No attention was found" in shown(terminal.print_graphs, [GraphReport()])
+
+
+def test_only_equal_rows_fold_and_the_number_that_folds_most_counts() -> None:
+    rows = [("a.1.b.0", 1), ("a.1.b.1", 1), ("a.2.b.0", 1), ("a.1.b.2", 1), ("a.1.b.3", 2)]
+    folded = fold_rows(rows, lambda r: r[0], lambda r: r[1])
+    assert [(name, len(members)) for name, members in folded] == [("a.1.b.0-2", 3), ("a.2.b.0", 1), ("a.1.b.3", 1)]
+    assert number_ranges([6, 0, 1, 3, 2]) == "0-3,6"
+    assert short_labels(["l.0.a", "l.1.a"]) == ("l.*.a", ["0", "1"])
+    assert short_labels(["l.0.a", "m.1.a"]) == ("", ["l.0.a", "m.1.a"]) and short_labels([]) == ("", [])
+
+
+def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
+    text = shown(terminal.print_plan, plan())
+    assert "1 percent of the dense loss" in text and "2.50x" in text and "at most 0.75" in text
+    assert "under 256 tokens every site runs dense" in text
+    assert "layers.*.attn × heads" in text and "0 a a a # " in text and "1 # # # # " in text
+    assert "window <= 128" in text and "sink_window(alpha=128, beta=0, sink=4)" in text
+    assert "edited" not in text and "edited" in shown(
+        terminal.print_plan, replace(plan(), choices={"layers.0.attn": (DENSE,)})
+    )
+
+
+def test_a_profile_is_shown() -> None:
+    text = shown(terminal.print_profile, profile())
+    assert "windows 8, 16; sinks 0, 4; float32" in text
+    assert "Damage of removing the head" in text and "Most damaged beyond a window of 8 (sink 4 kept)" in text
+    empty = Profile.empty(Fingerprint("0", ()), Grid((0,), (8,)), [], [])
+    assert "holds no site" in shown(terminal.print_profile, empty)
+
+
+def test_searches_benchmarks_and_candidates_are_shown() -> None:
+    text = shown(terminal.print_records, records())
+    assert "point 4 of 9" in text and "holds" in text and "misses" in text and "inf" in text
+    bench = [{"case": "a", "dense_ms": 1.23456, "ok": True}, {"case": "b", "ratio": 2}]
+    text = shown(terminal.print_bench, bench)
+    assert "dense ms" in text and "1.235" in text and "yes" in text and "ratio" in text
+    rows = [{"choice": "dense", "damage": 0.0, "cost": 1.5, "chosen": True, "why": "protected"}, {"choice": "x"}]
+    assert "protected" in shown(terminal.print_candidates, rows)
+
+
+@pytest.mark.parametrize("error", [PlanError("no [bold]plan", "make one"), AttnoptError("alone")])
+def test_errors_name_the_remedy(error: AttnoptError, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_error(error)
+    captured = capsys.readouterr()
+    assert captured.out == "" and error.problem in captured.err and error.remedy in captured.err
+
+
+def test_progress_leaves_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress("quiet", 3) as advance:
+        advance()
+        advance(2, text="more")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    with terminal.progress("loud [x]", 3, force=True) as advance:
+        advance(text="more [x]")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "[x]" in captured.err
+
+
+def test_no_colour_where_none_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.print_plan(plan())
+    assert "\x1b" not in capsys.readouterr().out
