@@ -15,7 +15,18 @@ import numpy as np
 
 from attnopt.errors import BudgetError
 from attnopt.plan import Budget, Measured, choices_id
-from attnopt.planner.knapsack import Array, Choices, Front, Problem, Solution, back_off, choices_from, front, settle
+from attnopt.planner.knapsack import (
+    Array,
+    Choices,
+    Front,
+    Problem,
+    Solution,
+    back_off,
+    choices_from,
+    front,
+    settle,
+    solve,
+)
 
 LEAST_SEQUENCES = 8  # fewer than these say nothing about their spread
 RESAMPLES = 2000
@@ -260,7 +271,8 @@ def _close_in(
     k = min(max(sweep.within(first), 1), len(sweep) - 1)
     # The last evaluation is kept for taking heads back, unless nothing holds yet.
     while search.left > (1 if search.best is not None else 0):
-        solution = settle(search.problem, sweep.point(k), max_spans)
+        # Exact, since spans of a layer cost: 1 to 6 % cheaper than the settled front, in a fraction of a second.
+        solution = solve(search.problem, max_damage=float(sweep.damage[k]), max_spans=max_spans, seconds=2.0)
         record = search.try_point(solution, f"point {k} of {len(sweep) - 1}")
         limit = search.budget.limit
         ratio = record.worst.upper_95 / limit if limit > 0 else math.inf
