@@ -131,12 +131,19 @@ def test_right_lowerings_pass_in_every_dtype(dtype):
 
 
 def test_symbolic_lengths_are_run_at_their_hints():
+    x = qkv(length=19)[0]
+    torch._dynamo.mark_dynamic(x, 2)
+    traced = trace(lambda x: sliding(x, x.sin(), x.cos()), x, dynamic=None)
+    assert not isinstance(traced.program.regions[0].q.meta["val"].shape[2], int)
+    assert traced.rewrites and not traced.left and not traced.misses
+
+
+def test_lengths_not_proved_equal_are_refused():
     inputs = qkv(length=19)
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, 2)
     traced = trace(sliding, *inputs, dynamic=None)
-    assert not isinstance(traced.program.regions[0].q.meta["val"].shape[2], int)
-    assert traced.rewrites and not traced.left and not traced.misses
+    assert len(traced.sites) == 1 and not traced.rewrites and "no exact lowering" in traced.left[0]
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 0.0, 1e-6, -0.5])
