@@ -285,8 +285,17 @@ def binary(interpreter: Interpreter, node: Node, index: Index) -> tuple[Value | 
 
 def both_masked(a: Select, b: Select) -> Select | None:
     """Two additive masks summed: kept where both keep."""
-    if a.on == b.on == 0.0 and a.off <= MASKED and b.off <= MASKED:
-        return Select(a.predicate & b.predicate, 0.0, min(a.off, b.off))
+    x, y = additive(a), additive(b)
+    return Select(x.predicate & y.predicate, 0.0, min(x.off, y.off)) if x is not None and y is not None else None
+
+
+def additive(mask: Select) -> Select | None:
+    """An additive mask as 0 where kept and `off` elsewhere, whichever way round it was written; None for a bias."""
+    if mask.on == 0.0 and (mask.off <= MASKED or mask.predicate == TRUE):
+        return mask
+    inverted = mask.predicate.inverted()
+    if mask.off == 0.0 and mask.on <= MASKED and inverted is not None:
+        return Select(inverted, 0.0, mask.on)
     return None
 
 

@@ -14,7 +14,7 @@ import torch
 from attnopt.ir import Mask, Miss, Region, Site
 from attnopt.masks.algebra import TRUE, Affine, Conjunction, at_least_zero
 from attnopt.masks.classify import classify
-from attnopt.masks.interpret import MASKED, Interpreter, Select
+from attnopt.masks.interpret import Interpreter, Select, additive
 from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Program
 from attnopt.patterns import MaskTerm, Match, same, value
@@ -26,8 +26,9 @@ def predicate_of(interpreter: Interpreter, term: MaskTerm) -> tuple[Conjunction,
     """The keep-predicate of one mask operand, and what a masked score becomes."""
     found = interpreter.operand(term.node, INDEX)
     if term.kind == "add":
-        if isinstance(found, Select) and found.on == 0.0 and (found.predicate == TRUE or found.off <= MASKED):
-            return found.predicate, found.off
+        mask = additive(found) if isinstance(found, Select) else None
+        if mask is not None:
+            return mask.predicate, float("-inf") if mask.predicate == TRUE else mask.off
         return Miss("what is added to the scores is not a mask that can be proved")
     if not isinstance(found, Conjunction):
         return Miss("the mask cannot be proved from the graph")

@@ -26,7 +26,8 @@ def check_region(gm: GraphModule, region: Region, new: Node) -> None:
 
     Both are cut off at q, k, v and the mask's loads and fed random values of their shapes; a symbolic size is its hint.
     """
-    boundary = dict.fromkeys((region.q, region.k, region.v, *region.loads.values()))
+    read = ancestors(region.out)
+    boundary = dict.fromkeys(original(node, read) for node in (region.q, region.k, region.v, *region.loads.values()))
     generator = torch.Generator().manual_seed(0)
     values: dict[Node, Any] = {node: sample(node, generator) for node in boundary}
     with torch.no_grad():
@@ -41,6 +42,22 @@ def check_region(gm: GraphModule, region: Region, new: Node) -> None:
     largest = float(difference.max()) if difference.numel() else 0.0
     if not largest <= limit:
         raise VerificationError(f"the rewrite differs from the original by {largest:.3g} on random inputs (limit {limit:g})")
+
+
+def ancestors(node: Node) -> set[Node]:
+    found, stack = {node}, [node]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(new)
+        stack += new
+    return found
+
+
+def original(node: Node, read: set[Node]) -> Node:
+    """The node itself, or what a view made by a pass (K transposed back) is a view of."""
+    while node not in read:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def hint(size: Any) -> int:
@@ -100,7 +117,7 @@ def attribute(gm: GraphModule, path: str) -> Any:
 def kept(region: Region, values: dict[Node, Any], like: Tensor) -> Tensor:
     """Where the output is defined: the rows (B, 1, Sq, 1) whose query keeps at least one key under the site's mask."""
     mask: Mask = region.site.mask
-    queries, keys = like.shape[2], values[region.k].shape[2]
+    queries, keys = like.shape[2], hint(region.k.meta["val"].shape[2])
     distance = torch.arange(queries)[:, None] + mask.offset - torch.arange(keys)
     keep = torch.ones(queries, keys, dtype=torch.bool)
     if mask.causal:
