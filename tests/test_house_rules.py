@@ -25,8 +25,8 @@ FLOORS = {
     2: ("patterns",),
     3: ("candidates", "ops", "capture"),
     4: ("passes", "instrument", "measure", "profiler", "cost"),
-    5: ("planner", "backend"),
-    6: ("hf", "report", "demo"),
+    5: ("planner", "backend", "benchmark", "text"),
+    6: ("hf", "report", "demo", "commands"),
     7: ("cli", "__main__", "__init__"),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
