@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -29,67 +28,11 @@ from attnopt.ir import GraphReport, Site
 from attnopt.plan import Plan, fold
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
+from attnopt.report.cells import fold_rows
 from attnopt.statistics import Observation, distance_buckets
 
-Row = TypeVar("Row")
 WORST = 12  # heads in the list of the largest long-range damage
 PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
-
-
-# Names
-
-
-def number_ranges(numbers: Iterable[int]) -> str:
-    """ "0-3,6" for 0, 1, 2, 3, 6."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def fold_rows(
-    rows: Sequence[Row], name: Callable[[Row], str], facts: Callable[[Row], Any]
-) -> list[tuple[str, list[Row]]]:
-    """Rows of equal facts whose names differ in one number only, together under one name such as "layers.0-5.attn".
-
-    Order is that of each group's first row. Where a name holds several numbers, the one that folds most rows counts.
-    """
-    groups: dict[Any, list[int]] = {}
-    parts = [re.split(r"(\d+)", name(row)) for row in rows]
-    keys: list[list[Any]] = []
-    for at, row in enumerate(rows):
-        # The odd parts are the numbers; a template is the name without one of them. Index -1 is the whole name.
-        places = [-1, *range(1, len(parts[at]), 2)]
-        keys.append([(facts(row), p, tuple(x for i, x in enumerate(parts[at]) if i != p)) for p in places])
-        for key in keys[at]:
-            groups.setdefault(key, []).append(at)
-    folded: list[tuple[str, list[Row]]] = []
-    taken: set[int] = set()
-    for at in range(len(rows)):
-        if at in taken:
-            continue
-        best = max(keys[at], key=lambda key: len(set(groups[key]) - taken))
-        members = [m for m in groups[best] if m not in taken]
-        place = best[1]
-        shown = list(parts[at])
-        if place >= 0 and len(members) > 1:
-            shown[place] = number_ranges(int(parts[m][place]) for m in members)
-        folded.append(("".join(shown), [rows[m] for m in members]))
-        taken.update(members)
-    return folded
-
-
-def short_labels(names: Sequence[str]) -> tuple[str, list[str]]:
-    """("layers.*.attn", ["0", "1", ...]) if the names differ in one number only, else ("", the names)."""
-    folded = fold_rows(list(names), str, lambda _: 0)
-    if len(folded) != 1 or len(names) < 2 or len(set(names)) != len(names):
-        return "", list(names)
-    split = [re.split(r"(\d+)", n) for n in names]
-    place = next(i for i in range(len(split[0])) if len({s[i] for s in split}) > 1)
-    return "".join("*" if i == place else x for i, x in enumerate(split[0])), [s[place] for s in split]
 
 
 # Graphs
@@ -215,7 +158,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "fingerprint": plan.fingerprint.structure,
         "budget": {**asdict(plan.budget), "unit": plan.budget.unit},
-        "lengths": asdict(plan.lengths),
+        "lengths": {
+            "profiled": list(plan.lengths.profiled),
+            "planned": length,
+            "verified": list(plan.lengths.verified),
+        },
         "min_length": plan.min_length,
         "predicted": asdict(plan.predicted),
         "measured": [asdict(m) for m in plan.measured],

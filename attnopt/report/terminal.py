@@ -24,6 +24,7 @@ from attnopt.plan import Plan
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import data
+from attnopt.report.cells import bucket, cell_text, is_number, letter, short_labels
 
 WIDTH = 140  # of tables that go to a file or a pipe, where no terminal says how wide it is
 WIDE = 40  # from so many heads on, a cell of a map is one column and not two
@@ -139,13 +140,9 @@ def _count(n: int, noun: str) -> str:
 # Maps of heads: a letter and a colour per head, so that a map without colour still reads
 
 
-def _bucket(window: int) -> int:
-    return max(window - 1, 0).bit_length()
-
-
 def _map(to: Console, rows: Mapping[str, Sequence[tuple[str, str]]]) -> None:
     """One line per site, one cell (letter, colour) per head."""
-    title, labels = data.short_labels(list(rows))
+    title, labels = short_labels(list(rows))
     wide = 1 if max(map(len, rows.values()), default=0) > WIDE else 2
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right")
@@ -154,16 +151,16 @@ def _map(to: Console, rows: Mapping[str, Sequence[tuple[str, str]]]) -> None:
         to.print(Text(f"{title} × heads", style="dim"))
     for label, cells in zip(labels, rows.values(), strict=True):
         line = Text()
-        for letter, colour in cells:
-            line.append(letter.ljust(wide), style=f"black on {colour}")
+        for sign, colour in cells:
+            line.append(sign.ljust(wide), style=f"black on {colour}")
         grid.add_row(Text(label), line)
     to.print(grid)
 
 
 def _legend(to: Console, entries: Iterable[tuple[str, str, str]]) -> None:
     line = Text()
-    for letter, colour, meaning in entries:
-        line.append(f" {letter} ", style=f"black on {colour}")
+    for sign, colour, meaning in entries:
+        line.append(f" {sign} ", style=f"black on {colour}")
         line.append(f" {meaning}   ")
     to.print(line)
 
@@ -186,17 +183,17 @@ def print_plan(plan: Plan, to: Console | None = None) -> None:
     to.print(grid)
     to.print()
     length = found["lengths"]["planned"]
-    buckets = sorted({_bucket(span["window"]) for span in found["spans"] if not span["dense"]})
-    top = max(_bucket(length), 1)
+    buckets = sorted({bucket(span["window"]) for span in found["spans"] if not span["dense"]})
+    top = max(bucket(length), 1)
 
     def cell(head: Mapping[str, Any]) -> tuple[str, str]:
         if head["dense"]:
             return "#", DENSE_COLOUR
-        bucket = _bucket(head["window"])
-        return _letter(buckets.index(bucket)), _ramp(bucket / top)
+        size = bucket(head["window"])
+        return letter(buckets.index(size)), _ramp(size / top)
 
     _map(to, {name: [cell(head) for head in heads] for name, heads in found["sites"].items()})
-    entries = [(_letter(n), _ramp(b / top), f"window <= {1 << b}") for n, b in enumerate(buckets)]
+    entries = [(letter(n), _ramp(b / top), f"window <= {1 << b}") for n, b in enumerate(buckets)]
     _legend(to, [*entries, ("#", DENSE_COLOUR, "dense")])
     right = ("heads", "sink", "window", "kept")
     table = _table(["choice", "heads", "sink", "window", "kept"], right)
@@ -204,10 +201,6 @@ def print_plan(plan: Plan, to: Console | None = None) -> None:
         window = "all" if span["dense"] else str(span["window"])
         table.add_row(span["choice"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
     _titled(to, f"Spans at {length} tokens", table)
-
-
-def _letter(n: int) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[min(n, 25)]
 
 
 # Profile
@@ -244,10 +237,10 @@ def _distance_map(to: Console, heads: Mapping[str, Sequence[Mapping[str, Any]]],
     top = max(length.bit_length(), 1)
     colour = {start: _ramp(start.bit_length() / top) for start in starts}
     to.print(Text("Half of the mass lies within this distance", style="bold"))
-    _map(to, {site: [(_letter(starts.index(h["distance"][0])), colour[h["distance"][0]]) for h in row]
+    _map(to, {site: [(letter(starts.index(h["distance"][0])), colour[h["distance"][0]]) for h in row]
               for site, row in heads.items()})  # fmt: skip
     ends = {head["distance"][0]: head["distance"][1] for row in heads.values() for head in row}
-    _legend(to, [(_letter(n), colour[s], f"<= {ends[s]}") for n, s in enumerate(starts)])
+    _legend(to, [(letter(n), colour[s], f"<= {ends[s]}") for n, s in enumerate(starts)])
     to.print()
 
 
@@ -257,9 +250,9 @@ def _ablation_map(to: Console, heads: Mapping[str, Sequence[Mapping[str, Any]]])
     least = powers[0]
     colour = {p: _ramp((p - least) / max(powers[-1] - least, 1) * 0.999) for p in powers}
     to.print(Text("Damage of removing the head, nats per token", style="bold"))
-    _map(to, {site: [(_letter(powers.index(_power(h["ablation"]))), colour[_power(h["ablation"])]) for h in row]
+    _map(to, {site: [(letter(powers.index(_power(h["ablation"]))), colour[_power(h["ablation"])]) for h in row]
               for site, row in heads.items()})  # fmt: skip
-    _legend(to, [(_letter(n), colour[p], f"< 1e{p + 1}") for n, p in enumerate(powers)])
+    _legend(to, [(letter(n), colour[p], f"< 1e{p + 1}") for n, p in enumerate(powers)])
     to.print()
 
 
@@ -292,7 +285,7 @@ def print_bench(rows: Sequence[Mapping[str, Any]], title: str = "Benchmark", to:
     """Rows of whatever columns they hold, in the order of first appearance; numbers to four digits."""
     to = to or console()
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = [c for c in columns if any(_is_number(row.get(c)) for row in rows)]
+    numeric = [c for c in columns if any(is_number(row.get(c)) for row in rows)]
     table = _table([c.replace("_", " ") for c in columns], [c.replace("_", " ") for c in numeric])
     for row in rows:
         table.add_row(*(cell_text(row.get(c)) for c in columns))
@@ -309,16 +302,3 @@ def print_candidates(rows: Sequence[Mapping[str, Any]], title: str = "Candidates
         cells = [cell_text(row.get(name)) for name in ("choice", "damage", "cost", "why")]
         table.add_row(">" if row.get("chosen") else "", *cells, style=style)
     _titled(to, title, table)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def cell_text(value: Any) -> str:
-    """A value as a table shows it."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

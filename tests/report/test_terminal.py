@@ -16,7 +16,7 @@ from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import fold_rows, number_ranges, short_labels
+from attnopt.report.cells import fold_rows, number_ranges, short_labels
 from attnopt.statistics import Grid
 
 CAUSAL = Mask(causal=True)

@@ -1,0 +1,85 @@
+"""How names, numbers and maps are written, on the terminal and on the page alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def cell_text(value: Any) -> str:
+    """A value as every table shows it: numbers to four digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def letter(n: int) -> str:
+    """The n-th class of a map, so that a map reads without its colours."""
+    return "abcdefghijklmnopqrstuvwxyz"[min(n, 25)]
+
+
+def bucket(window: int) -> int:
+    """Windows up to 2^bucket share a class of a map."""
+    return max(window - 1, 0).bit_length()
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """ "0-3,6" for 0, 1, 2, 3, 6."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def fold_rows(
+    rows: Sequence[Row], name: Callable[[Row], str], facts: Callable[[Row], Any]
+) -> list[tuple[str, list[Row]]]:
+    """Rows of equal facts whose names differ in one number only, together under one name such as "layers.0-5.attn".
+
+    Order is that of each group's first row. Where a name holds several numbers, the one that folds most rows counts.
+    """
+    groups: dict[Any, list[int]] = {}
+    parts = [re.split(r"(\d+)", name(row)) for row in rows]
+    keys: list[list[Any]] = []
+    for at, row in enumerate(rows):
+        # The odd parts are the numbers; a template is the name without one of them. Index -1 is the whole name.
+        places = [-1, *range(1, len(parts[at]), 2)]
+        keys.append([(facts(row), p, tuple(x for i, x in enumerate(parts[at]) if i != p)) for p in places])
+        for key in keys[at]:
+            groups.setdefault(key, []).append(at)
+    folded: list[tuple[str, list[Row]]] = []
+    taken: set[int] = set()
+    for at in range(len(rows)):
+        if at in taken:
+            continue
+        best = max(keys[at], key=lambda key: len(set(groups[key]) - taken))
+        members = [m for m in groups[best] if m not in taken]
+        place = best[1]
+        shown = list(parts[at])
+        if place >= 0 and len(members) > 1:
+            shown[place] = number_ranges(int(parts[m][place]) for m in members)
+        folded.append(("".join(shown), [rows[m] for m in members]))
+        taken.update(members)
+    return folded
+
+
+def short_labels(names: Sequence[str]) -> tuple[str, list[str]]:
+    """("layers.*.attn", ["0", "1", ...]) if the names differ in one number only, else ("", the names)."""
+    folded = fold_rows(list(names), str, lambda _: 0)
+    if len(folded) != 1 or len(names) < 2 or len(set(names)) != len(names):
+        return "", list(names)
+    split = [re.split(r"(\d+)", n) for n in names]
+    place = next(i for i in range(len(split[0])) if len({s[i] for s in split}) > 1)
+    return "".join("*" if i == place else x for i, x in enumerate(split[0])), [s[place] for s in split]

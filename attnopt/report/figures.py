@@ -1,0 +1,138 @@
+"""Charts of a page, as SVG to be put into it. matplotlib draws them; where it is missing, a page goes without.
+
+Axes and text take the page's own colour, so that one figure serves a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"  # stands for the page's text colour while drawing
+MOST_LAYERS = 12  # layers with a chart of their own; each takes some 20 kB
+Curve = tuple[str, Sequence[float], Sequence[float]]
+
+
+def available() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def damage_figures(profile: Mapping[str, Any]) -> dict[str, str]:
+    """Caption -> SVG: damage over window at the largest sink, all layers in one chart, then the heads of the most
+    damaged layers. Of the data of `profile_json`, at each site's longest length."""
+    windows, sinks = profile["grid"]["windows"], profile["grid"]["sinks"]
+    curves: dict[str, list[Curve]] = {}
+    for site, by_length in profile["sites"].items():
+        length = max(by_length, key=int)
+        kept = [n for n, window in enumerate(windows) if window < int(length)]
+        rows = [(head["head"], [head["damage"][-1][n] for n in kept]) for head in by_length[length]]
+        curves[site] = [(f"head {head}", [windows[n] for n in kept], values) for head, values in rows]
+    curves = {site: heads for site, heads in curves.items() if any(v > 0 for _, _, values in heads for v in values)}
+    if not curves:
+        return {}
+    layers = [(site, heads[0][1], [sum(v) for v in zip(*(h[2] for h in heads), strict=True)])
+              for site, heads in curves.items()]  # fmt: skip
+    rest = f" beside a sink of {sinks[-1]}" if sinks[-1] else ""
+    made = {f"Damage over window{rest}, sum of each layer's heads": _lines(layers, (7.0, 3.2), legend=len(layers) <= 8)}
+    worst = sorted(layers, key=lambda layer: -max(layer[2]))[:MOST_LAYERS]
+    shown = {site for site, _, _ in worst}
+    for site, heads in curves.items():
+        if site in shown:
+            made[f"{site}, each head"] = _lines(heads, (3.4, 2.2), legend=False)
+    return made
+
+
+def search_figure(records: Sequence[Mapping[str, Any]], limit: float | None, unit: str) -> str:
+    """Predicted damage against the measured increase; the bar reaches up to its bound. Empty if there is no point."""
+    points = [r for r in records if r.get("predicted") and r.get("increase") is not None]
+    if not points:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        for point in points:
+            x, y, top = point["predicted"], point["increase"], point.get("upper_95")
+            colour = "#1a9850" if point.get("holds") else "#d7402b"
+            if top is not None:
+                axes.plot([x, x], [y, top], color=colour, linewidth=1)
+            axes.plot([x], [y], "o", color=colour, markersize=4)
+        if limit is not None:
+            axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_xlabel("predicted, nats per token")
+        axes.set_ylabel("measured increase" + (f", {unit}" if unit else ""))
+
+    return _draw(draw, (5.0, 3.0))
+
+
+def _lines(curves: Sequence[Curve], size: tuple[float, float], legend: bool) -> str:
+    def draw(axes: Axes) -> None:
+        import matplotlib
+
+        colours = matplotlib.colormaps["turbo"]
+        for n, (name, xs, ys) in enumerate(curves):
+            # A logarithmic axis has no zero: such points are left out.
+            values = [y if y > 0 else math.nan for y in ys]
+            shade = colours(0.1 + 0.8 * n / max(len(curves) - 1, 1))
+            axes.plot(xs, values, color=shade, linewidth=1, marker=".", markersize=3, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("window")
+        axes.set_ylabel("nats per token")
+        if legend:
+            axes.legend(fontsize=7, frameon=False, labelcolor=INK)
+
+    return _draw(draw, size)
+
+
+def _draw(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "attnopt", "font.size": 8, "text.parse_math": False,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.5)
+        axes.patch.set_visible(False)
+        draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.set_minor_formatter(lambda x, _: "")
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return out.getvalue().replace(INK, "currentColor")
+
+
+def inline(svg: str, prefix: str) -> str:
+    """An SVG file as an element of a page: no prologue, metadata or scripts, nothing from elsewhere.
+
+    prefix: before its ids, which several figures of one page would else share. Empty if there is no svg element in it.
+    """
+    start, end = svg.find("<svg"), svg.rfind("</svg>")
+    if start < 0 or end < start:
+        return ""
+    text = svg[start : end + len("</svg>")]
+    for name in ("metadata", "script", "foreignObject", "style"):
+        text = re.sub(rf"<{name}\b[^>]*/>|<{name}\b.*?</{name}\s*>|</?{name}\b[^>]*>", "", text, flags=re.S | re.I)
+    text = re.sub(r"<(image|a|iframe|embed|object|link|meta)\b", "<g", text, flags=re.I)
+    text = re.sub(r"</(image|a|iframe|embed|object|link|meta)\s*>", "</g>", text, flags=re.I)
+    text = re.sub(r"""\s(xmlns(:\w+)?|on\w+|src)\s*=\s*("[^"]*"|'[^']*')""", "", text, flags=re.I)
+    text = re.sub(r"""\s(xlink:)?href\s*=\s*(["'])(?!#)[^"']*\2""", "", text, flags=re.I)
+    text = re.sub(r"\sxlink:href=", " href=", text)
+    text = re.sub(r"""url\(\s*['"]?(?!#)[^)]*\)""", "none", text, flags=re.I)
+    text = re.sub(r'\sid="', f' id="{prefix}-', text)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
