@@ -23,6 +23,8 @@ def refusal(program: Program, region: Region) -> Refusal | None:
         return Refusal("planned spans serve prefill only: the keys are not the queries' own")
     if region.site.head_dim != region.site.head_dim_v:
         return Refusal("planned spans need values as wide as keys")
+    if region.site.scale <= 0:
+        return Refusal(f"planned spans need a positive scale, and this one is {region.site.scale:g}")
     if program.needs_grad:
         return Refusal("the plan's kernel has no gradient; run under torch.no_grad() to use the plan")
     return None
