@@ -22,6 +22,14 @@ def cell_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def short_source(source: str) -> str:
+    """A source line from its package on, or the last two parts of its path: enough to find it on any machine."""
+    for root in ("site-packages/", "dist-packages/"):
+        if root in source:
+            return source.rsplit(root, 1)[1]
+    return "/".join(source.rsplit("/", 2)[-2:]) if source.startswith("/") else source
+
+
 def letter(n: int) -> str:
     """The n-th class of a map, so that a map reads without its colours."""
     return "abcdefghijklmnopqrstuvwxyz"[min(n, 25)]

@@ -28,7 +28,7 @@ from attnopt.ir import GraphReport, Site
 from attnopt.plan import Plan, fold
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
-from attnopt.report.cells import fold_rows
+from attnopt.report.cells import fold_rows, short_source
 from attnopt.statistics import Observation, distance_buckets
 
 WORST = 12  # heads in the list of the largest long-range damage
@@ -109,7 +109,7 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "state": "rewritten" if site["lowering"] else "left alone",
                 "done": site["lowering"],
                 "why": "; ".join([site["note"]] * bool(site["note"]) + site["reasons"]),
-                "source": site["source"],
+                "source": short_source(site["source"]),
             })  # fmt: skip
         for refusal in graph["refusals"]:
             if not refusal["known_site"]:
@@ -127,7 +127,7 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _bare(site: str, state: str, why: str, source: str) -> dict[str, Any]:
     blank = dict.fromkeys(("pattern", "heads", "dim", "dtype", "mask"), "")
-    return {"site": site, **blank, "state": state, "done": "", "why": why, "source": source}
+    return {"site": site, **blank, "state": state, "done": "", "why": why, "source": short_source(source)}
 
 
 def _pair(one: int, two: int) -> str:

@@ -46,7 +46,6 @@ font-size:.7rem;color:#111}.map th{border:0;padding:0 .5rem 0 0;font-weight:400;
 .key{display:inline-block;min-width:1.2rem;text-align:center;color:#111;font-size:.75rem;margin:0 .3rem 0 .8rem}
 .s0{background:#1a9850}.s1{background:#53ae5d}.s2{background:#8cc665}.s3{background:#c3d968}.s4{background:#f0d95f}
 .s5{background:#fdb44f}.s6{background:#f4793c}.s7{background:#e0604c}.dense{background:var(--dense)}
-.yes{color:#1a7f37}.no{color:#cf222e}@media(prefers-color-scheme:dark){.yes{color:#3fb950}.no{color:#f85149}}
 """
 
 # A part of a section: its HTML, and what to call it if it must be left out (empty: it stays).

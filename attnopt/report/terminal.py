@@ -7,6 +7,7 @@ user's own (module names, reasons) is never read as markup.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def console(stderr: bool = False) -> Console:
     if reconfigure is not None and not encoding.startswith("utf"):
         reconfigure(errors="replace")  # a module's name must not end the program
     made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not made.is_terminal and "COLUMNS" not in made._environ:
+    if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = WIDTH
     return made
 

@@ -16,7 +16,7 @@ from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.cells import fold_rows, number_ranges, short_labels
+from attnopt.report.cells import fold_rows, number_ranges, short_labels, short_source
 from attnopt.statistics import Grid
 
 CAUSAL = Mask(causal=True)
@@ -102,6 +102,11 @@ def test_only_equal_rows_fold_and_the_number_that_folds_most_counts() -> None:
     assert number_ranges([6, 0, 1, 3, 2]) == "0-3,6"
     assert short_labels(["l.0.a", "l.1.a"]) == ("l.*.a", ["0", "1"])
     assert short_labels(["l.0.a", "m.1.a"]) == ("", ["l.0.a", "m.1.a"]) and short_labels([]) == ("", [])
+
+
+def test_a_source_line_is_shown_without_the_machine() -> None:
+    assert short_source("/a/lib/python3/site-packages/pkg/x.py:3") == "pkg/x.py:3"
+    assert short_source("/a/b/c/x.py:3") == "c/x.py:3" and short_source("x.py:3") == "x.py:3" and short_source("") == ""
 
 
 def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
