@@ -14,6 +14,7 @@ end, model/ in transformers format (bf16 safetensors).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -40,11 +41,13 @@ SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+| ?_+|\n+ *|\s+"
 # (share of the run, sequence length, sequences a step): most training is at short lengths.
 CURRICULUM = ((0.50, 512, 16), (0.80, 2048, 4), (1.0, 8192, 1))
 PEAK_LR = 3e-3
+# Files that --tiny reads.
+TINY_FILES = 40
 WARMUP = 0.02
 COOLDOWN = 0.35
 
 
-def train_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(path: Path, files: int | None = None) -> PreTrainedTokenizerFast:
     if not path.exists():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,7 +60,7 @@ def train_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=sys.stderr.isatty(),
         )
-        bpe.train_from_iterator(library_texts("train"), trainer)
+        bpe.train_from_iterator(itertools.islice(library_texts("train"), files), trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         bpe.save(str(path))
     return PreTrainedTokenizerFast(
@@ -65,11 +68,11 @@ def train_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def encode_library(tokenizer: PreTrainedTokenizerFast, cache: Path) -> np.ndarray:
+def encode_library(tokenizer: PreTrainedTokenizerFast, cache: Path, files: int | None = None) -> np.ndarray:
     """All training text as one array of token ids, file boundaries marked by the bos token."""
     if not cache.exists():
         ids: list[int] = []
-        for text in library_texts("train"):
+        for text in itertools.islice(library_texts("train"), files):
             ids.append(tokenizer.bos_token_id)
             ids.extend(tokenizer.encode(text, add_special_tokens=False))
         partial = cache.with_suffix(".partial.npy")
@@ -208,6 +211,8 @@ def load_checkpoint(out: Path, model: LlamaForCausalLM, optimizers: list[torch.o
 
 
 def draw_loss(out: Path, history: list[list[float]]) -> None:
+    if not history:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,8 +236,9 @@ def draw_loss(out: Path, history: list[list[float]]) -> None:
 def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = train_tokenizer(args.out / "tokenizer.json")
-    batches = Batches(encode_library(tokenizer, args.out / "library.npy"), tokenizer)
+    files = TINY_FILES if args.tiny else None
+    tokenizer = train_tokenizer(args.out / "tokenizer.json", files)
+    batches = Batches(encode_library(tokenizer, args.out / "library.npy", files), tokenizer)
     model = build_model(args.tiny).to(device)
     optimizers = build_optimizers(model)
     state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 10_000_000, "history": []}
@@ -279,8 +285,7 @@ def train(args: argparse.Namespace) -> None:
                 draw_loss(args.out, state["history"])
                 saved = time.monotonic()
     save_checkpoint(args.out, model, optimizers, state)
-    if state["history"]:
-        draw_loss(args.out, state["history"])
+    draw_loss(args.out, state["history"])
     model.to(torch.bfloat16).save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     print(f"wrote {args.out / 'model'}")
@@ -290,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=None, help="train until this many tokens were seen")
-    parser.add_argument("--tiny", action="store_true", help="a two-layer model, to check the script")
+    parser.add_argument("--tiny", action="store_true", help="a two-layer model on a few files, to check the script")
     parser.add_argument("--compile", action="store_true", help="compile the training step with inductor")
     parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints")
     train(parser.parse_args())
