@@ -107,3 +107,50 @@ class NanoGPT(nn.Module):
         for block in self.h:
             x = block(x)
         return self.head(x)
+
+
+def make_plan(choices: dict[str, Any], min_length: int = 0, name: str = "tiny") -> Any:
+    """A plan of the given choices, with nothing predicted or measured."""
+    from attnopt.fingerprint import Fingerprint
+    from attnopt.plan import Budget, Lengths, Plan, Predicted
+
+    return Plan(
+        model=name,
+        fingerprint=Fingerprint("0" * 16, ()),
+        budget=Budget("kl", 1.0),
+        lengths=Lengths((64,), 64),
+        choices={site: tuple(of_site) for site, of_site in choices.items()},
+        predicted=Predicted(0.0, "density", 1.0, 1.0, 1.0),
+        min_length=min_length,
+    )
+
+
+class ExplicitMasks:
+    """A context in which each causal SDPA call of a model, in order, keeps only the keys of its heads' spans.
+
+    The plain way to run a plan: dense scores under a boolean mask (H, N, N) per layer, for what is to equal it.
+    """
+
+    def __init__(self, layers: list[list[tuple[int, int]]]) -> None:
+        self.layers, self.calls = layers, 0
+
+    def __enter__(self) -> ExplicitMasks:
+        self.original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self.masked  # type: ignore[assignment]
+        torch.nn.functional.scaled_dot_product_attention = self.masked  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        F.scaled_dot_product_attention = self.original  # type: ignore[assignment]
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, scale: Any = None, **kw: Any) -> Tensor:
+        from attnopt.codegen.reference import span_mask
+
+        sinks, windows = (torch.tensor(column) for column in zip(*self.layers[self.calls % len(self.layers)], strict=True))
+        self.calls += 1
+        keep = span_mask(q.shape[2], sinks, windows)[None]
+        if attn_mask is not None:
+            keep = keep & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1e4)
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return self.original(q, k, v, attn_mask=keep, scale=scale)

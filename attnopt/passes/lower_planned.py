@@ -7,11 +7,16 @@ Regions whose heads are all dense, or that the plan's kernel cannot serve, are l
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from attnopt.ir import DENSE, Refusal, Region
 from attnopt.passes.program import Program
 from attnopt.passes.span import insert_span
 from attnopt.patterns import same
 from attnopt.registry import CANDIDATES
+
+if TYPE_CHECKING:
+    from attnopt.plan import Plan
 
 
 def refusal(program: Program, region: Region) -> Refusal | None:
@@ -30,10 +35,21 @@ def refusal(program: Program, region: Region) -> Refusal | None:
     return None
 
 
+def check_plan(program: Program, plan: Plan) -> None:
+    """PlanError where the plan was made for another model: none of the graph's causal sites is in it, or heads differ.
+
+    A site that is missing beside others that are there is only noted: a model may have attentions no plan was made for.
+    """
+    causal = [r.site for r in program.regions if r.site.mask.causal and r.site.mask.offset == 0]
+    named = [site for site in causal if site.name in plan.choices]
+    plan.check(named or causal, complete=False)
+
+
 def run(program: Program) -> None:
     plan = program.plan
     if plan is None:
         return
+    check_plan(program, plan)
     for region in program.pending:
         choices = plan.choices.get(region.site.name)
         if choices is None:
