@@ -57,9 +57,9 @@ def run(program: Program) -> None:
             continue
         if all(c == DENSE for c in choices):
             continue
-        no = refusal(program, region) or next(
-            (r for c in set(choices) if (r := CANDIDATES[c.candidate].refuse(region.site))), None
-        )
+        # A Refusal is falsy: it is asked for by identity.
+        asked = [refusal(program, region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+        no = next((r for r in asked if r is not None), None)
         if no is not None:
             program.notes.append(Refusal(f"planned, but {no.reason}; it stays exact", region.site.name, region.site.source))
             continue
