@@ -26,7 +26,7 @@ FLOORS = {
     3: ("candidates", "ops", "capture"),
     4: ("passes", "instrument", "measure", "profiler", "cost"),
     5: ("planner", "backend", "benchmark", "text"),
-    6: ("hf", "report", "demo", "commands"),
+    6: ("hf", "report", "commands", "demo"),
     7: ("cli", "__main__", "__init__"),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}

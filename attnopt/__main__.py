@@ -1,0 +1,7 @@
+"""``python -m attnopt``."""
+
+import sys
+
+from attnopt.cli import main
+
+sys.exit(main())

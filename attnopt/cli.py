@@ -1,0 +1,185 @@
+"""The command line: parse, run one command, turn every known mistake into one message and an exit code.
+
+Exit codes: 0 done; 1 the task could not be done (a model, text, plan or budget at fault); 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXAMPLES = {
+    "examine": "attnopt examine demo\nattnopt examine ./my-llama --length 512 --json",
+    "profile": "attnopt profile demo --out profile.safetensors\n"
+    "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
+    "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json",
+    "show": "attnopt show plan.json\nattnopt show profile.safetensors --json",
+    "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
+    "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16",
+    "env": "attnopt env --json",
+    "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
+}
+HELP = {
+    "examine": "list every attention of a model: what was recognised, what would be done, or why not",
+    "profile": "measure what dropping keys would do to the loss, head by head",
+    "plan": "choose the fastest spans that keep a loss budget, measured end to end",
+    "show": "show a plan or a profile",
+    "explain": "the candidates that were weighed for one head, and why the choice won",
+    "bench": "time a model: eager, inductor, attnopt exact and planned, interleaved",
+    "env": "versions, hardware and settings, to paste into a report",
+    "demo": "the whole path on the small trained model that ships with attnopt",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An unknown command or option names the nearest one and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        words = [w for w in message.replace("'", " ").split() if w.startswith("--") or w in message.split("'")]
+        known = [*HELP, *self._option_string_actions]
+        near = next((m for w in words for m in difflib.get_close_matches(w, known, 1) if m != w), "")
+        hint = f"\n  Did you mean {near}?" if near else f"\n  See `{self.prog} --help`."
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+
+def whole_numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 1024,4096")
+    return sorted(set(numbers))
+
+
+def percent(text: str) -> float:
+    value = float(text.removesuffix("%"))
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive percentage such as 1%")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="attnopt", description="Make the attention of any PyTorch model cheaper.")
+    from attnopt import __version__
+
+    parser.add_argument("--version", action="version", version=f"attnopt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str) -> Parser:
+        made: Parser = commands.add_parser(
+            name, help=HELP[name], description=HELP[name].capitalize() + ".",
+            epilog="examples:\n  " + EXAMPLES[name].replace("\n", "\n  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+        return made
+
+    def with_model(made: Parser) -> None:
+        made.add_argument("model", metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
+        made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
+        made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+        made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
+
+    def with_text(made: Parser) -> None:
+        made.add_argument("--text", nargs="+", default=[], metavar="FILE",
+                          help="text files, - for standard input; default: Python's own library source")  # fmt: skip
+        made.add_argument("--seed", type=int, default=0)
+
+    examine = command("examine")
+    with_model(examine)
+    examine.add_argument("--length", type=int, default=256, help="tokens of the traced input (default 256)")
+    examine.add_argument("--padded", action="store_true", help="trace with a padding mask")
+    examine.add_argument("--html", metavar="FILE", help="also write a page")
+
+    profile = command("profile")
+    with_model(profile)
+    with_text(profile)
+    profile.add_argument("--out", required=True, metavar="FILE")
+    profile.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096])
+    profile.add_argument("--samples", type=int, default=4, help="sequences at each length (default 4)")
+    profile.add_argument("--windows", type=whole_numbers, default=None, help="windows observed")
+
+    plan = command("plan")
+    with_model(plan)
+    with_text(plan)
+    plan.add_argument("--profile", required=True, metavar="FILE")
+    plan.add_argument("--out", required=True, metavar="FILE")
+    budget = plan.add_mutually_exclusive_group()
+    budget.add_argument("--max-loss-increase", type=percent, default=1.0, metavar="PERCENT", help="default 1%%")
+    budget.add_argument("--max-kl", type=positive, metavar="NATS", help="nats per token instead")
+    plan.add_argument("--length", type=int, default=8192, help="key length the plan is fastest at (default 8192)")
+    plan.add_argument("--verify-lengths", type=whole_numbers, default=None, help="default: --length")
+    plan.add_argument("--samples", type=int, default=16, help="sequences of each verified length (default 16)")
+
+    show = command("show")
+    show.add_argument("file", metavar="FILE", help="a plan or a profile")
+    show.add_argument("--html", metavar="FILE", help="also write a page")
+
+    explain = command("explain")
+    explain.add_argument("plan", metavar="PLAN")
+    explain.add_argument("head", metavar="SITE.HEAD", help="for example model.layers.3.self_attn.5")
+    explain.add_argument("--profile", required=True, metavar="FILE")
+
+    bench = command("bench")
+    with_model(bench)
+    with_text(bench)
+    bench.add_argument("--plan", metavar="FILE")
+    bench.add_argument("--lengths", type=whole_numbers, default=[4096])
+    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--padded", action="store_true", help="with a padding mask")
+
+    command("env")
+    demo = command("demo")
+    demo.add_argument("--out", default="attnopt-demo", metavar="FOLDER", help="default attnopt-demo")
+    demo.add_argument("--quick", action="store_true", help="short lengths and few samples: a minute, for tests")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.command == "demo":
+        # The model is here; nothing is to be looked up.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from attnopt import commands
+    from attnopt.errors import AttnoptError, OptionError
+
+    try:
+        if args.command == "demo":
+            from attnopt import demo
+
+            demo.command(args)
+        else:
+            commands.run(args)
+    except OptionError as error:
+        return fail(error, 2)
+    except AttnoptError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        from attnopt.commands import INTERRUPTED
+
+        return fail(AttnoptError("Interrupted.", INTERRUPTED.get(args.command, "Nothing was written.")), 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(AttnoptError(f"{where}{error.strerror or error}.", "Choose a place that exists and can be written."), 1)
+    return 0
+
+
+def fail(error: Exception, code: int) -> int:
+    from attnopt.report.terminal import print_error
+
+    print_error(error)  # type: ignore[arg-type]
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

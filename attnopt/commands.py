@@ -1,0 +1,305 @@
+"""What each command does: load, call one stage, print. No stage is reimplemented here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnopt import backend, hf, text
+from attnopt.errors import AttnoptError, OptionError, PlanError
+from attnopt.ir import GraphReport
+from attnopt.plan import Budget, Plan
+from attnopt.profile_file import Profile
+from attnopt.report import terminal
+from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
+from attnopt.report.page import write_page
+
+INTERRUPTED = {"profile": "What was profiled so far is kept beside the output; run the same command again to go on."}
+Progress = Callable[[str, int, int], None]
+
+
+def run(args: argparse.Namespace) -> None:
+    COMMANDS[args.command](args)
+
+
+def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:
+    """The JSON document, or what people read."""
+    if args.json:
+        print(json.dumps(data, indent=2))
+    else:
+        show()
+
+
+def writable(path: str) -> Path:
+    """The path, if a file can be made there: found out before the work, not after it."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise AttnoptError(f"{target} cannot be written: {error.strerror}.", "Choose a folder you may write to.") from None
+    if target.is_dir():
+        raise AttnoptError(f"{target} is a folder.", "Give the name of a file.")
+    return target
+
+
+@contextmanager
+def stages() -> Iterator[Progress]:
+    """One progress bar after the other: a new one whenever the named stage changes."""
+    current: list[Any] = ["", None, None, 0]
+
+    def close() -> None:
+        if current[1] is not None:
+            current[1].__exit__(None, None, None)
+
+    def report(what: str, done: int, of: int) -> None:
+        if what != current[0]:
+            close()
+            bar = terminal.progress(what, of)
+            current[:] = [what, bar, bar.__enter__(), 0]
+        current[2](done - current[3])
+        current[3] = done
+
+    try:
+        yield report
+    finally:
+        close()
+
+
+def load(args: argparse.Namespace) -> hf.Loaded:
+    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+
+
+def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
+    """Any ids (1, length): their values do not matter to what is recognised."""
+    config = getattr(loaded.model, "config", None)
+    size = getattr(config, "vocab_size", None) or 100
+    return (torch.arange(length)[None] * 7 + 11) % size
+
+
+@torch.no_grad()
+def examine_model(loaded: hf.Loaded, length: int, padded: bool = False) -> list[GraphReport]:
+    """The reports of one traced forward; nothing is compiled by inductor, nothing is changed."""
+    found: list[GraphReport] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        _, report = backend.rewrite(gm, inputs, backend.Options())
+        found.append(report)
+        return gm.forward
+
+    ids = token_ids(loaded, length).to(next(loaded.model.parameters()).device)
+    kwargs: dict[str, Any] = {"use_cache": False} if hasattr(getattr(loaded.model, "config", None), "use_cache") else {}
+    if padded:
+        kwargs["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.arange(length // 4, device=ids.device), 0)
+    torch.compile(loaded.model, backend=look, dynamic=False)(ids, **kwargs)
+    return found
+
+
+def examine(args: argparse.Namespace) -> None:
+    if args.length < 2:
+        raise OptionError("--length must be at least 2.", "Attention over one token has nothing to save.")
+    page = writable(args.html) if args.html else None
+    loaded = load(args)
+    with stages() as progress:
+        progress("tracing", 0, 1)
+        reports = examine_model(loaded, args.length, args.padded)
+        progress("tracing", 1, 1)
+    data = graphs_json(reports)
+    if page is not None:
+        write_page(page, {"title": f"attnopt examine {args.model}", "graphs": data, "environment": environment()})
+    emit(args, data, lambda: terminal.print_graphs(reports))
+
+
+def profile(args: argparse.Namespace) -> None:
+    from attnopt.profiler import DEFAULT_GRID, profile_model
+    from attnopt.statistics import Grid
+
+    out = writable(args.out)
+    loaded = load(args)
+    tokens = text.stream(args.text, loaded.tokenizer, "calibrate")
+    rows = [r for n in args.lengths for r in text.sequences(tokens, n, args.samples, "calibrate")]
+    grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
+    partial = out.with_name(out.name + ".partial")
+    device = next(loaded.model.parameters()).device
+    with stages() as progress:
+        made = profile_model(
+            loaded.model, [r[None].to(device) for r in rows], grid, args.seed,
+            lambda done, of: progress("profiling", done, of), partial,
+        )  # fmt: skip
+    made.save(out)
+    partial.unlink(missing_ok=True)
+    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+
+
+def plan(args: argparse.Namespace) -> None:
+    from attnopt.planner.make import make_plan
+
+    out = writable(args.out)
+    held = Profile.load(args.profile)
+    loaded = load(args)
+    device = next(loaded.model.parameters()).device
+    lengths = args.verify_lengths or [args.length]
+
+    def split(which: str) -> dict[int, torch.Tensor]:
+        tokens = text.stream(args.text, loaded.tokenizer, which)
+        return {n: text.sequences(tokens, n, args.samples, which).to(device) for n in lengths}
+
+    budget = Budget("kl", args.max_kl) if args.max_kl else Budget("loss", args.max_loss_increase)
+    with stages() as progress:
+        made = make_plan(
+            loaded.model, args.model, held, split("verify"), split("final"), budget, args.length,
+            seed=args.seed, progress=progress,
+        )  # fmt: skip
+    made.plan.save(out)
+    data = {"plan": str(out), **plan_json(made.plan), "search": records_json(made.verified.records)}
+
+    def show() -> None:
+        terminal.print_records(made.verified.records)
+        terminal.print_plan(made.plan)
+        print(f"wrote {out}")
+
+    emit(args, data, show)
+
+
+def is_plan(path: str) -> bool:
+    """Whether a file is meant to be a plan: it is text that starts with a brace."""
+    if not Path(path).exists():
+        raise PlanError(f"There is no file {path}.", "Give a plan (JSON) or a profile (safetensors).")
+    with open(path, "rb") as f:
+        return f.read(64).lstrip()[:1] == b"{"
+
+
+def show(args: argparse.Namespace) -> None:
+    page = writable(args.html) if args.html else None
+    if is_plan(args.file):
+        held = Plan.load(args.file)
+        data: dict[str, Any] = {"plan": plan_json(held)}
+        summary, draw = plan_facts(data["plan"]), lambda: terminal.print_plan(held)
+    else:
+        seen = Profile.load(args.file)
+        data = {"profile": profile_json(seen)}
+        summary, draw = [], lambda: terminal.print_profile(seen)
+    if page is not None:
+        write_page(page, {"title": f"attnopt show {args.file}", "summary": summary, **data})
+    emit(args, data, draw)
+
+
+def candidates_of(held: Plan, seen: Profile, site: str, head: int) -> list[dict[str, Any]]:
+    """Every candidate's predicted damage (nats per token, the worst profiled length) and share of a dense head's keys."""
+    from attnopt.cost import kept_pairs
+    from attnopt.ir import DENSE
+    from attnopt.registry import CANDIDATES
+
+    grid, length = seen.header.grid, held.lengths.planned
+    chosen = held.choices[site][head]
+    space = {c: None for _, kind in CANDIDATES for c in kind.space(grid, [*seen.lengths, length])}
+    space.setdefault(chosen)
+    rows = []
+    for choice in (DENSE, *[c for c in space if c != DENSE]):
+        kind, params = CANDIDATES[choice.candidate], dict(choice.params)
+        damage = 0.0
+        for n in seen.lengths:
+            sums = seen.observations[site, n]
+            damage = max(damage, float(kind.damage(sums, grid, params, n)[head]) / max(1, sums.rows))
+        sink, window = kind.span(params, length)
+        share = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
+        rows.append({"choice": str(choice), "damage": damage, "cost": share, "chosen": choice == chosen})
+    rows.sort(key=lambda r: r["cost"])
+    own = next(r for r in rows if r["chosen"])
+    for r in rows:
+        cheaper, milder = r["cost"] < own["cost"], r["damage"] < own["damage"]
+        r["why"] = "chosen" if r["chosen"] else "cheaper, but more damage" if cheaper and not milder else (
+            "less damage, but dearer" if milder and not cheaper else "no better on either count" if not cheaper else
+            "cheaper and milder here; the whole plan's limit of spans a layer decided"
+        )  # fmt: skip
+    return rows
+
+
+def explain(args: argparse.Namespace) -> None:
+    held, seen = Plan.load(args.plan), Profile.load(args.profile)
+    site, _, head = args.head.rpartition(".")
+    if not head.isdigit() or site not in held.choices or int(head) >= len(held.choices.get(site, ())):
+        import difflib
+
+        near = difflib.get_close_matches(site, held.choices, 1) or list(held.choices)[:1]
+        heads = len(held.choices[near[0]]) if near else 0
+        raise OptionError(f"The plan has no head {args.head!r}.", f"Try {near[0] if near else 'SITE'}.0 to .{heads - 1}.")
+    if (missing := [n for n in held.choices if n not in seen.sites]) and site in missing:
+        raise PlanError(f"The profile holds nothing of {site}.", "Give the profile the plan was made from.")
+    rows = candidates_of(held, seen, site, int(head))
+    title = f"{args.head} at {held.lengths.planned} keys: damage in nats per token, cost as a share of dense"
+    emit(args, {"head": args.head, "candidates": rows}, lambda: terminal.print_candidates(rows, title))
+
+
+def bench_rows(
+    loaded: hf.Loaded, ids: torch.Tensor, held: Plan | None, dtype: str, rounds: int, padded: bool, progress: Progress
+) -> list[dict[str, Any]]:
+    """One row per variant at ids' length, from one interleaved run."""
+    from attnopt.benchmark import compare, variants
+
+    calls = variants(loaded.model, held)
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[:, : ids.shape[1] // 8] = 0
+    done, total = 0, len(calls) + rounds
+
+    def step(_: str) -> None:
+        nonlocal done
+        done += 1
+        progress(f"timing at {ids.shape[1]}", done, total)
+
+    progress(f"timing at {ids.shape[1]}", 0, total)
+    rows = compare(calls, ids, mask, rounds, dtype=dtype, progress=step)
+    base = next(r.milliseconds for r in rows if r.variant == "inductor")
+    keys = ("variant", "length", "dtype", "milliseconds", "error")
+    return [
+        {k: v for k, v in asdict(r).items() if k in keys} | {"times_inductor": base / r.milliseconds, "times_exact": r.ratio}
+        for r in rows
+    ]
+
+
+def bench(args: argparse.Namespace) -> None:
+    held = Plan.load(args.plan) if args.plan else None
+    loaded = load(args)
+    tokens = text.stream(args.text, loaded.tokenizer, "final") if loaded.tokenizer is not None else None
+    rows: list[dict[str, Any]] = []
+    with stages() as progress:
+        for n in args.lengths:
+            ids = token_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
+            ids = ids.to(next(loaded.model.parameters()).device)
+            rows += bench_rows(loaded, ids, held, args.dtype, args.rounds, args.padded, progress)
+    emit(args, {"bench": rows}, lambda: terminal.print_bench(rows))
+
+
+def env(args: argparse.Namespace) -> None:
+    data = environment()
+
+    def draw() -> None:
+        for key, value in data.items():
+            print(f"{key}: {value}" if not isinstance(value, dict) else f"{key}:")
+            for name, held in value.items() if isinstance(value, dict) else ():
+                print(f"  {name}: {held}")
+
+    emit(args, data, draw)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+    sys.stderr.flush()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "examine": examine, "profile": profile, "plan": plan, "show": show,
+    "explain": explain, "bench": bench, "env": env,
+}  # fmt: skip

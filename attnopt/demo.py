@@ -1,0 +1,157 @@
+"""The demo: a real trained model matched, profiled, planned under a budget, rewritten, checked and timed, and a page.
+
+Every step calls what the commands call; the text is Python's own library source, held out from training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnopt import backend, hf, settings, text
+from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
+from attnopt.plan import Budget
+from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
+from attnopt.profile_file import Profile
+from attnopt.profiler import profile_model
+from attnopt.report import terminal
+from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
+from attnopt.report.page import write_page
+
+# (length, sequences) profiled, length planned and verified, sequences verified and looked at in the end. The verified
+# length is none of the profiled ones. Sized for five minutes on two CPU cores.
+FULL: dict[str, Any] = {"profile": ((1024, 6), (2048, 4), (4096, 2)), "length": 8192, "verify": 10, "final": 12, "rounds": 3}
+QUICK: dict[str, Any] = {"profile": ((256, 4), (512, 3)), "length": 1024, "verify": 10, "final": 10, "rounds": 2}
+LOSS_INCREASE = 1.0
+Say = Callable[[str], None]
+
+
+def profile_demo(loaded: hf.Loaded, sizes: dict[str, Any], progress: Progress) -> Profile:
+    tokens = text.stream([], loaded.tokenizer, "calibrate", 60_000)
+    rows = [r[None] for n, count in sizes["profile"] for r in text.sequences(tokens, n, count, "calibrate")]
+    return profile_model(loaded.model, rows, progress=lambda done, of: progress("profiling", done, of))
+
+
+def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progress: Progress, tell: Say) -> Made:
+    length = sizes["length"]
+
+    def split(which: str, count: int) -> dict[int, torch.Tensor]:
+        tokens = text.stream([], loaded.tokenizer, which, 2 * count * length)
+        return {length: text.sequences(tokens, length, count, which)}
+
+    return make_plan(
+        loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
+        Budget("loss", LOSS_INCREASE), length, progress=progress, report=lambda record: tell(f"   {record}"),
+    )  # fmt: skip
+
+
+def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progress: Progress) -> float:
+    """Loss increase in percent, on the final split, of one window for all heads at the plan's own measured cost."""
+    from attnopt.measure import Spans
+
+    spans, length = Spans(loaded.model), sizes["length"]
+    tokens = text.stream([], loaded.tokenizer, "final", 2 * sizes["final"] * length)
+    texts = {length: text.sequences(tokens, length, sizes["final"], "final")}
+    spans.losses(texts[length][:1, :64], None)
+    evaluate = Evaluator(spans, texts, False, progress, "one window for all heads")
+    (found,) = evaluate(uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values())))
+    return 100 * (sum(found.planned) / sum(found.dense) - 1)
+
+
+def emitted_sources() -> dict[str, str]:
+    """The kernels this process really launched, by key."""
+    from attnopt import ops
+    from attnopt.codegen.emit import kernel_folder
+
+    paths = {key: kernel_folder() / f"{key}.py" for key in ops.launches}
+    return {key: path.read_text(encoding="utf-8") for key, path in paths.items() if path.exists()}
+
+
+def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, Any]:
+    """Run all stages, write profile.safetensors, plan.json and report.html into `folder`; returns the figures."""
+    started = time.perf_counter()
+    sizes = QUICK if quick else FULL
+    length = sizes["length"]
+    backend.clear_reports()
+    tell(f"1. the model: {hf.demo_model_path().name}, 6 layers of 8 heads, trained on the standard library's source")
+    loaded = hf.load("demo", torch.bfloat16)
+    graphs = examine_model(loaded, 256)
+    tell(f"2. matched: {sum(len(g.sites) for g in graphs)} attentions")
+    if tell is not silent:
+        terminal.print_graphs(graphs)
+    profile = profile_demo(loaded, sizes, progress)
+    profile.save(folder / "profile.safetensors")
+    tell(f"3. profiled at {', '.join(map(str, profile.lengths))} tokens, every head and span at once")
+    tell(f"4. planning for {length} tokens, loss increase at most {LOSS_INCREASE:g} %")
+    made = plan_demo(loaded, profile, sizes, progress, tell)
+    made.plan.save(folder / "plan.json")
+    final = next(m for m in made.plan.measured if m.split == "final")
+    uniform = uniform_increase(loaded, made, sizes, progress)
+    tell(
+        f"5. verified on held-out text at {final.length}: loss {final.dense_loss:.4f} -> {final.planned_loss:.4f}, "
+        f"{final.increase:+.2f} % (at most {final.upper_95:.2f} %); one window for all heads at the same cost: {uniform:+.2f} %"
+    )
+    tokens = text.stream([], loaded.tokenizer, "final", 2 * length)
+    ids = text.sequences(tokens, length, 1, "final")
+    rows = bench_rows(loaded, ids, made.plan, "bf16", sizes["rounds"], False, progress)
+    tell("6. compiled and timed, all in one run, medians")
+    if tell is not silent:
+        terminal.print_bench(rows)
+    planned, exact = (next(r for r in rows if r["variant"] == f"attnopt {kind}") for kind in ("planned", "exact"))
+    result = {
+        "report": str(folder / "report.html"),
+        "plan": str(folder / "plan.json"),
+        "profile": str(folder / "profile.safetensors"),
+        "loss_increase_percent": final.increase,
+        "loss_increase_upper_95_percent": final.upper_95,
+        "uniform_loss_increase_percent": uniform,
+        "exact_over_inductor": exact["times_inductor"],
+        "planned_over_exact": planned["times_exact"],
+        "bench": rows,
+        "seconds": time.perf_counter() - started,
+    }
+    write_page(folder / "report.html", page_of(result, made, profile, graphs))
+    return result
+
+
+def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[Any]) -> dict[str, Any]:
+    plan = plan_json(made.plan)
+    summary = [
+        ("exact, against inductor", f"{result['exact_over_inductor']:.2f} times as fast"),
+        ("planned, against exact", f"{result['planned_over_exact']:.2f} times as fast"),
+        ("loss increase on held-out text", f"{result['loss_increase_percent']:.2f} % "
+         f"(at most {result['loss_increase_upper_95_percent']:.2f} %, budget {LOSS_INCREASE:g} %)"),
+        ("one window for all heads at the same cost", f"{result['uniform_loss_increase_percent']:.2f} %"),
+        *plan_facts(plan),
+    ]  # fmt: skip
+    return {
+        "title": "attnopt demo",
+        "summary": summary,
+        "graphs": graphs_json([*graphs, *backend.reports()]),
+        "plan": plan,
+        "profile": profile_json(profile),
+        "records": records_json(made.verified.records),
+        "bench": result["bench"],
+        "kernels": emitted_sources(),
+        "environment": environment(),
+        "notes": [f"kernel target: {settings.target('cpu')}", *([made.verified.undecided] if made.verified.undecided else [])],
+    }
+
+
+def silent(line: str) -> None:
+    """What is said with --json."""
+
+
+def command(args: argparse.Namespace) -> None:
+    """``attnopt demo``."""
+    folder = Path(args.out)
+    writable(str(folder / "report.html"))
+    with stages() as progress:
+        result = run(folder, args.quick, progress, silent if args.json else say)
+    emit(args, result, lambda: say(f"\nreport: {os.path.abspath(result['report'])}"))
