@@ -169,7 +169,7 @@ def uniform_at_cost(problem: Problem, cost: float, sites: Sequence[Site]) -> Cho
     from attnopt.ir import Choice
 
     fixed = [(float(problem.cost[:, c].sum()), choice) for c, choice in enumerate(problem.choices) if choice.params]
-    fixed = sorted((ms, choice) for ms, choice in fixed if choice["beta"] == 0.0)
+    fixed = sorted(((ms, choice) for ms, choice in fixed if choice["beta"] == 0.0), key=lambda pair: pair[0])
     below = [x for x in fixed if x[0] <= cost] or fixed[:1]
     above = [x for x in fixed if x[0] > cost] or fixed[-1:]
     (low, a), (high, b) = below[-1], above[0]
