@@ -51,7 +51,10 @@ def train_tokenizer(path: Path, files: int | None = None) -> PreTrainedTokenizer
     if not path.exists():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -241,14 +244,24 @@ def train(args: argparse.Namespace) -> None:
     batches = Batches(encode_library(tokenizer, args.out / "library.npy", files), tokenizer)
     model = build_model(args.tiny).to(device)
     optimizers = build_optimizers(model)
-    state = load_checkpoint(args.out, model, optimizers) or {"step": 0, "tokens": 0, "budget": args.tokens or 10_000_000, "history": []}
+    state = load_checkpoint(args.out, model, optimizers) or {
+        "step": 0,
+        "tokens": 0,
+        "budget": args.tokens or 10_000_000,
+        "history": [],
+    }
     if args.tokens:
         state["budget"] = args.tokens
     step_model = torch.compile(model, dynamic=False) if args.compile else model
     model.train()
     recent: list[tuple[float, float]] = []
     saved = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>5.1f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("training", total=state["budget"], completed=state["tokens"])
         while state["tokens"] < state["budget"]:
@@ -261,7 +274,9 @@ def train(args: argparse.Namespace) -> None:
                 optimizer.param_groups[0]["lr"] = PEAK_LR * factor
             with torch.autocast(device, dtype=torch.bfloat16):
                 logits = step_model(input_ids=ids[:, :-1], use_cache=False).logits
-            losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
             target = weights[:, 1:].flatten()
             loss = (losses * target).sum() / target.sum()
             loss.backward()
@@ -273,12 +288,22 @@ def train(args: argparse.Namespace) -> None:
             recent.append((losses[target == 1].mean().item(), losses[target == 2].mean().item()))
             state["step"] += 1
             state["tokens"] += length * size
-            bar.update(task, completed=state["tokens"], description=f"n={length} code {recent[-1][0]:.2f} recall {recent[-1][1]:.2f}")
+            bar.update(
+                task,
+                completed=state["tokens"],
+                description=f"n={length} code {recent[-1][0]:.2f} recall {recent[-1][1]:.2f}",
+            )
             if state["step"] % 10 == 0:
-                code, recall = (float(np.nanmean([r[i] for r in recent])) if not all(math.isnan(r[i]) for r in recent) else 0.0 for i in (0, 1))
+                code, recall = (
+                    float(np.nanmean([r[i] for r in recent])) if not all(math.isnan(r[i]) for r in recent) else 0.0
+                    for i in (0, 1)
+                )
                 state["history"].append([state["tokens"], code, recall, length])
                 rate = length * size / (time.monotonic() - started)
-                print(f"step {state['step']} tokens {state['tokens']} n {length} code {code:.3f} recall {recall:.3f} {rate:.0f} tokens/s", flush=True)
+                print(
+                    f"step {state['step']} tokens {state['tokens']} n {length} code {code:.3f} recall {recall:.3f} {rate:.0f} tokens/s",
+                    flush=True,
+                )
                 recent.clear()
             if time.monotonic() - saved > args.save_every:
                 save_checkpoint(args.out, model, optimizers, state)
