@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Row:
 def variants(model: nn.Module, plan: Plan | None = None, cache: bool = True) -> dict[str, Call]:
     """eager; inductor without and with a cache; attnopt exact; attnopt with `plan`."""
 
-    def call(compiled: Callable[..., object], use_cache: bool) -> Call:
+    def call(compiled: Callable[..., Any], use_cache: bool) -> Call:
         def run(ids: Tensor, mask: Tensor | None) -> Tensor:
             kwargs = {} if mask is None else {"attention_mask": mask}
             if hasattr(getattr(model, "config", None), "use_cache"):
@@ -53,7 +54,9 @@ def variants(model: nn.Module, plan: Plan | None = None, cache: bool = True) -> 
         made["inductor, cache"] = call(torch.compile(model, backend="inductor", dynamic=False), True)
         made["attnopt exact, cache"] = call(torch.compile(model, backend="attnopt", dynamic=False), True)
     if plan is not None:
-        made["attnopt planned"] = call(torch.compile(model, backend="attnopt", options={"plan": plan}, dynamic=False), False)
+        made["attnopt planned"] = call(
+            torch.compile(model, backend="attnopt", options={"plan": plan}, dynamic=False), False
+        )
     return made
 
 
@@ -95,9 +98,7 @@ def compare(
                 progress("round")
     medians = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
     base = medians.get(baseline, next(iter(medians.values())))
-    return [
-        Row(name, ids.shape[1], dtype, ms, base / ms, errors[name], first[name]) for name, ms in medians.items()
-    ]
+    return [Row(name, ids.shape[1], dtype, ms, base / ms, errors[name], first[name]) for name, ms in medians.items()]
 
 
 def synchronize(ids: Tensor) -> None:

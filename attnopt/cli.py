@@ -170,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(AttnoptError("Interrupted.", INTERRUPTED.get(args.command, "Nothing was written.")), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return fail(AttnoptError(f"{where}{error.strerror or error}.", "Choose a place that exists and can be written."), 1)
+        return fail(
+            AttnoptError(f"{where}{error.strerror or error}.", "Choose a place that exists and can be written."), 1
+        )
     return 0
 
 

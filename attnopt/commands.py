@@ -47,7 +47,9 @@ def writable(path: str) -> Path:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise AttnoptError(f"{target} cannot be written: {error.strerror}.", "Choose a folder you may write to.") from None
+        raise AttnoptError(
+            f"{target} cannot be written: {error.strerror}.", "Choose a folder you may write to."
+        ) from None
     if target.is_dir():
         raise AttnoptError(f"{target} is a folder.", "Give the name of a file.")
     return target
@@ -195,7 +197,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def candidates_of(held: Plan, seen: Profile, site: str, head: int) -> list[dict[str, Any]]:
-    """Every candidate's predicted damage (nats per token, the worst profiled length) and share of a dense head's keys."""
+    """Every candidate's predicted damage (nats per token, the worst length) and share of a dense head's keys."""
     from attnopt.cost import kept_pairs
     from attnopt.ir import DENSE
     from attnopt.registry import CANDIDATES
@@ -233,7 +235,9 @@ def explain(args: argparse.Namespace) -> None:
 
         near = difflib.get_close_matches(site, held.choices, 1) or list(held.choices)[:1]
         heads = len(held.choices[near[0]]) if near else 0
-        raise OptionError(f"The plan has no head {args.head!r}.", f"Try {near[0] if near else 'SITE'}.0 to .{heads - 1}.")
+        raise OptionError(
+            f"The plan has no head {args.head!r}.", f"Try {near[0] if near else 'SITE'}.0 to .{heads - 1}."
+        )
     if (missing := [n for n in held.choices if n not in seen.sites]) and site in missing:
         raise PlanError(f"The profile holds nothing of {site}.", "Give the profile the plan was made from.")
     rows = candidates_of(held, seen, site, int(head))
@@ -264,7 +268,8 @@ def bench_rows(
     base = next(r.milliseconds for r in rows if r.variant == "inductor")
     keys = ("variant", "length", "dtype", "milliseconds", "error")
     return [
-        {k: v for k, v in asdict(r).items() if k in keys} | {"times_inductor": base / r.milliseconds, "times_exact": r.ratio}
+        {k: v for k, v in asdict(r).items() if k in keys}
+        | {"times_inductor": base / r.milliseconds, "times_exact": r.ratio}
         for r in rows
     ]
 

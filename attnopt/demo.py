@@ -26,7 +26,13 @@ from attnopt.report.page import write_page
 
 # (length, sequences) profiled, length planned and verified, sequences verified and looked at in the end. The verified
 # length is none of the profiled ones. Sized for five minutes on two CPU cores.
-FULL: dict[str, Any] = {"profile": ((1024, 6), (2048, 4), (4096, 2)), "length": 8192, "verify": 10, "final": 12, "rounds": 3}
+FULL: dict[str, Any] = {
+    "profile": ((1024, 6), (2048, 4), (4096, 2)),
+    "length": 8192,
+    "verify": 10,
+    "final": 12,
+    "rounds": 3,
+}
 QUICK: dict[str, Any] = {"profile": ((256, 4), (512, 3)), "length": 1024, "verify": 10, "final": 10, "rounds": 2}
 LOSS_INCREASE = 1.0
 Say = Callable[[str], None]
@@ -95,7 +101,8 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
     uniform = uniform_increase(loaded, made, sizes, progress)
     tell(
         f"5. verified on held-out text at {final.length}: loss {final.dense_loss:.4f} -> {final.planned_loss:.4f}, "
-        f"{final.increase:+.2f} % (at most {final.upper_95:.2f} %); one window for all heads at the same cost: {uniform:+.2f} %"
+        f"{final.increase:+.2f} % (at most {final.upper_95:.2f} %); "
+        f"one window for all heads at the same cost: {uniform:+.2f} %"
     )
     tokens = text.stream([], loaded.tokenizer, "final", 2 * length)
     ids = text.sequences(tokens, length, 1, "final")
@@ -140,7 +147,10 @@ def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[A
         "bench": result["bench"],
         "kernels": emitted_sources(),
         "environment": environment(),
-        "notes": [f"kernel target: {settings.target('cpu')}", *([made.verified.undecided] if made.verified.undecided else [])],
+        "notes": [
+            f"kernel target: {settings.target('cpu')}",
+            *([made.verified.undecided] if made.verified.undecided else []),
+        ],
     }
 
 

@@ -44,7 +44,9 @@ def transformers() -> Any:
     try:
         import transformers as module
     except ImportError as error:
-        raise DependencyError("transformers is not installed.", 'Install it with `pip install "attnopt[hf]"`.') from error
+        raise DependencyError(
+            "transformers is not installed.", 'Install it with `pip install "attnopt[hf]"`.'
+        ) from error
     return module
 
 
@@ -59,7 +61,9 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", att
     if ":" in name and not path.exists():
         return from_callable(name, dtype, device)
     if path.exists() and not (path / "config.json").exists():
-        raise ModelError(f"{name} is not a model in transformers format: it has no config.json.", "Save it with save_pretrained().")
+        raise ModelError(
+            f"{name} is not a model in transformers format: it has no config.json.", "Save it with save_pretrained()."
+        )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"There is no model at {name}.", "Give a directory, a hub name, or module:callable.")
     hf = transformers()
@@ -92,8 +96,12 @@ def from_callable(name: str, dtype: torch.dtype, device: str) -> Loaded:
     try:
         made = getattr(importlib.import_module(module_name), attribute)()
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"{name} could not be called: {error}.", "Give it as module:callable, importable from here.") from error
+        raise ModelError(
+            f"{name} could not be called: {error}.", "Give it as module:callable, importable from here."
+        ) from error
     model, tokenizer = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{name} returned a {type(model).__name__}.", "It must return a torch module, or (module, tokenizer).")
+        raise ModelError(
+            f"{name} returned a {type(model).__name__}.", "It must return a torch module, or (module, tokenizer)."
+        )
     return Loaded(model.to(device, dtype).eval(), tokenizer, name)

@@ -50,7 +50,8 @@ class Instrumented:
             self.left_alone[f"graph {len(self.left_alone)}"] = captured
             return gm.forward
         program = Program(captured, observer=self._attend).run(OBSERVE)
-        for item in (*program.refusals, *program.misses):
+        left: list[Refusal | Miss] = [*program.refusals, *program.misses]
+        for item in left:
             self.left_alone.setdefault(item.path, item)
         return captured.forward
 
@@ -67,7 +68,9 @@ class Instrumented:
         """Raise where nothing could be observed, with the first reasons."""
         if not self.sites:
             reasons = "; ".join(str(r) for r in list(self.left_alone.values())[:3]) or "no attention was found"
-            raise ModelError(f"No attention of this model can be observed: {reasons}.", "`attnopt examine` lists every site.")
+            raise ModelError(
+                f"No attention of this model can be observed: {reasons}.", "`attnopt examine` lists every site."
+            )
 
 
 def logits_of(call: Callable[..., Any], ids: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -77,7 +80,9 @@ def logits_of(call: Callable[..., Any], ids: Tensor, model: nn.Module | None = N
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     logits = out[0] if logits is None else logits
     if not isinstance(logits, Tensor) or logits.ndim != 3:
-        raise ModelError("The model's output is not logits of shape (batch, tokens, vocabulary).", "Wrap it so that it returns them.")
+        raise ModelError(
+            "The model's output is not logits of shape (batch, tokens, vocabulary).", "Wrap it so that it returns them."
+        )
     return logits
 
 

@@ -97,7 +97,9 @@ class Site:
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        return f"{self.name}: {self.pattern} heads={heads} dim={dims} scale={self.scale:.6g} {self.dtype} keep {self.mask}"
+        return (
+            f"{self.name}: {self.pattern} heads={heads} dim={dims} scale={self.scale:.6g} {self.dtype} keep {self.mask}"
+        )
 
 
 @dataclass(eq=False)

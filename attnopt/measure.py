@@ -66,7 +66,9 @@ class Spans:
             if held is None:
                 return attention(q, k, v, site.scale, pad, window)
             windows = ops.windows_at(held["alphas"], held["betas"], q.shape[2], window or 0)
-            return ops.prefill(q, k, v, held["sinks"] if not window else torch.zeros_like(held["sinks"]), windows, site.scale, pad)
+            return ops.prefill(
+                q, k, v, held["sinks"] if not window else torch.zeros_like(held["sinks"]), windows, site.scale, pad
+            )
 
         return attend
 

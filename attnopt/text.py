@@ -26,7 +26,9 @@ def read(sources: Sequence[str]) -> list[str]:
         try:
             texts.append(Path(source).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise TextError(f"There is no text file {source}.", "Give existing files, or - for standard input.") from None
+            raise TextError(
+                f"There is no text file {source}.", "Give existing files, or - for standard input."
+            ) from None
         except (UnicodeDecodeError, OSError) as error:
             raise TextError(f"{source} cannot be read as UTF-8 text: {error}.", "Give plain text files.") from None
     if not any(t.strip() for t in texts):

@@ -301,7 +301,8 @@ def train(args: argparse.Namespace) -> None:
                 state["history"].append([state["tokens"], code, recall, length])
                 rate = length * size / (time.monotonic() - started)
                 print(
-                    f"step {state['step']} tokens {state['tokens']} n {length} code {code:.3f} recall {recall:.3f} {rate:.0f} tokens/s",
+                    f"step {state['step']} tokens {state['tokens']} n {length} "
+                    f"code {code:.3f} recall {recall:.3f} {rate:.0f} tokens/s",
                     flush=True,
                 )
                 recent.clear()

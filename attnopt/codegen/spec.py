@@ -32,10 +32,12 @@ class KernelSpec:
     def key(self) -> str:
         """A file name stem: readable first, then a hash over every field."""
         digest = hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:10]
-        return f"span_{self.target}_h{self.heads}k{self.kv_heads}d{self.head_dim}_{self.dtype}{'_pad' if self.padded else ''}_{digest}"
+        sizes = f"h{self.heads}k{self.kv_heads}d{self.head_dim}"
+        return f"span_{self.target}_{sizes}_{self.dtype}{'_pad' if self.padded else ''}_{digest}"
 
     def __str__(self) -> str:
         return (
-            f"span prefill for {self.target}: {self.heads}/{self.kv_heads} heads, dim {self.head_dim}/{self.head_dim_v}, "
+            f"span prefill for {self.target}: {self.heads}/{self.kv_heads} heads, "
+            f"dim {self.head_dim}/{self.head_dim_v}, "
             f"{self.dtype}{', padded' if self.padded else ''}"
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-
 from torch import Tensor, nn
 
 from attnopt.codegen.spec import KernelSpec
@@ -44,7 +43,9 @@ class Made:
 class Evaluator:
     """Measures choices against dense on fixed sequences (one tensor (samples, N) per length); dense is run once."""
 
-    def __init__(self, spans: Spans, texts: Mapping[int, Tensor], divergence: bool, progress: Progress | None, what: str) -> None:
+    def __init__(
+        self, spans: Spans, texts: Mapping[int, Tensor], divergence: bool, progress: Progress | None, what: str
+    ) -> None:
         self.spans, self.texts, self.divergence = spans, texts, divergence
         self.progress, self.what = progress, what
         self.dense = {n: self._run(n, None) for n in texts}
@@ -90,7 +91,8 @@ def check_text(texts: Mapping[int, Tensor], split: str) -> None:
     for length, ids in texts.items():
         if len(ids) < LEAST_SEQUENCES:
             raise TextError(
-                f"The text gives {len(ids)} sequences of {length} tokens for the {split} split; {LEAST_SEQUENCES} are the least.",
+                f"The text gives {len(ids)} sequences of {length} tokens for the {split} split, "
+                f"and {LEAST_SEQUENCES} are the least.",
                 f"Give at least {LEAST_SEQUENCES * length} tokens a split, or verify at a shorter length.",
             )
 
@@ -130,7 +132,9 @@ def make_plan(
     device = next(model.parameters()).device.type
     if tables is None:
         lengths = sorted({1024, 2048, 4096, target_length})
-        tables = cost_tables(sites, profile, settings.target(device), device, [n for n in lengths if n <= target_length], progress)
+        tables = cost_tables(
+            sites, profile, settings.target(device), device, [n for n in lengths if n <= target_length], progress
+        )
     of_site = {s.name: tables if isinstance(tables, CostTable) else tables[s.name] for s in sites}
     problem = make_problem(profile, of_site, sites, target_length)
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
@@ -177,8 +181,6 @@ def uniform_at_cost(problem: Problem, cost: float, sites: Sequence[Site]) -> Cho
     window = round(a["alpha"] + share * (b["alpha"] - a["alpha"]))
     choice = Choice.of("sink_window", {"sink": max(a["sink"], b["sink"]), "alpha": window, "beta": 0.0})
     return {s.name: (choice,) * s.heads for s in sites}
-
-
 
 
 __all__ = ["Evaluator", "Made", "cost_tables", "make_plan", "uniform_at_cost"]
