@@ -1,8 +1,8 @@
 """The torch.compile backend: capture, rewrite, hand to inductor. It never raises into Dynamo.
 
-    torch.compile(model, backend="attnopt")                                        exact, no plan needed
-    torch.compile(model, backend="attnopt", options={"plan": "plan.json"})         the plan's spans
-    torch.compile(model, backend="attnopt", options={"mode": "max-autotune", "inductor": {...}, "verify": True})
+torch.compile(model, backend="attnopt")                                        exact, no plan needed
+torch.compile(model, backend="attnopt", options={"plan": "plan.json"})         the plan's spans
+torch.compile(model, backend="attnopt", options={"mode": "max-autotune", "inductor": {...}, "verify": True})
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _reports: list[GraphReport] = []
 
 @dataclass(frozen=True)
 class Options:
-    """What torch.compile's options may hold. `inductor` are inductor's own settings; `mode` as torch.compile means it."""
+    """What torch.compile's options may hold: `inductor` are inductor's own settings, `mode` is torch.compile's."""
 
     plan: Plan | None = None
     mode: str | None = None
@@ -116,7 +116,9 @@ def left_softmax(gm: GraphModule, report: GraphReport) -> bool:
     return bool(report.misses) and any(n.target in targets for n in gm.graph.nodes)
 
 
-def attnopt(gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+def attnopt(
+    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
     """Entry point of torch.compile. Mistakes in the options raise; anything else leaves the graph as it was."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -128,10 +130,12 @@ def attnopt(gm: GraphModule, example_inputs: list[Any], *, options: dict[str, An
         if settings.strict() or isinstance(error, PlanError):
             raise
         log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
-        graph, report = gm, GraphReport(fallback=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        graph, report = gm, GraphReport(fallback=reason)
     if left_softmax(graph, report) and "pattern_matcher" not in patches:
         # Inductor's attention patterns match by shape of the graph and can fuse what is not attention.
         patches["pattern_matcher"] = False
-        report = replace(report, notes=(*report.notes, "inductor's pattern matcher is off: a soft-max was not recognised"))
+        note = "inductor's pattern matcher is off: a soft-max was not recognised"
+        report = replace(report, notes=(*report.notes, note))
     record(report)
     return compile_fx(graph, example_inputs, config_patches=patches or None)

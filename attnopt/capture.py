@@ -1,7 +1,8 @@
 """Take Dynamo's graph to the pre-dispatch functional ATen graph: one small dialect, nothing written in place.
 
-``aot_export_module(..., pre_dispatch=True)`` keeps matmul, softmax and scaled_dot_product_attention whole and makes every
-spelling of a view or cast the same operation. Mutated inputs come back as outputs; `copy_` writes them at the end.
+``aot_export_module(..., pre_dispatch=True)`` keeps matmul, softmax and scaled_dot_product_attention whole and makes
+every spelling of a view or cast the same operation. Mutated inputs come back as outputs; `copy_` writes them at the
+end.
 """
 
 from __future__ import annotations

@@ -20,12 +20,14 @@ launches: Counter[str] = Counter()
 
 
 def windows_at(alphas: Tensor, betas: Tensor, length: int, model_window: int = 0) -> Tensor:
-    """Windows int32 (H,) at `length` keys: clamp(floor(alpha + beta · N), 1, N), within the model's own window if any."""
+    """Windows int32 (H,) at `length` keys: clamp(floor(alpha + beta · N), 1, N), within the model's own if any."""
     windows = torch.floor(alphas.double() + betas.double() * length).clamp(1, max(1, length))
     return (windows.clamp(max=model_window) if model_window else windows).to(torch.int32)
 
 
-def prefill(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, windows: Tensor, scale: float, pad: Tensor | None) -> Tensor:
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, windows: Tensor, scale: float, pad: Tensor | None
+) -> Tensor:
     """Run the emitted kernel of the current target on q (B, H, N, D), k and v (B, G, N, ·)."""
     spec = KernelSpec(
         target=settings.target(q.device.type),

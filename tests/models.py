@@ -46,7 +46,12 @@ def build(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -
 
     config = config_of(family, **changes)
     torch.manual_seed(seed)
-    classes = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertModel"}
+    classes = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "gpt2": "GPT2LMHeadModel",
+        "bert": "BertModel",
+    }
     config._attn_implementation = attention
     return scaled_up(getattr(transformers, classes[family])(config)).eval()
 
@@ -143,10 +148,14 @@ class ExplicitMasks:
     def __exit__(self, *_: object) -> None:
         F.scaled_dot_product_attention = self.original  # type: ignore[assignment]
 
-    def masked(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, scale: Any = None, **kw: Any) -> Tensor:
+    def masked(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, scale: Any = None, **kw: Any
+    ) -> Tensor:
         from attnopt.codegen.reference import span_mask
 
-        sinks, windows = (torch.tensor(column) for column in zip(*self.layers[self.calls % len(self.layers)], strict=True))
+        sinks, windows = (
+            torch.tensor(column) for column in zip(*self.layers[self.calls % len(self.layers)], strict=True)
+        )
         self.calls += 1
         keep = span_mask(q.shape[2], sinks, windows)[None]
         if attn_mask is not None:

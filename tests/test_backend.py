@@ -1,4 +1,4 @@
-"""The backend from outside: found by name, options checked, results and gradients those of the model, nothing raised."""
+"""The backend from outside: found by name, options checked, results and gradients the model's, nothing raised."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.compile_fx
 import torch.nn.functional as F
+from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, make_plan, padding, tokens
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -20,7 +20,6 @@ from attnopt import backend
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import DENSE, Choice
 from attnopt.passes import lower_exact
-from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, make_plan, padding, scaled_up, tokens
 
 SPANS = (DENSE, *(Choice.of("sink_window", {"sink": s, "alpha": w, "beta": 0.0}) for s, w in ((2, 5), (0, 7), (2, 5))))
 LLAMA = {f"model.layers.{n}.self_attn": SPANS for n in range(LAYERS)}
@@ -282,7 +281,9 @@ def test_a_graph_without_attention_is_given_on_unchanged(eagerly):
         return x.sin().sum()
 
     close(compiled(fn)(torch.ones(3)), fn(torch.ones(3)))
-    assert any(n.target is not None and "sin" in str(n.target) and n.op == "call_method" for n in eagerly[0][0].graph.nodes)
+    assert any(
+        n.target is not None and "sin" in str(n.target) and n.op == "call_method" for n in eagerly[0][0].graph.nodes
+    )
 
 
 def test_an_unrecognised_softmax_switches_inductors_patterns_off(eagerly):
@@ -505,4 +506,4 @@ def test_scaled_up_models_attend_unevenly():
         dense = model(tokens(), use_cache=False).logits
         with ExplicitMasks([[(0, 12)] * HEADS] * LAYERS):
             windowed = model(tokens(), use_cache=False).logits
-    assert float((dense - windowed).abs().max()) > 0.1 and scaled_up is not None and Path(__file__).exists()
+    assert float((dense - windowed).abs().max()) > 0.1

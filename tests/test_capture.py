@@ -43,8 +43,13 @@ def test_attention_stays_whole_and_every_node_has_a_value():
 
 
 def test_spellings_of_a_view_are_one():
-    gm, _ = captured(lambda x: (x.T.float(), x.t().to(torch.float32), x.permute(1, 0).type(torch.float32)), torch.ones(2, 3).half())
-    assert {t for t in targets(gm) if "copy" in t or "assert" in t} <= {"aten._to_copy.default", "aten._assert_tensor_metadata.default"}
+    gm, _ = captured(
+        lambda x: (x.T.float(), x.t().to(torch.float32), x.permute(1, 0).type(torch.float32)), torch.ones(2, 3).half()
+    )
+    assert {t for t in targets(gm) if "copy" in t or "assert" in t} <= {
+        "aten._to_copy.default",
+        "aten._assert_tensor_metadata.default",
+    }
 
 
 def test_writes_come_back():
@@ -77,8 +82,6 @@ def inner_autocast(x):
         return x @ x
 
 
-
-
 def test_autocast_inside_is_refused():
     found, out = captured(inner_autocast, torch.ones(3, 3))
     assert isinstance(found, Refusal) and "autocast inside" in found.reason and out.dtype == torch.bfloat16
@@ -102,7 +105,9 @@ def test_a_write_beside_gradients_is_refused():
 def test_higher_order_operators_are_refused():
     from torch.utils.checkpoint import checkpoint
 
-    found, _ = captured(lambda x: checkpoint(torch.sin, x, use_reentrant=False), torch.ones(3, requires_grad=True), grad=True)
+    found, _ = captured(
+        lambda x: checkpoint(torch.sin, x, use_reentrant=False), torch.ones(3, requires_grad=True), grad=True
+    )
     assert isinstance(found, Refusal) and "higher-order operator" in found.reason
 
 

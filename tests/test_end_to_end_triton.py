@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-
 from models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, ExplicitMasks, build, make_plan, padding, tokens
 
 LENGTH = 96

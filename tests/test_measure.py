@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, tokens
 
 from attnopt import ops
 from attnopt.ir import DENSE, Choice
 from attnopt.measure import Sequences, Spans
-from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, tokens
 
 WIDE = (0, 2**30)
 SPANS = [[WIDE, (4, 6), (0, 9), (4, 6)], [(1, 1), (0, 12), (2, 5), WIDE]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import HEADS, LAYERS, NanoGPT, build, tokens
 
 from attnopt import profiler
 from attnopt.errors import ModelError, ProfileError
 from attnopt.profile_file import Profile
 from attnopt.profiler import observed_loss, profile_model
 from attnopt.statistics import Grid
-from models import HEADS, LAYERS, NanoGPT, build, tokens
 
 GRID = Grid((0, 2), (4, 8))
 SEQUENCES = [tokens(1, 24, seed=n) for n in range(3)]

@@ -1,4 +1,4 @@
-"""What the tests of patterns, masks and passes share: trace a function as the backend would, and run what comes of it."""
+"""What the tests of patterns, masks and passes share: trace a function as the backend would, and run the result."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Traced:
 
 
 def trace(
-    fn: Callable[..., Any], *args: Any, passes: Sequence[Any] = PIPELINE, dynamic: bool | None = False, grad: bool = False,
-    verify: bool = True, plan: Any = None, **kwargs: Any,
+    fn: Callable[..., Any], *args: Any, passes: Sequence[Any] = PIPELINE, dynamic: bool | None = False,
+    grad: bool = False, verify: bool = True, plan: Any = None, **kwargs: Any,
 ) -> Traced:  # fmt: skip
     """Run `fn` through Dynamo, capture and the passes; the rewritten graphs run eagerly."""
     traced = Traced()
@@ -68,8 +68,8 @@ def trace(
 
 
 def qkv(
-    batch: int = 2, heads: int = 4, kv_heads: int | None = None, length: int = 13, keys: int | None = None, dim: int = 8,
-    dim_v: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+    batch: int = 2, heads: int = 4, kv_heads: int | None = None, length: int = 13, keys: int | None = None,
+    dim: int = 8, dim_v: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Random q, k and v of pairwise different sizes."""
     generator = torch.Generator().manual_seed(seed)

@@ -56,11 +56,10 @@ def bounds(
     if offset is None and reach is None:
         return Mask(loads=records, fill=fill), loads
     if reach is None:
+        assert offset is not None
         return Mask(causal=True, offset=offset, loads=records, fill=fill), loads
     if offset is not None and offset == 0 and reach >= 0:
         return Mask(causal=True, window=reach + 1, loads=records, fill=fill), loads
     if offset is not None and offset == reach:
         return Mask(window=reach + 1, symmetric=True, loads=records, fill=fill), loads
     return Miss(f"a band of keys from i - {reach} to i + {offset} has no lowering yet")
-
-

@@ -161,7 +161,9 @@ def full(_: Interpreter, node: Node, index: Index) -> Value | None:
 # --- re-indexing ----------------------------------------------------------------------------------------------------
 
 
-@rule(aten.alias.default, aten.clone.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+@rule(
+    aten.alias.default, aten.clone.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default
+)
 def same(interpreter: Interpreter, node: Node, index: Index) -> Value:
     return interpreter.at(node.args[0], index)
 
@@ -285,8 +287,10 @@ def binary(interpreter: Interpreter, node: Node, index: Index) -> tuple[Value | 
 
 def both_masked(a: Select, b: Select) -> Select | None:
     """Two additive masks summed: kept where both keep."""
-    x, y = additive(a), additive(b)
-    return Select(x.predicate & y.predicate, 0.0, min(x.off, y.off)) if x is not None and y is not None else None
+    one, other = additive(a), additive(b)
+    if one is None or other is None:
+        return None
+    return Select(one.predicate & other.predicate, 0.0, min(one.off, other.off))
 
 
 def additive(mask: Select) -> Select | None:
@@ -338,9 +342,9 @@ def mul(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
         return None
     a, b = numeric(a), numeric(b)
     if isinstance(a, Select) and isinstance(b, Select):
-        for x, y in ((a, b), (b, a)):
-            if y.predicate == TRUE:
-                return Select(x.predicate, x.on * y.on, x.off * y.on)
+        for one, other in ((a, b), (b, a)):
+            if other.predicate == TRUE:
+                return Select(one.predicate, one.on * other.on, one.off * other.on)
     return None
 
 
@@ -378,7 +382,9 @@ def diff(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
         return None
     first, before = read(source, Affine()), read(prepend, Affine())
     high, low = read(source, at), read(source, at - 1)
-    if not all(isinstance(v, Affine) for v in (first, before, high, low)):
+    if not (isinstance(first, Affine) and isinstance(before, Affine)):
+        return None
+    if not (isinstance(high, Affine) and isinstance(low, Affine)):
         return None
     head, step = first - before, high - low
     # Position 0 and the rest have different formulas: followed only where they agree.
@@ -429,7 +435,7 @@ def and_(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
 def or_(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     a, b = binary(interpreter, node, index)
     for x, y in ((a, b), (b, a)):
-        if x == TRUE or x == y:
+        if x in (TRUE, y):
             return x
         if x == FALSE and isinstance(y, Conjunction):
             return y
@@ -468,7 +474,8 @@ def triangle(interpreter: Interpreter, node: Node, index: Index) -> Value | None
         return None
     predicate = at_least_zero(inside)
     if node.meta["val"].dtype == torch.bool:
-        return predicate & value.predicate if value.on and not value.off or value.predicate == TRUE and value.on else None
+        proper = value.on and (not value.off or value.predicate == TRUE)
+        return predicate & value.predicate if proper else None
     if value.predicate == TRUE:
         # -inf above the diagonal, or ones below it; 0 elsewhere.
         return Select(predicate, value.on, 0.0)
@@ -486,7 +493,7 @@ def masked_fill(interpreter: Interpreter, node: Node, index: Index) -> Value | N
     other, condition, value = (interpreter.operand(a, index) for a in node.args)
     if node.meta["val"].dtype == torch.bool:
         dropped = condition.inverted() if isinstance(condition, Conjunction) else None
-        blank = isinstance(value, Conjunction) and value == FALSE or numeric(value) == constant(0.0)
+        blank = (isinstance(value, Conjunction) and value == FALSE) or numeric(value) == constant(0.0)
         return other & dropped if blank and dropped is not None and isinstance(other, Conjunction) else None
     return choose(condition, numeric(value), numeric(other))
 

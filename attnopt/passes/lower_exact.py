@@ -29,7 +29,14 @@ EXTRA_GPU = 8
 
 
 def sdpa(
-    builder: Builder, region: Region, q: Node, k: Node, v: Node, mask: Node | None, causal: bool, scale: float | None = None
+    builder: Builder,
+    region: Region,
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node | None,
+    causal: bool,
+    scale: float | None = None,
 ) -> Node:
     grouped = region.site.heads != region.site.kv_heads
     scale = region.site.scale if scale is None else scale

@@ -61,9 +61,14 @@ def run(program: Program) -> None:
         asked = [refusal(program, region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
         no = next((r for r in asked if r is not None), None)
         if no is not None:
-            program.notes.append(Refusal(f"planned, but {no.reason}; it stays exact", region.site.name, region.site.source))
+            program.notes.append(
+                Refusal(f"planned, but {no.reason}; it stays exact", region.site.name, region.site.source)
+            )
             continue
         groups = len(set(choices))
         program.replace(
-            region, insert_span(program, choices, plan.min_length), f"span kernel, {groups} span{'s' * (groups > 1)}", tuple(choices)
+            region,
+            insert_span(program, choices, plan.min_length),
+            f"span kernel, {groups} span{'s' * (groups > 1)}",
+            tuple(choices),
         )

@@ -1,6 +1,6 @@
 """Ask every pattern about every anchor; nothing in the graph changes.
 
-    softmax(...) @ v   or   scaled_dot_product_attention(...)   ->   a Match, or a Miss that says why not
+softmax(...) @ v   or   scaled_dot_product_attention(...)   ->   a Match, or a Miss that says why not
 """
 
 from __future__ import annotations

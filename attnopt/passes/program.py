@@ -69,7 +69,12 @@ class Program:
         self.done.add(region.site.name)
 
     def replace(
-        self, region: Region, build: Callable[[Region], Node], lowering: str, choices: tuple[Choice, ...] = (), note: str = ""
+        self,
+        region: Region,
+        build: Callable[[Region], Node],
+        lowering: str,
+        choices: tuple[Choice, ...] = (),
+        note: str = "",
     ) -> None:
         """Put what `build` makes in the place of the region's output; a failure leaves the site as it was."""
         graph = self.gm.graph
@@ -88,7 +93,8 @@ class Program:
                 graph.erase_node(node)
             if settings.strict():
                 raise
-            self.refuse(region, f"{type(error).__name__} while rewriting: {str(error).splitlines()[0] if str(error) else ''}")
+            said = str(error).splitlines()[0] if str(error) else ""
+            self.refuse(region, f"{type(error).__name__} while rewriting: {said}")
             return
         region.out.replace_all_uses_with(new)
         relax_views(graph)

@@ -91,8 +91,8 @@ def run(program: Program) -> None:
             recovered = Miss("gradients are switched on or off inside the attention")
         site = recovered if isinstance(recovered, Miss) else site_of(match, recovered[0], ordinal)
         if isinstance(recovered, Miss) or isinstance(site, Miss):
-            reason = recovered.reason if isinstance(recovered, Miss) else site.reason
-            program.misses.append(Miss(reason, path, source_line(match.anchor)))
+            no = recovered if isinstance(recovered, Miss) else site
+            program.misses.append(Miss(no.reason, path, source_line(match.anchor)))  # type: ignore[union-attr]
             continue
         k = match.k
         if match.k_transposed:

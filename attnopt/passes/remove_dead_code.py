@@ -1,6 +1,6 @@
 """Drop what no output needs any more: the masks that were materialised, the repeats of K and V.
 
-    mask = expand(and(...)); out = scaled_dot_product_attention(q, k, v, is_causal=True)   ->   out = ...
+mask = expand(and(...)); out = scaled_dot_product_attention(q, k, v, is_causal=True)   ->   out = ...
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def check_region(gm: GraphModule, region: Region, new: Node) -> None:
     limit = TOLERANCE.get(expected.dtype, 1e-4)
     largest = float(difference.max()) if difference.numel() else 0.0
     if not largest <= limit:
-        raise VerificationError(f"the rewrite differs from the original by {largest:.3g} on random inputs (limit {limit:g})")
+        limits = f"{largest:.3g} on random inputs (limit {limit:g})"
+        raise VerificationError(f"the rewrite differs from the original by {limits}")
 
 
 def ancestors(node: Node) -> set[Node]:

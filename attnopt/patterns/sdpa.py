@@ -21,8 +21,8 @@ class Sdpa:
     @staticmethod
     def match(node: Node) -> Match | Miss | None:
         q, k, v = node.args[:3]
-        held = [value(t) for t in (q, k, v)]
-        if any(t is None or t.ndim != 4 for t in held):
+        held = [t for t in map(value, (q, k, v)) if t is not None]
+        if len(held) != 3 or any(t.ndim != 4 for t in held):
             return Miss("an SDPA call whose operands do not have 4 dimensions")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             return Miss("dropout is active")

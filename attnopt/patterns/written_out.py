@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
-from attnopt.patterns import MaskTerm, Match, argument, inactive_dropout, number, unrepeated_pair, value
+from attnopt.patterns import MaskTerm, Match, inactive_dropout, number, unrepeated_pair, value
 from attnopt.registry import PATTERNS
 
 aten = torch.ops.aten
@@ -116,10 +116,11 @@ class Walk:
 
 def scalar(node: Node) -> float | None:
     """The value of a 0-d constant made in the graph."""
-    if isinstance(node, Node) and node.target in (aten.scalar_tensor.default, aten.full.default):
-        held = value(node)
-        return number(node.args[0 if node.target == aten.scalar_tensor.default else 1]) if held is not None and held.ndim == 0 else None
-    return None
+    position = (
+        {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(node.target) if isinstance(node, Node) else None
+    )
+    held = value(node)
+    return number(node.args[position]) if position is not None and held is not None and held.ndim == 0 else None
 
 
 @PATTERNS.register("written-out")
@@ -142,10 +143,10 @@ class WrittenOut:
             return product
         q, k_transposed = product.args
         v = out.args[1]
-        held = [value(t) for t in (q, k_transposed, v)]
-        if any(t is None or t.ndim != 4 for t in held):
+        held = [t for t in map(value, (q, k_transposed, v, out)) if t is not None]
+        if len(held) != 4 or any(t.ndim != 4 for t in held):
             return Miss("written-out attention whose operands do not have 4 dimensions")
-        if len({t.dtype for t in held}) != 1 or value(out).dtype != held[0].dtype:
+        if len({t.dtype for t in held}) != 1:
             return Miss("q, k, v and the output have different dtypes")
         k, transposed = k_transposed, True
         if k.target == aten.transpose.int and {d % 4 for d in k.args[1:]} == {2, 3}:

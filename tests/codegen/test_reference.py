@@ -32,9 +32,7 @@ def by_loops(q, k, v, sinks, windows, scale, pad=None):
             kv = h * k.shape[1] // q.shape[1]
             for i in range(q.shape[2]):
                 kept = [
-                    j
-                    for j in range(i + 1)
-                    if (j < sinks[h] or i - j < windows[h]) and (pad is None or bool(pad[b, j]))
+                    j for j in range(i + 1) if (j < sinks[h] or i - j < windows[h]) and (pad is None or bool(pad[b, j]))
                 ]
                 weights = [math.exp(float(q[b, h, i] @ k[b, kv, j]) * scale) for j in kept]
                 for weight, j in zip(weights, kept, strict=True):

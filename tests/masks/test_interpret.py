@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
+from tracing import qkv, trace
 
 from attnopt.ir import Mask
 from attnopt.passes import RECOGNISE, Program
-from tracing import qkv, trace
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 9
 
@@ -110,7 +110,7 @@ def expression(rng, pad):
     rng.shuffle(terms)
     keep = torch.ones(1, 1, QUERIES, KEYS, dtype=torch.bool)
     for term in terms:
-        keep = rng.choice([lambda t=term: keep & t, lambda t=term: torch.logical_and(keep, t), lambda t=term: t * keep])()
+        keep = rng.choice([torch.bitwise_and, torch.logical_and, torch.mul])(keep, term)
     return keep
 
 

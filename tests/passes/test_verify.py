@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from models import NanoGPT, padding, tokens
+from tracing import qkv, trace
 
 from attnopt.codegen.reference import prefill as reference
 from attnopt.errors import VerificationError
 from attnopt.passes import lower_exact
 from attnopt.passes.program import Builder
-from models import NanoGPT, padding, tokens
-from tracing import qkv, trace
 
 aten = torch.ops.aten
 

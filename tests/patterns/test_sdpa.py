@@ -1,4 +1,4 @@
-"""Calls of scaled_dot_product_attention: masks, grouped heads and scales that are understood, and those that are not."""
+"""Calls of scaled_dot_product_attention: masks, heads, scales that are understood, and those that are not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from attnopt.ir import Mask
 from models import FAMILIES, HEAD_DIM, HEADS, KV_HEADS, LAYERS, NanoGPT, build, padding, tokens
 from tracing import qkv, trace
+
+from attnopt.ir import Mask
 
 sdpa = F.scaled_dot_product_attention
 CAUSAL = Mask(causal=True)
@@ -165,7 +165,8 @@ def scaled_distance(q, k, v):
 
 
 NEAR_MISSES = [
-    dropout, three_dimensions, future_only, outside_the_window, chunked, prefix, per_head, alibi, soft_bias, scaled_distance,
+    dropout, three_dimensions, future_only, outside_the_window, chunked, prefix, per_head, alibi, soft_bias,
+    scaled_distance,
 ]  # fmt: skip
 
 
@@ -255,7 +256,9 @@ def test_scales(scale):
     (site,) = traced.sites
     assert math.isclose(site.scale, 8**-0.5 if scale is None else scale)
     # What SDPA's kernels do with is_causal and a scale that is not positive is no attention.
-    assert bool(traced.rewrites) == (scale is None or scale > 0) and not any("Error" in reason for reason in traced.left)
+    assert bool(traced.rewrites) == (scale is None or scale > 0) and not any(
+        "Error" in reason for reason in traced.left
+    )
     torch.testing.assert_close(traced.output, scaled(*qkv()), atol=2e-5, rtol=1e-4)
 
 

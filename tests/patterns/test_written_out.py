@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from attnopt.ir import Mask
 from models import HEADS, LAYERS, NanoGPT, tokens
 from tracing import qkv, trace
+
+from attnopt.ir import Mask
 
 CAUSAL, NONE = Mask(causal=True), Mask()
 SCALE = 1 / math.sqrt(8)
@@ -244,7 +244,9 @@ NEAR_MISSES = [
 
 
 @pytest.mark.parametrize("fn", NEAR_MISSES, ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("sizes", [{}, {"length": 4}, {"heads": 8, "length": 8}], ids=["general", "heads = length", "all 8"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"length": 4}, {"heads": 8, "length": 8}], ids=["general", "heads = length", "all 8"]
+)
 def test_near_misses(fn, sizes):
     if fn is values_on_the_left:
         sizes = {"length": 4, "dim_v": 4}
