@@ -1,3 +1,36 @@
-"""attnopt: a compiler pass that makes the attention of any PyTorch model cheaper."""
+"""attnopt: a compiler pass that makes the attention of any PyTorch model cheaper.
+
+torch.compile(model, backend="attnopt") needs no import of this package. These names are for profiling, planning and
+looking at what was done; each is imported on first use, so that importing attnopt costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnopt.backend import clear_reports, reports
+    from attnopt.plan import Budget, Plan
+    from attnopt.planner.make import make_plan
+    from attnopt.profile_file import Profile
+    from attnopt.profiler import profile_model
 
 __version__ = "0.1.0"
+__all__ = ["Budget", "Plan", "Profile", "clear_reports", "make_plan", "profile_model", "reports"]
+
+_HOMES = {
+    "Budget": "attnopt.plan",
+    "Plan": "attnopt.plan",
+    "Profile": "attnopt.profile_file",
+    "clear_reports": "attnopt.backend",
+    "make_plan": "attnopt.planner.make",
+    "profile_model": "attnopt.profiler",
+    "reports": "attnopt.backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"attnopt has no {name!r}; there are {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
