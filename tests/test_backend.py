@@ -87,6 +87,7 @@ def test_the_entry_point_in_a_process_that_never_imports_attnopt(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_training_through_inductor(family):
     """Loss and gradients are eager's, exact and with a plan, which a graph that needs gradients refuses."""
     model, batch, mask = build(family, seed=3), tokens(2, 20), padding(2, 20, "right")
@@ -316,6 +317,7 @@ def test_autocast(eagerly, outer):
     assert all("autocast" in report.fallback for report in backend.reports()) and backend.reports()
 
 
+@pytest.mark.slow
 def test_activation_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
