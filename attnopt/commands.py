@@ -128,7 +128,7 @@ def profile(args: argparse.Namespace) -> None:
 
     out = writable(args.out)
     loaded = load(args)
-    tokens = text.stream(args.text, loaded.tokenizer, "calibrate")
+    tokens = text.stream(args.text, loaded.tokenizer, "calibrate", 2 * args.samples * max(args.lengths))
     rows = [r for n in args.lengths for r in text.sequences(tokens, n, args.samples, "calibrate")]
     grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
     partial = out.with_name(out.name + ".partial")
@@ -153,7 +153,7 @@ def plan(args: argparse.Namespace) -> None:
     lengths = args.verify_lengths or [args.length]
 
     def split(which: str) -> dict[int, torch.Tensor]:
-        tokens = text.stream(args.text, loaded.tokenizer, which)
+        tokens = text.stream(args.text, loaded.tokenizer, which, 2 * args.samples * max(lengths))
         return {n: text.sequences(tokens, n, args.samples, which).to(device) for n in lengths}
 
     budget = Budget("kl", args.max_kl) if args.max_kl else Budget("loss", args.max_loss_increase)
@@ -246,12 +246,19 @@ def explain(args: argparse.Namespace) -> None:
 
 
 def bench_rows(
-    loaded: hf.Loaded, ids: torch.Tensor, held: Plan | None, dtype: str, rounds: int, padded: bool, progress: Progress
+    loaded: hf.Loaded,
+    ids: torch.Tensor,
+    held: Plan | None,
+    dtype: str,
+    rounds: int,
+    padded: bool,
+    progress: Progress,
+    cache: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per variant at ids' length, from one interleaved run."""
     from attnopt.benchmark import compare, variants
 
-    calls = variants(loaded.model, held)
+    calls = variants(loaded.model, held, cache)
     mask = None
     if padded:
         mask = torch.ones_like(ids)

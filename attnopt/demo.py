@@ -106,7 +106,7 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
     )
     tokens = text.stream([], loaded.tokenizer, "final", 2 * length)
     ids = text.sequences(tokens, length, 1, "final")
-    rows = bench_rows(loaded, ids, made.plan, "bf16", sizes["rounds"], False, progress)
+    rows = bench_rows(loaded, ids, made.plan, "bf16", sizes["rounds"], False, progress, cache=False)
     tell("6. compiled and timed, all in one run, medians")
     if tell is not silent:
         terminal.print_bench(rows)

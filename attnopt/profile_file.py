@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.codegen.emit import write_atomically
 from attnopt.errors import DependencyError, ProfileError
 from attnopt.fingerprint import Fingerprint, mismatch
 from attnopt.statistics import Grid, Observation, sum_shapes
@@ -152,7 +152,7 @@ class Profile:
             for name in self.header.held
         }
         metadata = {KEY: json.dumps(header, sort_keys=True)}
-        _write_atomically(Path(path), save(tensors, metadata))
+        write_atomically(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -274,16 +274,3 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except Exception as error:  # safetensors raises its own SafetensorError, and others for unknown dtypes
         raise ProfileError(f"{path} is truncated or not a safetensors file", AGAIN) from error
     return metadata, tensors
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -16,13 +16,17 @@ from attnopt.registry import TARGETS
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file in the same folder, so that no reader ever sees half a file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write text (as UTF-8) or bytes through a temporary file beside it: no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+        # A temporary file is private; the finished one follows the umask like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
