@@ -32,14 +32,14 @@ Progress = Any
 
 
 def make(loaded: hf.Loaded, lengths: list[int], profiled: list[int], samples: int, progress: Progress) -> Made:
-    """A plan for the longest of `lengths`, verified at all of them; none of them is profiled."""
+    """A plan for the longest of `lengths`, verified at all of them on as many tokens each; none of them is profiled."""
     tokens = text.stream([], loaded.tokenizer, "calibrate", 100_000)
     rows = [r[None] for n in profiled for r in text.sequences(tokens, n, 6, "calibrate")]
     profile = profile_model(loaded.model, rows, progress=lambda done, of: progress("profiling", done, of))
 
     def split(which: str) -> dict[int, torch.Tensor]:
         stream = text.stream([], loaded.tokenizer, which)
-        return {n: text.sequences(stream, n, samples, which) for n in lengths}
+        return {n: text.sequences(stream, n, samples * max(lengths) // n, which) for n in lengths}
 
     return make_plan(
         loaded.model, "demo", profile, split("verify"), split("final"), Budget("loss", 1.0), max(lengths),
@@ -53,7 +53,7 @@ def uniform(
     """Loss increase of the plan and of one window for all heads at the plan's own measured cost, final split."""
     spans = Spans(loaded.model)
     stream = text.stream([], loaded.tokenizer, "final")
-    texts = {n: text.sequences(stream, n, samples, "final") for n in lengths}
+    texts = {n: text.sequences(stream, n, samples * max(lengths) // n, "final") for n in lengths}
     spans.losses(next(iter(texts.values()))[:1, :64], None)
     choices = uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values()))
     found = Evaluator(spans, texts, False, progress, "one window for all heads")(choices)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="bf16,fp32")
     args = parser.parse_args()
-    lengths, profiled, samples = ([1024], [256, 512], 10) if args.quick else ([4096, 8192], [1024, 2048], 12)
+    lengths, profiled, samples = ([1024], [256, 512], 10) if args.quick else ([4096, 8192], [1024, 2048], 16)
     dtypes = ["bf16"] if args.quick else args.dtypes.split(",")
     rows: list[dict[str, Any]] = []
     plans: dict[str, Any] = {}

@@ -512,9 +512,10 @@ lines of random names were mixed: `left_right=blue_tree` far above, `assert left
 {training_facts(config)}; {figures["parameters"]:,} parameters.
 
 Trained from random weights by `examples/train_demo_model.py` for about 1,220 steps of 8,192 tokens (10
-million tokens): half of them in sequences of 512, then 2048 up to 80 %, then 8192. Muon on the hidden
-matrices, AdamW on the embedding and the norms, peak learning rate 0.003 with a linear warm-up (2 %) and
-cool-down (35 %), bfloat16 autocast.
+million tokens): 6.5 million in sequences of 512, then 2048 up to 8.0 million, then 8192. Muon on the
+hidden matrices, AdamW on the embedding and the norms, peak learning rate 0.003 with a linear warm-up (of
+0.4 million tokens) and a cool-down over the last 3.5 million, bfloat16 autocast. The run was resumed with
+a smaller token budget twice, which is why its curriculum is not the script's default to the digit.
 
 ![training loss](loss.png)
 
