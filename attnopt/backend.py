@@ -117,12 +117,15 @@ def left_softmax(gm: GraphModule, report: GraphReport) -> bool:
 
 
 def attnopt(
-    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any
+    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Entry point of torch.compile. Mistakes in the options raise; anything else leaves the graph as it was."""
+    """Entry point of torch.compile, whose own `mode` (given without options) means the same as the option.
+
+    Mistakes in the options raise; anything else leaves the graph as it was.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    chosen = Options.of(options)
+    chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     patches = chosen.patches()
     try:
         graph, report = rewrite(gm, example_inputs, chosen)

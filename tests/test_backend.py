@@ -160,6 +160,10 @@ def test_mode_and_inductor_settings_reach_inductor(eagerly):
     compiled(lambda x: x + 1, mode="max-autotune-no-cudagraphs", inductor={"epilogue_fusion": False})(torch.ones(3))
     patches = eagerly.pop()[1]
     assert patches["max_autotune"] is True and patches["epilogue_fusion"] is False
+    torch._dynamo.reset()
+    # torch.compile's own mode is not swallowed.
+    torch.compile(lambda x: x + 1, backend="attnopt", mode="max-autotune-no-cudagraphs")(torch.ones(3))
+    assert eagerly.pop()[1]["max_autotune"] is True
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
