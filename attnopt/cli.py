@@ -39,30 +39,52 @@ class Parser(argparse.ArgumentParser):
     """An unknown command or option names the nearest one and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
-        words = [w for w in message.replace("'", " ").split() if w.startswith("--") or w in message.split("'")]
-        known = [*HELP, *self._option_string_actions]
-        near = next((m for w in words for m in difflib.get_close_matches(w, known, 1) if m != w), "")
+        words = [w.strip(":,()").partition("=")[0] for w in message.replace("'", " ").split()]
+        known = [*HELP, *self.options_known()]
+        unknown = [w for w in words if (w.startswith("--") or f"'{w}'" in message) and w not in known]
+        near = next((m for w in unknown for m in difflib.get_close_matches(w, known, 1)), "")
         hint = f"\n  Did you mean {near}?" if near else f"\n  See `{self.prog} --help`."
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 
+    def options_known(self) -> list[str]:
+        """The options of this parser and, since leftovers are only found at the top, of its commands."""
+        inner = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [p for choices in inner for p in choices.values()]
+        return [*self._option_string_actions, *(o for p in parsers for o in p._option_string_actions)]
+
 
 def whole_numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if not numbers or min(numbers) < 1:
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 1024,4096")
+    numbers = [int(p) for p in parts]
     return sorted(set(numbers))
 
 
+def count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """The number, or NaN, which no comparison takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def percent(text: str) -> float:
-    value = float(text.removesuffix("%"))
-    if not value > 0:
+    value = number(text.removesuffix("%"))
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive percentage such as 1%")
     return value
 
 
 def positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
+    value = number(text)
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
@@ -105,7 +127,7 @@ def build_parser() -> Parser:
     with_text(profile)
     profile.add_argument("--out", required=True, metavar="FILE")
     profile.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096])
-    profile.add_argument("--samples", type=int, default=4, help="sequences at each length (default 4)")
+    profile.add_argument("--samples", type=count, default=4, help="sequences at each length (default 4)")
     profile.add_argument("--windows", type=whole_numbers, default=None, help="windows observed")
 
     plan = command("plan")
@@ -116,9 +138,9 @@ def build_parser() -> Parser:
     budget = plan.add_mutually_exclusive_group()
     budget.add_argument("--max-loss-increase", type=percent, default=1.0, metavar="PERCENT", help="default 1%%")
     budget.add_argument("--max-kl", type=positive, metavar="NATS", help="nats per token instead")
-    plan.add_argument("--length", type=int, default=8192, help="key length the plan is fastest at (default 8192)")
+    plan.add_argument("--length", type=count, default=8192, help="key length the plan is fastest at (default 8192)")
     plan.add_argument("--verify-lengths", type=whole_numbers, default=None, help="default: --length")
-    plan.add_argument("--samples", type=int, default=16, help="sequences of each verified length (default 16)")
+    plan.add_argument("--samples", type=count, default=16, help="sequences of each verified length (default 16)")
 
     show = command("show")
     show.add_argument("file", metavar="FILE", help="a plan or a profile")
@@ -134,7 +156,7 @@ def build_parser() -> Parser:
     with_text(bench)
     bench.add_argument("--plan", metavar="FILE")
     bench.add_argument("--lengths", type=whole_numbers, default=[4096])
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--rounds", type=count, default=5)
     bench.add_argument("--padded", action="store_true", help="with a padding mask")
 
     command("env")

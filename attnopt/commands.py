@@ -79,6 +79,11 @@ def stages() -> Iterator[Progress]:
 
 
 def load(args: argparse.Namespace) -> hf.Loaded:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise OptionError(f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
     return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
 
 
@@ -281,9 +286,21 @@ def bench_rows(
     ]
 
 
+def check_plan(held: Plan, loaded: hf.Loaded) -> None:
+    """PlanError where the plan is of another model; the backend, which sees no weights, would run it on an equal shape."""
+    from attnopt.fingerprint import fingerprint_of
+    from attnopt.profiler import discover
+
+    ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
+    sites = list(discover(loaded.model, ids).sites.values())
+    held.check(sites, fingerprint_of(loaded.model, sites))
+
+
 def bench(args: argparse.Namespace) -> None:
     held = Plan.load(args.plan) if args.plan else None
     loaded = load(args)
+    if held is not None:
+        check_plan(held, loaded)
     tokens = text.stream(args.text, loaded.tokenizer, "final") if loaded.tokenizer is not None else None
     rows: list[dict[str, Any]] = []
     with stages() as progress:
