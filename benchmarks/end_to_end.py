@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                      # the table: bf16 and fp32, 4096 and 8192 tokens, ten minutes
     python benchmarks/end_to_end.py --quick              # bf16 at 1024, a minute, to check the script
+    python benchmarks/end_to_end.py --plan plan.json     # with a plan made before: its losses are measured, not searched
     python benchmarks/end_to_end.py --out results.json   # also the raw figures with hardware and versions
 
 Correctness comes first: a variant whose logits differ from eager's by more than the tolerance stops the run. Variants
@@ -21,8 +22,10 @@ from attnopt import hf, text
 from attnopt.benchmark import TOLERANCE
 from attnopt.codegen.emit import write_atomically
 from attnopt.commands import bench_rows, stages
+from attnopt.fingerprint import fingerprint_of
 from attnopt.measure import Spans
-from attnopt.plan import Budget
+from attnopt.plan import Budget, Plan
+from attnopt.planner import judge
 from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
 from attnopt.profiler import profile_model
 from attnopt.report import terminal
@@ -69,6 +72,28 @@ def uniform(
     return rows
 
 
+def losses_of(
+    loaded: hf.Loaded, plan: Plan, lengths: list[int], samples: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Loss increase of a plan made before, final split."""
+    spans = Spans(loaded.model)
+    stream = text.stream([], loaded.tokenizer, "final")
+    texts = {n: text.sequences(stream, n, samples * max(lengths) // n, "final") for n in lengths}
+    spans.losses(next(iter(texts.values()))[:1, :64], None)
+    plan.check(spans.sites.values(), fingerprint_of(loaded.model, list(spans.sites.values())))
+    found = Evaluator(spans, texts, False, progress, "losses of the plan")(plan.choices)
+    measured = [judge(e, plan.budget, "final", plan.choices_id) for e in found]
+    return [
+        {
+            "length": m.length,
+            "plan_increase_percent": m.increase,
+            "plan_upper_95_percent": m.upper_95,
+            "tokens": m.tokens,
+        }
+        for m in measured
+    ]
+
+
 def check(rows: list[dict[str, Any]], dtype: str) -> None:
     limit = TOLERANCE[hf.dtype_of(dtype)]
     for row in rows:
@@ -98,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="write the raw figures here as JSON")
+    parser.add_argument("--plan", type=Path, help="use this plan instead of making one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="bf16,fp32")
     args = parser.parse_args()
@@ -109,14 +135,20 @@ def main() -> None:
     with stages() as progress:
         for dtype in dtypes:
             loaded = hf.load("demo", hf.dtype_of(dtype))
-            made = make(loaded, lengths, profiled, samples, progress)
-            plans[dtype] = plan_json(made.plan)
-            fixed += [{"dtype": dtype, **r} for r in uniform(loaded, made, lengths, samples, progress)]
+            if args.plan is not None:
+                plan = Plan.load(args.plan)
+                found = losses_of(loaded, plan, lengths, samples, progress)
+            else:
+                made = make(loaded, lengths, profiled, samples, progress)
+                plan = made.plan
+                found = uniform(loaded, made, lengths, samples, progress)
+            plans[dtype] = plan_json(plan)
+            fixed += [{"dtype": dtype, **r} for r in found]
             stream = text.stream([], loaded.tokenizer, "final", 4 * max(lengths))
             for n in lengths:
                 for padded in (False, True):
                     ids = text.sequences(stream, n, 1, "final")
-                    found = bench_rows(loaded, ids, made.plan, dtype, args.rounds, padded, progress)
+                    found = bench_rows(loaded, ids, plan, dtype, args.rounds, padded, progress)
                     check(found, dtype)
                     rows += [{**r, "padded": padded} for r in found]
     terminal.print_bench(rows, "Every variant, medians of one interleaved run")
