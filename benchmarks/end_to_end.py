@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py                      # the table: bf16 and fp32, 4096 and 8192 tokens, ten minutes
     python benchmarks/end_to_end.py --quick              # bf16 at 1024, a minute, to check the script
-    python benchmarks/end_to_end.py --plan plan.json     # with a plan made before: its losses are measured, not searched
+    python benchmarks/end_to_end.py --plan plan.json     # with a plan made before: its losses are measured
     python benchmarks/end_to_end.py --out results.json   # also the raw figures with hardware and versions
 
 Correctness comes first: a variant whose logits differ from eager's by more than the tolerance stops the run. Variants
