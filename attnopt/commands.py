@@ -83,7 +83,9 @@ def load(args: argparse.Namespace) -> hf.Loaded:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise OptionError(f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
+        raise OptionError(
+            f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
+        ) from None
     return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
 
 
@@ -287,7 +289,7 @@ def bench_rows(
 
 
 def check_plan(held: Plan, loaded: hf.Loaded) -> None:
-    """PlanError where the plan is of another model; the backend, which sees no weights, would run it on an equal shape."""
+    """PlanError where the plan is of another model; the backend sees no weights and could not tell."""
     from attnopt.fingerprint import fingerprint_of
     from attnopt.profiler import discover
 

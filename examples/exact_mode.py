@@ -12,7 +12,13 @@ import transformers
 
 from attnopt import backend
 
-SIZES = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
 
 
 def models() -> dict[str, torch.nn.Module]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import HEADS, NanoGPT, tokens
 
 from attnopt.cost import CostTable
 from attnopt.errors import BudgetError, TextError
@@ -13,7 +14,6 @@ from attnopt.plan import Budget
 from attnopt.planner.make import Made, make_plan, uniform_at_cost
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
-from models import HEADS, NanoGPT, tokens
 
 LENGTH = 64
 
@@ -23,7 +23,9 @@ def made_with(budget: Budget, samples: int = 8, records: list[Any] | None = None
     profile = profile_model(model, [tokens(1, LENGTH, seed=n) for n in range(2)], Grid((0, 2), (8, 16, 32)))
     verify, final = ({LENGTH: tokens(samples, LENGTH, seed=n)} for n in (3, 4))
     report = records.append if records is not None else None
-    return make_plan(model, "nano", profile, verify, final, budget, LENGTH, tables=CostTable.by_density(), report=report)
+    return make_plan(
+        model, "nano", profile, verify, final, budget, LENGTH, tables=CostTable.by_density(), report=report
+    )
 
 
 def test_a_plan_is_measured_on_both_splits_and_within_its_budget() -> None:
@@ -43,7 +45,8 @@ def test_one_window_for_all_heads_costs_about_the_same() -> None:
 
     spans = Spans(NanoGPT().eval())
     spans.losses(tokens(1, LENGTH), None)
-    (choice,) = {c for of_site in uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values())).values()
+    uniform = uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values()))
+    (choice,) = {c for of_site in uniform.values()
                  for c in of_site}  # fmt: skip
     assert choice.candidate == "sink_window" and choice["beta"] == 0.0
 

@@ -1,0 +1,329 @@
+"""The command line: help, exit codes, JSON, one clear message for each mistake, nothing half-written, Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnopt.cli import EXAMPLES, main
+from attnopt.cost import CostTable, kept_pairs
+from attnopt.hf import demo_model_path
+from attnopt.profile_file import Profile
+
+LENGTHS, LENGTH = "128,256", 256
+SITE = "model.layers.0.self_attn"
+
+
+def save_model(folder: Path, seed: int = 0, **changes: Any) -> None:
+    """A random Llama in transformers format with the demo model's tokenizer."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2} | changes
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, max_position_embeddings=8192, **sizes
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_path() / name, folder)
+
+
+def density_as_time(spec: Any, lengths: Any, windows: Any, sinks: Any, **_: Any) -> CostTable:
+    """A cost table in place of a measured one: the search does not depend on how busy the machine is."""
+    spans = {(n, s, w) for n in lengths for s in sinks for w in windows if w < n} | {(n, 0, n) for n in lengths}
+    entries = tuple((span, kept_pairs(*span) / 1e4) for span in sorted(spans))
+    return CostTable((("target", spec.target),), entries, tuple((n, 0.0) for n in lengths))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Models, a text, and a profile and a plan of the first model."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_model(folder / "model")
+    save_model(folder / "heads", num_attention_heads=8)
+    save_model(folder / "shallow", num_hidden_layers=1)
+    save_model(folder / "weights", seed=1)
+    source = "".join(Path(str(m.__file__)).read_text(encoding="utf-8") for m in (argparse, typing))
+    (folder / "text.py").write_text(source, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnopt.planner.make.load_or_measure", density_as_time)
+        run = ["--text", str(folder / "text.py"), "--out"]
+        profile = [
+            "profile",
+            str(folder / "model"),
+            "--lengths",
+            LENGTHS,
+            "--samples",
+            "2",
+            *run,
+            str(folder / "profile"),
+        ]
+        assert main(profile) == 0
+        assert main(plan_command(folder, folder / "plan.json")) == 0
+        torch._dynamo.reset()
+        yield folder
+
+
+def plan_command(work: Path, out: Path, **changes: str) -> list[str]:
+    options = {
+        "profile": str(work / "profile"), "text": str(work / "text.py"), "length": str(LENGTH), "samples": "8",
+        "max-loss-increase": "50%", "out": str(out),
+    } | changes  # fmt: skip
+    model = options.pop("model", str(work / "model"))
+    return ["plan", model, *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def bench_command(work: Path, model: str = "model", plan: Path | None = None) -> list[str]:
+    command = ["bench", str(work / model), "--text", str(work / "text.py"), "--lengths", "128", "--rounds", "1"]
+    return [*command, "--plan", str(plan or work / "plan.json")]
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must fail with `code`: its message, which has a remedy and no traceback."""
+
+    def check(command: list[str], code: int = 1) -> str:
+        capsys.readouterr()
+        try:
+            found = main(command)
+        except SystemExit as ended:
+            found = int(str(ended.code))
+        out, err = capsys.readouterr()
+        assert found == code, err
+        assert out == "" and "Traceback" not in err
+        problem, remedy = err.strip().split("\n")
+        assert problem.strip() and remedy.startswith("  ") and remedy.strip()
+        return err
+
+    return check
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out and all(line in out for line in EXAMPLES[command].split("\n"))
+
+
+def test_from_profile_to_bench(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*command: str) -> Any:
+        capsys.readouterr()
+        assert main([*command, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    examined = json.dumps(answer("examine", str(work / "model"), "--length", "64"))
+    assert "model.layers.0.self_attn" in examined and "model.layers.1.self_attn" in examined
+    profile, plan = tmp_path / "profile", tmp_path / "plan.json"
+    model, words = str(work / "model"), str(work / "text.py")
+    made = answer("profile", model, "--lengths", LENGTHS, "--samples", "1", "--text", words,
+                  "--out", str(profile))  # fmt: skip
+    assert made["profile"] == str(profile) and profile.exists()
+    found = answer(*plan_command(work, plan, profile=str(profile)))
+    assert found["plan"] == str(plan) and found["search"]
+    assert answer("show", str(plan))["plan"] and answer("show", str(profile))["profile"]
+    rows = answer("explain", str(plan), f"{SITE}.3", "--profile", str(profile))["candidates"]
+    assert [r["why"] for r in rows if r["chosen"]] == ["chosen"] and all(r["why"] for r in rows)
+    timed = answer(*bench_command(work, plan=plan))["bench"]
+    assert {"eager", "inductor", "attnopt exact", "attnopt planned"} <= {r["variant"] for r in timed}
+    assert all(r["milliseconds"] > 0 for r in timed)
+    assert answer("env")
+
+
+def test_the_plan_that_was_written_runs(work: Path) -> None:
+    from attnopt import backend, hf
+
+    model = hf.load(str(work / "model")).model
+    backend.clear_reports()
+    planned = torch.compile(model, backend="attnopt", options={"plan": str(work / "plan.json")})
+    ids = torch.arange(LENGTH)[None]
+    with torch.no_grad():
+        logits = planned(ids, use_cache=False).logits
+    assert logits.isfinite().all()
+    (report,) = backend.reports()
+    assert [r.path for r in report.rewrites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert all("span kernel" in r.lowering and r.choices for r in report.rewrites)
+
+
+WRONG_LINES = {
+    "examin demo": "Did you mean examine?",
+    "examine demo --lenght 3": "Did you mean --length?",
+    "examine demo --dtype fp8": "fp8",
+    "examine demo --length 1": "--length must be at least 2",
+    "examine demo --device nowhere": "nowhere",
+    "profile demo --out x --lengths 64,many": "64,many",
+    "profile demo --out x --samples 0": "'0' is not a positive whole number",
+    "plan demo --profile p --out x --max-loss-increase none": "'none' is not a positive percentage",
+    "plan demo --profile p --out x --max-kl -1": "--max-kl",
+    "plan demo --out x": "--profile",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_command_line_ends_with_2(
+    line: str, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert WRONG_LINES[line] in fails(line.split(), code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_are_not_there(fails: Fails, tmp_path: Path) -> None:
+    assert f"There is no model at {tmp_path}/none" in fails(["examine", f"{tmp_path}/none"])
+    assert "could not be loaded" in fails(["examine", "no-such-model"])
+    assert "no config.json" in fails(["examine", str(tmp_path)])
+    assert "could not be called" in fails(["examine", "no_such_module:model"])
+
+
+def test_texts_that_do_not_do(work: Path, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "short").write_text("def f(): pass")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    before = snapshot(tmp_path)
+    for name, message in {
+        "empty": "The text is empty", "short": "too short for one sequence of 64", "none": "There is no text file",
+        "binary": "cannot be read as UTF-8",
+    }.items():  # fmt: skip
+        command = ["profile", str(work / "model"), "--lengths", "64", "--out", str(tmp_path / "p"), "--text"]
+        assert message in fails([*command, str(tmp_path / name)])
+    assert "too short" in fails(plan_command(work, tmp_path / "x", text=str(tmp_path / "short")))
+    assert snapshot(tmp_path) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("model", ["heads", "shallow", "weights"])
+def test_another_models_profile_and_plan_are_refused(model: str, work: Path, fails: Fails, tmp_path: Path) -> None:
+    assert "another model" in fails(plan_command(work, tmp_path / "x", model=str(work / model)))
+    message = fails(bench_command(work, model))
+    assert {"heads": "4 heads", "shallow": "model.layers.1.self_attn", "weights": "another model"}[model] in message
+    assert not list(tmp_path.iterdir())
+
+
+def first_choices(plan: dict[str, Any]) -> dict[str, Any]:
+    return plan["sites"][SITE]["choices"]
+
+
+def negative_sink(plan: dict[str, Any]) -> None:
+    first_choices(plan).clear()
+    first_choices(plan)["0-3"] = {"candidate": "sink_window", "sink": -1, "alpha": 64, "beta": 0.0}
+
+
+def unknown_key(plan: dict[str, Any]) -> None:
+    plan["fastest"] = True
+
+
+def missing_head(plan: dict[str, Any]) -> None:
+    first_choices(plan).clear()
+    first_choices(plan)["0-2"] = {"candidate": "dense"}
+
+
+def unknown_candidate(plan: dict[str, Any]) -> None:
+    first_choices(plan).clear()
+    first_choices(plan)["0-3"] = {"candidate": "sink_windw"}
+
+
+EDITS = {negative_sink: "sink", unknown_key: "fastest", missing_head: "head 3", unknown_candidate: "sink_windw"}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_a_badly_edited_plan_is_refused(edit: Any, work: Path, fails: Fails, tmp_path: Path) -> None:
+    data = json.loads((work / "plan.json").read_text())
+    edit(data)
+    broken = tmp_path / "plan.json"
+    broken.write_text(json.dumps(data))
+    for command in (["show", str(broken)], bench_command(work, plan=broken)):
+        message = fails(command)
+        assert EDITS[edit] in message and str(broken.name) in message
+
+
+def test_truncated_files_are_refused(work: Path, fails: Fails, tmp_path: Path) -> None:
+    for name in ("plan.json", "profile"):
+        whole = (work / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        assert name in fails(["show", str(tmp_path / name)])
+    before = snapshot(tmp_path)
+    assert "truncated" in fails(plan_command(work, tmp_path / "x", profile=str(tmp_path / "profile")))
+    assert "plan.json" in fails(
+        ["explain", str(tmp_path / "plan.json"), f"{SITE}.0", "--profile", str(work / "profile")]
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_heads_that_are_not_there(work: Path, fails: Fails) -> None:
+    command = ["--profile", str(work / "profile")]
+    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), f"{SITE}.4", *command], code=2)
+    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), "model.layers.0.self_atn.1", *command], code=2)
+    assert "no file" in fails(["show", str(work / "none.json")])
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(work: Path, fails: Fails, tmp_path: Path) -> None:
+    """Below a regular file no folder can be made, whoever runs the test."""
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "sub" / "out"
+    assert "cannot be written" in fails(plan_command(work, inside))
+    assert "cannot be written" in fails(["profile", "no-such-model", "--out", str(inside)])
+    assert "cannot be written" in fails(["examine", "no-such-model", "--html", str(inside)])
+    assert "cannot be written" in fails(["demo", "--out", str(inside)])
+    assert "is a folder" in fails(["profile", "no-such-model", "--out", str(tmp_path)])
+    assert snapshot(tmp_path) == {"file": b""}
+
+
+def test_a_budget_that_no_plan_keeps_writes_nothing(work: Path, fails: Fails, tmp_path: Path) -> None:
+    options = plan_command(work, tmp_path / "plan.json")
+    at = options.index("--max-loss-increase")
+    assert "budget" in fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_triton_is_one_message(work: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['triton'] = None; from attnopt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *plan_command(work, tmp_path / "plan.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ATTNOPT_TARGET": "triton"})
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "needs the package triton" in ended.stderr and "pip install triton" in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
+    samples, out = 50, tmp_path / "profile"
+    partial = tmp_path / "profile.partial"
+    command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
+               str(work / "text.py"), "--out", str(out)]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnopt", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "Interrupted." in err and "run the same command again" in err
+    assert [p.name for p in tmp_path.iterdir()] == [partial.name]
+    done = Profile.load(partial).header.data
+    assert 0 < len(done) < samples
+
+    assert main(command) == 0
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    again = Profile.load(out).header.data
+    assert set(done) < set(again) and len(again) == samples
