@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import tokens
 
 from attnopt.benchmark import compare
-from models import tokens
 
 
 def test_each_variant_is_called_in_turn_and_compared_with_the_first() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tracing import qkv, trace
 
 from attnopt.registry import PATTERNS
-from tracing import qkv, trace
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
