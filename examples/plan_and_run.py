@@ -20,8 +20,8 @@ from attnopt.plan import Budget
 from attnopt.planner.make import make_plan
 from attnopt.profiler import profile_model
 
-PROFILED, PLANNED, SAMPLES = (128, 256), 512, 8
-BUDGET = Budget("loss", 3.0)  # percent of the dense loss
+PROFILED, PLANNED, SAMPLES = (128, 256), 512, 32
+BUDGET = Budget("loss", 5.0)  # percent of the dense loss
 
 
 def sequences(tokenizer: object, split: str, length: int, samples: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def sequences(tokenizer: object, split: str, length: int, samples: int) -> torch
 
 def main() -> None:
     loaded = hf.load("demo")
-    rows = [row[None] for n in PROFILED for row in sequences(loaded.tokenizer, "calibrate", n, 2)]
+    rows = [row[None] for n in PROFILED for row in sequences(loaded.tokenizer, "calibrate", n, 4)]
     profile = profile_model(loaded.model, rows)
     verify, final = ({PLANNED: sequences(loaded.tokenizer, split, PLANNED, SAMPLES)} for split in ("verify", "final"))
     made = make_plan(
