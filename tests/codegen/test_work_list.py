@@ -120,14 +120,14 @@ def test_one_tile_class_makes_one_list() -> None:
 
 
 def test_made_quickly() -> None:
-    """About 2 ms for 128k tokens and 32 heads on a free core; the bound leaves room for a busy one."""
+    """About 2 ms for 128k tokens and 32 heads on a free core; 24 ms were seen on a shared one, a block mask takes seconds."""
     sinks, windows = tables(64, MIX)
     times = []
     for _ in range(15):
         start = time.perf_counter()
         lists = build(sinks, windows, 8, 131072, 1, TILES)
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.015
+    assert min(times) < 0.05
     assert sum(w.items.nbytes for w in lists) <= 2**20
 
 
