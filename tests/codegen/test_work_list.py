@@ -120,7 +120,7 @@ def test_one_tile_class_makes_one_list() -> None:
 
 
 def test_made_quickly() -> None:
-    """About 2 ms for 128k tokens and 32 heads on a free core; 24 ms were seen on a shared one, a block mask takes seconds."""
+    """About 2 ms for 128k tokens and 32 heads on a free core; 24 ms were seen on a busy one."""
     sinks, windows = tables(64, MIX)
     times = []
     for _ in range(15):
