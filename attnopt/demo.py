@@ -85,7 +85,7 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
     sizes = QUICK if quick else FULL
     length = sizes["length"]
     backend.clear_reports()
-    tell(f"1. the model: {hf.demo_model_path().name}, 6 layers of 8 heads, trained on the standard library's source")
+    tell(f"1. the model: {hf.demo_model_path().name}, trained on the standard library's source")
     loaded = hf.load("demo", torch.bfloat16)
     graphs = examine_model(loaded, 256)
     tell(f"2. matched: {sum(len(g.sites) for g in graphs)} attentions")

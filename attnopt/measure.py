@@ -45,7 +45,6 @@ class Spans:
         self.model = model
         self.instrumented = Instrumented(model, self._attention)
         self._tables: dict[str, dict[str, Tensor]] = {}
-        self._dense: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def sites(self) -> dict[str, Site]:

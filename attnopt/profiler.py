@@ -52,12 +52,10 @@ class _Recorder:
 
 def discover(model: nn.Module, ids: Tensor) -> Instrumented:
     """The model with transparent observers after one short dense run: its `sites` are known then."""
-    recorder = _Recorder()
-    instrumented = Instrumented(model, recorder)
+    instrumented = Instrumented(model, _Recorder())
     with torch.no_grad():
         instrumented.logits(ids)
     instrumented.need_sites()
-    instrumented.recorder = recorder  # type: ignore[attr-defined]
     return instrumented
 
 
@@ -88,7 +86,8 @@ def profile_model(
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
     model.eval()
     instrumented = discover(model, sequences[0][:, : min(64, sequences[0].shape[1])])
-    recorder: _Recorder = instrumented.recorder  # type: ignore[attr-defined]
+    recorder = instrumented.observer
+    assert isinstance(recorder, _Recorder)
     sites = list(instrumented.sites.values())
     profile = Profile.empty(fingerprint_of(model, sites), grid, [], [s.dtype for s in sites])
     if partial is not None and partial.exists():

@@ -34,18 +34,21 @@ from attnopt.report.data import environment, plan_json
 Progress = Any
 
 
+def split(loaded: hf.Loaded, which: str, lengths: list[int], samples: int) -> dict[int, torch.Tensor]:
+    """As many tokens at each length: `samples` sequences of the longest."""
+    stream = text.stream([], loaded.tokenizer, which)
+    return {n: text.sequences(stream, n, samples * max(lengths) // n, which) for n in lengths}
+
+
 def make(loaded: hf.Loaded, lengths: list[int], profiled: list[int], samples: int, progress: Progress) -> Made:
     """A plan for the longest of `lengths`, verified at all of them on as many tokens each; none of them is profiled."""
     tokens = text.stream([], loaded.tokenizer, "calibrate", 100_000)
     rows = [r[None] for n in profiled for r in text.sequences(tokens, n, 6, "calibrate")]
     profile = profile_model(loaded.model, rows, progress=lambda done, of: progress("profiling", done, of))
 
-    def split(which: str) -> dict[int, torch.Tensor]:
-        stream = text.stream([], loaded.tokenizer, which)
-        return {n: text.sequences(stream, n, samples * max(lengths) // n, which) for n in lengths}
-
+    verify, final = (split(loaded, which, lengths, samples) for which in ("verify", "final"))
     return make_plan(
-        loaded.model, "demo", profile, split("verify"), split("final"), Budget("loss", 1.0), max(lengths),
+        loaded.model, "demo", profile, verify, final, Budget("loss", 1.0), max(lengths),
         progress=progress, report=lambda record: print(f"   {record}", flush=True),
     )  # fmt: skip
 
@@ -55,8 +58,7 @@ def uniform(
 ) -> list[dict[str, Any]]:
     """Loss increase of the plan and of one window for all heads at the plan's own measured cost, final split."""
     spans = Spans(loaded.model)
-    stream = text.stream([], loaded.tokenizer, "final")
-    texts = {n: text.sequences(stream, n, samples * max(lengths) // n, "final") for n in lengths}
+    texts = split(loaded, "final", lengths, samples)
     spans.losses(next(iter(texts.values()))[:1, :64], None)
     choices = uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values()))
     found = Evaluator(spans, texts, False, progress, "one window for all heads")(choices)
@@ -77,8 +79,7 @@ def losses_of(
 ) -> list[dict[str, Any]]:
     """Loss increase of a plan made before, final split."""
     spans = Spans(loaded.model)
-    stream = text.stream([], loaded.tokenizer, "final")
-    texts = {n: text.sequences(stream, n, samples * max(lengths) // n, "final") for n in lengths}
+    texts = split(loaded, "final", lengths, samples)
     spans.losses(next(iter(texts.values()))[:1, :64], None)
     plan.check(spans.sites.values(), fingerprint_of(loaded.model, list(spans.sites.values())))
     found = Evaluator(spans, texts, False, progress, "losses of the plan")(plan.choices)
