@@ -38,8 +38,9 @@ VOCABULARY = 4096
 CONTEXT = 8192
 # Letters, digits one by one, punctuation runs, indentation: a name's parts stay whole tokens.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+| ?_+|\n+ *|\s+"
-# (share of the run, sequence length, sequences a step): most training is at short lengths.
-CURRICULUM = ((0.50, 512, 16), (0.80, 2048, 4), (1.0, 8192, 1))
+# (until this share of the run, sequence length, sequences a step, largest position): most training is at short
+# lengths. The third stage keeps the cost of 2048 tokens but spreads their positions over the whole context.
+CURRICULUM = ((0.50, 512, 16, 512), (0.70, 2048, 4, 2048), (0.90, 2048, 4, CONTEXT), (1.0, CONTEXT, 1, CONTEXT))
 PEAK_LR = 3e-3
 # Files that --tiny reads.
 TINY_FILES = 40
@@ -82,6 +83,20 @@ def encode_library(tokenizer: PreTrainedTokenizerFast, cache: Path, files: int |
         np.save(partial, np.asarray(ids, dtype=np.uint16))
         partial.replace(cache)
     return np.load(cache)
+
+
+def positions(rng: random.Random, length: int, reach: int) -> list[int]:
+    """`length` rising positions below `reach`: up to three runs with gaps between them.
+
+    Distances up to `reach` are learned at the cost of `length` tokens (PoSE, Zhu et al. 2023).
+    """
+    spare = rng.randrange(reach - length + 1)
+    cuts = sorted(rng.randrange(1, length) for _ in range(rng.choice((1, 2))))
+    marks = sorted(rng.randrange(spare + 1) for _ in cuts[1:]) + [spare]
+    places = list(range(length))
+    for cut, (low, high) in zip(cuts, itertools.pairwise([0, *marks]), strict=True):
+        places[cut:] = [p + high - low for p in places[cut:]]
+    return places
 
 
 class Batches:
@@ -128,7 +143,9 @@ class Batches:
                     weights += [0.0] * len(line)
                     inserted += len(line)
                 else:
-                    question, answer = (self.encode(part) for part in query_line(*rng.choice(bound)))
+                    # Half of the questions lean towards the names bound first, which are the farthest away.
+                    named = bound[int(len(bound) * rng.random() ** rng.choice((1, 3)))]
+                    question, answer = (self.encode(part) for part in query_line(*named))
                     ids += question + answer
                     weights += [0.0] * len(question) + [2.0] * len(answer)
                     inserted += len(question) + len(answer)
@@ -142,10 +159,12 @@ class Batches:
                 weights += [1.0] * len(run)
         return ids[: length + 1], weights[: length + 1]
 
-    def batch(self, step: int, length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, length: int, size: int, reach: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids and loss weights (size, length + 1), positions (size, length) below `reach`."""
         rng = random.Random(self.seed * 1_000_003 + step)
         rows = [self.sequence(rng, length) for _ in range(size)]
-        return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+        places = [positions(rng, length, reach) for _ in range(size)]
+        return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows]), torch.tensor(places)
 
 
 def build_model(tiny: bool) -> LlamaForCausalLM:
@@ -266,14 +285,16 @@ def train(args: argparse.Namespace) -> None:
         task = bar.add_task("training", total=state["budget"], completed=state["tokens"])
         while state["tokens"] < state["budget"]:
             progress = state["tokens"] / state["budget"]
-            length, size = next((n, b) for end, n, b in CURRICULUM if progress < end)
+            length, size, reach = next(stage for end, *stage in CURRICULUM if progress < end)
             started = time.monotonic()
-            ids, weights = (t.to(device) for t in batches.batch(state["step"], length, size))
+            ids, weights, places = (t.to(device) for t in batches.batch(state["step"], length, size, reach))
             factor = lr_factor(progress)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = PEAK_LR * factor
             with torch.autocast(device, dtype=torch.bfloat16):
-                logits = step_model(input_ids=ids[:, :-1], use_cache=False).logits
+                # With an explicit mask a gap between positions is not taken for a border between documents.
+                seen = torch.ones_like(places)
+                logits = step_model(ids[:, :-1], attention_mask=seen, position_ids=places, use_cache=False).logits
             losses = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
             )

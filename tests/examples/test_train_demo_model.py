@@ -56,10 +56,10 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(
 
     batch = script.Batches.batch
 
-    def interrupted(self: object, step: int, length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def interrupted(self: object, step: int, *shape: int) -> tuple[torch.Tensor, ...]:
         if step == STEPS - 1:
             raise KeyboardInterrupt
-        return batch(self, step, length, size)
+        return batch(self, step, *shape)
 
     with monkeypatch.context() as patch:
         patch.setattr(script.Batches, "batch", interrupted)
