@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Load:
-    """An opaque boolean tensor the mask reads, true where the key is kept; `dims` are the indices it depends on."""
+    """An opaque tensor that a mask or bias reads, and the index it reads it at, printed: ``pad[b, j]``.
+
+    A boolean one is true where the key is kept. `dims` are expressions over b, h, i, j in canonical text.
+    """
 
     name: str
     dims: tuple[str, ...]
@@ -34,47 +37,98 @@ class Load:
 
 @dataclass(frozen=True)
 class Mask:
-    """Keys j that query i keeps: ``causal`` and ``window`` bound i + offset - j, ``loads`` are conjoined.
+    """Keys j that query i keeps: all of the bounds, loads and terms hold.
 
-    offset: key length minus query length for a mask aligned to the end, 0 for one aligned to the start.
-    window: None for no bound. ``symmetric`` bounds |i - j| instead of i - j (a bidirectional window).
+    causal, window: bounds on i + offset - j; window is None for no bound, `symmetric` bounds |i - j| instead.
+    offset: key length minus query length for a mask aligned to the end, 0 for one aligned to the start; text where it
+    is only known at run time.
+    chunk: 0, or keys are kept in the query's own chunk of that many positions, ``i // c == j // c``.
+    loads: boolean key padding, at [b, j] or [j].
+    terms: further proved terms in canonical text, e.g. ``doc[b, i] == doc[b, j]``; `reads` are the loads in them.
+    opaque: boolean or additive data that varies with both i and j and has no closed form.
     fill: what a masked score was replaced by, "-inf" or "finite" (a fully masked row then averages all keys).
     """
 
     causal: bool = False
     window: int | None = None
     symmetric: bool = False
-    offset: int = 0
+    offset: int | str = 0
     loads: tuple[Load, ...] = ()
     fill: str = "-inf"
+    chunk: int = 0
+    terms: tuple[str, ...] = ()
+    reads: tuple[Load, ...] = ()
+    opaque: tuple[Load, ...] = ()
 
     @property
     def kind(self) -> str:
-        """The mask's name: "none", "causal", "sliding" or "band", without its loads."""
+        """The mask's name, without its padding: "none", "causal", "sliding", "band", "chunked", "other" or "data"."""
+        if self.opaque:
+            return "data"
+        if self.terms:
+            return "other"
+        if self.chunk:
+            return "chunked"
         if self.window is not None:
             return "sliding" if self.causal else "band"
         return "causal" if self.causal else "none"
+
+    @property
+    def closed(self) -> bool:
+        """Whether every position is decided by a formula, over lengths and data of one index at a time."""
+        return not self.opaque
+
+    @property
+    def simple(self) -> bool:
+        """Whether the bounds and the padding are all there is, with sizes known while compiling."""
+        return not (self.opaque or self.terms or self.chunk) and isinstance(self.offset, int)
 
     @property
     def padded(self) -> bool:
         return bool(self.loads)
 
     def __str__(self) -> str:
-        i = "i" if self.offset == 0 else f"i + {self.offset}" if self.offset > 0 else f"i - {-self.offset}"
+        if isinstance(self.offset, str):
+            i = f"i + {self.offset}"
+        else:
+            i = "i" if self.offset == 0 else f"i + {self.offset}" if self.offset > 0 else f"i - {-self.offset}"
         terms = []
         if self.causal:
             terms.append(f"j <= {i}")
         if self.window is not None:
             terms.append(f"|{i} - j| < {self.window}" if self.symmetric else f"{i} - j < {self.window}")
-        return " and ".join(terms + [str(load) for load in self.loads]) or "all"
+        if self.chunk:
+            terms.append(f"{i} // {self.chunk} == j // {self.chunk}")
+        data = [str(load) for load in (*self.loads, *self.opaque)]
+        return " and ".join([*terms, *self.terms, *data]) or "all"
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the scaled scores: `text` over b, h, i, j and loads.
+
+    kind: "alibi" (a slope per head times a distance), "table" (looked up by a closed index) or "data".
+    """
+
+    kind: str
+    text: str
+    loads: tuple[Load, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
 class Site:
     """The facts of one attention. Lengths are not part of it: one site serves every sequence length.
 
+    out = softmax(softcap * tanh(scale * q k^T / softcap) + bias, masked) v, the tanh only where softcap > 0.
+
     path: module path in the model, the closure prefix stripped; ordinal: n-th attention of that module in its graph.
     heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
+    sink: "" or what one more column of the soft-max holds, "logit[h]" or "0" (off-by-one).
+    kv: where K and V come from: "fresh", "cat" (past and new), "write" (a buffer at a position), "ring", "shared"
+    (with another site) or "cross" (another sequence).
     """
 
     path: str
@@ -88,18 +142,37 @@ class Site:
     dtype: str
     mask: Mask
     source: str = ""
+    softcap: float = 0.0
+    bias: Bias | None = None
+    sink: str = ""
+    kv: str = "fresh"
 
     @property
     def name(self) -> str:
         """What plans, profiles and reports call the site: its path, with #n where one module holds several."""
         return self.path if self.ordinal == 0 else f"{self.path}#{self.ordinal}"
 
-    def __str__(self) -> str:
+    @property
+    def plain(self) -> bool:
+        """Nothing but a scale and a simple mask stands between the products: what kernels and candidates serve."""
+        return self.mask.simple and not self.softcap and self.bias is None and not self.sink
+
+    @property
+    def canonical(self) -> str:
+        """The attention's mathematics in one line: equal for every spelling of the same attention."""
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        return (
-            f"{self.name}: {self.pattern} heads={heads} dim={dims} scale={self.scale:.6g} {self.dtype} keep {self.mask}"
-        )
+        parts = [f"heads={heads} dim={dims} scale={self.scale:.6g}"]
+        if self.softcap:
+            parts.append(f"softcap={self.softcap:.6g}")
+        if self.bias is not None:
+            parts.append(f"bias={self.bias}")
+        if self.sink:
+            parts.append(f"sink={self.sink}")
+        return " ".join([*parts, f"keep {self.mask}"])
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.pattern} {self.dtype} {self.canonical}"
 
 
 @dataclass(eq=False)

@@ -92,7 +92,7 @@ def positions(rng: random.Random, length: int, reach: int) -> list[int]:
     """
     spare = rng.randrange(reach - length + 1)
     cuts = sorted(rng.randrange(1, length) for _ in range(rng.choice((1, 2))))
-    marks = sorted(rng.randrange(spare + 1) for _ in cuts[1:]) + [spare]
+    marks = [*sorted(rng.randrange(spare + 1) for _ in cuts[1:]), spare]
     places = list(range(length))
     for cut, (low, high) in zip(cuts, itertools.pairwise([0, *marks]), strict=True):
         places[cut:] = [p + high - low for p in places[cut:]]

@@ -61,8 +61,10 @@ class Candidate(ABC):
     def problem(self, params: Params) -> str:
         """What is wrong with `params`, or an empty string."""
         missing = [p.name for p in self.params if p.name not in params]
-        return f"{', '.join(missing)} is missing" if missing else next(
-            (text for p in self.params if (text := p.problem(params[p.name]))), ""
+        return (
+            f"{', '.join(missing)} is missing"
+            if missing
+            else next((text for p in self.params if (text := p.problem(params[p.name]))), "")
         )
 
     @abstractmethod
@@ -116,6 +118,9 @@ def refuse_span(site: Site) -> Refusal | None:
         return Refusal(f"its mask is {mask.kind!r}; spans need a causal one", site.name, site.source)
     if mask.offset != 0:
         return Refusal(f"its queries are shifted by {mask.offset} against its keys", site.name, site.source)
+    if not site.plain:
+        reason = f"spans know a scale and a simple mask only, and this is {site.canonical}"
+        return Refusal(reason, site.name, site.source)
     wide = [load for load in mask.loads if not set(load.dims) <= {"b", "j"}]
     if wide:
         return Refusal(f"its mask reads {wide[0]}, which is more than padding of keys", site.name, site.source)

@@ -114,6 +114,8 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     square = same(q.shape[2], k.shape[2])
     if already_exact(region):
         return Refusal("already a single attention call without a mask")
+    if not region.site.plain:
+        return Refusal(f"no exact lowering yet for {region.site.canonical}")
     if region.site.scale <= 0 and not (mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
         return Refusal(f"the scale {region.site.scale:g} is not positive")

@@ -24,6 +24,8 @@ def refusal(program: Program, region: Region) -> Refusal | None:
     mask, q, k = region.site.mask, region.q.meta["val"], region.k.meta["val"]
     if not mask.causal or mask.offset != 0:
         return Refusal(f"planned spans need a causal mask, and this one keeps {mask}")
+    if not region.site.plain:
+        return Refusal(f"planned spans know a scale and a simple mask only, and this is {region.site.canonical}")
     if not same(q.shape[2], k.shape[2]):
         return Refusal("planned spans serve prefill only: the keys are not the queries' own")
     if region.site.head_dim != region.site.head_dim_v:
@@ -40,7 +42,7 @@ def check_plan(program: Program, plan: Plan) -> None:
 
     A site that is missing beside others that are there is only noted: a model may have attentions no plan was made for.
     """
-    causal = [r.site for r in program.regions if r.site.mask.causal and r.site.mask.offset == 0]
+    causal = [r.site for r in program.regions if r.site.mask.causal and r.site.mask.offset == 0 and r.site.plain]
     named = [site for site in causal if site.name in plan.choices]
     plan.check(named or causal, complete=False)
 

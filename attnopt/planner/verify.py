@@ -259,9 +259,7 @@ def verify_loop(
     return Verified(solution, record.measured, tuple(search.records), undecided)
 
 
-def _close_in(
-    search: _Search, sweep: Front, max_spans: int | None, first: float
-) -> tuple[Solution, float] | None:
+def _close_in(search: _Search, sweep: Front, max_spans: int | None, first: float) -> tuple[Solution, float] | None:
     """Narrow the front between a point that holds and one that misses; the latter, with its bound over the limit."""
     low, high = 0, len(sweep)
     held: tuple[float, float] | None = None
