@@ -1,0 +1,658 @@
+"""Attention as people write it: many spellings of few families, a family being one and the same mathematics.
+
+Each family has inputs, the record a site of it must have, and a reference that spells the formula out. Every spelling
+takes the family's inputs, after `layout` where it wants them arranged otherwise, and returns (B, heads, Sq, Dv), after
+`restore` where it returns something else. Sizes differ pairwise: 12 query heads, 4 KV heads, 8 features, 13 positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tracing import qkv
+
+HEADS, KV_HEADS, DIM, DIM_V = 12, 4, 8, 10
+GROUP = HEADS // KV_HEADS
+SCALE = DIM**-0.5
+INF = float("inf")
+sdpa = F.scaled_dot_product_attention
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`canonical` is the site's record as a regular expression, the names of loads being L0, L1, ... in order."""
+
+    canonical: str
+    inputs: Callable[[int, int], Inputs]
+    reference: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    name: str
+    family: str
+    fn: Callable[..., Any]
+    layout: Callable[..., Inputs]
+    restore: Callable[[Tensor], Tensor]
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.name}"
+
+
+FAMILIES: dict[str, Family] = {}
+SPELLINGS: list[Spelling] = []
+
+
+def as_given(*inputs: Tensor) -> Inputs:
+    return inputs
+
+
+def spelling(
+    *families: str, layout: Callable[..., Inputs] = as_given, restore: Callable[[Tensor], Tensor] = lambda out: out
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as a spelling of the families named."""
+
+    def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        SPELLINGS.extend(Spelling(fn.__name__, family, fn, layout, restore) for family in families)
+        return fn
+
+    return add
+
+
+# --- families: the formula, written once without any cleverness -------------------------------------------------------
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float = SCALE, keep: Tensor | None = None, bias: Tensor | None = None,
+    cap: float = 0.0, column: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(cap(scale q k^T) + bias, where keep) v, with `column` one more key of that score and of value zero."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if cap:
+        s = cap * torch.tanh(s / cap)
+    if bias is not None:
+        s = s + bias
+    if keep is not None:
+        s = s.masked_fill(~keep, -INF)
+    if column is not None:
+        s = torch.cat([s, column.expand(*s.shape[:3], 1)], -1)
+    weights = torch.softmax(s, -1)[..., : k.shape[2]]
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def rows(q: Tensor) -> Tensor:
+    return torch.arange(q.shape[-2])[:, None]
+
+
+def columns(k: Tensor) -> Tensor:
+    return torch.arange(k.shape[-2])[None, :]
+
+
+def lower(q: Tensor, k: Tensor) -> Tensor:
+    """j <= i."""
+    return columns(k) <= rows(q)
+
+
+def tensors(**sizes: Any) -> Callable[[int, int], Inputs]:
+    """Only q, k and v."""
+    return lambda batch, length: qkv(batch, HEADS, length=length, **{"dim": DIM, **sizes})
+
+
+def also(make: Callable[[int, int], Tensor], **sizes: Any) -> Callable[[int, int], Inputs]:
+    """q, k, v and one more."""
+    return lambda batch, length: (*tensors(**sizes)(batch, length), make(batch, length))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def padding(batch: int, length: int) -> Tensor:
+    """True for a token: (B, S), the last positions of the first sample and one inside the last are padding."""
+    keep = torch.ones(batch, length, dtype=torch.bool)
+    keep[0, -3:] = False
+    keep[-1, 2] = False
+    return keep
+
+
+def documents(batch: int, length: int) -> Tensor:
+    """The document each position belongs to, (B, S): 0 0 0 0 0 1 1 1 1 1 2 ..., shifted by one in the second sample."""
+    return (torch.arange(length)[None] + torch.arange(batch)[:, None]) // 5
+
+
+def slopes(*_: int) -> Tensor:
+    return torch.logspace(0, -3, HEADS, base=2.0)
+
+
+def family(name: str, keep: str, inputs: Callable[[int, int], Inputs], kv: int = HEADS, **parts: Any) -> Any:
+    """Register a family; `parts` are those of the record that are not the default, the decorated is its reference."""
+    heads = f"{HEADS}" if kv == HEADS else f"{HEADS}/{kv}"
+    scale, extra, dim = parts.get("scale", SCALE), parts.get("extra", ""), parts.get("dim", f"{DIM}")
+    canonical = f"heads={parts.get('heads', heads)} dim={dim} scale={scale:.6g}{extra} keep {keep}"
+
+    def add(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        FAMILIES[name] = Family(canonical, inputs, reference)
+        return reference
+
+    return add
+
+
+CAUSAL = "j <= i"
+family("plain", "all", tensors())(attend)
+family("grouped", "all", tensors(kv_heads=KV_HEADS), KV_HEADS)(attend)
+family("wide", "all", tensors(dim_v=DIM_V), dim=f"{DIM}/{DIM_V}")(attend)
+family("cross", "all", tensors(keys=7))(attend)
+family("unscaled", "all", tensors(), scale=1.0)(lambda q, k, v: attend(q, k, v, scale=1.0))
+family("causal", CAUSAL, tensors())(lambda q, k, v: attend(q, k, v, keep=lower(q, k)))
+family("causal grouped", CAUSAL, tensors(kv_heads=KV_HEADS), KV_HEADS)(
+    lambda q, k, v: attend(q, k, v, keep=lower(q, k))
+)
+family("causal one key head", CAUSAL, tensors(kv_heads=1), 1)(lambda q, k, v: attend(q, k, v, keep=lower(q, k)))
+family("padded", r"L0\[b, j\]", also(padding))(lambda q, k, v, pad: attend(q, k, v, keep=pad[:, None, None]))
+family("causal padded", rf"{CAUSAL} and L0\[b, j\]", also(padding))(
+    lambda q, k, v, pad: attend(q, k, v, keep=pad[:, None, None] & lower(q, k))
+)
+WINDOW = 4
+family("sliding", f"{CAUSAL} and i - j < {WINDOW}", tensors())(
+    lambda q, k, v: attend(q, k, v, keep=lower(q, k) & (rows(q) - columns(k) < WINDOW))
+)
+family("band", rf"\|i - j\| < {WINDOW}", tensors())(
+    lambda q, k, v: attend(q, k, v, keep=(rows(q) - columns(k)).abs() < WINDOW)
+)
+family("chunked", rf"{CAUSAL} and i // {WINDOW} == j // {WINDOW}", tensors())(
+    lambda q, k, v: attend(q, k, v, keep=lower(q, k) & (rows(q) // WINDOW == columns(k) // WINDOW))
+)
+PREFIX = 5
+family("prefix", ".+", tensors())(lambda q, k, v: attend(q, k, v, keep=lower(q, k) | (columns(k) < PREFIX)))
+family("packed", rf"{CAUSAL} and (L\d\[b, [ij]\] == L\d\[b, [ij]\])", also(documents))(
+    lambda q, k, v, doc: attend(q, k, v, keep=(lower(q, k) & (doc[:, :, None] == doc[:, None]))[:, None])
+)
+CACHED = 8
+family("decoding", r"j <= i \+ .+", lambda b, n: qkv(b, HEADS, length=n - CACHED, keys=n, dim=DIM))(
+    lambda q, k, v: attend(q, k, v, keep=columns(k) <= rows(q) + k.shape[2] - q.shape[2])
+)
+CAP = 5.0
+family("capped", CAUSAL, tensors(), extra=" softcap=5")(lambda q, k, v: attend(q, k, v, cap=CAP, keep=lower(q, k)))
+family("alibi", CAUSAL, also(slopes), extra=" bias=.+")(
+    lambda q, k, v, m: attend(q, k, v, bias=m[:, None, None] * (columns(k) - rows(q)), keep=lower(q, k))
+)
+REACH = 20
+family("relative", "all", also(lambda *_: normal(2 * REACH + 1, HEADS)), extra=" bias=.+")(
+    lambda q, k, v, table: attend(q, k, v, bias=table[columns(k) - rows(q) + REACH].permute(2, 0, 1))
+)
+family("biased", "all", also(lambda b, n: normal(b, HEADS, n, n)), extra=r" bias=L0\[b, h, i, j\]")(
+    lambda q, k, v, bias: attend(q, k, v, bias=bias)
+)
+family("sink", CAUSAL, also(lambda *_: normal(HEADS)), extra=r" sink=\w+\[h\]")(
+    lambda q, k, v, sink: attend(q, k, v, keep=lower(q, k), column=sink[None, :, None, None])
+)
+family("off by one", "all", tensors(), extra=" sink=0")(
+    lambda q, k, v: attend(q, k, v, column=torch.zeros(1, 1, 1, 1, dtype=q.dtype))
+)
+
+
+# --- plain: the products, the scale and the soft-max ------------------------------------------------------------------
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1)
+
+
+@spelling("plain", "wide", "cross")
+def multiplied(q, k, v):
+    return torch.softmax(scores(q, k) * SCALE, -1) @ v
+
+
+@spelling("plain")
+def divided(q, k, v):
+    return F.softmax(torch.matmul(q, k.mT) / math.sqrt(DIM), dim=3).matmul(v)
+
+
+@spelling("plain")
+def scale_on_q(q, k, v):
+    return F.softmax(scores(q * SCALE, k), -1) @ v
+
+
+@spelling("plain")
+def scale_on_k(q, k, v):
+    return F.softmax(q @ (k / math.sqrt(DIM)).transpose(2, 3), -1) @ v
+
+
+@spelling("plain")
+def scale_split(q, k, v):
+    root = DIM**-0.25
+    return F.softmax(scores(q * root, k * root), -1) @ v
+
+
+@spelling("plain")
+def scale_computed(q, k, v):
+    return F.softmax(scores(q, k) / (k.size(-1) ** 0.5), -1) @ v
+
+
+@spelling("plain")
+def scale_in_steps(q, k, v):
+    return F.softmax(SCALE * 2 * scores(q, k) / 2.0, -1) @ v
+
+
+@spelling("plain")
+def scale_of_a_constant_tensor(q, k, v):
+    return F.softmax(scores(q, k) / torch.full([], v.size(-1) ** 0.5, dtype=v.dtype), -1) @ v
+
+
+@spelling("plain")
+def scale_after_the_transpose(q, k, v):
+    return F.softmax((k.transpose(2, 3) * SCALE).__rmatmul__(q), -1) @ v
+
+
+@spelling("unscaled")
+def no_scale(q, k, v):
+    return F.softmax(scores(q, k), -1) @ v
+
+
+@spelling("unscaled")
+def sdpa_without_scale(q, k, v):
+    return sdpa(q, k, v, scale=1.0)
+
+
+def flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, *t.shape[2:])
+
+
+@spelling("plain", "wide", "cross")
+def bmm(q, k, v):
+    weights = torch.bmm(flat(q), flat(k).transpose(1, 2)).mul(SCALE).softmax(-1)
+    return torch.bmm(weights, flat(v)).view(-1, HEADS, q.shape[2], v.shape[3])
+
+
+@spelling("plain")
+def baddbmm(q, k, v):
+    blank = torch.empty(q.shape[0] * HEADS, q.shape[2], k.shape[2], dtype=q.dtype)
+    s = torch.baddbmm(blank, flat(q), flat(k).transpose(1, 2), beta=0, alpha=SCALE)
+    return (F.softmax(s.view(-1, HEADS, *s.shape[1:]), -1).flatten(0, 1) @ flat(v)).view(q.shape)
+
+
+@spelling("plain", "cross")
+def einsum(q, k, v):
+    weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(SCALE).softmax(dim=-1)
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def swapped(*inputs: Tensor) -> Inputs:
+    """(B, S, H, D)."""
+    return tuple(t.transpose(1, 2).contiguous() if t.ndim == 4 else t for t in inputs)
+
+
+def swapped_back(out: Tensor) -> Tensor:
+    return out.transpose(1, 2)
+
+
+@spelling("plain", "wide", layout=swapped, restore=swapped_back)
+def einsum_of_odd_letters(q, k, v):
+    energy = torch.einsum("nqhc,nkhc->nhqk", [q, k])
+    return torch.einsum("nhql,nlhc->nqhc", [torch.softmax(energy / DIM**0.5, dim=3), v])
+
+
+@spelling("plain", layout=swapped, restore=swapped_back)
+def heads_innermost(q, k, v):
+    """Scores (B, i, j, H), the soft-max over j in the middle."""
+    weights = F.softmax(torch.einsum("bihd,bjhd->bijh", q, k) * SCALE, dim=2)
+    return torch.einsum("bijh,bjhd->bihd", weights, v)
+
+
+@spelling("plain")
+def keys_by_queries(q, k, v):
+    """Scores (B, H, j, i), the soft-max over their rows, and everything transposed at the end."""
+    weights = F.softmax(k @ q.mT * SCALE, dim=-2)
+    return (v.mT @ weights).mT
+
+
+@spelling("plain", "cross")
+def multiply_and_sum(q, k, v):
+    weights = F.softmax((q[:, :, :, None] * k[:, :, None]).sum(-1) * SCALE, -1)
+    return (weights[..., None] * v[:, :, None]).sum(3)
+
+
+@spelling("plain", layout=lambda q, k, v: (q, k.mT.contiguous(), v))
+def keys_given_transposed(q, kt, v):
+    return F.softmax(q @ kt * SCALE, -1) @ v
+
+
+@spelling("plain", layout=lambda q, k, v: (q, k, v.mT.contiguous()))
+def values_given_transposed(q, k, vt):
+    return torch.einsum("bhij,bhdj->bhid", F.softmax(scores(q, k) * SCALE, -1), vt)
+
+
+@spelling("plain", layout=swapped, restore=lambda out: out.view(*out.shape[:2], HEADS, DIM).transpose(1, 2))
+def permuted_and_merged(q, k, v):
+    """GPT style: heads split by a permute, merged again at the end."""
+    q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
+    out = F.softmax(torch.matmul(q, k) / math.sqrt(DIM), -1) @ v
+    return out.permute(0, 2, 1, 3).contiguous().view(out.shape[0], -1, HEADS * DIM)
+
+
+@spelling("plain")
+def upcast(q, k, v):
+    return F.softmax(scores(q, k) * SCALE, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+@spelling("plain")
+def upcast_before(q, k, v):
+    return torch.softmax((scores(q, k) * SCALE).float(), -1).type_as(q) @ v
+
+
+@spelling("plain")
+def upcast_operands(q, k, v):
+    return (F.softmax(scores(q.float(), k.float()) * SCALE, -1) @ v.float()).to(q.dtype)
+
+
+@spelling("plain")
+def clones_between(q, k, v):
+    s = (scores(q.contiguous(), k.clone()) * SCALE).contiguous()
+    return (F.softmax(s, -1).clone().to(q.dtype) @ v.contiguous()).contiguous()
+
+
+@spelling("plain")
+def softmax_of_the_last_by_number(q, k, v):
+    s = scores(q, k) * SCALE
+    return nn.Softmax(dim=s.dim() - 1)(s) @ v
+
+
+@spelling("plain")
+def log_softmax(q, k, v):
+    return F.log_softmax(scores(q, k) * SCALE, -1).exp() @ v
+
+
+@spelling("plain")
+def logsumexp(q, k, v):
+    s = scores(q, k) * SCALE
+    return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v
+
+
+@spelling("plain")
+def exp_over_sum(q, k, v):
+    e = torch.exp(scores(q, k) * SCALE)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling("plain")
+def exp_over_sum_without_the_maximum(q, k, v):
+    s = scores(q, k) * SCALE
+    e = torch.exp(s - s.max(-1, keepdim=True).values)
+    return (e / e.sum(dim=-1, keepdim=True)) @ v
+
+
+@spelling("plain")
+def maximum_subtracted_twice(q, k, v):
+    """By hand and by the soft-max itself."""
+    s = scores(q, k) * SCALE
+    return F.softmax(s - s.amax(-1, True), -1) @ v
+
+
+@spelling("plain")
+def dropout_of_nothing(q, k, v):
+    return F.dropout(F.softmax(scores(q, k) * SCALE, -1), 0.0, training=True) @ v
+
+
+@spelling("plain")
+def dropout_while_evaluating(q, k, v):
+    return F.dropout(F.softmax(scores(q, k) * SCALE, -1), 0.4, training=False) @ v
+
+
+@spelling("plain")
+def nothing_in_the_cache(q, k, v):
+    """The first call with an empty cache: concatenated with nothing."""
+    k, v = (torch.cat([torch.tensor([], dtype=t.dtype), t], -2) for t in (k, v))
+    return F.softmax(scores(q, k) * SCALE, -1) @ v
+
+
+@spelling("plain")
+def nothing_added(q, k, v):
+    s = scores(q, k) * SCALE
+    return F.softmax(s + torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=s.dtype), -1) @ v
+
+
+@spelling("plain", "wide", "cross")
+def sdpa_plain(q, k, v):
+    return sdpa(q, k, v)
+
+
+@spelling("plain", "cross")
+def sdpa_all_true(q, k, v):
+    return sdpa(q, k, v, attn_mask=torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+
+
+@spelling("plain")
+def sdpa_of_three_dimensions(q, k, v):
+    return sdpa(flat(q), flat(k), flat(v)).unflatten(0, (-1, HEADS))
+
+
+@spelling("plain")
+def sdpa_of_scaled_queries(q, k, v):
+    return sdpa(q * SCALE, k, v, scale=1.0)
+
+
+# --- packed projections and whole modules -----------------------------------------------------------------------------
+
+
+def merged(t: Tensor) -> Tensor:
+    """(B, S, H·D)."""
+    return t.transpose(1, 2).flatten(2)
+
+
+def split_heads(t: Tensor) -> Tensor:
+    return t.view(*t.shape[:2], -1, DIM).transpose(1, 2)
+
+
+def in_one_row(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    """(B, S, 3·H·D), all queries first."""
+    return (torch.cat([merged(q), merged(k), merged(v)], -1),)
+
+
+def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    """(B, S, H·3·D), each head's query, key and value side by side."""
+    return (torch.cat(swapped(q, k, v), -1).flatten(2),)
+
+
+@spelling("causal", layout=in_one_row, restore=split_heads)
+def packed_split(x):
+    """nanoGPT."""
+    q, k, v = (split_heads(t) for t in x.split(HEADS * DIM, dim=2))
+    n = x.shape[1]
+    bias = torch.tril(torch.ones(n, n)).view(1, 1, n, n)
+    s = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+    s = s.masked_fill(bias[:, :, :n, :n] == 0, float("-inf"))
+    y = F.dropout(F.softmax(s, dim=-1), 0.1, training=False) @ v
+    return y.transpose(1, 2).contiguous().view(x.shape[0], n, HEADS * DIM)
+
+
+@spelling("plain", layout=in_one_row)
+def packed_chunk(x):
+    q, k, v = (split_heads(t) for t in x.chunk(3, -1))
+    return F.softmax(scores(q, k) * SCALE, -1) @ v
+
+
+@spelling("plain", layout=in_one_row)
+def packed_unbind(x):
+    """timm."""
+    q, k, v = x.reshape(x.shape[0], -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    return ((q * SCALE) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+@spelling("causal", layout=head_by_head)
+def packed_by_head(x):
+    """GPT-NeoX."""
+    q, k, v = x.view(*x.shape[:2], HEADS, 3 * DIM).transpose(1, 2).chunk(3, dim=-1)
+    return sdpa(q, k, v, is_causal=True)
+
+
+def identity_attention(dtype: torch.dtype) -> nn.MultiheadAttention:
+    """A module whose projections leave everything as it is."""
+    module = nn.MultiheadAttention(HEADS * DIM, HEADS, bias=False, batch_first=True)
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.eye(HEADS * DIM).repeat(3, 1))
+        module.out_proj.weight.copy_(torch.eye(HEADS * DIM))
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+MODULES = {dtype: identity_attention(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+
+
+@spelling("plain", "cross", layout=lambda q, k, v: (merged(q), merged(k), merged(v)), restore=split_heads)
+def module(q, k, v):
+    return MODULES[q.dtype](q, k, v, need_weights=False)[0]
+
+
+@spelling("plain", layout=lambda q, k, v: (merged(q), merged(k), merged(v)), restore=split_heads)
+def module_returning_weights(q, k, v):
+    return MODULES[q.dtype](q, k, v)[0]
+
+
+@spelling("causal", layout=lambda q, k, v: (merged(q), merged(k), merged(v)), restore=split_heads)
+def module_with_a_mask(q, k, v):
+    n = q.shape[1]
+    drop = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return MODULES[q.dtype](q, k, v, attn_mask=drop, need_weights=False)[0]
+
+
+@spelling("padded", layout=lambda q, k, v, keep: (merged(q), merged(k), merged(v), ~keep), restore=split_heads)
+def module_with_padding(q, k, v, drop):
+    return MODULES[q.dtype](q, k, v, key_padding_mask=drop, need_weights=False)[0]
+
+
+# --- causal -----------------------------------------------------------------------------------------------------------
+
+
+@spelling("causal")
+def masked_fill(q, k, v):
+    n = q.shape[2]
+    keep = torch.tril(torch.ones(n, n, dtype=torch.bool))
+    return F.softmax((scores(q, k) * SCALE).masked_fill(~keep, -INF), -1) @ v
+
+
+@spelling("causal")
+def masked_fill_in_place(q, k, v):
+    s = scores(q, k)
+    s *= SCALE
+    s.masked_fill_(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1), torch.finfo(s.dtype).min)
+    return F.softmax(s, -1) @ v
+
+
+@spelling("causal")
+def masked_before_the_scale(q, k, v):
+    return F.softmax(scores(q, k).masked_fill(~lower(q, k), -INF) * SCALE, -1) @ v
+
+
+@spelling("causal")
+def where_positions(q, k, v):
+    return F.softmax(torch.where(lower(q, k), scores(q, k) * SCALE, -INF), -1) @ v
+
+
+@spelling("causal")
+def where_future(q, k, v):
+    s = scores(q, k) * SCALE
+    least = torch.tensor(torch.finfo(s.dtype).min, dtype=s.dtype)
+    return F.softmax(torch.where(columns(k) > rows(q), least, s), -1) @ v
+
+
+@spelling("causal")
+def added_triangle(q, k, v):
+    n = q.shape[2]
+    return F.softmax(scores(q, k) * SCALE + torch.full((n, n), -INF, dtype=q.dtype).triu(1), -1) @ v
+
+
+@spelling("causal")
+def added_on_the_left(q, k, v):
+    n = q.shape[2]
+    mask = torch.triu(torch.full((n, n), -1e9, dtype=q.dtype), diagonal=1)[None, None]
+    return F.softmax(mask + scores(q, k) / DIM**0.5, -1) @ v
+
+
+@spelling("causal")
+def added_complement(q, k, v):
+    n = q.shape[2]
+    keep = torch.tril(torch.ones(n, n, dtype=q.dtype))
+    return F.softmax(scores(q, k) * SCALE + (1.0 - keep) * torch.finfo(q.dtype).min, -1) @ v
+
+
+@spelling("causal")
+def multiplied_and_shifted(q, k, v):
+    """OpenAI-GPT."""
+    n = q.shape[2]
+    b = torch.tril(torch.ones(n, n, dtype=q.dtype)).view(1, 1, n, n)
+    return F.softmax(scores(q, k) * SCALE * b + -1e4 * (1 - b), -1) @ v
+
+
+@spelling("causal")
+def masked_twice(q, k, v):
+    s = (scores(q, k) * SCALE).masked_fill(~lower(q, k), -INF)
+    return F.softmax(s + torch.zeros_like(s).masked_fill(columns(k) > rows(q), -INF), -1) @ v
+
+
+@spelling("causal", layout=swapped, restore=swapped_back)
+def transformers_eager(q, k, v):
+    """transformers' eager attention: an additive mask, sliced to the keys, a soft-max in float32."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    least, n = torch.finfo(q.dtype).min, q.shape[2]
+    mask = torch.where(lower(q, k), torch.tensor(0.0, dtype=q.dtype), least)[None, None].expand(q.shape[0], 1, n, n)
+    s = torch.matmul(q, k.transpose(2, 3)) * SCALE
+    s = s + mask[:, :, :, : k.shape[-2]]
+    weights = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, p=0.0, training=False), v).transpose(1, 2).contiguous()
+
+
+@spelling("causal")
+def bmm_masked(q, k, v):
+    keep = lower(q, k).expand(q.shape[0] * HEADS, -1, -1)
+    s = torch.bmm(flat(q) * SCALE, flat(k).mT).masked_fill(keep.logical_not(), -INF)
+    return torch.bmm(F.softmax(s, -1), flat(v)).view(q.shape)
+
+
+@spelling("causal")
+def baddbmm_masked(q, k, v):
+    n = q.shape[2]
+    mask = torch.full((n, n), -INF, dtype=q.dtype).triu(1).expand(q.shape[0] * HEADS, n, n)
+    weights = F.softmax(torch.baddbmm(mask, flat(q), flat(k).mT, alpha=SCALE), -1)
+    return (weights @ flat(v)).view(q.shape)
+
+
+@spelling("causal")
+def exp_times_mask(q, k, v):
+    """The mask multiplies the exponentials, before they are summed."""
+    e = torch.exp(scores(q, k) * SCALE) * lower(q, k)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling("causal")
+def positions_by_cumsum(q, k, v):
+    at = torch.ones(q.shape[2], dtype=torch.long).cumsum(0) - 1
+    return F.softmax((scores(q, k) * SCALE).masked_fill(at[None, :] > at[:, None], -INF), -1) @ v
+
+
+@spelling("causal")
+def sdpa_is_causal(q, k, v):
+    return sdpa(q, k, v, is_causal=True)
+
+
+@spelling("causal")
+def sdpa_boolean(q, k, v):
+    return sdpa(q, k, v, attn_mask=lower(q, k)[None, None].expand(q.shape[0], 1, -1, -1))
+
+
+@spelling("causal")
+def sdpa_additive(q, k, v):
+    n = q.shape[2]
+    return sdpa(q, k, v, attn_mask=torch.zeros(n, n, dtype=q.dtype).masked_fill(~lower(q, k), -INF))
+
+
+@spelling("causal", layout=swapped, restore=swapped_back)
+def sdpa_transposed(q, k, v):
+    return sdpa(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
