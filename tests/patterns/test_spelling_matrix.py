@@ -20,6 +20,7 @@ from attnopt.capture import capture, needs_grad
 from attnopt.ir import Refusal
 from attnopt.passes import PIPELINE, Program
 
+from . import masked_spellings  # noqa: F401  (registers its spellings)
 from .spellings import FAMILIES, SPELLINGS, Spelling
 
 LENGTHS = (13, 17)
@@ -160,3 +161,15 @@ def test_a_spelling_is_one_site_of_its_family(spelling: Spelling, cell: Cell) ->
         record = normalised(program.regions[0].site.canonical)
         assert re.fullmatch(FAMILIES[spelling.family].canonical, record), record
     assert not traced.misses
+
+
+@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if ".+" in f.canonical])
+def test_spellings_of_a_family_agree(family: str) -> None:
+    """Where the family leaves a part of the record open, its spellings have the same one."""
+    records = {}
+    for spelling in SPELLINGS:
+        if spelling.family == family:
+            traced = trace(spelling.fn, *inputs_of(spelling, PLAINEST, LENGTHS[0]))
+            records[spelling.name] = [normalised(site.canonical) for site in traced.sites]
+    first = next(iter(records.values()))
+    assert len(first) == 1 and all(record == first for record in records.values()), records
