@@ -177,9 +177,11 @@ class Site:
 
 @dataclass(eq=False)
 class Region:
-    """A Site and its fx nodes. q, k, v have shapes (B, heads, Sq, D), (B, kv_heads, Sk, D), (B, kv_heads, Sk, Dv);
-    out has (B, heads, Sq, Dv). `mask_node` is the mask operand as the graph had it (None if there was none);
-    `loads` maps a Load's name to the fx node it reads."""
+    """A Site and its fx nodes. q, k, v have shapes (B, heads, Sq, D), (B, kv_heads, Sk, D), (B, kv_heads, Sk, Dv).
+
+    out is the original output, in the graph's own layout; what computes (B, heads, Sq, Dv) is viewed back to it by
+    `Program.replace`, which reads `match`, the proof. `loads` maps a Load's name to the fx node it reads; `meaning`
+    holds the predicate behind the site's mask."""
 
     site: Site
     q: torch.fx.Node
@@ -187,8 +189,9 @@ class Region:
     v: torch.fx.Node
     out: torch.fx.Node
     anchor: torch.fx.Node
-    mask_node: torch.fx.Node | None = None
     loads: dict[str, torch.fx.Node] = field(default_factory=dict)
+    match: Any = None
+    meaning: Any = None
 
 
 @dataclass(frozen=True)

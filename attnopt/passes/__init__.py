@@ -10,16 +10,24 @@ from attnopt.passes import (
     lower_exact,
     lower_planned,
     match_attention,
+    normalise,
     observe,
     recover_masks,
     remove_dead_code,
+    resolve_regions,
     strip_assertions,
 )
 from attnopt.passes.program import Program
 
 Pass: TypeAlias = Callable[[Program], None]
 
-RECOGNISE: tuple[Pass, ...] = (strip_assertions.run, match_attention.run, recover_masks.run)
+RECOGNISE: tuple[Pass, ...] = (
+    strip_assertions.run,
+    normalise.run,
+    match_attention.run,
+    resolve_regions.run,
+    recover_masks.run,
+)
 # torch.compile(model, backend="attnopt")
 PIPELINE: tuple[Pass, ...] = (*RECOGNISE, lower_planned.run, lower_exact.run, remove_dead_code.run)
 # attnopt profile: every recognised site computes the same and is observed

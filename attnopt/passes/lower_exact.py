@@ -2,6 +2,7 @@
 
     sdpa(q, repeat(k), repeat(v), mask=bool N x N)  ->  sdpa(q, k, v, is_causal=True, enable_gqa=True)
     softmax(q @ k.T * s + mask) @ v                 ->  the same
+    softmax(q @ k.T * s + any mask or bias) @ v     ->  sdpa(q, k, v, mask as it was), where no closed form helps
     causal and pad[b, j]                            ->  sdpa on q, k, v with one more feature that hides padded keys
     sliding window                                  ->  attnopt::span_attention (reads only the window)
 
@@ -18,6 +19,7 @@ from torch.fx import Node
 
 from attnopt.codegen.span_cpu import PENALTY, tuning
 from attnopt.ir import Mask, Refusal, Region
+from attnopt.passes.arrange import operand_mask
 from attnopt.passes.program import Builder, Program
 from attnopt.passes.span import insert_span, key_padding
 from attnopt.patterns import same
@@ -77,11 +79,11 @@ def lower_causal_padding(program: Program) -> Build:
             q, scale = call(aten.mul.Tensor, q, scale), 1.0
         extra = tuning(like.dtype, site.head_dim).extra if program.device == "cpu" else EXTRA_GPU
         width = max(site.head_dim + extra, site.head_dim_v)
-        batch, _, keys, _ = k.meta["val"].shape
+        batch, keys, rows = builder.size(k, 0), builder.size(k, 2), builder.size(q, 2)
         hidden = call(aten.where.Scalar, pad, 0.0, -PENALTY)
         hidden = call(aten._to_copy.default, call(aten.view.default, hidden, [batch, 1, keys, 1]), dtype=like.dtype)
         hidden = call(aten.expand.default, hidden, [batch, site.kv_heads, keys, 1])
-        marker = call(aten.new_full.default, q, [like.shape[0], site.heads, like.shape[2], 1], PENALTY)
+        marker = call(aten.new_full.default, q, [batch, site.heads, rows, 1], PENALTY)
         q, k = call(aten.cat.default, [q, marker], 3), call(aten.cat.default, [k, hidden], 3)
         if rest := width - site.head_dim - 1:
             q, k = (call(aten.constant_pad_nd.default, x, [0, rest]) for x in (q, k))
@@ -96,15 +98,36 @@ def lower_causal_padding(program: Program) -> Build:
     return build
 
 
+def lower_operand_mask(program: Program) -> Build:
+    def build(region: Region) -> Node:
+        builder = Builder(program.gm, region.out)
+        mask = operand_mask(builder, region.match, region.q.meta["val"].dtype)
+        return sdpa(builder, region, region.q, region.k, region.v, mask, region.match.causal)
+
+    return build
+
+
 def already_exact(region: Region) -> bool:
     """An SDPA call that has neither a mask operand nor a physical repeat of K and V."""
     anchor = region.anchor
     return (
         region.site.pattern == "sdpa"
-        and region.mask_node is None
+        and not region.match.terms
         and anchor.args[1] is region.k
         and anchor.args[2] is region.v
     )
+
+
+def general(program: Program, region: Region) -> tuple[Build, str] | Refusal:
+    """A written-out attention no closed form helps: fused with its mask as the graph had it."""
+    site = region.site
+    if site.softcap:
+        return Refusal(f"no fused kernel here caps scores at {site.softcap:g}")
+    if site.sink:
+        return Refusal("no fused kernel here has a sink")
+    if site.pattern == "sdpa":
+        return Refusal(f"already a single attention call, and none is cheaper for keys {site.mask}")
+    return lower_operand_mask(program), "SDPA with the mask as it was"
 
 
 def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
@@ -114,11 +137,13 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     square = same(q.shape[2], k.shape[2])
     if already_exact(region):
         return Refusal("already a single attention call without a mask")
-    if not region.site.plain:
-        return Refusal(f"no exact lowering yet for {region.site.canonical}")
-    if region.site.scale <= 0 and not (mask.kind == "causal" and mask.padded):
+    if region.match.read:
+        return Refusal("its weights are read elsewhere too, so that nothing would be saved")
+    if region.site.scale <= 0 and not (region.site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
         return Refusal(f"the scale {region.site.scale:g} is not positive")
+    if not region.site.plain:
+        return general(program, region)
     if mask.kind == "none":
         if not mask.padded:
             return lower_plain(program, False), "SDPA without a mask"
@@ -130,13 +155,15 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
         if not mask.padded:
             return lower_plain(program, True), "SDPA is_causal"
         if not square:
-            return Refusal("a padded causal mask over keys that are not the queries' own")
+            return general(program, region)
         return lower_causal_padding(program), "SDPA is_causal, padding folded into a feature"
     if mask.kind == "sliding" and square:
-        if program.needs_grad:
+        if program.needs_grad and region.site.pattern == "sdpa":
             return Refusal("the sliding-window kernel has no gradient yet")
+        if program.needs_grad:
+            return general(program, region)
         return insert_span(program, None), f"span kernel, window {mask.window}"
-    return Refusal(f"no exact lowering for keys {mask} with {q.shape[2]} queries and {k.shape[2]} keys")
+    return general(program, region)
 
 
 def run(program: Program) -> None:

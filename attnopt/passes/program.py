@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,10 @@ class Program:
     # Said of a site that was dealt with all the same: planned, but left exact.
     notes: list[Refusal] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+    # How often each rule of the normaliser applied.
+    hits: Counter[str] = field(default_factory=Counter)
+    # Constant inputs (placeholder names) whose value a rewrite relies on: the backend guards them.
+    relied_on: set[str] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)
 
     def run(self, passes: Iterable[Callable[[Program], None]]) -> Program:
@@ -83,6 +88,10 @@ class Program:
         try:
             with graph.inserting_before(last):
                 new = build(region)
+                if region.match is not None:
+                    from attnopt.passes.arrange import restored
+
+                    new = restored(Builder(self.gm, region.out), region.match, new)
             check_same_meta(new, region.out)
             if self.verify or settings.verify():
                 from attnopt.passes.verify import check_region
@@ -125,6 +134,11 @@ class Builder:
 
     def __init__(self, gm: GraphModule, like: Node) -> None:
         self.gm, self.like = gm, like
+
+    def size(self, node: Node, dim: int) -> Any:
+        """A static size as an int, one known at run time as a node."""
+        held = node.meta["val"].shape[dim]
+        return held if isinstance(held, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.gm.graph.call_function(target, args, kwargs)

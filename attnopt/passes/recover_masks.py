@@ -1,80 +1,148 @@
-"""Interpret each match's mask and turn matches into regions; nothing in the graph changes.
+"""Interpret each match's mask and bias, and turn matches into regions; only views are inserted.
 
     expand(and(le(j, i), pad[:, None, None, :]))   ->   Mask(causal, loads=pad[b, j])
 
-A mask that cannot be proved makes a Miss: the site is then left as it was.
+What cannot be proved about a mask stays in the record as data, so the site is known and exact, and nothing is guessed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
+from torch.fx import Node
 
-from attnopt.ir import Mask, Miss, Region, Site
-from attnopt.masks.algebra import TRUE, Affine, Conjunction, at_least_zero
-from attnopt.masks.classify import classify
-from attnopt.masks.interpret import Interpreter, Select, additive
+from attnopt.ir import Miss, Region, Site
+from attnopt.masks.algebra import Affine
+from attnopt.masks.interpret import Interpreter
+from attnopt.masks.terms import Meaning, Term
+from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.match_attention import module_path, source_line
-from attnopt.passes.program import Program
-from attnopt.patterns import MaskTerm, Match, same, value
-
-INDEX = tuple(Affine.var(v) for v in ("b", "h", "i", "j"))
-
-
-def predicate_of(interpreter: Interpreter, term: MaskTerm) -> tuple[Conjunction, float] | Miss:
-    """The keep-predicate of one mask operand, and what a masked score becomes."""
-    found = interpreter.operand(term.node, INDEX)
-    if term.kind == "add":
-        mask = additive(found) if isinstance(found, Select) else None
-        if mask is not None:
-            return mask.predicate, float("-inf") if mask.predicate == TRUE else mask.off
-        return Miss("what is added to the scores is not a mask that can be proved")
-    if not isinstance(found, Conjunction):
-        return Miss("the mask cannot be proved from the graph")
-    keep = found if term.kind == "keep" else found.inverted()
-    if keep is None:
-        return Miss("the mask drops a combination of conditions, which has no closed form yet")
-    return keep, float("-inf") if term.fill is None else term.fill
+from attnopt.passes.program import Builder, Program
+from attnopt.patterns import Match, RawTerm, value
+from attnopt.patterns.layout import Atom
 
 
-def recover(interpreter: Interpreter, match: Match) -> tuple[Mask, dict[str, torch.fx.Node]] | Miss:
-    q, k = value(match.q), value(match.k)
-    assert q is not None and k is not None
-    keep, fill = TRUE, float("-inf")
-    if match.causal:
-        keep = at_least_zero(Affine.var("i") - Affine.var("j"))
-    for term in match.terms:
-        found = predicate_of(interpreter, term)
-        if isinstance(found, Miss):
-            return found
-        keep, fill = keep & found[0], max(fill, found[1])
-    key_length = k.shape[-1] if match.k_transposed else k.shape[-2]
-    extents = {"b": q.shape[0], "h": q.shape[1], "i": q.shape[2], "j": key_length}
-    return classify(keep, extents, "-inf" if fill == float("-inf") else "finite")
+# PROVISIONAL
+def recover(terms, extents, *, causal=False, interpreter):
+    from attnopt.ir import Load, Mask
+    from attnopt.masks.algebra import TRUE, Affine, Conjunction, at_least_zero
+    from attnopt.masks.classify import classify
+    from attnopt.masks.interpret import Select, additive
+    keep, fill, opaque, nodes = TRUE, float("-inf"), [], {}
+    if causal: keep = at_least_zero(Affine.var("i") - Affine.var("j"))
+    for t in terms:
+        sizes = t.node.meta["val"].shape
+        found = interpreter.operand(t.node, t.index)
+        p = None
+        if t.kind == "add":
+            m = additive(found) if isinstance(found, Select) else None
+            if m is not None: p, f = m.predicate, float("-inf") if m.predicate == TRUE else m.off
+        elif isinstance(found, Conjunction):
+            p = found if t.kind == "keep" else found.inverted(); f = float("-inf") if t.fill is None else t.fill
+        c = classify(keep & p, extents, "-inf") if p is not None else None
+        if not c:
+            opaque.append(Load(t.node.name, ("b","h","i","j"))); nodes[t.node.name] = t.node
+        else:
+            keep = keep & p; fill = max(fill, f)
+    c = classify(keep, extents, "-inf" if fill == float("-inf") else "finite")
+    import dataclasses
+    mask, n = c if c else (Mask(), {})
+    return Meaning(dataclasses.replace(mask, opaque=tuple(opaque)), None, {**n, **nodes}, keep)
+# END
 
 
-def site_of(match: Match, mask: Mask, ordinal: int) -> Site | Miss:
-    q, k, v = (value(t) for t in (match.q, match.k, match.v))
-    assert q is not None and k is not None and v is not None
-    heads, kv_heads, head_dim, head_dim_v = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
+    """Names of whole roles, names of single atoms, and the extent of every name."""
+    roles = {"b": match.roles.batch, "h": match.roles.heads, "i": match.roles.queries, "j": match.roles.keys}
+    whole = {atoms: name for name, atoms in roles.items() if atoms}
+    single: dict[Atom, str] = {}
+    extents: dict[str, Any] = {}
+    for name, atoms in roles.items():
+        extents[name] = 1
+        for n, atom in enumerate(atoms):
+            extents[name] = extents[name] * atom.size
+            single[atom] = name if len(atoms) == 1 else f"{name}{n}"
+            extents.setdefault(single[atom], atom.size)
+    return whole, single, extents
+
+
+def term_of(term: RawTerm, match: Match) -> Term:
+    """The term, read at an index over b, h, i, j."""
+    whole, single, _ = variables(match)
+
+    def index(atoms: tuple[Atom, ...]) -> Affine:
+        if atoms in whole:
+            return Affine.var(whole[atoms])
+        at = Affine()
+        rest = list(atoms)
+        while rest:
+            # The longest run that is a role of its own, else one atom.
+            run = next((r for r in whole if tuple(rest[: len(r)]) == r), (rest[0],))
+            name = whole.get(run, single.get(rest[0], rest[0].name))
+            size: Any = 1
+            for atom in run:
+                size = size * atom.size
+            at = (at * size if isinstance(size, int) else at) + Affine.var(name)
+            rest = rest[len(run) :]
+        return at
+
+    return Term(term.kind, term.node, tuple(index(d) for d in term.scores), term.fill, term.factor)
+
+
+def sink_of(match: Match) -> str | Miss:
+    """What the column of the sink holds: "0", or a logit for each head."""
+    if match.sink is None:
+        return ""
+    node = match.sink.node
+    while node.target in (torch.ops.aten.expand.default, torch.ops.aten.reshape.default, torch.ops.aten.view.default):
+        node = node.args[0]
+    if node.target in (torch.ops.aten.zeros_like.default, torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default):
+        return "0"
+    held = value(node)
+    heads = 1
+    for atom in match.roles.heads:
+        heads = heads * atom.size
+    if held is not None and held.numel() == heads:
+        return "logit[h]"
+    return Miss("the sink's score is not one number for each head")
+
+
+def site_of(match: Match, meaning: Meaning, ordinal: int, q: Node, k: Node, v: Node) -> Site | Miss:
+    shapes = [value(t).shape for t in (q, k, v)]  # type: ignore[union-attr]
+    heads, kv_heads, head_dim, head_dim_v = shapes[0][1], shapes[1][1], shapes[0][3], shapes[2][3]
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim, head_dim_v)):
         return Miss("head counts or dimensions are symbolic")
-    if v.shape[1] != kv_heads or heads % kv_heads:
-        return Miss(f"{heads} query heads over {kv_heads} key heads and {v.shape[1]} value heads")
-    if not same(q.shape[0], k.shape[0]) or not same(q.shape[0], v.shape[0]):
-        return Miss("q, k and v have different batch sizes")
-    path, dtype = module_path(match.anchor), str(q.dtype).removeprefix("torch.")
+    sink = sink_of(match)
+    if isinstance(sink, Miss):
+        return sink
+    dtype = str(value(q).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return Site(
-        path or "attention", ordinal, match.pattern, heads, kv_heads, head_dim, head_dim_v,
-        match.scale, dtype, mask, source_line(match.anchor),
+        module_path(match.anchor) or "attention", ordinal, match.pattern, heads, kv_heads, head_dim, head_dim_v,
+        match.scale, dtype, meaning.mask, source_line(match.anchor), match.softcap, meaning.bias, sink,
     )  # fmt: skip
 
 
-def switches_gradients(match: Match, order: dict[torch.fx.Node, int]) -> bool:
+def switches_gradients(match: Match, order: dict[Node, int]) -> bool:
     """Whether gradients are switched on or off between the operands and the output: then the parts differ in it."""
-    first, last = max(order[match.q], order[match.k]), order[match.out]
+    first, last = max(order[match.q.node], order[match.k.node]), order[match.out.node]
     return any(first < n < last and "_set_grad_enabled" in str(node.target) for node, n in order.items())
+
+
+def understand(program: Program, interpreter: Interpreter, match: Match, ordinal: int) -> Region | Miss:
+    terms = [term_of(t, match) for t in match.terms]
+    meaning = recover(terms, variables(match)[2], causal=match.causal, interpreter=interpreter)
+    graph = program.gm.graph
+    existing = set(graph.nodes)
+    # After all three operands: views of an operand may read the size of another.
+    q, k, v = operand_nodes(Builder(program.gm, match.out.node), match)
+    site = site_of(match, meaning, ordinal, q, k, v)
+    if isinstance(site, Miss):
+        for node in reversed([n for n in graph.nodes if n not in existing]):
+            graph.erase_node(node)
+        return site
+    return Region(site, q, k, v, match.out.node, match.anchor, dict(meaning.nodes), match, meaning)
 
 
 def run(program: Program) -> None:
@@ -86,20 +154,16 @@ def run(program: Program) -> None:
         path = module_path(match.anchor) or "attention"
         ordinal = seen[path]
         seen[path] += 1
-        recovered = recover(interpreter, match)
+        found: Region | Miss
         if switching and switches_gradients(match, order):
-            recovered = Miss("gradients are switched on or off inside the attention")
-        site = recovered if isinstance(recovered, Miss) else site_of(match, recovered[0], ordinal)
-        if isinstance(recovered, Miss) or isinstance(site, Miss):
-            no = recovered if isinstance(recovered, Miss) else site
-            program.misses.append(Miss(no.reason, path, source_line(match.anchor)))  # type: ignore[union-attr]
-            continue
-        k = match.k
-        if match.k_transposed:
-            # Defined, not guessed: k is the transpose of what q was multiplied with.
-            from attnopt.passes.program import Builder
-
-            with program.gm.graph.inserting_after(k):
-                k = Builder(program.gm, k).call(torch.ops.aten.transpose.int, k, 2, 3)
-        mask_node = match.terms[0].node if match.terms else None
-        program.regions.append(Region(site, match.q, k, match.v, match.out, match.anchor, mask_node, recovered[1]))
+            found = Miss("gradients are switched on or off inside the attention")
+        else:
+            try:
+                with program.gm.graph.inserting_before(match.out.node):
+                    found = understand(program, interpreter, match, ordinal)
+            except ValueError as error:
+                found = Miss(str(error))
+        if isinstance(found, Miss):
+            program.misses.append(Miss(found.reason, path, source_line(match.anchor)))
+        else:
+            program.regions.append(found)

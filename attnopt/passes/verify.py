@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnopt.errors import VerificationError
-from attnopt.ir import Mask, Region
+from attnopt.ir import Region
+from attnopt.masks.interpret import MASKED
+from attnopt.passes.arrange import canonical, rearrange, term_dims
 
 # Largest error of an output whose values are averages of standard normal ones.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -33,7 +35,7 @@ def check_region(gm: GraphModule, region: Region, new: Node) -> None:
     with torch.no_grad():
         expected = evaluate(gm, region.out, values, generator)
         found = evaluate(gm, new, values, generator)
-        keep = kept(region, values, expected)
+        keep = kept(gm, region, values, generator)
     if found.shape != expected.shape or found.dtype != expected.dtype:
         shapes = f"{found.dtype} {tuple(found.shape)}", f"{expected.dtype} {tuple(expected.shape)}"
         raise VerificationError(f"the rewrite yields {shapes[0]}, the original {shapes[1]}")
@@ -115,18 +117,22 @@ def attribute(gm: GraphModule, path: str) -> Any:
     return held
 
 
-def kept(region: Region, values: dict[Node, Any], like: Tensor) -> Tensor:
-    """Where the output is defined: the rows (B, 1, Sq, 1) whose query keeps at least one key under the site's mask."""
-    mask: Mask = region.site.mask
-    queries, keys = like.shape[2], hint(region.k.meta["val"].shape[2])
-    distance = torch.arange(queries)[:, None] + mask.offset - torch.arange(keys)
-    keep = torch.ones(queries, keys, dtype=torch.bool)
-    if mask.causal:
-        keep = keep & (distance >= 0)
-    if mask.window is not None:
-        keep = keep & ((distance.abs() if mask.symmetric else distance) < mask.window)
-    keep = keep.to(like.device)[None, None]
-    for load in mask.loads:
-        rows = like.shape[0] if "b" in load.dims else 1
-        keep = keep & values[region.loads[load.name]].reshape(rows, 1, 1, keys)
-    return keep.any(-1, keepdim=True)
+def kept(gm: GraphModule, region: Region, values: dict[Node, Any], generator: torch.Generator) -> Tensor:
+    """Where the output is defined, in its own layout: the rows whose query keeps at least one key."""
+    match = region.match
+    q, k, v = (evaluate(gm, node, values, generator) for node in (region.q, region.k, region.v))
+    keep = torch.ones(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    if match.causal:
+        keep = keep.tril()
+    roles = zip((match.roles.batch, match.roles.heads, match.roles.queries, match.roles.keys), keep.shape, strict=True)
+    sizes = {atom: hint(atom.size) for atoms, _ in roles for atom in atoms}
+    sizes |= {atom: hint(atom.size) for atom in match.roles.values}
+    for term in match.terms:
+        tensor = evaluate(gm, term.node, values, generator)
+        tensor = rearrange(lambda target, *args: target(*args), tensor, *term_dims(match, term), sizes)
+        if term.kind == "add":
+            keep = keep & (tensor > MASKED)
+        else:
+            keep = keep & (tensor.bool() if term.kind == "keep" else ~tensor.bool())
+    rows = keep.any(-1, keepdim=True).expand(-1, -1, -1, v.shape[3])
+    return rearrange(lambda target, *args: target(*args), rows, canonical(match)[3], match.out.dims, sizes)

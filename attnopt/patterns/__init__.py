@@ -1,7 +1,8 @@
 """Recognisers: each looks at one anchor node and says what attention it computes, or why it cannot tell.
 
 A pattern registers an object with `anchors` (the fx targets it looks at) and ``match(node) -> Match | Miss | None``;
-None means "not attention at all" and is not reported. Facts only: a pattern never changes the graph.
+None means "not attention at all" and is not reported. Facts only: a pattern never changes the graph. Axes are atoms
+(patterns/layout.py), so a match is a proof: nothing in it rests on a dimension's number.
 """
 
 from __future__ import annotations
@@ -14,39 +15,77 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss
+from attnopt.patterns.layout import Atom, Dims, Space, same, shape_of
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class MaskTerm:
-    """One operand of the mask: "keep" (bool, true keeps), "drop" (bool, true drops) or "add" (added to the score).
+class Operand:
+    """A node and what each of its dimensions is."""
 
-    `fill` is what a dropped score becomes (a keep or drop term of a written-out attention); None for an SDPA mask.
+    node: Node
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class RawTerm:
+    """One operand of the mask or bias, and the dims of the scores where it meets them.
+
+    kind, fill, factor: as in `masks.terms.Term`.
     """
 
     kind: Literal["keep", "drop", "add"]
     node: Node
+    scores: Dims
     fill: float | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which atoms are batch, query head, query position, key position, feature and value feature.
+
+    The heads are (KV heads, queries of one KV head), so that consecutive query heads share keys; `group` counts the
+    atoms of the second part.
+    """
+
+    batch: tuple[Atom, ...]
+    heads: tuple[Atom, ...]
+    group: int
+    queries: tuple[Atom, ...]
+    keys: tuple[Atom, ...]
+    features: tuple[Atom, ...]
+    values: tuple[Atom, ...]
+
+    @property
+    def kv_heads(self) -> tuple[Atom, ...]:
+        return self.heads[: len(self.heads) - self.group]
 
 
 @dataclass(frozen=True)
 class Match:
-    """What an anchor computes: softmax(scale · q kᵀ + terms) v, with k and v of shape (B, KV heads, Sk, ·).
+    """What an anchor computes: softmax(softcap · tanh(scale · q kᵀ / softcap) + terms) v.
 
-    `k_transposed` says that `k` is the (B, KV heads, D, Sk) operand of the first product instead.
+    sink: the node that holds one more score per row, with the dims of the scores without it.
+    inner: the nodes between the operands and the output, which a rewrite makes useless.
+    read: results of the path that something else reads as well, such as returned weights.
     """
 
     pattern: str
     anchor: Node
-    out: Node
-    q: Node
-    k: Node
-    v: Node
+    out: Operand
+    q: Operand
+    k: Operand
+    v: Operand
+    roles: Roles
     scale: float
+    softcap: float = 0.0
     causal: bool = False
-    terms: tuple[MaskTerm, ...] = ()
-    k_transposed: bool = False
+    terms: tuple[RawTerm, ...] = ()
+    sink: Operand | None = None
+    inner: tuple[Node, ...] = ()
+    read: tuple[Node, ...] = ()
 
 
 class Pattern(Protocol):
@@ -69,48 +108,29 @@ def number(item: Any) -> float | None:
     return float(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else None
 
 
+def scalar(item: Any) -> float | None:
+    """A literal number, or the value of a 0-d constant made in the graph."""
+    if not isinstance(item, Node):
+        return number(item)
+    held = value(item)
+    position = {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(item.target)
+    if held is None or held.numel() != 1:
+        return None
+    if position is not None:
+        return number(item.args[position])
+    if item.target in (aten.sqrt.default, aten.rsqrt.default) and (inner := scalar(item.args[0])) is not None:
+        return inner**0.5 if item.target == aten.sqrt.default else inner**-0.5
+    if item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, aten.clone.default):
+        return scalar(item.args[0])
+    return None
+
+
 def inactive_dropout(node: Node) -> bool:
     """A dropout that changes nothing: probability 0, or not training."""
     return node.target == aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
 
 
-def same(a: Any, b: Any) -> bool:
-    """Two sizes proved equal: never by a guard, so that asking does not cause a recompile."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return a == b if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
-
-
-def unrepeat(node: Node) -> Node:
-    """The KV tensor (B, KV heads, S, D) behind a repeat to (B, heads, S, D); `node` itself where there is none.
-
-    expand(unsqueeze(x, 2)) reshaped, or repeat_interleave(x, r, 1): consecutive query heads share a KV head.
-    """
-    held = value(node)
-    if node.target == aten.repeat_interleave.self_int and argument(node, 2, "dim") in (1, -3) and held is not None:
-        return node.args[0]
-    if node.target not in (aten._unsafe_view.default, aten.view.default, aten.reshape.default) or held is None:
-        return node
-    inner = node.args[0]
-    while inner.target in (aten.clone.default, aten.contiguous.default):
-        inner = inner.args[0]
-    if inner.target != aten.expand.default or inner.args[0].target != aten.unsqueeze.default:
-        return node
-    source = inner.args[0].args[0]
-    base, wide = value(source), value(inner)
-    if base is None or wide is None or base.ndim != 4 or held.ndim != 4 or wide.ndim != 5:
-        return node
-    repeat = wide.shape[2]
-    kept = all(same(wide.shape[d], s) for d, s in zip((0, 1, 3, 4), base.shape, strict=True))
-    merged = isinstance(repeat, int) and same(held.shape[1], base.shape[1] * repeat)
-    others = all(same(held.shape[d], base.shape[d]) for d in (0, 2, 3))
-    return source if inner.args[0].args[1] in (2, -3) and kept and merged and others else node
-
-
-def unrepeated_pair(k: Node, v: Node) -> tuple[Node, Node]:
-    """K and V without their repeats, if both had the same one; else both as they are."""
-    k_base, v_base = unrepeat(k), unrepeat(v)
-    a, b = value(k_base), value(v_base)
-    if k_base is k or v_base is v or a is None or b is None or not same(a.shape[1], b.shape[1]):
-        return k, v
-    return k_base, v_base
+__all__ = [
+    "Atom", "Dims", "Match", "Operand", "Pattern", "RawTerm", "Roles", "Space", "argument", "aten", "inactive_dropout",
+    "number", "same", "scalar", "shape_of", "value",
+]  # fmt: skip

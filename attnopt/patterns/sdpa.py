@@ -1,4 +1,4 @@
-"""``scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale, enable_gqa)``, called whole."""
+"""``scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale, enable_gqa)``, called whole, of any rank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss
-from attnopt.patterns import MaskTerm, Match, argument, number, unrepeated_pair, value
+from attnopt.patterns import Match, Operand, RawTerm, argument, number, value
+from attnopt.patterns.layout import Dims, Space, is_one, same
+from attnopt.patterns.roles import assign, tidy
 from attnopt.registry import PATTERNS
 
 aten = torch.ops.aten
+
+
+def batch_dims(space: Space, sizes: list[tuple], grouped: bool) -> list[Dims] | Miss:
+    """Dims of the leading dimensions of q, k and v, broadcast from the right; `grouped` repeats the last of k and v."""
+    rank = max(map(len, sizes))
+    found: list[list] = [[], [], []]
+    for d in range(rank):
+        here = [s[d - rank + len(s)] if d >= rank - len(s) else None for s in sizes]
+        full = next((n for n in here if n is not None and not is_one(n)), 1)
+        atoms = space.new(full)
+        for n, (size, into) in enumerate(zip(here, found, strict=True)):
+            if size is None:
+                continue
+            if is_one(size) or same(size, full):
+                into.append(() if is_one(size) else atoms)
+                continue
+            cut = None
+            if grouped and d == rank - 1 and n and isinstance(size, int) and isinstance(full, int) and full % size == 0:
+                cut = space.regroup(atoms, (size, full // size))
+            if cut is None:
+                return Miss(f"q, k and v have {here} in a dimension they should share")
+            into.append(cut[0])
+    return [tuple(f) for f in found]
 
 
 @PATTERNS.register("sdpa", priority=10)
@@ -20,26 +45,60 @@ class Sdpa:
 
     @staticmethod
     def match(node: Node) -> Match | Miss | None:
-        q, k, v = node.args[:3]
-        held = [t for t in map(value, (q, k, v)) if t is not None]
-        if len(held) != 3 or any(t.ndim != 4 for t in held):
-            return Miss("an SDPA call whose operands do not have 4 dimensions")
+        held = [t for t in map(value, node.args[:3]) if t is not None]
+        if len(held) != 3 or any(t.ndim < 2 for t in held):
+            return Miss("an SDPA call whose operands do not have 2 dimensions or more")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             return Miss("dropout is active")
-        scale = argument(node, 6, "scale")
-        head_dim = held[0].shape[-1]
+        scale, head_dim = argument(node, 6, "scale"), held[0].shape[-1]
         if scale is None and not isinstance(head_dim, int):
             return Miss("a head dimension that is symbolic")
+        if head_dim == 0:
+            return Miss("an operand has no elements")
         factor = 1 / math.sqrt(head_dim) if scale is None else number(scale)
         if factor is None:
             return Miss("a scale that is not a constant")
         mask = argument(node, 3, "attn_mask")
-        terms: tuple[MaskTerm, ...] = ()
-        if mask is not None:
-            held_mask = value(mask)
-            if held_mask is None:
-                return Miss("a mask that is not a tensor")
-            terms = (MaskTerm("keep" if held_mask.dtype == torch.bool else "add", mask),)
-        if not argument(node, 7, "enable_gqa", False):
-            k, v = unrepeated_pair(k, v)
-        return Match("sdpa", node, node, q, k, v, factor, bool(argument(node, 5, "is_causal", False)), terms)
+        held_mask = value(mask) if mask is not None else None
+        if mask is not None and held_mask is None:
+            return Miss("a mask that is not a tensor")
+        return prove(node, held, factor, mask)
+
+
+def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None) -> Match | Miss:
+    space = Space()
+    grouped = bool(argument(node, 7, "enable_gqa", False))
+    leading = batch_dims(space, [tuple(t.shape[:-2]) for t in held], grouped)
+    if isinstance(leading, Miss):
+        return leading
+    queries, features = (space.new(s) for s in held[0].shape[-2:])
+    keys, values = space.new(held[1].shape[-2]), space.new(held[2].shape[-1])
+    if not keys:
+        return Miss("there is one key only")
+    q, k, v = (
+        Operand(n, space.resolve((*dims, *own)))
+        for n, dims, own in zip(
+            node.args[:3], leading, ((queries, features), (keys, features), (keys, values)), strict=True
+        )
+    )
+    widest = max(leading, key=len)
+    scores = (*widest, queries, keys)
+    for d, atoms in enumerate(widest):
+        other = next((x[d - len(widest)] for x in leading if len(x) >= len(widest) - d and x[d - len(widest)]), ())
+        scores = (*scores[:d], max(atoms, other, key=len) if not atoms else atoms, *scores[d + 1 :])
+    scores = space.resolve((*space.resolve(scores[:-2]), queries, keys))
+    full = tuple(leading[0]) if len(leading[0]) == len(widest) else scores[:-2]
+    out = Operand(node, space.resolve((*(a or b for a, b in zip(full, scores[:-2], strict=True)), queries, values)))
+    causal = bool(argument(node, 5, "is_causal", False))
+    found = assign(space, out.dims[:-1] + (keys,), q, k, v, out, keys, grouped)
+    if isinstance(found, Miss):
+        return found
+    roles, q, k, v, out = found
+    q = tidy(space, q, (roles.batch, roles.heads, roles.queries, roles.features))
+    k = tidy(space, k, (roles.batch, roles.kv_heads, roles.keys, roles.features))
+    v = tidy(space, v, (roles.batch, roles.kv_heads, roles.keys, roles.values))
+    terms: tuple[RawTerm, ...] = ()
+    if mask is not None:
+        kind = "keep" if value(mask).dtype == torch.bool else "add"  # type: ignore[union-attr]
+        terms = (RawTerm(kind, mask, space.resolve((*out.dims[:-1], keys))),)  # type: ignore[arg-type]
+    return Match("sdpa", node, out, q, k, v, roles, scale, 0.0, causal, terms)

@@ -1,8 +1,8 @@
-"""Attention written out: matmul -> scale, mask, bias in any order that means the same -> softmax -> matmul.
+"""Attention written out: product -> scale, soft-cap, mask, bias, sink in any order that means the same -> softmax ->
+product, in any layout.
 
-Anchored at the soft-max. Forward through casts and inactive dropout to the product with V, backward through casts,
-constant factors and mask operands to the product of Q and K. K is *defined* as the transpose of the second operand, so
-no permutation has to be guessed, and the soft-max must run over the last axis.
+Anchored at the soft-max, whose axis is by definition the keys'. Forward through casts, views and inactive dropout to
+the product that sums over just that axis; backward through the rules of `scores.Walk` to the product that made it.
 """
 
 from __future__ import annotations
@@ -11,116 +11,96 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss
-from attnopt.masks.interpret import MASKED
-from attnopt.patterns import MaskTerm, Match, inactive_dropout, number, unrepeated_pair, value
+from attnopt.patterns import Match, Operand, inactive_dropout, shape_of, value
+from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
+from attnopt.patterns.product import Product, operands_of, product_of, result_of
+from attnopt.patterns.roles import assign, tidy
+from attnopt.patterns.scores import Walk, product_behind
 from attnopt.registry import PATTERNS
 
 aten = torch.ops.aten
-PRODUCTS = (aten.matmul.default,)
-CASTS = (aten._to_copy.default, aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype)
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
-def scores_behind(node: Node, limit: int = 8) -> bool:
-    """Whether a matrix product feeds `node` through operations a score may pass."""
-    if not isinstance(node, Node) or limit == 0:
-        return False
-    if node.target in PRODUCTS:
-        return True
-    if node.op != "call_function" or not node.args:
-        return False
-    return any(scores_behind(a, limit - 1) for a in node.args[:2] if isinstance(a, Node))
+class Forward:
+    """From the weights to the product with V, with every node on the way."""
 
+    def __init__(self, space: Space, keys: tuple[Atom, ...], extra: tuple[Atom, ...]) -> None:
+        self.space, self.keys, self.extra = space, keys, extra
+        self.inner: list[Node] = []
+        self.read: list[Node] = []
 
-def product_after(node: Node) -> Node | Miss | None:
-    """The product with V that consumes the weights, and nothing else but it."""
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            return Miss(f"the weights have {len(users)} users") if any(u.target in PRODUCTS for u in users) else None
-        user = users[0]
-        if user.target in PRODUCTS:
-            return user if user.args[0] is node and user.args[1] is not node else None
-        if user.target in CASTS or inactive_dropout(user):
-            node = user
-            continue
+    def run(self, node: Node, dims: Dims) -> tuple[Product, Node, Dims] | Miss | None:
+        """The product, the operand of it that holds the weights, and that operand's dims; None: no attention."""
+        while True:
+            onward = [u for u in node.users if self.leads(u, node)]
+            if not onward:
+                return None
+            if len(onward) > 1:
+                return Miss(f"the weights are used by {len(onward)} products")
+            (user,) = onward
+            if len(node.users) > 1:
+                self.read.append(node)
+            product = product_of(user)
+            if user.target == aten.mul.Tensor:
+                (user,) = user.users
+                product = product_of(user)
+            if product is not None:
+                if product.lhs is product.rhs:
+                    return Miss("the weights are multiplied with themselves")
+                return product, node, self.space.resolve(dims)
+            step = self.step(user, dims)
+            if isinstance(step, Miss) or step is None:
+                return step
+            self.inner.append(user)
+            node, dims = user, step
+
+    def leads(self, user: Node, node: Node, depth: int = 8) -> bool:
+        """Whether the weights reach a product through `user`."""
+        if product_of(user) is not None:
+            return True
+        if user.target == aten.mul.Tensor and len(user.users) == 1:
+            return product_of(next(iter(user.users))) is not None
+        if depth == 0 or not self.passes(user):
+            return False
+        return any(self.leads(u, user, depth - 1) for u in user.users)
+
+    def passes(self, user: Node) -> bool:
+        if user.target in (aten.dropout.default, aten.slice.Tensor):
+            return True
+        return self.space.forward(user, self.space.dims_of(user.args[0])) is not None if viewlike(user) else False
+
+    def step(self, user: Node, dims: Dims) -> Dims | Miss | None:
+        if inactive_dropout(user):
+            return dims
         if user.target == aten.dropout.default:
             return Miss("dropout is active")
-        return None
+        if user.target == aten.slice.Tensor:
+            return self.sliced(user, dims)
+        if user.target in CASTS:
+            held = value(user)
+            if held is None or not held.dtype.is_floating_point:
+                return Miss("the weights are cast to integers")
+        return self.space.forward(user, dims) or Miss(f"the weights pass {user.target} in a way that was not proved")
+
+    def sliced(self, user: Node, dims: Dims) -> Dims | Miss:
+        """Dropping the column of the sink again."""
+        rank = len(dims)
+        dim = (user.args[1] if len(user.args) > 1 else 0) % rank
+        start, end = ([*user.args[2:4], None, None])[:2]
+        kept = shape_of(user)[dim]
+        if not self.extra or dims[dim] != self.extra or start not in (0, None) or len(user.args) > 4:
+            return Miss("the weights are sliced")
+        if not (same(kept, self.keys[0].size) if self.keys else same(kept, 1)) or end is None:
+            return Miss("the weights are sliced to something other than the keys")
+        return (*dims[:dim], self.keys, *dims[dim + 1 :])
 
 
-class Walk:
-    """Backward from the soft-max to the product of Q and K, collecting what is met on the way."""
+def viewlike(node: Node) -> bool:
+    from attnopt.patterns.layout import BACK
 
-    def __init__(self) -> None:
-        self.scale = 1.0
-        self.terms: list[MaskTerm] = []
-
-    def back(self, node: Node) -> Node | Miss:
-        """The product, or why the walk stopped. The scale met so far applies to everything further back."""
-        while node.target not in PRODUCTS:
-            if node.op != "call_function":
-                return Miss("the scores come from outside this graph")
-            step = self.step(node)
-            if isinstance(step, Miss):
-                return step
-            node = step
-        return node
-
-    def step(self, node: Node) -> Node | Miss:
-        target, args = node.target, node.args
-        if target in CASTS:
-            held, source = value(node), value(args[0])
-            if held is None or source is None or not held.dtype.is_floating_point or not source.dtype.is_floating_point:
-                return Miss("the scores are cast to integers")
-            return args[0]
-        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-            factor = number(args[1])
-            if factor is None or factor == 0:
-                return Miss("the scores are scaled by a tensor")
-            self.scale *= factor if "mul" in str(target) else 1 / factor
-            return args[0]
-        if target == aten.add.Tensor:
-            return self.added(node)
-        if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            fill = number(args[2])
-            if not self.hides(fill):
-                return Miss("masked scores are filled with a value that is not minus infinity")
-            self.terms.append(MaskTerm("drop", args[1], fill))
-            return args[0]
-        if target in (aten.where.ScalarOther, aten.where.self):
-            fill = number(args[2]) if target == aten.where.ScalarOther else scalar(args[2])
-            if not self.hides(fill):
-                return Miss("scores are chosen between tensors")
-            self.terms.append(MaskTerm("keep", args[0], fill))
-            return args[1]
-        return Miss(f"the scores pass {target}, which no pattern follows")
-
-    def hides(self, fill: float | None) -> bool:
-        """Whether a score set to `fill` here is gone after the scales met so far, which apply to it as well."""
-        return fill is not None and fill * self.scale <= MASKED and fill <= MASKED
-
-    def added(self, node: Node) -> Node | Miss:
-        a, b = node.args[:2]
-        if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, Node) or not isinstance(b, Node):
-            return Miss("something other than a mask is added to the scores")
-        if scores_behind(a) == scores_behind(b):
-            return Miss("the scores are a sum of two products")
-        scores, other = (a, b) if scores_behind(a) else (b, a)
-        # A mask added before a scale still met is scaled too: only minus infinity survives that unchanged.
-        if self.scale != 1.0:
-            return Miss("a mask is added before the scale")
-        self.terms.append(MaskTerm("add", other))
-        return scores
-
-
-def scalar(node: Node) -> float | None:
-    """The value of a 0-d constant made in the graph."""
-    position = (
-        {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(node.target) if isinstance(node, Node) else None
-    )
-    held = value(node)
-    return number(node.args[position]) if position is not None and held is not None and held.ndim == 0 else None
+    known = node.target in BACK or node.target in COPIES or node.target in CASTS
+    return known and bool(node.args) and isinstance(node.args[0], Node) and value(node.args[0]) is not None
 
 
 @PATTERNS.register("written-out")
@@ -130,28 +110,52 @@ class WrittenOut:
     @staticmethod
     def match(node: Node) -> Match | Miss | None:
         weights = value(node)
-        if weights is None or not scores_behind(node.args[0]):
+        if weights is None or not product_behind(node.args[0]):
             return None
-        out = product_after(node)
-        if out is None or isinstance(out, Miss):
-            return out
-        if node.args[1] % max(1, weights.ndim) != weights.ndim - 1:
-            return Miss("the soft-max does not run over the keys")
-        walk = Walk()
+        space = Space()
+        dims = space.dims_of(node)
+        axis = node.args[1] % max(1, weights.ndim)
+        walk = Walk(space, dims, axis)
         product = walk.back(node.args[0])
+        forward = Forward(space, walk.keys, dims[axis] if walk.sink is not None else ())
+        start = dims if walk.sink is None else (*dims[:axis], dims[axis], *dims[axis + 1 :])
+        reached = forward.run(node, start)
+        if reached is None or isinstance(reached, Miss):
+            return reached
         if isinstance(product, Miss):
             return product
-        q, k_transposed = product.args
-        v = out.args[1]
-        held = [t for t in map(value, (q, k_transposed, v, out)) if t is not None]
-        if len(held) != 4 or any(t.ndim != 4 for t in held):
-            return Miss("written-out attention whose operands do not have 4 dimensions")
-        if len({t.dtype for t in held}) != 1:
-            return Miss("q, k, v and the output have different dtypes")
-        k, transposed = k_transposed, True
-        if k.target == aten.transpose.int and {d % 4 for d in k.args[1:]} == {2, 3}:
-            k, transposed = k.args[0], False
-        if not transposed:
-            k, v = unrepeated_pair(k, v)
-        terms = tuple(walk.terms)
-        return Match("written-out", node, out, q, k, v, walk.scale, False, terms, transposed)
+        if not dims[axis]:
+            return Miss("there is one key only")
+        return finish(node, space, walk, product, forward, reached)
+
+
+def finish(
+    anchor: Node, space: Space, walk: Walk, product: Product, forward: Forward, reached: tuple[Product, Node, Dims]
+) -> Match | Miss:
+    """Prove that both products share their axes as an attention does."""
+    second, weights, weights_dims = reached
+    keys = space.atoms(walk.keys)
+    v_dims, out_dims, gone = result_of(space, second, weights, weights_dims)
+    if set(space.atoms(gone)) != set(keys):
+        return Miss("the weights are not summed over the axis of the soft-max")
+    lhs_dims, rhs_dims = operands_of(space, product, space.resolve(walk.dims))
+    lhs, rhs = Operand(product.lhs, lhs_dims), Operand(product.rhs, rhs_dims)
+    held = {a for d in space.resolve(lhs_dims) for a in d}
+    q, k = (rhs, lhs) if set(keys) <= held else (lhs, rhs)
+    v, out = Operand(second.other(weights), v_dims), Operand(second.node, out_dims)
+    found = assign(space, space.resolve(walk.dims), q, k, v, out, keys)
+    if isinstance(found, Miss):
+        return found
+    roles, q, k, v, out = found
+    dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
+    if len(dtypes) != 1:
+        return Miss("q, k, v and the output have different dtypes: " + ", ".join(sorted(map(str, dtypes))))
+    q = tidy(space, q, (roles.batch, roles.heads, roles.queries, roles.features))
+    k = tidy(space, k, (roles.batch, roles.kv_heads, roles.keys, roles.features))
+    v = tidy(space, v, (roles.batch, roles.kv_heads, roles.keys, roles.values))
+    inner = (product.node, *walk.inner, anchor, *forward.inner)
+    scale = walk.scale * (walk.softcap or 1.0)
+    return Match(
+        "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, walk.resolved_terms(), walk.sink, inner,
+        tuple(forward.read),
+    )  # fmt: skip

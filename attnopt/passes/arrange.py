@@ -1,0 +1,136 @@
+"""Bring operands to (B, heads, length, dim), and outputs back, by the fewest views their proved axes allow.
+
+    bmm(q.view(B*H, S, D), ...)  ->  region.q = q.view(B, H, S, D), and the output viewed back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnopt.passes.program import Builder
+from attnopt.patterns import Match, Operand, RawTerm, shape_of
+from attnopt.patterns.layout import Atom, Dims, is_one
+
+aten = torch.ops.aten
+Call = Callable[..., Any]
+
+
+def rearrange(call: Call, tensor: Any, have: Dims, want: Dims, sizes: dict[Atom, Any]) -> Any:
+    """`tensor` with dims `have` as dims `want` (the same atoms): reshape to atoms, permute, reshape to merged ones.
+
+    call: ``call(target, *args)``, which inserts nodes or computes; sizes: an int, or what stands for one, by atom.
+    """
+    if have == want:
+        return tensor
+    atoms, wanted = [a for d in have for a in d], [a for d in want for a in d]
+    if sorted(a.name for a in atoms) != sorted(a.name for a in wanted):
+        raise ValueError(f"{have} and {want} do not hold the same axes")
+    if any(len(d) != 1 for d in have):
+        tensor = call(aten.reshape.default, tensor, [sizes[a] for a in atoms])
+    if atoms != wanted:
+        tensor = call(aten.permute.default, tensor, [atoms.index(a) for a in wanted])
+    if any(len(d) != 1 for d in want):
+        tensor = call(aten.reshape.default, tensor, [product([sizes[a] for a in d]) for d in want])
+    return tensor
+
+
+def product(sizes: list[Any]) -> Any:
+    """The product of sizes of which at most one is not a number."""
+    number, rest = 1, [s for s in sizes if not isinstance(s, int)]
+    for size in sizes:
+        number *= size if isinstance(size, int) else 1
+    if not rest:
+        return number
+    if len(sizes) > 1:
+        raise ValueError("a dimension is a product of sizes known only at run time")
+    return rest[0]
+
+
+def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
+    """The dims that a region's q, k, v and output have."""
+    r = match.roles
+    return (
+        (r.batch, r.heads, r.queries, r.features),
+        (r.batch, r.kv_heads, r.keys, r.features),
+        (r.batch, r.kv_heads, r.keys, r.values),
+        (r.batch, r.heads, r.queries, r.values),
+    )
+
+
+class Sizes(dict[Atom, Any]):
+    """Sizes by atom; one known at run time only is read off the first operand that has it as a dimension."""
+
+    def __init__(self, builder: Builder, operands: tuple[Operand, ...]) -> None:
+        super().__init__()
+        self.builder, self.operands = builder, operands
+
+    def __missing__(self, atom: Atom) -> Any:
+        if isinstance(atom.size, int):
+            return atom.size
+        for operand in self.operands:
+            for d, atoms in enumerate(operand.dims):
+                if atoms == (atom,):
+                    self[atom] = self.builder.size(operand.node, d)
+                    return self[atom]
+        raise ValueError("a size known only at run time is no dimension of q, k or v")
+
+
+def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
+    """q, k and v in canonical layout; existing nodes where they have it already."""
+    made = []
+    for operand, want in zip((match.q, match.k, match.v), canonical(match), strict=False):
+        like = Builder(builder.gm, operand.node)
+        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, (operand,))))
+    return made[0], made[1], made[2]
+
+
+def restored(builder: Builder, match: Match, new: Node) -> Node:
+    """A canonical output in the layout that the graph had."""
+    sizes = Sizes(builder, (match.q, match.k, match.v))
+    return rearrange(builder.call, new, canonical(match)[3], match.out.dims, sizes)
+
+
+def term_dims(match: Match, term: RawTerm) -> tuple[Dims, Dims]:
+    """(the dims of a mask operand, the dims (B, heads, Sq, Sk) it is viewed to); size one where it does not vary."""
+    sizes = shape_of(term.node)
+    tail = term.scores[len(term.scores) - len(sizes) :]
+    have = tuple(() if is_one(s) else d for s, d in zip(sizes, tail, strict=True))
+    present = {a for d in have for a in d}
+    r = match.roles
+    want = []
+    for role in (r.batch, r.heads, r.queries, r.keys):
+        if not set(role) <= present and set(role) & present:
+            raise ValueError("a mask varies over a part of an axis only")
+        want.append(role if set(role) <= present else ())
+    return have, tuple(want)
+
+
+def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | None:
+    """All terms as one mask (B | 1, heads | 1, Sq | 1, Sk): bool, true where kept, or to be added to the scores."""
+    call = builder.call
+    keep: Node | None = None
+    bias: Node | None = None
+    for term in match.terms:
+        have, want = term_dims(match, term)
+        sizes = Sizes(builder, (match.q, match.k, match.v))
+        node = rearrange(call, term.node, have, want, sizes)
+        if term.kind == "add":
+            node = node if term.factor == 1.0 else call(aten.mul.Tensor, node, term.factor)
+            bias = node if bias is None else call(aten.add.Tensor, bias, node)
+            continue
+        if term.node.meta["val"].dtype != torch.bool:
+            node = call(aten.ne.Scalar, node, 0)
+        node = call(aten.logical_not.default, node) if term.kind == "drop" else node
+        keep = node if keep is None else call(aten.logical_and.default, keep, node)
+    if bias is None:
+        return keep
+    if bias.meta["val"].dtype != dtype:
+        bias = call(aten._to_copy.default, bias, dtype=dtype)
+    if keep is None:
+        return bias
+    # Finite, so that a row without any key is an average and not NaN.
+    return call(aten.where.ScalarOther, keep, bias, torch.finfo(dtype).min)

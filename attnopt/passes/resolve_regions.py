@@ -1,0 +1,72 @@
+"""Keep matches whose regions are convex and disjoint, so that each can be cut out on its own.
+
+    two matches that share a product                ->  the larger one, and a Miss for the other
+    a mask that is computed from the site's scores  ->  a Miss
+
+Convex: no path leaves the region and comes back to it. A rewrite of such a region can never make a cycle.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch.fx import Graph, Node
+
+from attnopt.ir import Miss
+from attnopt.passes.match_attention import module_path, source_line
+from attnopt.passes.program import Program
+from attnopt.patterns import Match
+
+
+def flow(graph: Graph) -> nx.DiGraph:
+    """The graph's dataflow: an edge from every node to its users."""
+    edges = nx.DiGraph()
+    edges.add_nodes_from(graph.nodes)
+    edges.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+    return edges
+
+
+def inside(match: Match) -> set[Node]:
+    return {*match.inner, match.anchor, match.out.node}
+
+
+def leaves_and_returns(dataflow: nx.DiGraph, region: set[Node], out: Node) -> bool:
+    """Whether a path from the region's inner nodes outside of it leads back in."""
+    left = {u for n in region - {out} for u in n.users if u not in region}
+    return any(not region.isdisjoint(nx.descendants(dataflow, node)) for node in left)
+
+
+def disjoint(matches: list[Match]) -> tuple[list[Match], list[Match]]:
+    """(kept, dropped): of matches that share a node, the one with the larger region stays."""
+    conflicts = nx.Graph()
+    conflicts.add_nodes_from(range(len(matches)))
+    owners: dict[Node, list[int]] = {}
+    for n, match in enumerate(matches):
+        for node in inside(match):
+            owners.setdefault(node, []).append(n)
+    conflicts.add_edges_from((a, b) for found in owners.values() for a in found for b in found if a < b)
+    dropped: set[int] = set()
+    for group in nx.connected_components(conflicts):
+        for n in sorted(group, key=lambda n: (-len(inside(matches[n])), n)):
+            if n not in dropped:
+                dropped.update(conflicts.neighbors(n))
+    return [m for n, m in enumerate(matches) if n not in dropped], [matches[n] for n in sorted(dropped)]
+
+
+def run(program: Program) -> None:
+    kept, dropped = disjoint(program.matches)
+    dataflow: nx.DiGraph | None = None
+    program.matches = []
+    for match in kept:
+        region = inside(match)
+        if any(u not in region for n in region - {match.out.node} for u in n.users):
+            dataflow = flow(program.gm.graph) if dataflow is None else dataflow
+            if leaves_and_returns(dataflow, region, match.out.node):
+                program.misses.append(miss(match, "a part of it is computed from its own scores"))
+                continue
+        program.matches.append(match)
+    for match in dropped:
+        program.misses.append(miss(match, "it shares a product with another attention"))
+
+
+def miss(match: Match, reason: str) -> Miss:
+    return Miss(reason, module_path(match.anchor), source_line(match.anchor))

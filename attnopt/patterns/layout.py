@@ -1,0 +1,219 @@
+"""Axes as data: every dimension of a tensor is a row-major tuple of atoms, so that no dimension number is ever trusted.
+
+    softmax(x)[b, h, i, j]  <-  view  <-  x.view(B*H, S, T)      dims ((b, h), (i), (j))
+
+Views regroup atoms, splitting one where a dimension is cut in two; permutations reorder them; an expanded dimension has
+none. Two tensors agree on an axis only if they hold the same atom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Atom:
+    """One independent axis; `size` is an int or a SymInt."""
+
+    name: str
+    size: Any = field(compare=False, repr=False)
+
+
+Dims: TypeAlias = tuple[tuple[Atom, ...], ...]
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+VIEWS += (aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default)
+COPIES += (aten.detach.default,)
+CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
+REORDERS = (aten.permute.default, aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.movedim.int)
+REORDERS += (aten.mT.default, aten.numpy_T.default)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two sizes proved equal: never by a guard, so that asking does not cause a recompile."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def order_of(node: Node) -> list[int] | None:
+    """For a reordering node: output dimension d is input dimension order[d]."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        return [d % rank for d in node.args[1]]
+    if node.target in (aten.transpose.int, aten.swapaxes.default):
+        a, b = (d % rank for d in node.args[1:3])
+    elif node.target in (aten.t.default, aten.mT.default) and rank >= 2:
+        a, b = rank - 2, rank - 1
+    else:
+        return None
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+class Space:
+    """The atoms of one proof, and how they were split on the way."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Atom, tuple[Atom, Atom]] = {}
+        self._made = 0
+
+    def new(self, size: Any) -> tuple[Atom, ...]:
+        """A fresh axis; a dimension of size one needs none."""
+        if is_one(size):
+            return ()
+        self._made += 1
+        return (Atom(f"x{self._made}", size),)
+
+    def dims_of(self, node: Node) -> Dims:
+        return tuple(self.new(size) for size in shape_of(node))
+
+    def split(self, atom: Atom, outer: Any, inner: Any) -> tuple[Atom, Atom]:
+        """Cut an axis into `outer` times `inner`; every dims resolved later sees the two."""
+        if atom not in self.parts:
+            self.parts[atom] = (Atom(f"{atom.name}.0", outer), Atom(f"{atom.name}.1", inner))
+        return self.parts[atom]
+
+    def atoms(self, atoms: Iterable[Atom]) -> tuple[Atom, ...]:
+        found: list[Atom] = []
+        for atom in atoms:
+            found += self.atoms(self.parts[atom]) if atom in self.parts else (atom,)
+        return tuple(found)
+
+    def resolve(self, dims: Dims) -> Dims:
+        """`dims` in terms of the finest atoms known by now."""
+        return tuple(self.atoms(d) for d in dims) if self.parts else dims
+
+    def regroup(self, atoms: Sequence[Atom], sizes: Sequence[Any]) -> Dims | None:
+        """The same axes, in the same order, as dimensions of `sizes`; None where that cannot be proved."""
+        queue, grouped = list(self.atoms(atoms)), []
+        for size in sizes:
+            taken: list[Atom] = []
+            held: Any = 1
+            while not same(held, size):
+                if not queue:
+                    return None
+                cut = self._take(queue.pop(0), held, size)
+                if cut is None:
+                    return None
+                taken.append(cut[0])
+                queue[:0] = cut[1:]
+                held = held * cut[0].size
+            grouped.append(tuple(taken))
+        return None if queue else tuple(grouped)
+
+    def _take(self, atom: Atom, held: Any, size: Any) -> tuple[Atom, ...] | None:
+        """The atom whole, or split so that its outer part fills a dimension of `size` that has `held` already."""
+        if same(held * atom.size, size):
+            return (atom,)
+        if isinstance(held, int) and isinstance(size, int) and isinstance(atom.size, int):
+            if not held or size % held or not atom.size:
+                return None
+            need = size // held
+            if need % atom.size == 0:
+                return (atom,)
+            return self.split(atom, need, atom.size // need) if atom.size % need == 0 else None
+        rest = size // (held * atom.size)
+        if same(rest * held * atom.size, size):
+            return (atom,)
+        need = size // held
+        inner = atom.size // need
+        return self.split(atom, need, inner) if same(need * inner, atom.size) and same(need * held, size) else None
+
+    def back(self, node: Node, dims: Dims, casts: bool = False) -> tuple[Node, Dims] | None:
+        """What a view-like `node` with `dims` reads, and that tensor's dims; None where it is no view."""
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+            return None
+        source = node.args[0]
+        if not isinstance(source.meta.get("val"), torch.Tensor):
+            return None
+        rule = BACK.get(node.target)
+        if rule is None and (node.target in COPIES or (casts and node.target in CASTS)):
+            return source, dims
+        found = rule(self, node, self.resolve(dims)) if rule is not None else None
+        return None if found is None else (source, found)
+
+    def forward(self, user: Node, dims: Dims) -> Dims | None:
+        """The dims of a view-like user's result, given its input's."""
+        dims = self.resolve(dims)
+        if user.target in COPIES or user.target in CASTS:
+            return dims
+        if user.target in REORDERS:
+            order = order_of(user)
+            return None if order is None else tuple(dims[d] for d in order)
+        if user.target in VIEWS:
+            return self.regroup([a for d in dims for a in d], shape_of(user))
+        return None
+
+
+def _reordered(space: Space, node: Node, dims: Dims) -> Dims | None:
+    order = order_of(node)
+    if order is None:
+        return None
+    source: list[tuple[Atom, ...]] = [()] * len(order)
+    for position, dim in enumerate(order):
+        source[dim] = dims[position]
+    return tuple(source)
+
+
+def _viewed(space: Space, node: Node, dims: Dims) -> Dims | None:
+    return space.regroup([a for d in dims for a in d], shape_of(node.args[0]))
+
+
+def _expanded(space: Space, node: Node, dims: Dims) -> Dims | None:
+    """A dimension of size one that was stretched does not depend on its position."""
+    sizes = shape_of(node.args[0])
+    tail = dims[len(dims) - len(sizes) :]
+    new = shape_of(node)[len(dims) - len(sizes) :]
+    return tuple(() if is_one(s) else d for s, d, n in zip(sizes, tail, new, strict=True))
+
+
+def _repeated(space: Space, node: Node, dims: Dims) -> Dims | None:
+    """repeat_interleave(x, r, dim): r neighbours in the result share one entry."""
+    times, dim = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return None
+    dim %= len(dims)
+    cut = space.regroup(dims[dim], (shape_of(node.args[0])[dim], times))
+    return None if cut is None else space.resolve((*dims[:dim], cut[0], *dims[dim + 1 :]))
+
+
+def _tiled(space: Space, node: Node, dims: Dims) -> Dims | None:
+    """repeat(x, times): whole copies one after another."""
+    sizes, times = shape_of(node.args[0]), list(node.args[1])
+    if len(times) != len(sizes):
+        return None
+    source: list[tuple[Atom, ...]] = []
+    for d, size, n in zip(dims, sizes, times, strict=True):
+        cut = space.regroup(d, (n, size))
+        if cut is None:
+            return None
+        source.append(cut[1])
+    return space.resolve(tuple(source))
+
+
+Rule: TypeAlias = Callable[[Space, Node, Dims], "Dims | None"]
+BACK: dict[Any, Rule] = {
+    **dict.fromkeys(REORDERS, _reordered),
+    **dict.fromkeys(VIEWS, _viewed),
+    aten.expand.default: _expanded,
+    aten.repeat_interleave.self_int: _repeated,
+    aten.repeat.default: _tiled,
+}

@@ -1,0 +1,150 @@
+"""From proved axes to an attention: which atom is a head, which a batch, and the tensors behind a repeat.
+
+    q[b, h, i, d] · k[b, h, j, d] -> scores[b, h, i, j];  scores · v[b, h, j, e] -> out[b, h, i, e]
+
+Rules, in order: `one_axis_of_keys`, `operands_agree`, `unrepeat`, `query_axis`, `heads_axis`. Which shared axis is
+called a head and which a batch is a name, not a fact: any choice computes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import Node
+
+from attnopt.ir import Miss
+from attnopt.patterns import Operand, Roles
+from attnopt.patterns.layout import Atom, Dims, Space, is_one, shape_of
+
+# Views between a product and the projection behind it: rotary embeddings end the walk earlier.
+DEPTH = 10
+
+
+def flat(dims: Dims) -> list[Atom]:
+    return [a for d in dims for a in d]
+
+
+def assign(
+    space: Space, scores: Dims, q: Operand, k: Operand, v: Operand, out: Operand, keys: tuple[Atom, ...],
+    grouped: bool = False,
+) -> tuple[Roles, Operand, Operand, Operand, Operand] | Miss:  # fmt: skip
+    """Roles of every axis and the operands in terms of them, K and V without their repeats.
+
+    grouped: K and V may hold fewer heads than q, repeated by the call itself.
+    """
+    for operand in (q, k, v):
+        if any(isinstance(s, int) and s == 0 for s in shape_of(operand.node)):
+            return Miss("an operand has no elements")
+    k, v = unrepeat_pair(space, k, v)
+    split_heads(space, q)
+    for side in (k, v):
+        split_heads(space, side)
+    scores, keys = space.resolve(scores), space.atoms(keys)
+    q, k, v, out = (replace(o, dims=space.resolve(o.dims)) for o in (q, k, v, out))
+    in_q, in_k, in_v = (set(flat(o.dims)) for o in (q, k, v))
+    if not set(keys) <= in_k or set(keys) & in_q:
+        return Miss("the keys' axis is not one of K alone: the scores are no product of queries and keys")
+    if not set(keys) <= in_v:
+        return Miss("V has no axis of keys")
+    features = tuple(a for a in flat(q.dims) if a in in_k and a not in flat(scores))
+    values = tuple(a for a in flat(v.dims) if a in flat(out.dims) and a not in flat(scores))
+    shared = [a for a in flat(scores) if a in in_k and a not in keys]
+    only_q = [a for a in flat(scores) if a in in_q and a not in in_k]
+    if in_k - {*keys, *features, *shared} or in_q - {*features, *shared, *only_q} or in_v - {*keys, *values, *shared}:
+        return Miss("q, k and v do not share their axes as an attention does")
+    if any(a not in in_q for a in shared):
+        return Miss("K has an axis that q lacks: one query is compared under several heads")
+    if any(a not in in_v for a in shared):
+        return Miss("V lacks an axis that K has")
+    queries = query_axis(scores, only_q, keys)
+    group = tuple(a for a in only_q if a not in queries)
+    batch, heads = heads_axis(scores, shared, q, features, group, queries)
+    return Roles(batch, heads + group, len(group), queries, keys, features, values), q, k, v, out
+
+
+def query_axis(scores: Dims, only_q: list[Atom], keys: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    """The query positions among the axes that only q has: those of the dimension next to the keys', else the last."""
+    at = next((n for n, d in enumerate(scores) if d and d[-1] in keys), len(scores) - 1)
+    before = [a for a in scores[at - 1]] if at else []
+    if at and not before:
+        return ()
+    found = [a for a in before if a in only_q]
+    if not found:
+        found = only_q[-1:]
+    # A dimension that merges heads and positions: the positions are the inner part.
+    return tuple(found[-1:])
+
+
+def heads_axis(
+    scores: Dims, shared: list[Atom], q: Operand, features: tuple[Atom, ...], group: tuple[Atom, ...],
+    queries: tuple[Atom, ...],
+) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:  # fmt: skip
+    """Split the axes that q and k share into batch and heads."""
+    others = [d for d in scores if not any(a in queries or a in group for a in d) and (not d or d[0] in shared)]
+    if len(scores) >= 4 and len(shared) <= 1 and not group:
+        # (1, H, Sq, Sk) or (B, 1, Sq, Sk): the place tells which of the two is there.
+        first = next((n for n, d in enumerate(scores) if d and d[0] in shared), None)
+        if first == 0 and len(others) > 1:
+            return tuple(shared), ()
+        return (), tuple(shared)
+    if len(scores) >= 4 and group and len(shared) == 1:
+        first = next(n for n, d in enumerate(scores) if d and d[0] in shared)
+        grouped = next(n for n, d in enumerate(scores) if any(a in group for a in d))
+        alone = shared[0] in scores[0] and grouped == first + 1 and len(scores) == 4
+        return (tuple(shared), ()) if alone else ((), tuple(shared))
+    if len(scores) < 4 and len(shared) <= 1:
+        return tuple(shared), ()
+    beside = [a for a in shared if any(a in d and any(f in d for f in features) for d in q.dims)]
+    heads = tuple(beside or shared[-1:])
+    return tuple(a for a in shared if a not in heads), heads
+
+
+def unrepeat_pair(space: Space, k: Operand, v: Operand) -> tuple[Operand, Operand]:
+    """K and V behind the same repeat over query heads, if both have one; else as they are."""
+    k_base, v_base = unrepeat(space, k), unrepeat(space, v)
+    if k_base is None or v_base is None:
+        return k, v
+    k_lost, v_lost = (
+        set(flat(space.resolve(o.dims))) - set(flat(space.resolve(base.dims))) for o, base in ((k, k_base), (v, v_base))
+    )
+    return (k_base, v_base) if k_lost == v_lost else (k, v)
+
+
+def unrepeat(space: Space, operand: Operand) -> Operand | None:
+    """The tensor behind an expand or a repeat: the first on the way back that holds fewer axes."""
+    node, dims, found = operand.node, operand.dims, None
+    for _ in range(DEPTH):
+        step = space.back(node, dims)
+        if step is None:
+            break
+        before = set(flat(space.resolve(dims)))
+        node, dims = step
+        if set(flat(space.resolve(dims))) < before:
+            found = Operand(node, dims)
+    return found
+
+
+def split_heads(space: Space, operand: Operand) -> None:
+    """Look behind views for where a merged axis (batch times heads) is two: it is split for everyone."""
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        step = space.back(node, dims, casts=True)
+        if step is None:
+            return
+        node, dims = step
+
+
+def tidy(space: Space, operand: Operand, wanted: tuple[tuple[Atom, ...], ...]) -> Operand:
+    """The nearest node behind transposes whose dimensions are already `wanted`; else the operand itself."""
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        if space.resolve(dims) == wanted and len(dims) == len(wanted):
+            return Operand(node, wanted)
+        step = space.back(node, dims)
+        if step is None:
+            break
+        node, dims = step
+    return operand
+
+
+__all__ = ["Node", "assign", "flat", "is_one", "tidy"]
