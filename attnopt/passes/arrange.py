@@ -1,6 +1,6 @@
 """Bring operands to (B, heads, length, dim), and outputs back, by the fewest views their proved axes allow.
 
-    bmm(q.view(B*H, S, D), ...)  ->  region.q = q.view(B, H, S, D), and the output viewed back
+bmm(q.view(B*H, S, D), ...)  ->  region.q = q.view(B, H, S, D), and the output viewed back
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Sizes(dict[Atom, Any]):
             return atom.size
         for operand in self.operands:
             for d, atoms in enumerate(operand.dims):
-                if atoms == (atom,):
+                if atoms == (atom,) and not isinstance(atom.size, int):
                     self[atom] = self.builder.size(operand.node, d)
                     return self[atom]
         raise ValueError("a size known only at run time is no dimension of q, k or v")
@@ -84,7 +84,7 @@ def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
     made = []
     for operand, want in zip((match.q, match.k, match.v), canonical(match), strict=False):
         like = Builder(builder.gm, operand.node)
-        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, (operand,))))
+        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, (match.q, match.k, match.v))))
     return made[0], made[1], made[2]
 
 
@@ -115,6 +115,8 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
     keep: Node | None = None
     bias: Node | None = None
     for term in match.terms:
+        if term.kind == "times":
+            continue
         have, want = term_dims(match, term)
         sizes = Sizes(builder, (match.q, match.k, match.v))
         node = rearrange(call, term.node, have, want, sizes)

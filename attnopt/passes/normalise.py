@@ -19,6 +19,7 @@ from attnopt.passes import remove_dead_code
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import inactive_dropout, number, value
 from attnopt.patterns.layout import VIEWS, order_of, same, shape_of
+from attnopt.patterns.scores import zero_or_one
 
 aten = torch.ops.aten
 Rule = Callable[[Program, Node], "Node | None"]
@@ -86,27 +87,74 @@ def open_baddbmm(program: Program, node: Node) -> Node | None:
 
 
 def softmax_from_quotient(program: Program, node: Node) -> Node | None:
-    """exp(x) / sum(exp(x)), and with one more than the sum: a soft-max that may attend to nothing"""
-    if node.target != aten.div.Tensor or not isinstance(node.args[1], Node):
+    """exp(x) / sum(exp(x)); with more than the sum below, a soft-max with one more column that is dropped again"""
+    if node.target != aten.div.Tensor or not isinstance(node.args[1], Node) or not floating(node):
         return None
     top, total = node.args
-    more = None
-    if total.target == aten.add.Tensor and number(total.args[1]) is not None and not total.kwargs:
-        total, more = total.args
-    if total.target != aten.sum.dim_IntList or not isinstance(top, Node) or top.target != aten.exp.default:
+    more: Any = None
+    if total.target == aten.add.Tensor and not total.kwargs:
+        sums = [a for a in total.args if isinstance(a, Node) and a.target == aten.sum.dim_IntList]
+        if len(sums) != 1:
+            return None
+        more = total.args[1] if sums[0] is total.args[0] else total.args[0]
+        total = sums[0]
+    if total.target != aten.sum.dim_IntList or total.args[0] is not top or total.kwargs.get("dtype"):
         return None
     keep = total.args[2] if len(total.args) > 2 else total.kwargs.get("keepdim", False)
-    if total.args[0] is not top or not keep or len(total.args[1]) != 1 or not floating(node) or total.kwargs.get("dtype"):
+    if not keep or len(total.args[1]) != 1:
         return None
-    x, dim = top.args[0], total.args[1][0]
-    call = Builder(program.gm, node).call
+    builder, dim = Builder(program.gm, node), total.args[1][0]
+    x = exponent(builder, top)
+    if x is None:
+        return None
     if more is None:
-        return call(aten.softmax.int, x, dim)
-    if number(more) != 1 or dim % len(shape_of(x)) != len(shape_of(x)) - 1 or not isinstance(shape_of(x)[-1], int):
+        return builder.call(aten.softmax.int, x, dim)
+    rank, keys = len(shape_of(x)), shape_of(x)[-1]
+    column = sink_column(builder, x, more)
+    if column is None or dim % rank != rank - 1:
         return None
-    column = call(aten.zeros_like.default, call(aten.slice.Tensor, x, -1, 0, 1))
-    weights = call(aten.softmax.int, call(aten.cat.default, [x, column], -1), -1)
-    return call(aten.slice.Tensor, weights, -1, 0, shape_of(x)[-1])
+    weights = builder.call(aten.softmax.int, builder.call(aten.cat.default, [x, column], -1), -1)
+    return builder.call(aten.slice.Tensor, weights, -1, 0, keys if isinstance(keys, int) else builder.size(x, -1))
+
+
+def exponent(builder: Builder, top: Node) -> Node | None:
+    """x of exp(x), and of exp(x) * m for a mask m: x where kept, minus infinity elsewhere"""
+    if top.target == aten.exp.default:
+        return top.args[0]
+    if top.target != aten.mul.Tensor or not all(isinstance(a, Node) for a in top.args):
+        return None
+    power, mask = top.args if top.args[0].target == aten.exp.default else top.args[::-1]
+    if power.target != aten.exp.default or not zero_or_one(mask):
+        return None
+    keep = mask if mask.meta["val"].dtype == torch.bool else builder.call(aten.ne.Scalar, mask, 0)
+    return builder.call(aten.where.ScalarOther, keep, power.args[0], float("-inf"))
+
+
+def sink_column(builder: Builder, x: Node, more: Any) -> Node | None:
+    """The score whose exponential is `more`, as a last column of x: 0 for one."""
+    sizes = [builder.size(x, d) for d in range(len(shape_of(x)) - 1)]
+    if number(more) == 1:
+        return builder.call(aten.new_zeros.default, x, [*sizes, 1])
+    if not isinstance(more, Node) or more.target != aten.exp.default or shape_of(more)[-1:] != (1,):
+        return None
+    return builder.call(aten.expand.default, more.args[0], [*sizes, 1])
+
+
+def column_from_padding(program: Program, node: Node) -> Node | None:
+    """softmax(pad(x, (0, 1))): a column of zeros"""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or list(node.args[1]) != [0, 1]:
+        return None
+    plain = node.target == aten.constant_pad_nd.default or node.args[2:3] in ((), ("constant",))
+    fill = (
+        (node.args[2] if node.target == aten.constant_pad_nd.default else node.args[3])
+        if len(node.args) > (2 if node.target == aten.constant_pad_nd.default else 3)
+        else 0
+    )
+    if not plain or fill not in (0, None) or not any("softmax" in str(u.target) for u in node.users):
+        return None
+    builder, x = Builder(program.gm, node), node.args[0]
+    sizes = [builder.size(x, d) for d in range(len(shape_of(x)) - 1)]
+    return builder.call(aten.cat.default, [x, builder.call(aten.new_zeros.default, x, [*sizes, 1])], -1)
 
 
 def softmax_from_logarithm(program: Program, node: Node) -> Node | None:
@@ -140,6 +188,7 @@ RULES: Sequence[Rule] = (
     open_baddbmm,
     softmax_from_quotient,
     softmax_from_logarithm,
+    column_from_padding,
 )
 
 

@@ -8,6 +8,7 @@ What cannot be proved about a mask stays in the record as data, so the site is k
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,26 +31,35 @@ def recover(terms, extents, *, causal=False, interpreter):
     from attnopt.masks.algebra import TRUE, Affine, Conjunction, at_least_zero
     from attnopt.masks.classify import classify
     from attnopt.masks.interpret import Select, additive
+
     keep, fill, opaque, nodes = TRUE, float("-inf"), [], {}
-    if causal: keep = at_least_zero(Affine.var("i") - Affine.var("j"))
+    if causal:
+        keep = at_least_zero(Affine.var("i") - Affine.var("j"))
     for t in terms:
         sizes = t.node.meta["val"].shape
         found = interpreter.operand(t.node, t.index)
         p = None
         if t.kind == "add":
             m = additive(found) if isinstance(found, Select) else None
-            if m is not None: p, f = m.predicate, float("-inf") if m.predicate == TRUE else m.off
+            if m is not None:
+                p, f = m.predicate, float("-inf") if m.predicate == TRUE else m.off
         elif isinstance(found, Conjunction):
-            p = found if t.kind == "keep" else found.inverted(); f = float("-inf") if t.fill is None else t.fill
+            p = found if t.kind == "keep" else found.inverted()
+            f = float("-inf") if t.fill is None else t.fill
         c = classify(keep & p, extents, "-inf") if p is not None else None
         if not c:
-            opaque.append(Load(t.node.name, ("b","h","i","j"))); nodes[t.node.name] = t.node
+            opaque.append(Load(t.node.name, ("b", "h", "i", "j")))
+            nodes[t.node.name] = t.node
         else:
-            keep = keep & p; fill = max(fill, f)
+            keep = keep & p
+            fill = max(fill, f)
     c = classify(keep, extents, "-inf" if fill == float("-inf") else "finite")
     import dataclasses
+
     mask, n = c if c else (Mask(), {})
     return Meaning(dataclasses.replace(mask, opaque=tuple(opaque)), None, {**n, **nodes}, keep)
+
+
 # END
 
 
@@ -98,7 +108,11 @@ def sink_of(match: Match) -> str | Miss:
     node = match.sink.node
     while node.target in (torch.ops.aten.expand.default, torch.ops.aten.reshape.default, torch.ops.aten.view.default):
         node = node.args[0]
-    if node.target in (torch.ops.aten.zeros_like.default, torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default):
+    if node.target in (
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten.zeros.default,
+        torch.ops.aten.new_zeros.default,
+    ):
         return "0"
     held = value(node)
     heads = 1
@@ -131,8 +145,12 @@ def switches_gradients(match: Match, order: dict[Node, int]) -> bool:
 
 
 def understand(program: Program, interpreter: Interpreter, match: Match, ordinal: int) -> Region | Miss:
-    terms = [term_of(t, match) for t in match.terms]
-    meaning = recover(terms, variables(match)[2], causal=match.causal, interpreter=interpreter)
+    terms = [term_of(t, match) for t in match.terms if t.kind != "times"]
+    extents = variables(match)[2]
+    meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
+    factors = [term_of(replace(t, kind="keep"), match) for t in match.terms if t.kind == "times"]
+    if factors and recover(terms + factors, extents, interpreter=interpreter).mask != meaning.mask:
+        return Miss("the scores are scaled by a tensor that may be zero where a key is kept")
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.

@@ -29,10 +29,12 @@ def inside(match: Match) -> set[Node]:
     return {*match.inner, match.anchor, match.out.node}
 
 
-def leaves_and_returns(dataflow: nx.DiGraph, region: set[Node], out: Node) -> bool:
-    """Whether a path from the region's inner nodes outside of it leads back in."""
-    left = {u for n in region - {out} for u in n.users if u not in region}
-    return any(not region.isdisjoint(nx.descendants(dataflow, node)) for node in left)
+def hull(dataflow: nx.DiGraph, region: set[Node]) -> set[Node]:
+    """The smallest convex region around one: with every node on a path that leaves it and comes back."""
+    left = {u for n in region for u in n.users if u not in region}
+    below = left.union(*(nx.descendants(dataflow, n) for n in left)) if left else set()
+    above = region.union(*(nx.ancestors(dataflow, n) for n in region))
+    return region | (below & above)
 
 
 def disjoint(matches: list[Match]) -> tuple[list[Match], list[Match]]:
@@ -60,7 +62,9 @@ def run(program: Program) -> None:
         region = inside(match)
         if any(u not in region for n in region - {match.out.node} for u in n.users):
             dataflow = flow(program.gm.graph) if dataflow is None else dataflow
-            if leaves_and_returns(dataflow, region, match.out.node):
+            around = hull(dataflow, region)
+            operands = {match.q.node, match.k.node, match.v.node, *(t.node for t in match.terms)}
+            if operands & around:
                 program.misses.append(miss(match, "a part of it is computed from its own scores"))
                 continue
         program.matches.append(match)

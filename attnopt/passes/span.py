@@ -22,7 +22,7 @@ UNBOUNDED = 2**30
 
 def key_padding(builder: Builder, region: Region) -> Node:
     """The conjunction of the mask's loads as bool (B, Sk)."""
-    batch, keys = region.q.meta["val"].shape[0], region.k.meta["val"].shape[2]
+    batch, keys = builder.size(region.q, 0), builder.size(region.k, 2)
     combined: Node | None = None
     for load in region.site.mask.loads:
         node = region.loads[load.name]

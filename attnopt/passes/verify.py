@@ -127,7 +127,7 @@ def kept(gm: GraphModule, region: Region, values: dict[Node, Any], generator: to
     roles = zip((match.roles.batch, match.roles.heads, match.roles.queries, match.roles.keys), keep.shape, strict=True)
     sizes = {atom: hint(atom.size) for atoms, _ in roles for atom in atoms}
     sizes |= {atom: hint(atom.size) for atom in match.roles.values}
-    for term in match.terms:
+    for term in (t for t in match.terms if t.kind != "times"):
         tensor = evaluate(gm, term.node, values, generator)
         tensor = rearrange(lambda target, *args: target(*args), tensor, *term_dims(match, term), sizes)
         if term.kind == "add":

@@ -32,10 +32,10 @@ class Operand:
 class RawTerm:
     """One operand of the mask or bias, and the dims of the scores where it meets them.
 
-    kind, fill, factor: as in `masks.terms.Term`.
+    kind, fill, factor: as in `masks.terms.Term`; "times" is a factor that must be one wherever a key is kept.
     """
 
-    kind: Literal["keep", "drop", "add"]
+    kind: Literal["keep", "drop", "add", "times"]
     node: Node
     scores: Dims
     fill: float | None = None
@@ -112,6 +112,8 @@ def scalar(item: Any) -> float | None:
     """A literal number, or the value of a 0-d constant made in the graph."""
     if not isinstance(item, Node):
         return number(item)
+    if item.op == "get_attr":
+        return constant(item)
     held = value(item)
     position = {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(item.target)
     if held is None or held.numel() != 1:
@@ -123,6 +125,14 @@ def scalar(item: Any) -> float | None:
     if item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, aten.clone.default):
         return scalar(item.args[0])
     return None
+
+
+def constant(node: Node) -> float | None:
+    """The number in a constant tensor that the graph itself holds."""
+    held = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(held, torch.Tensor) or isinstance(held, torch.nn.Parameter) or held.numel() != 1:
+        return None
+    return float(held.item()) if type(held) is torch.Tensor else None
 
 
 def inactive_dropout(node: Node) -> bool:

@@ -68,6 +68,10 @@ def order_of(node: Node) -> list[int] | None:
     return order
 
 
+def first(argument: Any) -> Any:
+    return argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+
+
 class Space:
     """The atoms of one proof, and how they were split on the way."""
 
@@ -139,10 +143,10 @@ class Space:
 
     def back(self, node: Node, dims: Dims, casts: bool = False) -> tuple[Node, Dims] | None:
         """What a view-like `node` with `dims` reads, and that tensor's dims; None where it is no view."""
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        if node.op != "call_function" or not node.args:
             return None
-        source = node.args[0]
-        if not isinstance(source.meta.get("val"), torch.Tensor):
+        source = first(node.args[0])
+        if not isinstance(source, Node) or not isinstance(source.meta.get("val"), torch.Tensor):
             return None
         rule = BACK.get(node.target)
         if rule is None and (node.target in COPIES or (casts and node.target in CASTS)):
@@ -209,6 +213,12 @@ def _tiled(space: Space, node: Node, dims: Dims) -> Dims | None:
     return space.resolve(tuple(source))
 
 
+def _stacked(space: Space, node: Node, dims: Dims) -> Dims | None:
+    """stack([x, x, ...], dim): the new dimension does not matter."""
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(dims)
+    return (*dims[:dim], *dims[dim + 1 :]) if len(set(node.args[0])) == 1 else None
+
+
 Rule: TypeAlias = Callable[[Space, Node, Dims], "Dims | None"]
 BACK: dict[Any, Rule] = {
     **dict.fromkeys(REORDERS, _reordered),
@@ -216,4 +226,5 @@ BACK: dict[Any, Rule] = {
     aten.expand.default: _expanded,
     aten.repeat_interleave.self_int: _repeated,
     aten.repeat.default: _tiled,
+    aten.stack.default: _stacked,
 }

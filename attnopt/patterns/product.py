@@ -1,6 +1,6 @@
 """Every spelling of a product that sums over one axis, as labels on the dimensions of its operands and its result.
 
-    matmul, bmm, mm, linear without bias, einsum of two operands, sum(a * b, d)
+matmul, bmm, mm, linear without bias, einsum of two operands, sum(a * b, d)
 """
 
 from __future__ import annotations

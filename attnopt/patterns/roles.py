@@ -8,14 +8,18 @@ called a head and which a batch is a name, not a fact: any choice computes the s
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss
-from attnopt.patterns import Operand, Roles
+from attnopt.patterns import Operand, RawTerm, Roles, scalar, value
 from attnopt.patterns.layout import Atom, Dims, Space, is_one, shape_of
 
+aten = torch.ops.aten
+SCALED = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor)
 # Views between a product and the projection behind it: rotary embeddings end the walk earlier.
 DEPTH = 10
 
@@ -26,16 +30,16 @@ def flat(dims: Dims) -> list[Atom]:
 
 def assign(
     space: Space, scores: Dims, q: Operand, k: Operand, v: Operand, out: Operand, keys: tuple[Atom, ...],
-    grouped: bool = False,
+    varying: Set[Atom] = frozenset(),
 ) -> tuple[Roles, Operand, Operand, Operand, Operand] | Miss:  # fmt: skip
     """Roles of every axis and the operands in terms of them, K and V without their repeats.
 
-    grouped: K and V may hold fewer heads than q, repeated by the call itself.
+    varying: the axes that a mask varies over.
     """
     for operand in (q, k, v):
         if any(isinstance(s, int) and s == 0 for s in shape_of(operand.node)):
             return Miss("an operand has no elements")
-    k, v = unrepeat_pair(space, k, v)
+    k, v = unrepeat_pair(space, scores, keys, k, v)
     split_heads(space, q)
     for side in (k, v):
         split_heads(space, side)
@@ -56,14 +60,20 @@ def assign(
         return Miss("K has an axis that q lacks: one query is compared under several heads")
     if any(a not in in_v for a in shared):
         return Miss("V lacks an axis that K has")
-    queries = query_axis(scores, only_q, keys)
+    queries = query_axis(scores, only_q, keys, {b for a in varying for b in space.atoms((a,))})
     group = tuple(a for a in only_q if a not in queries)
     batch, heads = heads_axis(scores, shared, q, features, group, queries)
     return Roles(batch, heads + group, len(group), queries, keys, features, values), q, k, v, out
 
 
-def query_axis(scores: Dims, only_q: list[Atom], keys: tuple[Atom, ...]) -> tuple[Atom, ...]:
-    """The query positions among the axes that only q has: those of the dimension next to the keys', else the last."""
+def query_axis(
+    scores: Dims, only_q: list[Atom], keys: tuple[Atom, ...], varying: Set[Atom] = frozenset()
+) -> tuple[Atom, ...]:
+    """The query positions among the axes that only q has: the one that the mask varies over, else that of the
+    dimension next to the keys', else the last."""
+    masked = [a for a in only_q if a in varying]
+    if len(masked) == 1:
+        return (masked[0],)
     at = next((n for n, d in enumerate(scores) if d and d[-1] in keys), len(scores) - 1)
     before = [a for a in scores[at - 1]] if at else []
     if at and not before:
@@ -92,22 +102,30 @@ def heads_axis(
         grouped = next(n for n, d in enumerate(scores) if any(a in group for a in d))
         alone = shared[0] in scores[0] and grouped == first + 1 and len(scores) == 4
         return (tuple(shared), ()) if alone else ((), tuple(shared))
-    if len(scores) < 4 and len(shared) <= 1:
-        return tuple(shared), ()
+    if len(scores) < 4:
+        return tuple(shared[:1]), tuple(shared[1:])
     beside = [a for a in shared if any(a in d and any(f in d for f in features) for d in q.dims)]
-    heads = tuple(beside or shared[-1:])
+    last = next(d for d in reversed(scores) if d and d[0] in shared)
+    heads = tuple(beside or (a for a in shared if a in last))
     return tuple(a for a in shared if a not in heads), heads
 
 
-def unrepeat_pair(space: Space, k: Operand, v: Operand) -> tuple[Operand, Operand]:
-    """K and V behind the same repeat over query heads, if both have one; else as they are."""
+def unrepeat_pair(
+    space: Space, scores: Dims, keys: tuple[Atom, ...], k: Operand, v: Operand
+) -> tuple[Operand, Operand]:
+    """K and V behind the same repeat over consecutive query heads, if both have one; else as they are."""
     k_base, v_base = unrepeat(space, k), unrepeat(space, v)
     if k_base is None or v_base is None:
         return k, v
-    k_lost, v_lost = (
-        set(flat(space.resolve(o.dims))) - set(flat(space.resolve(base.dims))) for o, base in ((k, k_base), (v, v_base))
+    held, lost = (
+        [set(flat(space.resolve(base.dims))) for base in (k_base, v_base)],
+        [set(flat(space.resolve(o.dims))) - set(flat(space.resolve(b.dims))) for o, b in ((k, k_base), (v, v_base))],
     )
-    return (k_base, v_base) if k_lost == v_lost else (k, v)
+    order = [a for a in flat(space.resolve(scores)) if a not in space.atoms(keys)]
+    first = next((n for n, a in enumerate(order) if a in lost[0]), len(order))
+    # What is lost must be the inner part of the heads: query head h reads KV head h // r.
+    consecutive = not any(a in held[0] for a in order[first:])
+    return (k_base, v_base) if lost[0] == lost[1] and consecutive else (k, v)
 
 
 def unrepeat(space: Space, operand: Operand) -> Operand | None:
@@ -147,4 +165,28 @@ def tidy(space: Space, operand: Operand, wanted: tuple[tuple[Atom, ...], ...]) -
     return operand
 
 
-__all__ = ["Node", "assign", "flat", "is_one", "tidy"]
+def unscaled(space: Space, operand: Operand) -> tuple[Operand, float]:
+    """q or k behind a constant factor, and the factor: it belongs to the scale."""
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        factor = scalar(node.args[1]) if node.target in SCALED and len(node.args) == 2 else None
+        if factor is not None and factor != 0 and isinstance(node.args[0], Node):
+            source = value(node.args[0])
+            if source is not None and source.dtype == value(node).dtype:  # type: ignore[union-attr]
+                inner, more = unscaled(space, Operand(node.args[0], dims))
+                return inner, more * (1 / factor if node.target == aten.div.Tensor else factor)
+        step = space.back(node, dims)
+        if step is None:
+            return operand, 1.0
+        node, dims = step
+    return operand, 1.0
+
+
+def term_atoms(term: RawTerm) -> list[Atom]:
+    """The axes that a mask operand varies over."""
+    sizes = shape_of(term.node)
+    tail = term.scores[len(term.scores) - len(sizes) :]
+    return [a for s, d in zip(sizes, tail, strict=True) if not is_one(s) for a in d]
+
+
+__all__ = ["assign", "flat", "term_atoms", "tidy", "unscaled"]

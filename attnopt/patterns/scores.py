@@ -42,6 +42,18 @@ def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None)
     return any(product_behind(a, limit - 1, seen) for a in operands)
 
 
+def zero_or_one(node: Node) -> bool:
+    """Whether every entry is proved to be 0 or 1: a boolean, one made a number, or a triangle of ones."""
+    held = value(node)
+    if held is None:
+        return False
+    if held.dtype == torch.bool or node.target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
+        return True
+    views = node.target in BACK or node.target in CASTS or node.target in COPIES
+    simple = views or node.target in (aten.tril.default, aten.triu.default, aten.slice.Tensor)
+    return simple and isinstance(node.args[0], Node) and zero_or_one(node.args[0])
+
+
 class Walk:
     """What stands between a product and a soft-max. `dims` are those of the node reached so far."""
 
@@ -53,6 +65,7 @@ class Walk:
         self.softcap = 0.0
         self.terms: list[RawTerm] = []
         self.sink: Operand | None = None
+        self.sink_first = False
         self.inner: list[Node] = []
 
     def back(self, node: Node) -> Product | Miss:
@@ -102,12 +115,22 @@ class Walk:
         if multiplied and isinstance(b, Node) and scalar(b) is None and scalar(a) is not None:
             a, b = b, a
         factor = scalar(b)
+        if factor is None and multiplied and isinstance(a, Node) and isinstance(b, Node):
+            return self.selected(a, b)
         if factor is None or not isinstance(a, Node):
             return Miss("the scores are scaled by a tensor")
         if factor == 0 or len(node.args) > 2:
             return Miss("the scores are scaled by zero")
         self.scale *= factor if multiplied else 1 / factor
         return a
+
+    def selected(self, a: Node, b: Node) -> Node | Miss:
+        """s * m for a mask of zeros and ones, beside an added one that hides what is zero."""
+        scores, mask = (a, b) if product_behind(a) else (b, a)
+        if not self.terms or not zero_or_one(mask) or not self.full(scores) or self.softcap:
+            return Miss("the scores are scaled by a tensor")
+        self.add_term("times", mask)
+        return scores
 
     def negated(self, node: Node) -> Node | Miss:
         self.scale = -self.scale
@@ -228,7 +251,8 @@ class Walk:
         dim = (node.args[1] if len(node.args) > 1 else 0) % rank
         if len(parts) != 2 or self.sink is not None or self.dims[dim] != self.keys or self.terms or self.scale != 1.0:
             return Miss("the scores are joined with something other than one sink")
-        scores, sink = parts
+        scores, sink = parts if product_behind(parts[0]) else parts[::-1]
+        self.sink_first = scores is parts[1]
         if not (isinstance(shape_of(sink)[dim], int) and shape_of(sink)[dim] == 1) or not product_behind(scores):
             return Miss("the scores are joined with more than one column")
         self.keys = self.space.new(shape_of(scores)[dim])

@@ -10,7 +10,7 @@ from torch.fx import Node
 from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, RawTerm, argument, number, value
 from attnopt.patterns.layout import Dims, Space, is_one, same
-from attnopt.patterns.roles import assign, tidy
+from attnopt.patterns.roles import assign, tidy, unscaled
 from attnopt.registry import PATTERNS
 
 aten = torch.ops.aten
@@ -90,7 +90,8 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     full = tuple(leading[0]) if len(leading[0]) == len(widest) else scores[:-2]
     out = Operand(node, space.resolve((*(a or b for a, b in zip(full, scores[:-2], strict=True)), queries, values)))
     causal = bool(argument(node, 5, "is_causal", False))
-    found = assign(space, out.dims[:-1] + (keys,), q, k, v, out, keys, grouped)
+    (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
+    found = assign(space, (*out.dims[:-1], keys), q, k, v, out, keys)
     if isinstance(found, Miss):
         return found
     roles, q, k, v, out = found
@@ -101,4 +102,4 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     if mask is not None:
         kind = "keep" if value(mask).dtype == torch.bool else "add"  # type: ignore[union-attr]
         terms = (RawTerm(kind, mask, space.resolve((*out.dims[:-1], keys))),)  # type: ignore[arg-type]
-    return Match("sdpa", node, out, q, k, v, roles, scale, 0.0, causal, terms)
+    return Match("sdpa", node, out, q, k, v, roles, scale * q_factor * k_factor, 0.0, causal, terms)

@@ -14,7 +14,7 @@ from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, inactive_dropout, shape_of, value
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
-from attnopt.patterns.roles import assign, tidy
+from attnopt.patterns.roles import assign, term_atoms, tidy, unscaled
 from attnopt.patterns.scores import Walk, product_behind
 from attnopt.registry import PATTERNS
 
@@ -25,8 +25,8 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 class Forward:
     """From the weights to the product with V, with every node on the way."""
 
-    def __init__(self, space: Space, keys: tuple[Atom, ...], extra: tuple[Atom, ...]) -> None:
-        self.space, self.keys, self.extra = space, keys, extra
+    def __init__(self, space: Space, keys: tuple[Atom, ...], extra: tuple[Atom, ...], first: bool) -> None:
+        self.space, self.keys, self.extra, self.first = space, keys, extra, first
         self.inner: list[Node] = []
         self.read: list[Node] = []
 
@@ -42,7 +42,8 @@ class Forward:
             if len(node.users) > 1:
                 self.read.append(node)
             product = product_of(user)
-            if user.target == aten.mul.Tensor:
+            if user.target == aten.mul.Tensor and product is None:
+                self.inner.append(user)
                 (user,) = user.users
                 product = product_of(user)
             if product is not None:
@@ -87,11 +88,11 @@ class Forward:
         """Dropping the column of the sink again."""
         rank = len(dims)
         dim = (user.args[1] if len(user.args) > 1 else 0) % rank
-        start, end = ([*user.args[2:4], None, None])[:2]
+        start = user.args[2] if len(user.args) > 2 else 0
         kept = shape_of(user)[dim]
-        if not self.extra or dims[dim] != self.extra or start not in (0, None) or len(user.args) > 4:
+        if not self.extra or dims[dim] != self.extra or (start or 0) != int(self.first) or len(user.args) > 4:
             return Miss("the weights are sliced")
-        if not (same(kept, self.keys[0].size) if self.keys else same(kept, 1)) or end is None:
+        if not (same(kept, self.keys[0].size) if self.keys else same(kept, 1)):
             return Miss("the weights are sliced to something other than the keys")
         return (*dims[:dim], self.keys, *dims[dim + 1 :])
 
@@ -117,9 +118,8 @@ class WrittenOut:
         axis = node.args[1] % max(1, weights.ndim)
         walk = Walk(space, dims, axis)
         product = walk.back(node.args[0])
-        forward = Forward(space, walk.keys, dims[axis] if walk.sink is not None else ())
-        start = dims if walk.sink is None else (*dims[:axis], dims[axis], *dims[axis + 1 :])
-        reached = forward.run(node, start)
+        forward = Forward(space, walk.keys, dims[axis] if walk.sink is not None else (), walk.sink_first)
+        reached = forward.run(node, dims)
         if reached is None or isinstance(reached, Miss):
             return reached
         if isinstance(product, Miss):
@@ -143,7 +143,9 @@ def finish(
     held = {a for d in space.resolve(lhs_dims) for a in d}
     q, k = (rhs, lhs) if set(keys) <= held else (lhs, rhs)
     v, out = Operand(second.other(weights), v_dims), Operand(second.node, out_dims)
-    found = assign(space, space.resolve(walk.dims), q, k, v, out, keys)
+    (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
+    varying = {a for t in walk.resolved_terms() for a in term_atoms(t)}
+    found = assign(space, space.resolve(walk.dims), q, k, v, out, keys, varying)
     if isinstance(found, Miss):
         return found
     roles, q, k, v, out = found
@@ -154,7 +156,7 @@ def finish(
     k = tidy(space, k, (roles.batch, roles.kv_heads, roles.keys, roles.features))
     v = tidy(space, v, (roles.batch, roles.kv_heads, roles.keys, roles.values))
     inner = (product.node, *walk.inner, anchor, *forward.inner)
-    scale = walk.scale * (walk.softcap or 1.0)
+    scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
     return Match(
         "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, walk.resolved_terms(), walk.sink, inner,
         tuple(forward.read),
