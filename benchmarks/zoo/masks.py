@@ -121,12 +121,11 @@ def walk(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.Compare(left=left, ops=ops, comparators=others):
             values = [walk(v, names) for v in (left, *others)]
             result = torch.tensor(True)
-            for op, a, b in zip(ops, values, values[1:], strict=False):
-                if type(op) not in COMPARE:
-                    break
-                result = result & torch.as_tensor(COMPARE[type(op)](a, b))
-            else:
-                return result
+            for how, a, b in zip(ops, values, values[1:], strict=False):
+                if type(how) not in COMPARE:
+                    raise NotChecked(f"the formula holds {ast.unparse(node)}")
+                result = result & torch.as_tensor(COMPARE[type(how)](a, b))
+            return result
         case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTIONS:
             return FUNCTIONS[name](*(walk(a, names) for a in args))
         case ast.Subscript(value=value, slice=index):

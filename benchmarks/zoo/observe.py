@@ -76,7 +76,8 @@ class Tap:
     """Reads the loads of every region of a program from a copy of its graph made before anything is rewritten."""
 
     def __init__(self, program: Program) -> None:
-        graph, copies = Graph(), {}
+        graph = Graph()
+        copies: dict[Node, Node] = {}
         graph.graph_copy(program.gm.graph, copies)
         self.regions = [(r.site, dict(r.loads), tuple(r.q.meta["val"].shape[:2])) for r in program.regions]
         wanted = dict.fromkeys(node for _, loads, _ in self.regions for node in loads.values())

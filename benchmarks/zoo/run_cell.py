@@ -65,9 +65,9 @@ def observed(model: nn.Module, cell: Cell, inductor: bool) -> Record:
             found = traced(model, cell, call, backend_of(met))
         except Exception as error:
             return {**base, "status": "broken", "reason": summary(error), "exceptions": met.exceptions}
-    error = error_between(found["output"], expected)
+    difference = error_between(found["output"], expected)
     counts = {"graphs": [plain["graphs"], found["graphs"]], "breaks": [plain["breaks"], found["breaks"]]}
-    return judged({**base, **counts, "error": error, "bound": cell.bound}, met, calls)
+    return judged({**base, **counts, "error": difference, "bound": cell.bound}, met, calls)
 
 
 def reference(model: nn.Module, call: Callable[[Any], list[Any]]) -> tuple[list[Any], list[Call]]:
