@@ -34,10 +34,14 @@ class Meaning:
     """What the terms of one attention mean together.
 
     nodes: the fx node behind every Load of `mask` and `bias`, by the Load's name.
-    keep: the predicate behind `mask`, evaluated by tests and by the probe; its type is the algebra's.
+    keep, added: the predicate behind `mask` and the sum behind `bias`, evaluated by tests and by the probe; their types
+    are the algebra's.
+    assumptions: what must hold of the data for the record to be exact, e.g. ``attention_mask[b, j] is 0 or 1``.
     """
 
     mask: Mask
     bias: Bias | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     keep: Any = None
+    added: Any = None
+    assumptions: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ takes the family's inputs, after `layout` where it wants them arranged otherwise
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,18 @@ def spelling(
         return fn
 
     return add
+
+
+def normalised(canonical: str) -> str:
+    """The record with its loads named in order of appearance; a sink's logit keeps its name."""
+    names: dict[str, str] = {}
+
+    def rename(found: re.Match[str]) -> str:
+        return names.setdefault(found[1], f"L{len(names)}") + "["
+
+    record, _, keep = canonical.partition(" keep ")
+    record, sink, _ = record.partition(" sink=logit[h]")
+    return re.sub(r"([A-Za-z_]\w*)\[", rename, f"{record} keep {keep}").replace(" keep ", f"{sink} keep ")
 
 
 # --- families: the formula, written once without any cleverness -------------------------------------------------------

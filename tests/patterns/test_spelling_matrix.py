@@ -21,7 +21,7 @@ from attnopt.ir import Refusal
 from attnopt.passes import PIPELINE, Program
 
 from . import masked_spellings  # noqa: F401  (registers its spellings)
-from .spellings import FAMILIES, SPELLINGS, Spelling
+from .spellings import FAMILIES, SPELLINGS, Spelling, normalised
 
 LENGTHS = (13, 17)
 
@@ -53,18 +53,6 @@ def cells(number: int) -> list[Cell]:
 
 
 CASES = [pytest.param(s, c, id=f"{s}-{c}") for n, s in enumerate(SPELLINGS) for c in cells(n)]
-
-
-def normalised(canonical: str) -> str:
-    """The record with its loads named in order of appearance; a sink's logit keeps its name."""
-    names: dict[str, str] = {}
-
-    def rename(found: re.Match[str]) -> str:
-        return names.setdefault(found[1], f"L{len(names)}") + "["
-
-    record, _, keep = canonical.partition(" keep ")
-    record, sink, _ = record.partition(" sink=logit[h]")
-    return re.sub(r"([A-Za-z_]\w*)\[", rename, f"{record} keep {keep}").replace(" keep ", f"{sink} keep ")
 
 
 def cast(inputs: tuple[Tensor, ...], dtype: torch.dtype, training: bool) -> tuple[Tensor, ...]:

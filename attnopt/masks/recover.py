@@ -1,0 +1,174 @@
+"""What the terms of one attention mean together: a Mask, a Bias, and the nodes behind the data they read.
+
+    [keep: j <= i, keep: pad[:, None, None, :], add: slopes[h] * j]   ->   causal, pad[b, j], bias slopes[h]*(j - i)
+
+Never a refusal: what cannot be proved is carried as data, exact for whoever keeps the operand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnopt.ir import Load, Mask
+from attnopt.masks.bias import bias_of
+from attnopt.masks.classify import load_of, record, sort_clauses
+from attnopt.masks.expressions import Affine, Read
+from attnopt.masks.interpret import Interpreter, shape_of
+from attnopt.masks.materialize import call
+from attnopt.masks.predicates import (
+    FALSE,
+    TRUE,
+    BoolLoad,
+    Clause,
+    Conjunction,
+    TooManyClauses,
+    at_least_zero,
+    equal_zero,
+    fold_ranges,
+)
+from attnopt.masks.terms import Meaning, Term
+from attnopt.masks.values import MASKED, Select, Sum, additive, numeric
+
+__all__ = ["recover"]
+
+
+class Gathered:
+    """The terms as they are interpreted: one predicate, the lowest fill, a sum of biases."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.keep: Conjunction = TRUE
+        self.fill = -math.inf
+        self.bias = Sum()
+        self.data: list[Term] = []
+        self.assumed: set[str] = set()
+
+    def add(self, term: Term) -> None:
+        value = self.interpreter.operand(term.node, term.index)
+        if term.kind == "add":
+            self._add_number(term, numeric(value))
+            return
+        keep = value if isinstance(value, Conjunction) else None
+        if keep is None:
+            self.data.append(term)
+            return
+        try:
+            self.keep = self.keep & (keep if term.kind == "keep" else keep.inverted())
+        except TooManyClauses:
+            self.data.append(term)
+            return
+        self.fill = max(self.fill, -math.inf if term.fill is None else term.fill)
+
+    def _add_number(self, term: Term, value: Select | None) -> None:
+        """A mask, a bias, or both in one operand; else the operand as data."""
+        held = padding_product(value, term.factor, self.assumed) if value is not None else None
+        if held is None and value is not None:
+            held = scaled_additive(value, term.factor)
+        if held is None:
+            # At the operand's own index: a number of any kind, added as it stands.
+            read = Read(term.node, broadcast(term.node, term.index))
+            self.bias = self.bias + Sum.atom(read) * Sum.number(term.factor)
+            return
+        keep, off, bias = held
+        try:
+            self.keep = self.keep & keep
+        except TooManyClauses:
+            self.data.append(term)
+            return
+        if keep != TRUE:
+            self.fill = max(self.fill, off)
+        self.bias = self.bias + bias
+
+
+def scaled_additive(value: Select, factor: float) -> tuple[Conjunction, float, Sum] | None:
+    mask = additive(value, needs_zero=False)
+    if mask is None or (mask.predicate != TRUE and mask.off * factor > MASKED):
+        return None
+    bias = mask.bias * Sum.number(factor)
+    return mask.predicate, mask.off * factor, bias
+
+
+def padding_product(value: Select, factor: float, assumed: set[str]) -> tuple[Conjunction, float, Sum] | None:
+    """``(1 - m) * fill`` for data m: kept where m is 1.
+
+    Exact for every m up to 1, so for a mask of zeros and ones; that is recorded as an assumption.
+    """
+    if not value.plain or not isinstance(value.on, Sum):
+        return None
+    terms = dict(value.on.terms)
+    fill = terms.pop((), 0.0)
+    if not math.isfinite(fill) or fill * factor > MASKED:
+        return None
+    for monomial, c in terms.items():
+        if len(monomial) == 1 and isinstance(monomial[0], Read) and c == -fill:
+            read = monomial[0]
+            assumed.add(f"{read} is 0 or 1")
+            others = Sum.of({m: d for m, d in terms.items() if m != monomial}) * Sum.number(factor)
+            return equal_zero(Affine.var(read) - 1), fill * factor, others
+    return None
+
+
+def broadcast(node: Node, index: tuple[Affine, ...]) -> tuple[Affine, ...]:
+    sizes = shape_of(node)
+    tail = index[len(index) - len(sizes) :] if sizes else ()
+    return tuple(Affine() if isinstance(s, int) and s == 1 else e for e, s in zip(tail, sizes, strict=True))
+
+
+def recover(
+    terms: Sequence[Term], extents: dict[str, Any], *, causal: bool = False, interpreter: Interpreter
+) -> Meaning:
+    """The meaning of `terms` over positions 0 <= b < B, 0 <= h < H, 0 <= i < Sq, 0 <= j < Sk.
+
+    extents: {"b": B, "h": H, "i": Sq, "j": Sk}, ints or SymInts. causal: SDPA's own, ``j <= i``.
+    """
+    interpreter.within(extents)
+    gathered = Gathered(interpreter)
+    if causal:
+        gathered.keep = at_least_zero(Affine.of({"i": 1, "j": -1}))
+    for term in terms:
+        gathered.add(term)
+    keep = fold_ranges(gathered.keep, interpreter.ranges)
+    fill = "-inf" if gathered.fill == -math.inf else "finite"
+    if keep == FALSE:
+        mask, nodes = Mask(terms=("none",), fill=fill), {}
+    else:
+        parts = sort_clauses(keep, interpreter.ranges)
+        mask, nodes = record(parts, fill, interpreter.ranges)
+        mask, nodes = with_data(mask, nodes, parts.data, gathered, terms)
+    bias, bias_nodes = bias_of(gathered.bias)
+    return Meaning(mask, bias, {**nodes, **bias_nodes}, keep, gathered.bias, tuple(sorted(gathered.assumed)))
+
+
+def with_data(
+    mask: Mask, nodes: dict[str, Node], data: Sequence[Clause], gathered: Gathered, terms: Sequence[Term]
+) -> tuple[Mask, dict[str, Node]]:
+    """The mask with its data over (i, j): single boolean reads as they are, else the operands they come from."""
+    from dataclasses import replace
+
+    opaque: dict[Load, Node] = {}
+    whole = list(gathered.data)
+    for clause in data:
+        literal = next(iter(clause))
+        if len(clause) == 1 and isinstance(literal, BoolLoad):
+            node = (
+                call(literal.node, torch.ops.aten.bitwise_not.default, literal.node)
+                if literal.negated
+                else literal.node
+            )
+            opaque[Load(literal.node.name, load_of(literal).dims)] = node
+        else:
+            whole += [t for t in terms if t not in whole]
+    for term in whole:
+        node = term.node
+        if term.kind == "drop":
+            node = call(node, torch.ops.aten.logical_not.default, node)
+        opaque[load_of(Read(term.node, broadcast(term.node, term.index)))] = node
+    if whole and gathered.fill == -math.inf and any(t.kind == "add" for t in whole):
+        gathered.fill = MASKED
+    found = replace(mask, opaque=tuple(sorted(opaque, key=str)))
+    return found, {**nodes, **{load.name: node for load, node in opaque.items()}}

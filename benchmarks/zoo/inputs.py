@@ -1,0 +1,97 @@
+"""Random inputs for any class of the zoo, chosen by the names of its forward's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from benchmarks.zoo.shrink import IMAGE, LENGTH, VOCAB
+
+# Queries of a decoder beside an encoder: unequal to LENGTH, so that the two cannot be mistaken.
+BATCH, TARGETS, SAMPLES, PADDING = 2, 24, 4000, 7
+
+
+class NoInput(Exception):
+    """Nothing is known about what this class takes."""
+
+
+def tokens(config: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Ordinary tokens (BATCH, length): above the usual special ones, below those that shrinking put at the end."""
+    vocab = getattr(config.get_text_config(), "vocab_size", None) or VOCAB
+    return torch.randint(5, max(6, min(vocab, VOCAB) - 40), (BATCH, length), generator=generator)
+
+
+def first(config: Any, *names: str, default: Any = None) -> Any:
+    """The first of the named fields that the configuration, or one nested in it, has."""
+    nested = [config] + [getattr(config, name, None) for name in config.sub_configs]
+    for held in nested:
+        for name in names:
+            value = getattr(held, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+def pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
+    size = first(config, "image_size", "img_size", "input_size", default=IMAGE)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    channels = first(config, "num_channels", "in_chans", "in_channels", default=3)
+    frames = first(config, "num_frames", default=0)
+    shape = (BATCH, frames, channels, *size[-2:]) if frames else (BATCH, channels, *size[-2:])
+    return torch.randn(shape, generator=generator)
+
+
+def features(config: Any, generator: torch.Generator) -> torch.Tensor:
+    """Spectrograms; Whisper's are (bins, frames), the others' (frames, bins)."""
+    bins = first(
+        config,
+        "feature_projection_input_dim",
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_size",
+        "input_dim",
+        default=80,
+    )
+    frames = 2 * first(config, "max_source_positions", default=32)
+    if "whisper" in config.model_type or "qwen2_audio" in config.model_type:
+        return torch.randn(BATCH, bins, frames, generator=generator)
+    return torch.randn(BATCH, frames, bins, generator=generator)
+
+
+def padding_mask(length: int, left: bool) -> torch.Tensor:
+    """(BATCH, length), the first sequence whole and the others without PADDING positions at one end."""
+    mask = torch.ones(BATCH, length, dtype=torch.long)
+    mask[1:, slice(0, PADDING) if left else slice(-PADDING, None)] = 0
+    return mask
+
+
+def inputs_of(model: Any, padded: bool = False, length: int = LENGTH, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of ``model.forward``; `padded` adds an attention mask where the class takes tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    given: dict[str, Any] = {}
+    if "input_ids" in takes:
+        given["input_ids"] = tokens(config, length, generator)
+        if padded and "attention_mask" in takes:
+            given["attention_mask"] = padding_mask(length, left=not config.is_encoder_decoder)
+    if main == "pixel_values" or ("pixel_values" in takes and "logit_scale" in dict(model.named_parameters())):
+        given["pixel_values"] = pixels(config, generator)
+    if not given and "pixel_values" in takes:
+        given["pixel_values"] = pixels(config, generator)
+    if "input_features" in takes and "input_ids" not in takes:
+        given["input_features"] = features(config, generator)
+    elif "input_values" in takes and "input_ids" not in takes:
+        spectrogram = first(config, "num_mel_bins") and "ast" in config.model_type
+        frames = first(config, "max_length", default=64)
+        shape = (BATCH, frames, first(config, "num_mel_bins")) if spectrogram else (BATCH, SAMPLES)
+        given["input_values"] = torch.randn(shape, generator=generator)
+    if "decoder_input_ids" in takes and config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens(config, TARGETS, generator)
+    if not given:
+        raise NoInput(f"what {type(model).__name__} takes is not known: {', '.join(list(takes)[:4])}")
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    return given

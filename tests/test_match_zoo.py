@@ -1,0 +1,295 @@
+"""The zoo: twenty classes through the matcher, and that the zoo itself would see what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+transformers = pytest.importorskip("transformers")
+
+from attnopt.ir import Load, Mask, Site
+from benchmarks import match_zoo
+from benchmarks.zoo import run_cell as cell_runner
+from benchmarks.zoo import summary
+from benchmarks.zoo.build import build
+from benchmarks.zoo.cells import CELLS, cells_of, error_between, floats
+from benchmarks.zoo.classes import FAST, FULL, entries
+from benchmarks.zoo.inputs import inputs_of
+from benchmarks.zoo.masks import NotChecked, disagreement, name_of
+from benchmarks.zoo.observe import Observed, Seen
+from benchmarks.zoo.run_cell import judged, run_cell
+from benchmarks.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
+from benchmarks.zoo.store import Store
+from benchmarks.zoo.watch import Call, Watch
+
+# What the matcher does not recognise in the fast subset, with the reason it gives.
+KNOWN: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_subset(name: str) -> None:
+    """Each class in the cell with most in it that it has: padded where it takes tokens, eager and SDPA by turns."""
+    turn = ("eager padded", "sdpa padded")[FAST.index(name) % 2]
+    record = run_cell(name, turn)
+    for other in ("eager padded", "eager"):
+        if record["status"] in ("not offered", "not applicable"):
+            record = run_cell(name, other)
+    assert record["status"] in ("ok", "missed"), record
+    assert record["calls"] > 0
+    if record["status"] == "missed":
+        assert {m["reason"] for m in record["misses"]} == {KNOWN.get(name)}, record["misses"]
+    else:
+        assert name not in KNOWN, "it is recognised now: take it off the list"
+
+
+def test_the_shipped_backend() -> None:
+    record = run_cell("LlamaForCausalLM", "eager padded", inductor=True)
+    assert record["status"] == "ok", record
+    assert record["sites"] == record["calls"] == 2
+
+
+def test_classes_are_named_once() -> None:
+    names = [e.name for e in entries()]
+    assert len(names) == len(set(names)) >= 260
+    assert set(FAST) <= set(FULL) <= set(names) and len(FAST) == 20 and len(FULL) == 40
+
+
+def test_every_class_outside_the_full_grid_has_one_cell_of_it() -> None:
+    assert len(cells_of("LlamaForCausalLM", set(FULL), 0)) == 9
+    turns = {cells_of("Other", set(), n)[-1].name for n in range(5)}
+    assert turns == {"bf16", "dynamic", "training", "decode", "decode static"}
+
+
+def test_shrunk_sizes_are_consistent() -> None:
+    config = shrink(transformers.LlamaConfig(num_key_value_heads=8))
+    assert (config.num_hidden_layers, config.hidden_size) == (2, HIDDEN) and config.num_attention_heads == HEADS
+    assert config.num_attention_heads * config.head_dim == config.hidden_size and config.num_key_value_heads == 2
+    assert max(config.bos_token_id, config.eos_token_id) < config.vocab_size
+
+
+def test_shrinking_keeps_a_layer_of_every_type() -> None:
+    config = shrink(transformers.Gemma3TextConfig())
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert len(config.layer_types) == config.num_hidden_layers == 2
+
+
+def test_nested_configurations_shrink_too() -> None:
+    config = shrink(transformers.CLIPConfig())
+    assert config.text_config.num_hidden_layers == config.vision_config.num_hidden_layers == 2
+    assert config.text_config.hidden_size == config.vision_config.hidden_size == HIDDEN
+    assert config.vision_config.image_size % config.vision_config.patch_size == 0
+
+
+def test_latent_attention_shrinks() -> None:
+    config = shrink(transformers.DeepseekV3Config())
+    assert config.num_key_value_heads == config.num_attention_heads == HEADS
+    assert config.v_head_dim == HEAD_DIM != config.qk_rope_head_dim
+
+
+class Attention(nn.Module):
+    """A causal attention beside a router: one soft-max of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.route = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).view(*x.shape[:2], 2, 12).transpose(1, 2).chunk(3, -1)
+        scores = q @ k.transpose(-1, -2) / 2
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = torch.softmax(scores.masked_fill(later, float("-inf")), -1)
+        gate = torch.softmax(self.route(x), -1)[..., :1]
+        return (weights @ v).transpose(1, 2).flatten(2) * gate
+
+
+def test_the_watch_counts_attention_and_no_router() -> None:
+    model = Attention()
+    seen = Watch(model)
+    with seen, torch.no_grad():
+        output = model(torch.randn(2, 7, 8))
+    (call,) = seen.close()
+    assert output.shape == (2, 7, 8) and call.form == "soft-max" and not call.biased
+    assert torch.equal(call.keep, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 2, 7, 7))
+    assert name_of(call.keep) == "causal"
+
+
+def test_the_watch_opens_multi_head_attention() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    for weights, form in ((True, "soft-max"), (False, "sdpa")):
+        seen = Watch(model)
+        with seen:
+            model(x, x, x, need_weights=weights)
+        assert [call.form for call in seen.close()] == [form]
+
+
+def test_masks_are_named_by_value() -> None:
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    pad = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+    pad[1, ..., :3] = False
+    cases = {
+        "all": i >= i, "causal": i >= j, "sliding 4": (i >= j) & (i - j < 4), "window |2|": (i - j).abs() <= 2,
+        "causal chunks 4": (i >= j) & (i // 4 == j // 4), "chunks 4": i // 4 == j // 4,
+        "causal and padding": (i >= j) & pad, "padding": (i >= -j) & pad, "data": (i * 7 + j * j) % 5 < 2,
+        "causal offset 5": i + 5 >= j,
+    }  # fmt: skip
+    for name, keep in cases.items():
+        assert name_of(keep.expand(2, 3, 12, 12)) == name
+
+
+def causal(batch: int = 2, heads: int = 3) -> Tensor:
+    return torch.ones(9, 9, dtype=torch.bool).tril().expand(batch, heads, 9, 9)
+
+
+def test_a_wrong_mask_is_seen() -> None:
+    assert disagreement(Mask(causal=True), causal(), (2, 3), {}) == ""
+    for wrong in (Mask(), Mask(causal=True, offset=1), Mask(causal=True, window=8), Mask(causal=True, chunk=8)):
+        assert disagreement(wrong, causal(), (2, 3), {})
+
+
+def test_loads_and_terms_are_evaluated() -> None:
+    doc = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    pad = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    pad[1, ..., -2:] = False
+    realised = causal() & (doc[:, None, :, None] == doc[:, None, None, :]) & pad
+    mask = Mask(causal=True, terms=("doc[b, i] == doc[b, j]",), loads=(Load("pad", ("b", "j")),))
+    assert disagreement(mask, realised, (2, 3), {"doc": doc, "pad": pad}) == ""
+    assert disagreement(mask, realised, (2, 3), {"doc": doc, "pad": torch.ones_like(pad)})
+    assert disagreement(mask, realised, (2, 3), {"doc": doc.flip(1), "pad": pad})
+    with pytest.raises(NotChecked, match="doc"):
+        disagreement(mask, realised, (2, 3), {"pad": pad})
+
+
+def test_symbols_and_signs_of_a_formula() -> None:
+    realised = torch.ones(4, 9, dtype=torch.bool).tril(5).expand(1, 1, 4, 9)
+    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1), {"t": 9, "s": 4}) == ""
+    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1), {"t": 9, "s": 5})
+    assert disagreement(Mask(terms=("not (j > i + 5) or |i - j| < 0",)), realised, (1, 1), {}) == ""
+
+
+def observed_with(mask: Mask) -> Observed:
+    site = Site("a", 0, "sdpa", 3, 3, 8, 8, 0.35, "float32", mask)
+    return Observed(graphs=1, seen=[Seen(site, {}, (2, 3))])
+
+
+def test_the_verdict_of_a_cell() -> None:
+    base: dict[str, Any] = {"error": 1e-6, "bound": 1e-4, "graphs": [1, 1], "breaks": [0, 0]}
+    calls = [Call("sdpa", "a", causal())]
+    assert judged(base, observed_with(Mask(causal=True)), calls)["status"] == "ok"
+    assert judged(base, observed_with(Mask()), calls)["status"] == "wrong"
+    assert judged({**base, "error": 1e-3}, observed_with(Mask(causal=True)), calls)["status"] == "wrong"
+    assert judged({**base, "error": float("nan")}, observed_with(Mask(causal=True)), calls)["status"] == "wrong"
+    assert judged({**base, "graphs": [1, 2]}, observed_with(Mask(causal=True)), calls)["status"] == "broken"
+    assert judged(base, observed_with(Mask(causal=True)), calls * 2)["status"] == "missed"
+    assert judged(base, observed_with(Mask(causal=True)), [])["status"] == "wrong"
+
+
+def test_the_error_is_relative_and_sees_nans() -> None:
+    a, b = torch.tensor([1.0, 100.0]), torch.tensor([1.0, 101.0])
+    assert error_between([[("x", b)]], [[("x", a)]]) == pytest.approx(0.01)
+    assert error_between([[("x", torch.tensor([1.0, float("nan")]))]], [[("x", a)]]) == float("inf")
+    assert error_between([[("y", a)]], [[("x", a)]]) == float("inf")
+
+
+def test_rows_of_padding_are_left_out() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ((_, kept),) = floats({"logits": torch.randn(2, 3, 5)}, mask)
+    assert kept.shape == (5, 5)
+
+
+def test_a_broken_matcher_shows_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lowering that drops the mask changes the output, and the cell says so."""
+    true_sdpa = F.scaled_dot_product_attention
+
+    def backend_of(met: Observed) -> Any:
+        def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
+            met.graphs += 1
+            for node in gm.graph.nodes:
+                if node.target is true_sdpa:
+                    node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": False}
+            gm.recompile()
+            return gm.forward
+
+        return backend
+
+    monkeypatch.setattr(cell_runner, "backend_of", backend_of)
+    record = run_cell("LlamaForCausalLM", "sdpa padded")
+    assert record["status"] == "wrong" and "the output differs" in record["wrong"][0]
+
+
+def record_of(name: str = "A", cell: str = "eager", **more: Any) -> dict[str, Any]:
+    return {"class": name, "cell": cell, "kind": "causal LM", "status": "ok", "seconds": 1.0, "calls": 2, "sites": 2,
+            "closed": 2, **more}  # fmt: skip
+
+
+def test_the_store_goes_on_after_a_cut_line(tmp_path: Path) -> None:
+    path, versions = tmp_path / "cells.jsonl", {"torch": "1"}
+    store = Store(path, versions)
+    store.add(record_of())
+    store.add(record_of(cell="sdpa"))
+    path.write_bytes(path.read_bytes()[:-9])
+    again = Store(path, versions)
+    assert ("A", "eager", False) in again and ("A", "sdpa", False) not in again
+    again.add(record_of(cell="bf16"))
+    third = Store(path, versions)
+    assert {cell for _, cell, _ in third.records} == {"eager", "bf16"}
+
+
+def test_the_store_ignores_other_versions_and_forgets_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    Store(path, {"torch": "1"}).add(record_of())
+    assert not Store(path, {"torch": "2"}).records and Store(path, {"torch": "1"}).records
+    assert not Store(path, {"torch": "1"}, fresh=True).records and not path.exists()
+
+
+def test_the_summary_names_every_miss_and_every_error(tmp_path: Path) -> None:
+    records = [
+        record_of(),
+        record_of("B", status="missed", sites=1, closed=1, misses=[{"reason": "no reason at all", "path": "p"}]),
+        record_of("C", status="missed", sites=0, closed=0, misses=[]),
+        record_of("D", status="wrong", wrong=["the output differs by 1 of its scale"]),
+        record_of("E", status="not built", reason="too large", calls=0, sites=0),
+    ]
+    result = summary.summarise(records, {"torch": "1", "transformers": "2", "matcher": "3"})
+    assert result["built"] == 4 and result["total"]["calls"] == 8 and result["total"]["sites"] == 5
+    reasons = {m["reason"]: m["sites"] for m in result["misses"]}
+    assert reasons == {"no reason at all": 1, "no site and no reason": 2}
+    summary.write(tmp_path, result, records)
+    assert len(json.loads((tmp_path / "match_zoo.json").read_text())["records"]) == 5
+    text = (tmp_path / "match_zoo.md").read_text()
+    assert text.startswith("<!-- Generated by") and "too large" in text and "the output differs" in text
+    assert (tmp_path / "match_zoo.svg").stat().st_size > 1000
+
+
+def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run in a worker process; the second time nothing is left to run."""
+    command = ["--classes", "GPT2LMHeadModel", "--cells", "eager", "--jobs", "1", "--json"]
+    store = tmp_path / "cells.jsonl"
+    assert match_zoo.main([*command, "--store", str(store)]) in (0, 1)
+    before, first = store.read_text(), json.loads(capsys.readouterr().out)
+    assert first["total"]["cells"] == 1 and first["total"]["calls"] == 2
+    match_zoo.main([*command, "--store", str(store)])
+    assert store.read_text() == before and json.loads(capsys.readouterr().out) == first
+
+
+def test_an_unknown_class_or_cell_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="NoSuchModel"):
+        match_zoo.main(["--classes", "NoSuchModel"])
+    with pytest.raises(SystemExit):
+        match_zoo.main(["--cells", "no such cell"])
+
+
+def test_padding_is_on_the_side_where_generation_puts_it() -> None:
+    mask = inputs_of(build("LlamaForCausalLM"), padded=True)["attention_mask"]
+    assert mask[0].all() and not mask[1, 0] and mask[1, -1]
+    assert all(cell.bound <= (4e-2 if cell.dtype == torch.bfloat16 else 1e-4) for cell in CELLS.values())
