@@ -17,50 +17,13 @@ from torch.fx import Node
 from attnopt.ir import Miss, Region, Site
 from attnopt.masks.algebra import Affine
 from attnopt.masks.interpret import Interpreter
+from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
 from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, value
 from attnopt.patterns.layout import Atom
-
-
-# PROVISIONAL
-def recover(terms, extents, *, causal=False, interpreter):
-    from attnopt.ir import Load, Mask
-    from attnopt.masks.algebra import TRUE, Affine, Conjunction, at_least_zero
-    from attnopt.masks.classify import classify
-    from attnopt.masks.interpret import Select, additive
-
-    keep, fill, opaque, nodes = TRUE, float("-inf"), [], {}
-    if causal:
-        keep = at_least_zero(Affine.var("i") - Affine.var("j"))
-    for t in terms:
-        sizes = t.node.meta["val"].shape
-        found = interpreter.operand(t.node, t.index)
-        p = None
-        if t.kind == "add":
-            m = additive(found) if isinstance(found, Select) else None
-            if m is not None:
-                p, f = m.predicate, float("-inf") if m.predicate == TRUE else m.off
-        elif isinstance(found, Conjunction):
-            p = found if t.kind == "keep" else found.inverted()
-            f = float("-inf") if t.fill is None else t.fill
-        c = classify(keep & p, extents, "-inf") if p is not None else None
-        if not c:
-            opaque.append(Load(t.node.name, ("b", "h", "i", "j")))
-            nodes[t.node.name] = t.node
-        else:
-            keep = keep & p
-            fill = max(fill, f)
-    c = classify(keep, extents, "-inf" if fill == float("-inf") else "finite")
-    import dataclasses
-
-    mask, n = c if c else (Mask(), {})
-    return Meaning(dataclasses.replace(mask, opaque=tuple(opaque)), None, {**n, **nodes}, keep)
-
-
-# END
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
