@@ -135,9 +135,18 @@ def sink_column(builder: Builder, x: Node, more: Any) -> Node | None:
     sizes = [builder.size(x, d) for d in range(len(shape_of(x)) - 1)]
     if number(more) == 1:
         return builder.call(aten.new_zeros.default, x, [*sizes, 1])
-    if not isinstance(more, Node) or more.target != aten.exp.default or shape_of(more)[-1:] != (1,):
+    if not isinstance(more, Node) or shape_of(more)[-1:] != (1,):
         return None
-    return builder.call(aten.expand.default, more.args[0], [*sizes, 1])
+    chain = []
+    while more.target in (*VIEWS, aten.expand.default):
+        chain.append(more)
+        more = more.args[0]
+    if more.target != aten.exp.default:
+        return None
+    score = more.args[0]
+    for view in reversed(chain):
+        score = builder.call(view.target, score, *view.args[1:])
+    return builder.call(aten.expand.default, score, [*sizes, 1])
 
 
 def column_from_padding(program: Program, node: Node) -> Node | None:

@@ -17,8 +17,10 @@ from torch.fx import Node
 from attnopt.ir import Miss, Region, Site
 from attnopt.masks.algebra import Affine
 from attnopt.masks.interpret import Interpreter
+from attnopt.masks.predicates import Conjunction, fold_ranges
 from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
+from attnopt.masks.values import Select, Sum
 from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Builder, Program
@@ -107,13 +109,24 @@ def switches_gradients(match: Match, order: dict[Node, int]) -> bool:
     return any(first < n < last and "_set_grad_enabled" in str(node.target) for node, n in order.items())
 
 
+def where_one(interpreter: Interpreter, term: Term) -> Conjunction | None:
+    """Where a mask of zeros and ones is one."""
+    found = interpreter.operand(term.node, term.index)
+    if isinstance(found, Select) and isinstance(found.on, Sum) and isinstance(found.off, Sum):
+        return found.predicate if (found.on.constant, found.off.constant) == (1.0, 0.0) else None
+    return found if isinstance(found, Conjunction) else None
+
+
 def understand(program: Program, interpreter: Interpreter, match: Match, ordinal: int) -> Region | Miss:
     terms = [term_of(t, match) for t in match.terms if t.kind != "times"]
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
-    factors = [term_of(replace(t, kind="keep"), match) for t in match.terms if t.kind == "times"]
-    if factors and recover(terms + factors, extents, interpreter=interpreter).mask != meaning.mask:
-        return Miss("the scores are scaled by a tensor that may be zero where a key is kept")
+    for term in (t for t in match.terms if t.kind == "times"):
+        one = where_one(interpreter, term_of(replace(term, kind="keep"), match))
+        if one is None or fold_ranges(meaning.keep & one, interpreter.ranges) != fold_ranges(
+            meaning.keep, interpreter.ranges
+        ):
+            return Miss("the scores are scaled by a tensor that may be zero where a key is kept")
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.

@@ -9,6 +9,7 @@ Convex: no path leaves the region and comes back to it. A rewrite of such a regi
 from __future__ import annotations
 
 import networkx as nx
+import torch
 from torch.fx import Graph, Node
 
 from attnopt.ir import Miss
@@ -16,12 +17,18 @@ from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Program
 from attnopt.patterns import Match
 
+aten = torch.ops.aten
+# These read the sizes of their operand only.
+SIZED = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.sym_size.int}
+SIZED |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
+SIZED |= {aten.empty_like.default}
+
 
 def flow(graph: Graph) -> nx.DiGraph:
-    """The graph's dataflow: an edge from every node to its users."""
+    """The graph's dataflow: an edge from every node to the users that read its values."""
     edges = nx.DiGraph()
     edges.add_nodes_from(graph.nodes)
-    edges.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+    edges.add_edges_from((node, user) for node in graph.nodes for user in node.users if user.target not in SIZED)
     return edges
 
 

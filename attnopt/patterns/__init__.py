@@ -18,6 +18,7 @@ from attnopt.ir import Miss
 from attnopt.patterns.layout import Atom, Dims, Space, same, shape_of
 
 aten = torch.ops.aten
+COPIED = (aten.clone.default, aten.detach.default, aten.alias.default)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def scalar(item: Any) -> float | None:
         return number(item.args[position])
     if item.target in (aten.sqrt.default, aten.rsqrt.default) and (inner := scalar(item.args[0])) is not None:
         return inner**0.5 if item.target == aten.sqrt.default else inner**-0.5
-    if item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, aten.clone.default):
+    if item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, *COPIED):
         return scalar(item.args[0])
     return None
 

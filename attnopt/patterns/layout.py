@@ -219,6 +219,25 @@ def _stacked(space: Space, node: Node, dims: Dims) -> Dims | None:
     return (*dims[:dim], *dims[dim + 1 :]) if len(set(node.args[0])) == 1 else None
 
 
+def _indexed(space: Space, node: Node, dims: Dims) -> Dims | None:
+    """x[:, index] for an index 0, 0, 1, 1, ... that the graph computes from nothing but constants."""
+    from attnopt.patterns.constants import evaluated
+
+    source, indices = node.args
+    used = [d for d, t in enumerate(indices) if t is not None]
+    if len(used) != 1 or len(shape_of(indices[used[0]])) != 1:
+        return None
+    (dim,) = used
+    size, found = shape_of(source)[dim], evaluated(indices[dim])
+    if found is None or not isinstance(size, int) or not size or len(found) % size:
+        return None
+    times = len(found) // size
+    if found.tolist() != [n // times for n in range(len(found))]:
+        return None
+    cut = space.regroup(dims[dim], (size, times))
+    return None if cut is None else space.resolve((*dims[:dim], cut[0], *dims[dim + 1 :]))
+
+
 Rule: TypeAlias = Callable[[Space, Node, Dims], "Dims | None"]
 BACK: dict[Any, Rule] = {
     **dict.fromkeys(REORDERS, _reordered),
@@ -227,4 +246,5 @@ BACK: dict[Any, Rule] = {
     aten.repeat_interleave.self_int: _repeated,
     aten.repeat.default: _tiled,
     aten.stack.default: _stacked,
+    aten.index.Tensor: _indexed,
 }
