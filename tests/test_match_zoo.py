@@ -52,6 +52,7 @@ def test_fast_subset(name: str) -> None:
         assert name not in KNOWN, "it is recognised now: take it off the list"
 
 
+@pytest.mark.slow
 def test_the_shipped_backend() -> None:
     record = run_cell("LlamaForCausalLM", "eager padded", inductor=True)
     assert record["status"] == "ok", record
