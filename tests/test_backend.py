@@ -291,7 +291,7 @@ def test_a_graph_without_attention_is_given_on_unchanged(eagerly):
     )
 
 
-def test_an_unrecognised_softmax_switches_inductors_patterns_off(eagerly):
+def test_a_softmax_that_stays_is_kept_from_inductors_patterns(eagerly):
     def fn(q, k, v):
         i = torch.arange(q.shape[2])
         masked = F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= i)
@@ -299,12 +299,46 @@ def test_an_unrecognised_softmax_switches_inductors_patterns_off(eagerly):
 
     q = torch.randn(2, 2, 9, 8)
     compiled(fn)(q, q + 1, q - 1)
-    assert eagerly[0][1] == {"pattern_matcher": False}
-    assert "pattern matcher is off" in "".join(map(str, backend.reports()[0].notes))
+    assert set(eagerly[0][1]) == {"joint_custom_pre_pass", "joint_custom_post_pass"}
+    assert "attention patterns are kept from" in "".join(map(str, backend.reports()[0].notes))
+
+
+# Each is matched by one of inductor's patterns and means something else than the pattern.
+LOOKALIKES = {
+    "axis of the queries": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, -2) @ v,
+    "axis of the heads": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, 1) @ v,
+    "by hand": lambda q, k, v: hand_softmax((q @ k.transpose(-1, -2)) * 0.3) @ v,
+}
+
+
+def hand_softmax(x):
+    e = torch.exp(x - x.amax(-2, keepdim=True))
+    return e / e.sum(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_inductor_fuses_nothing_that_was_left_alone(name, grad):
+    """Through inductor itself, whose other patterns stay on."""
+    fn, (q, k, v) = LOOKALIKES[name], (torch.randn(2, 8, 8, 8, requires_grad=grad) for _ in range(3))
+    found = compiled(fn)(q, k, v)
+    torch.testing.assert_close(found, fn(q, k, v), atol=1e-5, rtol=1e-5)
+    if grad:
+        (ours,), (theirs,) = (torch.autograd.grad(out.square().sum(), q) for out in (found, fn(q, k, v)))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_of_the_users_own_still_runs():
+    seen = []
+    options = {"inductor": {"joint_custom_pre_pass": lambda graph: seen.append(len(graph.nodes))}}
+    q = torch.randn(1, 2, 8, 8)
+    compiled(LOOKALIKES["by hand"], **options)(q, q + 1, q - 1)
+    assert seen
 
 
 @pytest.mark.parametrize("outer", [True, False], ids=["outer", "inner"])
 def test_autocast(eagerly, outer):
+    """As near to the truth as eager's own mixed precision, and rewritten all the same."""
     model = NanoGPT(flash=False).eval()
 
     def inner(ids):
@@ -317,8 +351,10 @@ def test_autocast(eagerly, outer):
     else:
         expected, found = inner(tokens()), compiled(inner)(tokens())
     assert found.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
-    assert all("autocast" in report.fallback for report in backend.reports()) and backend.reports()
+    truth = copy.deepcopy(model).double()(tokens())
+    error, of_eager = ((out.double() - truth).norm() for out in (found, expected))
+    assert 0 < error < 1.2 * of_eager < 0.1 * truth.norm()
+    assert len(rewritten()) == LAYERS and not any(report.fallback for report in backend.reports())
 
 
 @pytest.mark.slow
@@ -404,7 +440,7 @@ def test_a_buffer_that_is_written(training, grad):
         expected.square().sum().backward()
         found.square().sum().backward()
         close(twin.project.weight.grad, model.project.weight.grad)
-    assert bool(rewritten()) == (not (training and grad))
+    assert rewritten() == ["attention"]
 
 
 def test_graph_breaks(eagerly):

@@ -52,6 +52,7 @@ def test_fast_subset(name: str) -> None:
         assert name not in KNOWN, "it is recognised now: take it off the list"
 
 
+@pytest.mark.slow
 def test_the_shipped_backend() -> None:
     record = run_cell("LlamaForCausalLM", "eager padded", inductor=True)
     assert record["status"] == "ok", record
@@ -152,9 +153,19 @@ def causal(batch: int = 2, heads: int = 3) -> Tensor:
 
 
 def test_a_wrong_mask_is_seen() -> None:
-    assert disagreement(Mask(causal=True), causal(), (2, 3), {}) == ""
+    assert disagreement(Mask(causal=True), causal(), (2, 3, 9, 9), {}) == ""
     for wrong in (Mask(), Mask(causal=True, offset=1), Mask(causal=True, window=8), Mask(causal=True, chunk=8)):
-        assert disagreement(wrong, causal(), (2, 3), {})
+        assert disagreement(wrong, causal(), (2, 3, 9, 9), {})
+
+
+def test_columns_of_sinks_and_packed_rows() -> None:
+    with_sink = torch.cat([causal(), torch.ones(2, 3, 9, 1, dtype=torch.bool)], -1)
+    assert disagreement(Mask(causal=True), with_sink, (2, 3, 9, 9), {}) == ""
+    packed = (torch.arange(9) < 5).expand(2, 3, 2, 9)
+    assert disagreement(Mask(causal=True, offset=4), packed, (2, 6, 1, 9), {}) == ""
+    assert disagreement(Mask(causal=True, offset=5), packed, (2, 6, 1, 9), {})
+    with pytest.raises(NotChecked, match="laid out"):
+        disagreement(Mask(causal=True), causal(), (2, 3, 9, 8 + 2), {})
 
 
 def test_loads_and_terms_are_evaluated() -> None:
@@ -163,23 +174,23 @@ def test_loads_and_terms_are_evaluated() -> None:
     pad[1, ..., -2:] = False
     realised = causal() & (doc[:, None, :, None] == doc[:, None, None, :]) & pad
     mask = Mask(causal=True, terms=("doc[b, i] == doc[b, j]",), loads=(Load("pad", ("b", "j")),))
-    assert disagreement(mask, realised, (2, 3), {"doc": doc, "pad": pad}) == ""
-    assert disagreement(mask, realised, (2, 3), {"doc": doc, "pad": torch.ones_like(pad)})
-    assert disagreement(mask, realised, (2, 3), {"doc": doc.flip(1), "pad": pad})
+    assert disagreement(mask, realised, (2, 3, 9, 9), {"doc": doc, "pad": pad}) == ""
+    assert disagreement(mask, realised, (2, 3, 9, 9), {"doc": doc, "pad": torch.ones_like(pad)})
+    assert disagreement(mask, realised, (2, 3, 9, 9), {"doc": doc.flip(1), "pad": pad})
     with pytest.raises(NotChecked, match="doc"):
-        disagreement(mask, realised, (2, 3), {"pad": pad})
+        disagreement(mask, realised, (2, 3, 9, 9), {"pad": pad})
 
 
 def test_symbols_and_signs_of_a_formula() -> None:
     realised = torch.ones(4, 9, dtype=torch.bool).tril(5).expand(1, 1, 4, 9)
-    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1), {"t": 9, "s": 4}) == ""
-    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1), {"t": 9, "s": 5})
-    assert disagreement(Mask(terms=("not (j > i + 5) or |i - j| < 0",)), realised, (1, 1), {}) == ""
+    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1, 4, 9), {"t": 9, "s": 4}) == ""
+    assert disagreement(Mask(causal=True, offset="t - s"), realised, (1, 1, 4, 9), {"t": 9, "s": 5})
+    assert disagreement(Mask(terms=("not (j > i + 5) or |i - j| < 0",)), realised, (1, 1, 4, 9), {}) == ""
 
 
 def observed_with(mask: Mask) -> Observed:
     site = Site("a", 0, "sdpa", 3, 3, 8, 8, 0.35, "float32", mask)
-    return Observed(graphs=1, seen=[Seen(site, {}, (2, 3))])
+    return Observed(graphs=1, seen=[Seen(site, {}, (2, 3, 9, 9))])
 
 
 def test_the_verdict_of_a_cell() -> None:

@@ -47,7 +47,7 @@ def enlarge(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                module.weight.normal_(0.0, min(module.weight.shape) ** -0.5)
+                module.weight.normal_(0.0, max(1, min(module.weight.shape)) ** -0.5)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0.0, 0.5)
         for parameter in model.parameters():

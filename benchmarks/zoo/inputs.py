@@ -38,7 +38,8 @@ def pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
     size = first(config, "image_size", "img_size", "input_size", default=IMAGE)
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     channels = first(config, "num_channels", "in_chans", "in_channels", default=3)
-    frames = first(config, "num_frames", default=0)
+    # Perceiver has frames for another of its inputs.
+    frames = first(config, "num_frames", default=0) if config.model_type != "perceiver" else 0
     shape = (BATCH, frames, channels, *size[-2:]) if frames else (BATCH, channels, *size[-2:])
     return torch.randn(shape, generator=generator)
 
@@ -84,7 +85,7 @@ def inputs_of(model: Any, padded: bool = False, length: int = LENGTH, seed: int 
     if "input_features" in takes and "input_ids" not in takes:
         given["input_features"] = features(config, generator)
     elif "input_values" in takes and "input_ids" not in takes:
-        spectrogram = first(config, "num_mel_bins") and "ast" in config.model_type
+        spectrogram = first(config, "num_mel_bins") and "spectrogram" in config.model_type
         frames = first(config, "max_length", default=64)
         shape = (BATCH, frames, first(config, "num_mel_bins")) if spectrogram else (BATCH, SAMPLES)
         given["input_values"] = torch.randn(shape, generator=generator)

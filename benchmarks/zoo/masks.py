@@ -51,14 +51,14 @@ def shape_of_one(keep: Tensor) -> str:
         if reaches_start:
             return f"causal{offset}"
         return f"window |{high}|" if low == -high else f"sliding {high - low + 1}{offset}"
+    if bool((keep == keep[:1]).all()):
+        return "padding"
     for chunk in range(2, keys):
         same = torch.arange(queries)[:, None] // chunk == torch.arange(keys) // chunk
         if torch.equal(keep, same & (distance >= 0)):
             return f"causal chunks {chunk}"
         if torch.equal(keep, same):
             return f"chunks {chunk}"
-    if bool((keep == keep[:1]).all()):
-        return "padding"
     return "data"
 
 
@@ -176,14 +176,20 @@ def kept_by_load(load: Load, names: Mapping[str, Any]) -> Tensor:
     return held > MASKED if held.is_floating_point() else held.bool()
 
 
-def disagreement(mask: Mask, realised: Tensor, sizes: tuple[int, int], values: Mapping[str, Any]) -> str:
+def disagreement(mask: Mask, realised: Tensor, sizes: tuple[int, int, int, int], values: Mapping[str, Any]) -> str:
     """The first position where a recovered mask differs from the realised one, or "" where there is none.
 
-    realised: bool (..., Sq, Sk or Sk + 1 with a sink's column last); sizes: (B, H). A row that the run masked
+    realised: bool (..., Sq, Sk, or Sk + 1 with a sink's column last); sizes: (B, H, Sq, Sk). A row that the run masked
     completely is no position: what it computes is nobody's result.
     """
-    batch, heads = sizes
-    queries, keys = realised.shape[-2:]
+    batch, heads, queries, keys = sizes
+    if realised.shape[-1] == keys + 1:
+        realised = realised[..., :keys]
+    if queries == 1 and realised.shape[-2] > 1:
+        # One query a head, packed by KV head: the rows are heads.
+        realised = realised.unsqueeze(-2)
+    if tuple(realised.shape[-2:]) != (queries, keys):
+        raise NotChecked(f"scores of shape {tuple(realised.shape)} are not laid out as {queries} queries, {keys} keys")
     rest = realised.numel() // max(1, queries * keys)
     if rest != batch * heads:
         raise NotChecked(f"scores of shape {tuple(realised.shape)} are not laid out as {batch} by {heads} heads")

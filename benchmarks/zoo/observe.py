@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from attnopt.capture import capture, needs_grad
-from attnopt.ir import Miss, Refusal, Site
+from attnopt.ir import Miss, Refusal, Region, Site
 from attnopt.passes import PIPELINE, RECOGNISE, Program
 
 
 @dataclass
 class Seen:
-    """One execution of a site: the values behind its mask's loads and symbols, and (batch, heads) of its scores."""
+    """One execution of a site: the values behind its mask's loads and symbols, and (B, H, Sq, Sk) of its scores."""
 
     site: Site
     values: dict[str, Any]
-    sizes: tuple[int, int]
+    sizes: tuple[int, int, int, int]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Tap:
         graph = Graph()
         copies: dict[Node, Node] = {}
         graph.graph_copy(program.gm.graph, copies)
-        self.regions = [(r.site, dict(r.loads), tuple(r.q.meta["val"].shape[:2])) for r in program.regions]
+        self.regions = [(r.site, dict(r.loads), score_shape(r)) for r in program.regions]
         wanted = dict.fromkeys(node for _, loads, _ in self.regions for node in loads.values())
         self.nodes = list(wanted)
         graph.output(tuple(copies[node] for node in self.nodes))
@@ -120,8 +120,14 @@ def symbols_of(placeholders: list[Node], args: tuple[Any, ...]) -> dict[str, int
     return found
 
 
-def sizes_of(shape: tuple[Any, ...], symbols: dict[str, int]) -> tuple[int, int]:
+def score_shape(region: Region) -> tuple[Any, ...]:
+    q, k = region.q.meta["val"].shape, region.k.meta["val"].shape
+    return (*q[:3], k[2])
+
+
+def sizes_of(shape: tuple[Any, ...], symbols: dict[str, int]) -> tuple[int, int, int, int]:
     def known(size: Any) -> int:
         return size if isinstance(size, int) else int(size.node.expr.subs(symbols))
 
-    return known(shape[0]), known(shape[1])
+    b, h, i, j = map(known, shape)
+    return b, h, i, j

@@ -115,6 +115,17 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"image_size": 64}, "efficientnet": {"image_size": 32, "width_coefficient": 0.2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                     "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+                     "intermediate_size": [128] * 4},
+    "perceiver": {"num_latents": 8, "d_latents": 64, "num_blocks": 1, "num_self_attends_per_block": 2,
+                  "num_self_attention_heads": 4, "num_cross_attention_heads": 1, "image_size": 32,
+                  "train_size": [32, 32], "qk_channels": None, "v_channels": None},
+    "glm5_next_text": {"num_key_value_heads": 4}, "glm5_next": {"num_key_value_heads": 4},
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}},
     "esmc": {"num_key_value_heads": 4}, "dots3_note": {"num_key_value_heads": 4},
     "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32},
     "step3p7": {"sliding_window": 16},
@@ -200,7 +211,8 @@ def changes(config: Any) -> dict[str, Any]:
         # Every head of latent attention gets keys of its own.
         small["num_key_value_heads"] = HEADS
     if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
-        half = small.get("head_dim", data.get("head_dim", HEAD_DIM)) // 2
+        held = small.get("rope_parameters") or data.get("rope_parameters") or {}
+        half = int(small.get("head_dim", data.get("head_dim", HEAD_DIM)) * held.get("partial_rotary_factor", 1.0)) // 2
         rope = small.get("rope_parameters") or data.get("rope_parameters") or {}
         rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
         small["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}

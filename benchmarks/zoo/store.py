@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# The units of attnopt that decide what a cell says.
+MATCHER = {"capture", "ir", "masks", "patterns", "passes", "candidates", "backend"}
 Record = dict[str, Any]
 Key = tuple[str, str, bool]
 
@@ -26,7 +28,7 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     root = Path(attnopt.__file__).parent
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] in ("capture.py", "ir.py", "masks", "patterns", "passes", "candidates"):
+        if path.relative_to(root).with_suffix("").parts[0] in MATCHER:
             digest.update(path.read_bytes())
     return {
         "torch": version("torch"),

@@ -147,7 +147,7 @@ def document(result: Record) -> str:
         f"{result['built']} classes of transformers {v['transformers']}, built from small random configurations, run "
         f"with torch {v['torch']} on a CPU. Every attention call of the eager run is expected as a site; every "
         "recovered mask is compared, position by position, with the mask that the run realised; outputs are compared "
-        "with eager's.", "",
+        "with eager's. Vision-language classes are given text alone; vision encoders are among the vision classes.", "",
         f"- recognised: {total['recognised']:.1f} % of {total['calls']} calls (aim {AIMS['recognised']:g} %)",
         f"- masks in closed form: {total['closed share']:.1f} % of the calls (aim {AIMS['closed']:g} %)",
         f"- cells with a wrong mask or output: {total['wrong']}",

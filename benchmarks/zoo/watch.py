@@ -7,8 +7,7 @@ a score a score (scale, cast, mask, dropout, views). SDPA calls count as they ar
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -56,10 +55,14 @@ class Call:
 
 @dataclass
 class Tag:
-    """What is known of a tensor: it is a score, or a weight of `call`; `biased` as in Call."""
+    """What is known of a tensor: it is a score, or a weight of `call`; `biased` as in Call.
+
+    `sink`: its last column is no key, but was appended for the soft-max.
+    """
 
     call: Call | None = None
     biased: bool = False
+    sink: bool = False
 
 
 @dataclass
@@ -151,7 +154,8 @@ class Watch(TorchFunctionMode):
         tag = self.tag_of(scores)
         if tag is None or tag.call is not None or scores.ndim < 3:
             return
-        call = Call("soft-max", self.path, (scores > MASKED).detach(), tag.biased)
+        keys = scores[..., :-1] if tag.sink else scores
+        call = Call("soft-max", self.path, (keys > MASKED).detach(), tag.biased)
         self.calls.append(call)
         self.mark(weights, Tag(call))
 
@@ -170,20 +174,13 @@ class Watch(TorchFunctionMode):
         if "add" in name and tag.call is None and not tag.biased:
             others = [v for v in values if isinstance(v, Tensor) and self.tag_of(v) is None and v.is_floating_point()]
             if any(bool(((v != 0) & (v > MASKED)).any()) for v in others):
-                tag = Tag(tag.call, biased=True)
+                tag = replace(tag, biased=True)
+        if name in ("cat", "concat") and tag.call is None and isinstance(result, Tensor):
+            tag = replace(tag, sink=result.shape[-1] == scored(values).shape[-1] + 1)
         self.mark(result, tag)
 
 
-def watch(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[Call]]:
-    """What the model returns for the inputs, and its attention calls in order."""
-    seen = Watch(model)
-    with seen:
-        output = model(**inputs)
-    return output, seen.close()
-
-
-def by_path(calls: list[Call]) -> dict[str, list[Call]]:
-    grouped: dict[str, list[Call]] = defaultdict(list)
-    for call in calls:
-        grouped[call.path].append(call)
-    return grouped
+def scored(pieces: Any) -> Tensor:
+    """The widest of the tensors that a cat joins: the scores, beside a column."""
+    flat = [t for piece in pieces for t in (piece if isinstance(piece, (list, tuple)) else [piece])]
+    return max((t for t in flat if isinstance(t, Tensor)), key=lambda t: t.shape[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
-from attnopt.capture import capture, needs_grad
+from attnopt.backend.inductor import SHIELDED, later, shielded, softmax_left, to_inductor
+from attnopt.capture import KEY, capture, needs_grad
+from attnopt.capture.constants import guarded
 from attnopt.errors import OptionError, PlanError
-from attnopt.ir import GraphReport, Refusal
+from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
 from attnopt.plan import Plan
 
@@ -93,11 +96,14 @@ def record(report: GraphReport) -> None:
             log.info(line)
 
 
-def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[GraphModule, GraphReport]:
-    """The rewritten functional graph, or `gm` itself with the reason in the report."""
+def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[GraphModule, GraphReport, set[str]]:
+    """The rewritten functional graph, or `gm` itself with the reason in the report; and the constants relied on."""
+    started = time.perf_counter()
     captured = capture(gm)
+    exporting = Step("capture", (time.perf_counter() - started) * 1e3, len(gm.graph.nodes), 0)
     if isinstance(captured, Refusal):
-        return gm, GraphReport(fallback=captured.reason)
+        return gm, GraphReport(fallback=captured.reason, history=(exporting,)), set()
+    exporting = replace(exporting, after=len(captured.graph.nodes))
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     program = Program(captured, needs_grad=needs_grad(inputs), device=device, plan=options.plan, verify=options.verify)
     if settings.debug() > 1:
@@ -106,14 +112,11 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[G
     if settings.debug() > 1:
         print(f"--- after\n{captured.code}", file=sys.stderr)
     report = program.report()
+    report = replace(report, history=(exporting, *report.history))
     # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
-    return (captured if report.rewrites else gm), report
-
-
-def left_softmax(gm: GraphModule, report: GraphReport) -> bool:
-    """Whether a soft-max stays that inductor's own attention patterns might fuse without proving it."""
-    targets = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
-    return bool(report.misses) and any(n.target in targets for n in gm.graph.nodes)
+    if not report.rewrites:
+        return gm, report, set()
+    return captured, report, set(getattr(program, "relied_on", ()))
 
 
 def attnopt(
@@ -123,22 +126,24 @@ def attnopt(
 
     Mistakes in the options raise; anything else leaves the graph as it was.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
-    patches = chosen.patches()
     try:
-        graph, report = rewrite(gm, example_inputs, chosen)
+        graph, report, relied = rewrite(gm, example_inputs, chosen)
     except Exception as error:
         if settings.strict() or isinstance(error, PlanError):
             raise
         log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        graph, report = gm, GraphReport(fallback=reason)
-    if left_softmax(graph, report) and "pattern_matcher" not in patches:
-        # Inductor's attention patterns match by shape of the graph and can fuse what is not attention.
-        patches["pattern_matcher"] = False
-        note = "inductor's pattern matcher is off: a soft-max was not recognised"
-        report = replace(report, notes=(*report.notes, note))
+        graph, report, relied = gm, GraphReport(fallback=reason), set()
+    patches = chosen.patches()
+    if softmax_left(graph) and patches.get("pattern_matcher", True):
+        patches = shielded(patches)
+        report = replace(report, notes=(*report.notes, SHIELDED))
     record(report)
-    return compile_fx(graph, example_inputs, config_patches=patches or None)
+    run = to_inductor(graph, example_inputs, patches)
+    if not relied:
+        return run
+    # Looked up while the graph still has its placeholders' names; the export keeps their order.
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    constants = {names.index(name): graph.meta[KEY][name] for name in relied}
+    return guarded(run, lambda: later(gm, patches), constants)

@@ -1,0 +1,140 @@
+"""Take Dynamo's graph to the pre-dispatch functional ATen graph: one small dialect, nothing written in place.
+
+``aot_export_module(..., pre_dispatch=True)`` keeps matmul, softmax and scaled_dot_product_attention whole and makes
+every spelling of a view or cast the same operation. Mutated inputs come back as outputs; `copy_` writes them at the
+end. What the export would lose or stumble over is dealt with before and after it:
+
+    prepare      opaque fast paths are opened, Python floats that became inputs are constants again
+    autocast     every cast that autocast would make is an operation of the graph
+    constants    values of small buffers, for passes that can prove more with them
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnopt import settings
+from attnopt.capture import autocast
+from attnopt.capture.constants import KEY, small_buffers
+from attnopt.capture.prepare import prepared
+from attnopt.ir import Refusal
+
+log = logging.getLogger("attnopt")
+
+__all__ = ["KEY", "capture", "needs_grad"]
+
+
+def needs_grad(inputs: Sequence[Any]) -> bool:
+    """Whether gradients will be asked of a graph with these inputs in the current mode."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def obstacle(gm: GraphModule, inputs: Sequence[Any]) -> str:
+    """What makes a graph unfit for export although the export would succeed; empty if nothing does."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"it holds the higher-order operator {node.target}"
+    if any(isinstance(x, torch.Tensor) and x.is_nested for x in inputs):
+        return "it takes a nested tensor"
+    return ""
+
+
+def exported_graph(gm: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
+    """The functional graph of `gm` and its signature. The autocast state in force is the same afterwards."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # The fast paths of nn.MultiheadAttention are opaque calls; the slow path shows the attention.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with autocast.restored():
+            return aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def capture(gm: GraphModule) -> GraphModule | Refusal:
+    """The functional ATen graph of a Dynamo graph, taking and returning the same flat values; or why there is none.
+
+    `gm` itself is not changed. ``meta["attnopt_constants"]`` maps placeholders that are small buffers to their tensors.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [n.meta.get("example_value") for n in placeholders]
+    reason = obstacle(gm, inputs)
+    if reason:
+        return Refusal(f"the graph was not exported: {reason}")
+    try:
+        exported, signature = exported_graph(prepared(gm), inputs)
+        if signature.parameters or signature.buffers:
+            return Refusal("the graph was not exported: it owns parameters of its own")
+        found = [n for n in exported.graph.nodes if n.op == "placeholder"]
+        for old, new in zip(placeholders, found, strict=True):
+            new.meta = {**old.meta, **new.meta}
+            new.meta.setdefault("val", old.meta.get("example_value"))
+        reason = autocast.make_explicit(exported) or write_back(
+            exported, {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}, needs_grad(inputs)
+        )
+    except Exception as error:
+        if settings.strict():
+            raise
+        log.debug("export failed", exc_info=True)
+        text = str(error).strip().splitlines()
+        return Refusal(f"the graph was not exported: {type(error).__name__}: {text[0][:200] if text else ''}")
+    if reason:
+        return Refusal(f"the graph was not exported: {reason}")
+    exported.meta = {**gm.meta, **exported.meta, KEY: small_buffers(placeholders, found)}
+    return exported
+
+
+def write_back(gm: GraphModule, mutated: dict[str, str], grad: bool) -> str:
+    """Copy the values of mutated inputs back and drop them from the outputs; or say why that would be wrong.
+
+    Where gradients are needed everything reads a clone of such an input: the backward pass may have kept it, and the
+    write would change what was kept.
+    """
+    if not mutated:
+        return ""
+    graph = gm.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    by_name = {n.name: n for n in graph.nodes}
+    if grad and any(differentiable(gm)[by_name[value]] for value in mutated):
+        return "it writes a value that needs a gradient to an input"
+    results: Sequence[Node] = output.args[0]
+    if grad:
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        for target in map(by_name.__getitem__, mutated.values()):
+            with graph.inserting_before(first):
+                read = graph.call_function(torch.ops.aten.clone.default, (target,))
+            read.meta = {"val": target.meta["val"]}
+            target.replace_all_uses_with(read, lambda user, read=read: user is not read)
+    with graph.inserting_before(output):
+        for value, target in mutated.items():
+            copied = graph.call_function(torch.ops.aten.copy_.default, (by_name[target], by_name[value]))
+            copied.meta = dict(by_name[value].meta)
+    output.args = (tuple(results[len(mutated) :]),)
+    gm.recompile()
+    return ""
+
+
+def differentiable(gm: GraphModule) -> dict[Node, bool]:
+    """Whether each node's value would carry a gradient, found by running the functional graph on its fake inputs."""
+    carries: dict[Node, bool] = {}
+
+    class Watched(torch.fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            out = super().run_node(n)
+            carries[n] = isinstance(out, torch.Tensor) and out.requires_grad
+            return out
+
+    inputs = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    with tensors[0].fake_mode, torch.enable_grad():
+        Watched(gm).run(
+            *(x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs)
+        )
+    return carries

@@ -1,0 +1,67 @@
+"""Small registered buffers whose values a pass may rely on, under a check at every call.
+
+Dynamo makes buffers inputs of its graph. A mask kept as a buffer (``tril`` in GPT-2 and GPT-Neo) is then opaque data;
+its value at compile time says what it means, for as long as nobody writes to it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+KEY = "attnopt_constants"
+# Elements: a mask of 4096 x 4096. Above that, reading the values would take longer than what may come of it.
+LIMIT = 1 << 24
+
+
+def is_buffer(node: Node) -> bool:
+    """Whether Dynamo's source for a placeholder is a module's dictionary of buffers."""
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    base = getattr(source, "base", None)
+    return getattr(source, "index", None) is not None and getattr(base, "member", None) == "_buffers"
+
+
+def held_tensor(node: Node) -> Tensor | None:
+    """The tensor that a placeholder stands for in the call being compiled, if Dynamo still has it."""
+    try:
+        found = node.meta["grapharg"].example
+    except (KeyError, AttributeError, TypeError, AssertionError):
+        return None
+    # A subclass may compute its values, and a fake tensor has none.
+    return found if type(found) is Tensor else None
+
+
+def small_buffers(placeholders: Sequence[Node], exported: Sequence[Node]) -> dict[str, Tensor]:
+    """Boolean and float buffers without gradients, of at most `LIMIT` elements, by the exported placeholder's name."""
+    found = {}
+    for old, new in zip(placeholders, exported, strict=True):
+        held = held_tensor(old) if is_buffer(old) else None
+        if held is None or held.requires_grad or held.numel() > LIMIT or held.device.type == "meta":
+            continue
+        if held.dtype == torch.bool or held.dtype.is_floating_point:
+            found[new.name] = held
+    return found
+
+
+def guarded(
+    run: Callable[..., Any], untouched: Callable[[], Callable[..., Any]], relied: dict[int, Tensor]
+) -> Callable[..., Any]:
+    """`run` for as long as the arguments at the positions of `relied` are those tensors, never written to since;
+    else what `untouched` compiles, at the first such call."""
+    # Weakly: a compiled function must not keep a model's buffers alive.
+    watched = [(position, weakref.ref(tensor), tensor._version) for position, tensor in relied.items()]
+    other: list[Callable[..., Any]] = []
+
+    def checked(*args: Any) -> Any:
+        if all(args[position] is held() and args[position]._version == version for position, held, version in watched):
+            return run(*args)
+        if not other:
+            other.append(untouched())
+        return other[0](*args)
+
+    return checked
