@@ -72,7 +72,12 @@ def kept_side(value: Select) -> Select | None:
 def add(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         return None
-    a, b = (numeric(value) for value in binary(interpreter, node, index))
+    first, second = binary(interpreter, node, index)
+    if node.meta["val"].dtype == torch.bool:
+        # The sum of two booleans is one: either holds.
+        both = isinstance(first, Conjunction) and isinstance(second, Conjunction)
+        return first | second if both else None  # type: ignore[operator]
+    a, b = numeric(first), numeric(second)
     if a is None or b is None:
         return None
     if node.target == aten.rsub.Scalar:
