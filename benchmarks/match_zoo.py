@@ -40,7 +40,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subset", choices=("fast", "full", "all"), default="all")
     parser.add_argument("--cells", help=f"of {', '.join(CELLS)}")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds a cell may take")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of processor time a cell may take")
     parser.add_argument("--fresh", action="store_true", help="forget what was finished before")
     parser.add_argument("--inductor", action="store_true", help='run backend="attnopt" with inductor behind it')
     parser.add_argument("--inductor-count", action="store_true", help="count what inductor's own patterns fuse")

@@ -27,13 +27,23 @@ from benchmarks.zoo.classes import FAST, FULL, entries
 from benchmarks.zoo.inputs import inputs_of
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
 from benchmarks.zoo.observe import Observed, Seen
+from benchmarks.zoo.pool import run_all
 from benchmarks.zoo.run_cell import judged, run_cell
 from benchmarks.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
 from benchmarks.zoo.store import Store
 from benchmarks.zoo.watch import Call, Watch
 
-# What the matcher does not recognise in the fast subset, with the reason it gives.
-KNOWN: dict[str, str] = {}
+# What the matcher does not recognise in the fast subset, with the reason it gives; SILENT where it gives none.
+SILENT = "no site and no reason"
+BIASED = "what is added to the scores is not a mask that can be proved"
+KNOWN = {
+    "Gemma2ForCausalLM": "the scores pass aten.tanh.default, which no pattern follows",
+    "BloomForCausalLM": SILENT,
+    "GptOssForCausalLM": SILENT,
+    "DebertaV2ForMaskedLM": SILENT,
+    "T5ForConditionalGeneration": BIASED,
+    "SwinForImageClassification": BIASED,
+}
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -47,7 +57,7 @@ def test_fast_subset(name: str) -> None:
     assert record["status"] in ("ok", "missed"), record
     assert record["calls"] > 0
     if record["status"] == "missed":
-        assert {m["reason"] for m in record["misses"]} == {KNOWN.get(name)}, record["misses"]
+        assert ({m["reason"] for m in record["misses"]} or {SILENT}) == {KNOWN.get(name)}, record["misses"]
     else:
         assert name not in KNOWN, "it is recognised now: take it off the list"
 
@@ -254,6 +264,19 @@ def test_the_store_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     again.add(record_of(cell="bf16"))
     third = Store(path, versions)
     assert {cell for _, cell, _ in third.records} == {"eager", "bf16"}
+
+
+def test_the_store_tries_again_what_ran_out_of_time(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cells.jsonl", {"torch": "1"})
+    store.add(record_of(status="timed out"))
+    assert ("A", "eager", False) not in store
+    store.add(record_of())
+    assert ("A", "eager", False) in store
+
+
+def test_a_cell_that_takes_too_long_is_named(tmp_path: Path) -> None:
+    (record,) = run_all([{"class": "LlamaForCausalLM", "cell": "eager", "inductor": False, "timeout": 0.2}], 1)
+    assert record["status"] == "timed out"
 
 
 def test_the_store_ignores_other_versions_and_forgets_when_asked(tmp_path: Path) -> None:

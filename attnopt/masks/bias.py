@@ -1,17 +1,18 @@
 """From a sum added to the scores to a Bias record: slopes times distances, looked-up tables, other data.
 
-What does not vary with the key moves every score of a row alike and leaves the soft-max as it was: it is dropped, and so
-two spellings of the same bias are one record.
+What does not vary with the key moves every score of a row alike and leaves the soft-max as it was: it is dropped, and
+so two spellings of the same bias are one record.
 """
 
 from __future__ import annotations
 
+import sympy
 from torch.fx import Node
 
 from attnopt.ir import Bias, Load
 from attnopt.masks.classify import load_of
 from attnopt.masks.expressions import Affine, Call, Read, atom_variables
-from attnopt.masks.printing import sum_text
+from attnopt.masks.printing import MaskPrinter, sum_text, sympy_sum
 from attnopt.masks.values import Sum, monomial_reads, monomial_variables
 
 
@@ -51,8 +52,4 @@ def alibi_text(value: Sum) -> str:
         if "j" in monomial:
             row = tuple(sorted(("i" if a == "j" else a for a in monomial), key=str))
             whole[row] = whole.get(row, 0.0) - c
-    import sympy
-
-    from attnopt.masks.printing import MaskPrinter, sympy_sum
-
     return str(MaskPrinter().doprint(sympy.factor_terms(sympy_sum(Sum.of(whole)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from attnopt.masks.predicates import (
     EqualZero,
     Literal,
     as_int,
+    at_least_zero,
     fold_ranges,
     literal_reads,
     literal_variables,
@@ -72,7 +74,7 @@ def reads_pairs(clause: Clause) -> bool:
 
 def sort_clauses(predicate: Conjunction, ranges: Ranges) -> Parts:
     parts = Parts()
-    for clause in sorted(predicate.clauses, key=clause_text):
+    for clause in sorted(predicate.clauses, key=lambda c: sorted(map(str, c))):
         literal = next(iter(clause)) if len(clause) == 1 else None
         if reads_pairs(clause):
             parts.data.append(clause)
@@ -127,8 +129,6 @@ def text_or_int(value: Affine) -> int | str:
 
 def record(parts: Parts, fill: str, ranges: Ranges) -> tuple[Mask, dict[str, Node]]:
     """The Mask of everything but `parts.data`, and the nodes behind its loads."""
-    from attnopt.masks.predicates import at_least_zero
-
     distance_of_pair = Affine.of({"i": 1, "j": -1})
     offset, loose = tightest(parts.offsets)
     reach, far = tightest(parts.reaches)
@@ -153,20 +153,26 @@ def record(parts: Parts, fill: str, ranges: Ranges) -> tuple[Mask, dict[str, Nod
         else:
             parts.terms.append(clause)
     terms = [*parts.terms, *(clause for predicate in extra for clause in predicate.clauses)]
-    loads = {load: node for load, node in parts.padding}
     read = [r for clause in terms for x in clause for r in literal_reads(x)]
     read += [a for a, _ in shift.terms if isinstance(a, Read)]
     reads = {load_of(r): r.node for r in read}
-    names = uniquely(loads)
+    nodes = {load.name: node for load, node in reads.items()}
+    loads = []
+    for load, node in sorted(parts.padding, key=lambda pair: str(pair[0])):
+        load = Load(name_for(load.name, node, nodes), load.dims)
+        nodes[load.name] = node
+        loads.append(load)
     mask = Mask(
-        offset is not None, window, symmetric, text_or_int(shift), tuple(names), fill, size,
+        offset is not None, window, symmetric, text_or_int(shift), tuple(loads), fill, size,
         tuple(sorted(map(clause_text, terms))), tuple(sorted(reads, key=str)),
     )  # fmt: skip
-    return mask, {**{load.name: node for load, node in reads.items()}, **{x.name: n for x, n in names.items()}}
+    return mask, nodes
 
 
-def uniquely(loads: dict[Load, Node]) -> dict[Load, Node]:
-    return dict(sorted(loads.items(), key=lambda item: str(item[0])))
+def name_for(name: str, node: Node, taken: dict[str, Node]) -> str:
+    """The name of the data, numbered where that name already stands for another node."""
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(x for x in names if taken.get(x, node) is node)
 
 
 def load_of(read: Read | BoolLoad | Call) -> Load:

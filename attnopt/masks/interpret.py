@@ -8,13 +8,25 @@ opaque read at the indices it really depends on, so nothing is ever guessed: a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
-from attnopt.masks.expressions import Affine, Call, Distance, Quotient, Ranges, Read, Remainder, as_constant
+from attnopt.masks.expressions import (
+    Affine,
+    Call,
+    Distance,
+    Quotient,
+    Ranges,
+    Read,
+    Remainder,
+    as_constant,
+    leading_positive,
+)
 from attnopt.masks.predicates import FALSE, TRUE, BoolLoad, Conjunction, TooManyClauses, single
 from attnopt.masks.values import MASKED, Select, Sum, Value, additive, constant
 
@@ -93,7 +105,8 @@ class Interpreter:
     def _function_of(self, node: Node, index: Index) -> Affine | None:
         """The one expression in both i and j that an elementwise node depends on, if it is one: i - j for buckets."""
         tags = getattr(node.target, "tags", ())
-        if node.op != "call_function" or torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+        elementwise = torch.Tag.pointwise in tags or node.target in CASTS
+        if node.op != "call_function" or not elementwise or torch.Tag.nondeterministic_seeded in tags:
             return None
         found: set[Affine] = set()
         for operand in (*node.args, *node.kwargs.values()):
@@ -126,6 +139,14 @@ class Interpreter:
         tail = index[len(index) - len(sizes) :] if sizes else ()
         return self.at(value, tuple(Affine() if is_one(s) else a for a, s in zip(tail, sizes, strict=True)))
 
+    def integer(self, node: Node, index: Index) -> Affine | None:
+        """The value of a node of integers as one expression: what has several forms is looked up."""
+        value = self.operand(node, index)
+        if isinstance(value, Select):
+            sizes = shape_of(node)
+            value = self.opaque(node, index[len(index) - len(sizes) :])
+        return value if isinstance(value, Affine) else None
+
     def fresh(self, size: Any) -> str:
         """A variable of its own, for a sum over a dimension of `size`."""
         self._fresh += 1
@@ -135,44 +156,54 @@ class Interpreter:
 
 
 def value_arguments(value: Value) -> set[Affine] | None:
-    """The expressions that a value depends on, without sign and constant; None where it reads data."""
+    """The expressions that a value depends on, but for factors and constants; None where it reads data."""
     if isinstance(value, Affine):
         return expression_arguments(value)
     if isinstance(value, Conjunction):
-        parts = [None if isinstance(x, BoolLoad) else expression_arguments(x.expression) for x in value.atoms]
-        return None if None in parts else set().union(*(p for p in parts if p))
-    found = value_arguments(value.predicate)
-    for branch in (value.on, value.off):
-        for monomial, _ in branch.terms if isinstance(branch, Sum) else ():
-            for atom in monomial:
-                more = expression_arguments(Affine.var(atom)) if not hasattr(atom, "free_symbols") else set()
-                found = None if found is None or more is None else found | more
-        if isinstance(branch, Affine):
-            more = expression_arguments(branch)
-            found = None if found is None or more is None else found | more
+        return united(None if isinstance(x, BoolLoad) else expression_arguments(x.expression) for x in value.atoms)
+    branches = (expression_arguments(b) if isinstance(b, Affine) else sum_arguments(b) for b in (value.on, value.off))
+    return united((value_arguments(value.predicate), *branches))
+
+
+def united(parts: Iterable[set[Affine] | None]) -> set[Affine] | None:
+    found: set[Affine] = set()
+    for part in parts:
+        if part is None:
+            return None
+        found |= part
     return found
 
 
-def expression_arguments(value: Affine) -> set[Affine] | None:
-    from attnopt.masks.expressions import leading_positive
+def sum_arguments(value: Sum) -> set[Affine] | None:
+    """As for an expression; a sum of plain variables counts as one where its factors have whole ratios."""
+    plain = {m[0]: c for m, c in value.terms if len(m) == 1 and isinstance(m[0], str)}
+    unit = min(map(abs, plain.values()), default=1.0)
+    if any(not (c / unit).is_integer() for c in plain.values()):
+        return None
+    whole = Affine.of({a: round(c / unit) for a, c in plain.items()})
+    others = (Affine.var(a) for m, _ in value.terms if m not in {(a,) for a in plain} for a in m)
+    return united(expression_arguments(e) for e in (whole, *others))
 
+
+def expression_arguments(value: Affine) -> set[Affine] | None:
     plain: dict[Any, int] = {}
-    found: set[Affine] = set()
+    inner: list[set[Affine] | None] = []
     for atom, c in value.terms:
         if isinstance(atom, str):
             plain[atom] = c
         elif isinstance(atom, Call):
-            found.add(atom.argument)
+            inner.append({atom.argument})
         elif isinstance(atom, (Distance, Quotient, Remainder)):
-            more = expression_arguments(atom.argument)
-            if more is None:
-                return None
-            found |= more
-        else:
+            inner.append(expression_arguments(atom.argument))
+        elif not isinstance(atom, sympy.Expr):
             return None
-    return found | {leading_positive(Affine.of(plain))} if plain else found
+    if plain:
+        unit = math.gcd(*plain.values())
+        inner.append({leading_positive(Affine.of({a: c // unit for a, c in plain.items()}))})
+    return united(inner)
 
 
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
 Handler = Callable[[Interpreter, Node, Index], "Value | None"]
 RULES: dict[Any, Handler] = {}
 

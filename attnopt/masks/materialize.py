@@ -34,7 +34,9 @@ def call(after: Node, target: Any, *args: Any) -> Node:
 
 def steps(read: Read | BoolLoad, order: tuple[str, ...], ranges: Ranges) -> list[tuple[Any, ...]] | None:
     """Selects and slices that turn the node into a tensor over `order`, from the last dimension to the first."""
-    sizes, found, seen = read.node.meta["val"].shape, [], []
+    sizes = read.node.meta["val"].shape
+    found: list[tuple[Any, ...]] = []
+    seen: list[Any] = []
     for dim in reversed(range(len(read.index))):
         position = read.index[dim]
         if position.is_constant:
@@ -65,7 +67,7 @@ def boolean_node(literal: Literal, ranges: Ranges, order: tuple[str, ...] = ("b"
     """A node over the variables of `order` that is true where the literal holds; None where there is no simple one."""
     if isinstance(literal, BoolLoad):
         read: Read | BoolLoad = literal
-        compare = [(aten.bitwise_not.default,)] if literal.negated else []
+        compare: list[tuple[Any, ...]] = [(aten.bitwise_not.default,)] if literal.negated else []
     else:
         ((atom, c),) = literal.expression.terms
         held = literal.expression.constant

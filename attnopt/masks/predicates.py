@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 
-from attnopt.masks.expressions import Affine, Call, Ranges, Read, leading_positive, reads
+from attnopt.masks.expressions import Affine, Call, Distance, Ranges, Read, leading_positive, reads
 
 # More clauses than this and a predicate is carried as data: no mask in use comes near.
 LIMIT = 48
@@ -275,6 +275,12 @@ def at_least_zero(expression: Affine) -> Conjunction:
         if isinstance(sign, bool) or sign in (sympy.true, sympy.false):
             return TRUE if bool(sign) else FALSE
         return single(AtLeastZero(expression))
+    for atom, c in expression.terms:
+        if isinstance(atom, Distance) and abs(c) == 1:
+            # |a| <= r is two bounds; |a| >= r, either of two.
+            rest = expression - Affine.of({atom: c})
+            above, below = (at_least_zero(rest + atom.argument * (c * sign)) for sign in (1, -1))
+            return above & below if c < 0 else above | below
     divisor = math.gcd(*(abs(c) for _, c in expression.terms))
     if divisor > 1 and isinstance(expression.constant, int):
         scaled = {a: c // divisor for a, c in expression.terms}
@@ -309,11 +315,26 @@ def decide(literal: Literal, ranges: Ranges) -> bool | None:
     return not literal.negated if low == 0 and high == 0 else None
 
 
+def implies_within(a: Literal, b: Literal, ranges: Ranges) -> bool:
+    """Whether b holds wherever a does, given the ranges: j <= 1 implies j <= i + 2 as i is at least 0."""
+    if not isinstance(a, AtLeastZero) or not isinstance(b, AtLeastZero):
+        return a == b
+    return a == b or ranges.nonnegative(ranges.bounds(b.expression - a.expression)[0])
+
+
 def fold_ranges(predicate: Conjunction, ranges: Ranges) -> Conjunction:
-    """The predicate without the literals that the ranges of its variables decide."""
-    kept = []
-    for clause in predicate.clauses:
-        decided = {literal: decide(literal, ranges) for literal in clause}
-        if True not in decided.values():
-            kept.append(frozenset(x for x, holds in decided.items() if holds is None))
+    """The predicate without the literals and clauses that the ranges of its variables decide."""
+    kept: list[Clause] = []
+    for clause in sorted(predicate.clauses, key=lambda c: sorted(map(str, c))):
+        decided = {literal: decide(literal, ranges) for literal in sorted(clause, key=str)}
+        if True in decided.values():
+            continue
+        left = [literal for literal, holds in decided.items() if holds is None]
+        for literal in tuple(left):
+            if any(other is not literal and implies_within(literal, other, ranges) for other in left):
+                left.remove(literal)
+        kept.append(frozenset(left))
+    for clause in tuple(kept):
+        if any(o is not clause and all(any(implies_within(x, y, ranges) for y in clause) for x in o) for o in kept):
+            kept.remove(clause)
     return conjunction_of(kept)

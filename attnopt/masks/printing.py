@@ -31,6 +31,16 @@ class MaskPrinter(StrPrinter):
             return f" {sign} ".join(self.parenthesize(a, PRECEDENCE["Mul"], strict=True) for a in expr.args)
         return str(super()._print_Function(expr))
 
+    def _print_Add(self, expr: Any, order: Any = None) -> str:
+        """Positive terms first and the number last: j - i + 8, not 8 - i + j."""
+        terms = sorted(expr.as_ordered_terms(order), key=lambda t: (t.is_number, t.could_extract_minus_sign()))
+        text = ""
+        for term in terms:
+            minus = term.could_extract_minus_sign()
+            part = self.parenthesize(-term if minus else term, PRECEDENCE["Add"])
+            text += (" - " if text else "-") * minus + " + " * (not minus and bool(text)) + part
+        return text
+
     def _print_Abs(self, expr: Any) -> str:
         return f"|{self._print(expr.args[0])}|"
 
@@ -95,14 +105,19 @@ def expression_text(value: Affine, printer: StrPrinter | None = None) -> str:
 
 
 def sides(value: Affine) -> tuple[Affine, Affine]:
-    """``value = right - left``, both without negative terms."""
+    """``value = right - left``, neither with a negative term, nor with a constant where it can be helped."""
     left = {a: -c for a, c in value.terms if c < 0}
     right = {a: c for a, c in value.terms if c > 0}
-    constant = value.constant
-    negative = isinstance(constant, int) and constant < 0
-    if negative or not right:
-        return Affine.of(left, -constant), Affine.of(right)
-    return Affine.of(left), Affine.of(right, constant)
+    if not right or (left and isinstance(value.constant, int) and value.constant < 0):
+        # What remains on the left of a bound by 0 is moved to the other side all the same.
+        return (
+            (Affine.of(left), Affine((), value.constant))
+            if not right
+            else (Affine.of(left, -value.constant), Affine.of(right))
+        )
+    return (
+        (Affine.of(left), Affine.of(right, value.constant)) if left else (Affine((), -value.constant), Affine.of(right))
+    )
 
 
 def literal_text(literal: Literal, printer: StrPrinter | None = None) -> str:
@@ -115,6 +130,8 @@ def literal_text(literal: Literal, printer: StrPrinter | None = None) -> str:
         # A lower bound reads better with the variable first: j >= 4, not 4 <= j.
         if left.is_constant and not right.is_constant:
             return f"{expression_text(right, printer)} >= {expression_text(left, printer)}"
+        if left.constant == 1 and not left.is_constant:
+            return f"{expression_text(left - 1, printer)} < {expression_text(right, printer)}"
         return f"{expression_text(left, printer)} <= {expression_text(right, printer)}"
     sign = "!=" if literal.negated else "=="
     if left.is_constant:

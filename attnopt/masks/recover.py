@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.fx import Node
 
 from attnopt.ir import Load, Mask
 from attnopt.masks.bias import bias_of
-from attnopt.masks.classify import load_of, record, sort_clauses
+from attnopt.masks.classify import load_of, name_for, reads_pairs, record, sort_clauses
 from attnopt.masks.expressions import Affine, Read
 from attnopt.masks.interpret import Interpreter, shape_of
 from attnopt.masks.materialize import call
@@ -30,6 +31,7 @@ from attnopt.masks.predicates import (
     at_least_zero,
     equal_zero,
     fold_ranges,
+    single,
 )
 from attnopt.masks.terms import Meaning, Term
 from attnopt.masks.values import MASKED, Select, Sum, additive, numeric
@@ -45,7 +47,6 @@ class Gathered:
         self.keep: Conjunction = TRUE
         self.fill = -math.inf
         self.bias = Sum()
-        self.data: list[Term] = []
         self.assumed: set[str] = set()
 
     def add(self, term: Term) -> None:
@@ -53,36 +54,52 @@ class Gathered:
         if term.kind == "add":
             self._add_number(term, numeric(value))
             return
-        keep = value if isinstance(value, Conjunction) else None
-        if keep is None:
-            self.data.append(term)
-            return
-        try:
-            self.keep = self.keep & (keep if term.kind == "keep" else keep.inverted())
-        except TooManyClauses:
-            self.data.append(term)
-            return
+        assert isinstance(value, Conjunction)
+        keep = value if term.kind == "keep" else self._negated(term, value)
+        rest, data = self._settled(keep)
+        if data:
+            # Data joined with anything else over both positions: the operand itself stands for it.
+            load = BoolLoad(term.node, broadcast(term.node, term.index), term.kind == "drop")
+            rest = Conjunction(rest.clauses | single(load).clauses)
+        self._join(rest)
         self.fill = max(self.fill, -math.inf if term.fill is None else term.fill)
+
+    def _negated(self, term: Term, value: Conjunction) -> Conjunction:
+        try:
+            return value.inverted()
+        except TooManyClauses:
+            return single(BoolLoad(term.node, broadcast(term.node, term.index), True))
+
+    def _settled(self, keep: Conjunction) -> tuple[Conjunction, bool]:
+        """The clauses that a record can hold, and whether there are others."""
+        keep = fold_ranges(keep, self.interpreter.ranges)
+        held = {c for c in keep.clauses if not reads_pairs(c) or (len(c) == 1 and isinstance(next(iter(c)), BoolLoad))}
+        return Conjunction(frozenset(held)), len(held) < len(keep.clauses)
+
+    def _join(self, keep: Conjunction) -> None:
+        try:
+            self.keep = self.keep & keep
+        except TooManyClauses:
+            # Not reduced any further, and right all the same.
+            self.keep = Conjunction(self.keep.clauses | keep.clauses)
 
     def _add_number(self, term: Term, value: Select | None) -> None:
         """A mask, a bias, or both in one operand; else the operand as data."""
         held = padding_product(value, term.factor, self.assumed) if value is not None else None
         if held is None and value is not None:
             held = scaled_additive(value, term.factor)
+        whole = Sum.atom(Read(term.node, broadcast(term.node, term.index))) * Sum.number(term.factor)
         if held is None:
             # At the operand's own index: a number of any kind, added as it stands.
-            read = Read(term.node, broadcast(term.node, term.index))
-            self.bias = self.bias + Sum.atom(read) * Sum.number(term.factor)
+            self.bias = self.bias + whole
             return
         keep, off, bias = held
-        try:
-            self.keep = self.keep & keep
-        except TooManyClauses:
-            self.data.append(term)
-            return
+        rest, data = self._settled(keep)
+        self._join(rest)
         if keep != TRUE:
             self.fill = max(self.fill, off)
-        self.bias = self.bias + bias
+        # Where a part of the mask is data that has no record, the operand is added whole: it masks by itself.
+        self.bias = self.bias + (whole if data else bias)
 
 
 def scaled_additive(value: Select, factor: float) -> tuple[Conjunction, float, Sum] | None:
@@ -134,41 +151,25 @@ def recover(
         gathered.add(term)
     keep = fold_ranges(gathered.keep, interpreter.ranges)
     fill = "-inf" if gathered.fill == -math.inf else "finite"
+    nodes: dict[str, Node] = {}
     if keep == FALSE:
-        mask, nodes = Mask(terms=("none",), fill=fill), {}
+        mask = Mask(terms=("none",), fill=fill)
     else:
         parts = sort_clauses(keep, interpreter.ranges)
         mask, nodes = record(parts, fill, interpreter.ranges)
-        mask, nodes = with_data(mask, nodes, parts.data, gathered, terms)
+        mask, nodes = with_data(mask, nodes, parts.data)
     bias, bias_nodes = bias_of(gathered.bias)
     return Meaning(mask, bias, {**nodes, **bias_nodes}, keep, gathered.bias, tuple(sorted(gathered.assumed)))
 
 
-def with_data(
-    mask: Mask, nodes: dict[str, Node], data: Sequence[Clause], gathered: Gathered, terms: Sequence[Term]
-) -> tuple[Mask, dict[str, Node]]:
-    """The mask with its data over (i, j): single boolean reads as they are, else the operands they come from."""
-    from dataclasses import replace
-
+def with_data(mask: Mask, nodes: dict[str, Node], data: Sequence[Clause]) -> tuple[Mask, dict[str, Node]]:
+    """The mask with its data over (i, j): boolean reads, true where the key is kept."""
     opaque: dict[Load, Node] = {}
-    whole = list(gathered.data)
-    for clause in data:
-        literal = next(iter(clause))
-        if len(clause) == 1 and isinstance(literal, BoolLoad):
-            node = (
-                call(literal.node, torch.ops.aten.bitwise_not.default, literal.node)
-                if literal.negated
-                else literal.node
-            )
-            opaque[Load(literal.node.name, load_of(literal).dims)] = node
-        else:
-            whole += [t for t in terms if t not in whole]
-    for term in whole:
-        node = term.node
-        if term.kind == "drop":
-            node = call(node, torch.ops.aten.logical_not.default, node)
-        opaque[load_of(Read(term.node, broadcast(term.node, term.index)))] = node
-    if whole and gathered.fill == -math.inf and any(t.kind == "add" for t in whole):
-        gathered.fill = MASKED
+    for literal in (x for clause in data for x in clause):
+        assert isinstance(literal, BoolLoad)
+        node = literal.node
+        if literal.negated:
+            node = call(node, torch.ops.aten.bitwise_not.default, node)
+        opaque[Load(name_for(literal.node.name, node, nodes), load_of(literal).dims)] = node
     found = replace(mask, opaque=tuple(sorted(opaque, key=str)))
     return found, {**nodes, **{load.name: node for load, node in opaque.items()}}

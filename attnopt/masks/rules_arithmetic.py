@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from attnopt.masks.expressions import Affine, absolute, divide
 from attnopt.masks.interpret import Index, Interpreter, argument, dimension, is_one, rule, shape_of
-from attnopt.masks.predicates import FALSE, Conjunction, at_least_zero
+from attnopt.masks.predicates import FALSE, Conjunction, at_least_zero, fold_ranges
 from attnopt.masks.values import (
     MASKED,
     Number,
@@ -38,9 +38,9 @@ def plus(a: Number, b: Number) -> Number:
 def times(a: Number, b: Number) -> Number | None:
     """The product; None for 0 * inf, which is no number."""
     if isinstance(a, Affine) and isinstance(b, Affine):
-        for x, y in ((a, b), (b, a)):
-            if y.is_constant and isinstance(y.constant, int):
-                return x * y.constant
+        for one, other in ((a, b), (b, a)):
+            if other.is_constant and isinstance(other.constant, int):
+                return one * other.constant
     x, y = as_sum(a), as_sum(b)
     if not x.finite or not y.finite:
         if x.constant is None or y.constant is None or math.isnan(product := x.constant * y.constant):
@@ -68,16 +68,16 @@ def kept_side(value: Select) -> Select | None:
     return Select(value.predicate.inverted(), value.off, value.on) if masked(value.on) else None
 
 
-def absorbing(value: Select | None) -> Select | None:
-    """A masked side stays what it was when something else was added to it."""
-    return value
-
-
 @rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar)
 def add(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         return None
-    a, b = (numeric(value) for value in binary(interpreter, node, index))
+    first, second = binary(interpreter, node, index)
+    if node.meta["val"].dtype == torch.bool:
+        # The sum of two booleans is one: either holds.
+        both = isinstance(first, Conjunction) and isinstance(second, Conjunction)
+        return first | second if both else None  # type: ignore[operator]
+    a, b = numeric(first), numeric(second)
     if a is None or b is None:
         return None
     if node.target == aten.rsub.Scalar:
@@ -172,7 +172,9 @@ def div_mode(interpreter: Interpreter, node: Node, index: Index) -> Value | None
         return div(interpreter, node, index) if node.kwargs.get("rounding_mode") is None else None
     if node.kwargs["rounding_mode"] == "trunc":
         # Towards zero is downwards only where nothing is negative.
-        low, _ = interpreter.ranges.bounds(interpreter.operand(node.args[0], index))
+        dividend = interpreter.operand(node.args[0], index)
+        assert isinstance(dividend, Affine)
+        low, _ = interpreter.ranges.bounds(dividend)
         return found[0] if interpreter.ranges.nonnegative(low) else None
     return found[0]
 
@@ -189,28 +191,31 @@ def abs_(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     return absolute(value, interpreter.ranges) if isinstance(value, Affine) else None
 
 
-@rule(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default)
+@rule(aten.clamp.default, aten.clamp.Tensor)
 def clamp(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     value = interpreter.operand(node.args[0], index)
-    name = node.target.__name__
-    low = argument(node, 1, "min") if "max" not in name or "maximum" in name else None
-    position = 2 if name.startswith("clamp.") else 1
-    high = argument(node, position, "max") if "clamp_min" not in name and "maximum" not in name else None
-    for limit, sign in ((low, 1), (high, -1)):
-        if limit is None:
-            continue
-        bound = interpreter.operand(limit, index)
-        if not isinstance(value, Affine) or not isinstance(bound, Affine):
-            return None
-        least, most = interpreter.ranges.bounds((value - bound) * sign)
-        if interpreter.ranges.nonnegative(least):
-            continue
-        if most is not None and interpreter.ranges.nonnegative(-most):
-            value = bound
-            continue
-        chosen = Select.of(at_least_zero((value - bound) * sign), value, bound)
-        return chosen if limit is high or high is None else None
+    for limit, sign in ((argument(node, 1, "min"), 1), (argument(node, 2, "max"), -1)):
+        if limit is not None:
+            value = limited(interpreter, value, interpreter.operand(limit, index), sign)
     return value
+
+
+@rule(aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default, aten.max.other)
+def at_least(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
+    return limited(interpreter, *binary(interpreter, node, index), 1)
+
+
+@rule(aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default, aten.min.other)
+def at_most(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
+    return limited(interpreter, *binary(interpreter, node, index), -1)
+
+
+def limited(interpreter: Interpreter, value: Value | None, bound: Value | None, sign: int) -> Value | None:
+    """The larger of two integers (sign 1), or the smaller (-1)."""
+    if not isinstance(value, Affine) or not isinstance(bound, Affine):
+        return None
+    above = fold_ranges(at_least_zero((value - bound) * sign), interpreter.ranges)
+    return narrowed(Select.of(above, value, bound))
 
 
 @rule(aten.cumsum.default)
@@ -225,9 +230,8 @@ def cumsum(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
     if inner == FALSE:
         return Affine()
     held = numeric(inner)
-    if held is None or not held.plain or not isinstance(held.on, Affine) or not held.on.is_constant:
-        return None
-    return (index[dim] + 1) * held.on.constant if isinstance(held.on.constant, int) else None
+    each = literal_value(held.on) if held is not None and held.plain else None
+    return (index[dim] + 1) * int(each) if each is not None and each.is_integer() else None
 
 
 @rule(aten.diff.default)

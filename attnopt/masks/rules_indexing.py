@@ -183,8 +183,8 @@ def index_tensor(interpreter: Interpreter, node: Node, index: Index) -> Value | 
         if d not in used:
             source.append(next(rest))
             continue
-        value = interpreter.operand(indices[d], position)
-        if not isinstance(value, Affine):
+        value = interpreter.integer(indices[d], position)
+        if value is None:
             return None
         low, high = interpreter.ranges.bounds(value)
         if high is not None and interpreter.ranges.nonnegative(-high - 1):
@@ -202,8 +202,8 @@ def embedding(interpreter: Interpreter, node: Node, index: Index) -> Value | Non
     else:
         table, dim, indices = node.args[0], dimension(node.args[0], node.args[1]), node.args[2]
     rank = len(shape_of(indices))
-    value = interpreter.operand(indices, index[dim : dim + rank])
-    if not isinstance(value, Affine):
+    value = interpreter.integer(indices, index[dim : dim + rank])
+    if value is None:
         return None
     source = (*index[:dim], value, *index[dim + rank :])
     # Neither wraps round: an entry is never negative.

@@ -214,6 +214,9 @@ def choose(condition: Value | None, on: Value, off: Value) -> Value | None:
     yes, no = numeric(on), numeric(off)
     if yes is None or no is None:
         return None
+    if any(isinstance(x, Sum) for x in (yes.on, yes.off, no.on, no.off)):
+        # So that 0 and 0.0 are the same number.
+        yes, no = floating(yes), floating(no)
     if yes.plain and no.plain:
         return narrowed(Select.of(condition, yes.on, no.on))
     for inside, outside, keep in ((yes, no, condition), (no, yes, condition.inverted())):
@@ -230,3 +233,9 @@ def choose(condition: Value | None, on: Value, off: Value) -> Value | None:
     if (yes.on, yes.off) == (no.on, no.off):
         return Select.of((condition & yes.predicate) | (condition.inverted() & no.predicate), yes.on, yes.off)
     return None
+
+
+def floating(value: Select) -> Select:
+    """The same with its known numbers as floats."""
+    on, off = (x if literal_value(x) is None else as_sum(x) for x in (value.on, value.off))
+    return Select(value.predicate, on, off)

@@ -20,14 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Worker:
-    """One process of benchmarks.zoo.worker, started when first asked."""
+    """One process of benchmarks.zoo.worker, started when first asked; `patience` is its wall time by its CPU time."""
+
+    patience = 10
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.served = 0
 
     def run(self, asked: Record) -> Record:
-        """The record of one cell; a worker that dies or stays silent past twice its time is ended and named."""
+        """The record of one cell; a worker that dies or stays silent too long is ended and named."""
         if self.process is None or self.served >= CELLS_A_WORKER:
             self.close()
             command = [sys.executable, "-m", "benchmarks.zoo.worker"]
@@ -39,10 +41,11 @@ class Worker:
         process = self.process
         assert process.stdin is not None and process.stdout is not None
         base = {"class": asked["class"], "cell": asked["cell"]}
+        limit = self.patience * asked["timeout"]
         try:
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], 2 * asked["timeout"] + 30)
+            ready, _, _ = select.select([process.stdout], [], [], limit)
             line = process.stdout.readline() if ready else ""
         except OSError:
             line, ready = "", [process.stdout]
@@ -50,7 +53,7 @@ class Worker:
             return json.loads(line)
         self.close(kill=True)
         if not ready:
-            return {**base, "status": "timed out", "seconds": 2 * asked["timeout"] + 30}
+            return {**base, "status": "timed out", "seconds": limit}
         return {**base, "status": "broken", "reason": f"the worker died with {process.returncode}", "seconds": 0.0}
 
     def close(self, kill: bool = False) -> None:

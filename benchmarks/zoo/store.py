@@ -50,7 +50,8 @@ class Store:
                 self.records[key(record)] = record
 
     def __contains__(self, wanted: object) -> bool:
-        return wanted in self.records
+        """Whether a cell is finished; one that ran out of time is tried again."""
+        return wanted in self.records and self.records[wanted]["status"] != "timed out"  # type: ignore[index]
 
     def add(self, record: Record) -> None:
         """Append one line in a single write: a reader sees the whole line or none of it."""

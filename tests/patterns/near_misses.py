@@ -1,7 +1,7 @@
 """What looks like attention and is something else, or an attention other than the one it looks like.
 
-Each takes (B, 4, S, 8) tensors q, k, v and more. `right` matches the records that would be right for it, its loads named
-L0, L1, ... in order; without one no site may be found. `says` matches the reason that must then be given.
+Each takes (B, 4, S, 8) tensors q, k, v and more. `right` matches the records that would be right for it, with loads
+named L0, L1, ... in order; without one no site may be found. `says` matches the reason that must then be given.
 """
 
 from __future__ import annotations
