@@ -143,6 +143,9 @@ def finish(
     held = {a for d in space.resolve(lhs_dims) for a in d}
     q, k = (rhs, lhs) if set(keys) <= held else (lhs, rhs)
     v, out = Operand(second.other(weights), v_dims), Operand(second.node, out_dims)
+    if len(k.dims) < 3 or len(v.dims) < 3:
+        # A router or a codebook has this form: softmax(x @ weight) @ other_weight.
+        return Miss("keys or values are a matrix without batch and heads")
     (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
     varying = {a for t in walk.resolved_terms() for a in term_atoms(t)}
     found = assign(space, space.resolve(walk.dims), q, k, v, out, keys, varying)
