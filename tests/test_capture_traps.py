@@ -309,3 +309,40 @@ def test_the_check_of_each_call():
     assert call(torch.ones(3), keep) == "rewritten"
     keep.add_(1)
     assert call(torch.ones(3), keep) == call(torch.ones(3), keep) == "untouched" and len(compiled) == 1
+
+
+def test_a_rewrite_that_relies_on_a_buffer_ends_when_the_buffer_is_written(monkeypatch):
+    """Stands in for a pass that reads the values of `keep`: whatever it made of them holds until the next write."""
+    from attnopt import backend
+
+    def rely(program):
+        (name,) = (n for n, held in program.gm.meta[KEY].items() if held.dtype == torch.bool)
+        program.relied_on = {name}
+        for node in program.gm.graph.nodes:
+            if node.target == torch.ops.aten.scaled_dot_product_attention.default:
+                node.args, node.kwargs = (*node.args[:3], None, 0.0, True), {}
+        program.rewrites.append(None)
+        program.gm.recompile()
+
+    monkeypatch.setattr(backend, "PIPELINE", (rely,))
+    monkeypatch.setattr(backend, "record", lambda report: None)
+    for module in (backend, backend.inductor):
+        monkeypatch.setattr(module, "to_inductor", lambda gm, inputs, patches: gm.forward)
+    keep, q = torch.ones(6, 6, dtype=torch.bool).tril(), torch.randn(1, 2, 6, 8)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("keep", keep)
+
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=self.keep)
+
+    model = Masked()
+    call = torch.compile(model, backend=backend.attnopt)
+    with torch.no_grad():
+        torch.testing.assert_close(call(q), model(q))
+        keep[2, 4] = True
+        for _ in range(2):
+            torch.testing.assert_close(call(q), model(q))
+        assert not torch.allclose(call(q), F.scaled_dot_product_attention(q, q, q, is_causal=True))

@@ -18,10 +18,14 @@ aten = torch.ops.aten
 
 
 def call(after: Node, target: Any, *args: Any) -> Node:
-    """A call inserted behind `after`, with its fake value."""
+    """A call inserted behind `after`, with its fake value; the one that an earlier site had inserted, if it did."""
+    for user in after.users:
+        if user.meta.get("made_for_masks") and user.target == target and user.args == args:
+            return user
     with after.graph.inserting_after(after):
         node = after.graph.call_function(target, args)
     node.meta = {k: v for k, v in after.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    node.meta["made_for_masks"] = True
     values = torch.fx.node.map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, Node) else a)
     mode = getattr(after.meta["val"], "fake_mode", None)
     if mode is None:

@@ -353,3 +353,53 @@ def test_flattened_heads():
     meaning = recover(terms, sizes, causal=True, interpreter=Interpreter())
     probe(meaning, terms, sizes, values_of(gm, [SLOPES]), causal=True)
     assert meaning.mask == Mask(causal=True) and meaning.bias == meaning_of(ALIBI["distance"], SLOPES).bias
+
+
+def test_sites_that_share_a_mask_share_its_nodes():
+    from masks.recovering import INDEX
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from attnopt.masks.interpret import Interpreter
+    from attnopt.masks.terms import Term
+
+    gm = make_fx(lambda m: m[:, None, None, :] != 0, tracing_mode="fake", pre_dispatch=True)(integers(2, B, SK))
+    node = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    interpreter, sizes = Interpreter(), {"b": B, "h": H, "i": SQ, "j": SK}
+    one, other = (recover([Term("keep", node, INDEX)], sizes, interpreter=interpreter) for _ in range(2))
+    assert one.nodes == other.nodes and one.mask == other.mask
+    gm.graph.lint()
+
+
+def symbolic(fn, *inputs):
+    from masks.recovering import INDEX
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from attnopt.masks.interpret import Interpreter
+    from attnopt.masks.terms import Term
+
+    gm = make_fx(fn, tracing_mode="symbolic", pre_dispatch=True)(*inputs)
+    node = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    shape = node.meta["val"].shape
+    sizes = {"b": 2, "h": H, "i": shape[-2], "j": shape[-1]}
+    return recover([Term("keep", node, INDEX)], sizes, interpreter=Interpreter()).mask
+
+
+def test_symbolic_lengths():
+    """An offset is a length; a window that no length bounds stays, and nothing is assumed of the sizes."""
+
+    def build(window):
+        def fn(q, k):
+            i, j = torch.arange(q.shape[0])[:, None] + (k.shape[0] - q.shape[0]), torch.arange(k.shape[0])[None]
+            return (j <= i) & (i - j < window)
+
+        return fn
+
+    found = symbolic(build(4), random(SQ, 1), random(SK, 1))
+    assert found.causal and found.window == 4 and isinstance(found.offset, str) and not found.terms
+    plain = symbolic(lambda q: torch.arange(q.shape[0])[None] <= torch.arange(q.shape[0])[:, None], random(SQ, 1))
+    assert plain == Mask(causal=True)
+    # Sure of every length: j - i < length always holds.
+    always = symbolic(
+        lambda q: torch.arange(q.shape[0])[None] - torch.arange(q.shape[0])[:, None] < q.shape[0], random(SQ, 1)
+    )
+    assert always == Mask()

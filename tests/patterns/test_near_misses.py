@@ -50,7 +50,7 @@ def over_heads(q, k, v):
 
 
 def permuted(q, k, v):
-    q, k, v = (t.permute(0, 2, 1, 3) for t in (q, k, v))
+    """As many heads as positions, which change places in K."""
     return F.softmax(q @ k.permute(0, 2, 3, 1) / 8**0.5, dim=-1) @ v
 
 
