@@ -202,7 +202,7 @@ class Ranges:
 
     def _atom_bounds(self, atom: Atom) -> tuple[Any, Any]:
         if isinstance(atom, str):
-            return (0, self.sizes[atom] - 1) if atom in self.sizes else (None, None)
+            return 0, self.sizes[atom] - 1 if atom in self.sizes else None
         if isinstance(atom, Remainder):
             return 0, atom.divisor - 1
         if isinstance(atom, Quotient):
