@@ -102,7 +102,7 @@ def examine_model(loaded: hf.Loaded, length: int, padded: bool = False) -> list[
     found: list[GraphReport] = []
 
     def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        _, report = backend.rewrite(gm, inputs, backend.Options())
+        report = backend.rewrite(gm, inputs, backend.Options())[1]
         found.append(report)
         return gm.forward
 

@@ -32,7 +32,7 @@ class Load:
     dims: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.name}[{', '.join(self.dims)}]"
+        return f"{self.name}[{', '.join(self.dims)}]" if self.dims else self.name
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Mask:
         if self.window is not None:
             terms.append(f"|{i} - j| < {self.window}" if self.symmetric else f"{i} - j < {self.window}")
         if self.chunk:
-            terms.append(f"{i} // {self.chunk} == j // {self.chunk}")
+            terms.append(f"{i if i == 'i' else f'({i})'} // {self.chunk} == j // {self.chunk}")
         data = [str(load) for load in (*self.loads, *self.opaque)]
         return " and ".join([*terms, *self.terms, *data]) or "all"
 

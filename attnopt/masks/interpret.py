@@ -62,6 +62,11 @@ class Interpreter:
         self._forms: dict[Node, Any] = {}
         self._fresh = 0
 
+    @property
+    def relied_on(self) -> set[str]:
+        """Names of the constant inputs whose value was used."""
+        return {node.name for node, form in self._forms.items() if form is not None}
+
     def within(self, extents: Mapping[str, Any]) -> None:
         """Interpret from now on for index variables of these extents."""
         ranges = Ranges(extents)

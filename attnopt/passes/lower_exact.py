@@ -157,7 +157,7 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
         if not square:
             return general(program, region)
         return lower_causal_padding(program), "SDPA is_causal, padding folded into a feature"
-    if mask.kind == "sliding" and square:
+    if mask.kind == "sliding" and mask.offset == 0 and square:
         if program.needs_grad and region.site.pattern == "sdpa":
             return Refusal("the sliding-window kernel has no gradient yet")
         if program.needs_grad:

@@ -63,6 +63,7 @@ def term_of(term: RawTerm, match: Match) -> Term:
             rest = rest[len(run) :]
         return at
 
+    assert term.kind != "times"
     return Term(term.kind, term.node, tuple(index(d) for d in term.scores), term.fill, term.factor)
 
 
@@ -140,7 +141,9 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
 
 
 def run(program: Program) -> None:
-    interpreter = Interpreter()
+    held = program.gm.meta.get("attnopt_constants", {})
+    constants = {n: held[n.name] for n in program.gm.graph.nodes if n.op == "placeholder" and n.name in held}
+    interpreter = Interpreter(constants)
     seen: Counter[str] = Counter()
     order = {node: n for n, node in enumerate(program.gm.graph.nodes)}
     switching = any("_set_grad_enabled" in str(node.target) for node in order)
@@ -161,3 +164,4 @@ def run(program: Program) -> None:
             program.misses.append(Miss(found.reason, path, source_line(match.anchor)))
         else:
             program.regions.append(found)
+    program.relied_on |= interpreter.relied_on

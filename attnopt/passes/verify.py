@@ -26,12 +26,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 def check_region(gm: GraphModule, region: Region, new: Node) -> None:
     """Raise VerificationError where `new` computes something else than ``region.out``.
 
-    Both are cut off at q, k, v and the mask's loads and fed random values of their shapes; a symbolic size is its hint.
+    Both are cut off at the operands and the mask's loads and fed random values; a symbolic size is its hint.
     """
-    read = ancestors(region.out)
-    boundary = dict.fromkeys(original(node, read) for node in (region.q, region.k, region.v, *region.loads.values()))
+    match = region.match
     generator = torch.Generator().manual_seed(0)
-    values: dict[Node, Any] = {node: sample(node, generator) for node in boundary}
+    values: dict[Node, Any] = {o.node: sample(o.node, generator) for o in (match.q, match.k, match.v)}
+    read = set().union(*(ancestors(t.node) for t in match.terms))
+    for node in dict.fromkeys(original(node, read) for node in region.loads.values()):
+        values.setdefault(node, sample(node, generator, bool(region.meaning.assumptions)))
     with torch.no_grad():
         expected = evaluate(gm, region.out, values, generator)
         found = evaluate(gm, new, values, generator)
@@ -57,7 +59,7 @@ def ancestors(node: Node) -> set[Node]:
 
 
 def original(node: Node, read: set[Node]) -> Node:
-    """The node itself, or what a view made by a pass (K transposed back) is a view of."""
+    """The node itself, or what a comparison made for a load reads."""
     while node not in read:
         node = node.all_input_nodes[0]
     return node
@@ -67,20 +69,17 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def sample(node: Node, generator: torch.Generator) -> Any:
-    """A random value like the node's fake one; a bool tensor keeps its first key, so that causal rows keep one."""
+def sample(node: Node, generator: torch.Generator, zero_or_one: bool = False) -> Any:
+    """A random value like the node's fake one; flags keep their first key, so that causal rows keep one."""
     like = node.meta["val"]
     if not isinstance(like, Tensor):
         return hint(like) if isinstance(like, (int, torch.SymInt)) else like
     shape = [hint(s) for s in like.shape]
-    if like.dtype == torch.bool:
-        made = torch.rand(shape, generator=generator) < 0.7
-        if made.ndim:
-            made[..., 0] = True
-    elif like.dtype.is_floating_point:
-        made = torch.randn(shape, generator=generator)
-    else:
-        made = torch.randint(0, 2, shape, generator=generator)
+    if like.dtype.is_floating_point and not zero_or_one:
+        return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    made = torch.rand(shape, generator=generator) < 0.7
+    if made.ndim:
+        made[..., 0] = True
     return made.to(like.device, like.dtype)
 
 

@@ -7,6 +7,7 @@ None means "not attention at all" and is not reported. Facts only: a pattern nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -110,22 +111,27 @@ def number(item: Any) -> float | None:
 
 
 def scalar(item: Any) -> float | None:
-    """A literal number, or the value of a 0-d constant made in the graph."""
+    """A literal number, or the value of a 0-d constant made in the graph, rounded to its dtype."""
     if not isinstance(item, Node):
         return number(item)
     if item.op == "get_attr":
         return constant(item)
     held = value(item)
-    position = {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(item.target)
     if held is None or held.numel() != 1:
         return None
-    if position is not None:
-        return number(item.args[position])
-    if item.target in (aten.sqrt.default, aten.rsqrt.default) and (inner := scalar(item.args[0])) is not None:
-        return inner**0.5 if item.target == aten.sqrt.default else inner**-0.5
-    if item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, *COPIED):
-        return scalar(item.args[0])
-    return None
+    found: float | None = None
+    if item.target in (aten.scalar_tensor.default, aten.full.default):
+        found = number(item.args[item.target == aten.full.default])
+    elif item.target in (aten.sqrt.default, aten.rsqrt.default) and (inner := scalar(item.args[0])) is not None:
+        found = inner ** (0.5 if item.target == aten.sqrt.default else -0.5) if inner > 0 else None
+    elif item.target in (aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default, *COPIED):
+        found = scalar(item.args[0])
+    if found is None or (not held.dtype.is_floating_point and not math.isfinite(found)):
+        return None
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return float(torch.tensor(found, dtype=torch.float64).to(held.dtype))
 
 
 def constant(node: Node) -> float | None:

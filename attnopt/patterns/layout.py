@@ -28,13 +28,18 @@ class Atom:
 
 Dims: TypeAlias = tuple[tuple[Atom, ...], ...]
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-VIEWS += (aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
-COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default)
-COPIES += (aten.detach.default,)
-CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
-REORDERS = (aten.permute.default, aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.movedim.int)
-REORDERS += (aten.mT.default, aten.numpy_T.default)
+Targets: TypeAlias = tuple[Any, ...]
+VIEWS: Targets = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+)  # fmt: skip
+COPIES: Targets = (
+    aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default,
+)  # fmt: skip
+CASTS: Targets = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
+REORDERS: Targets = (
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.mT.default,
+)  # fmt: skip
 
 
 def same(a: Any, b: Any) -> bool:

@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -18,7 +19,7 @@ from torch.fx import Node
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
 from attnopt.patterns import Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
-from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, same
+from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space
 from attnopt.patterns.product import Product, product_of
 
 aten = torch.ops.aten
@@ -173,12 +174,13 @@ class Walk:
         sign = -1.0 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
         if node.kwargs.get("alpha", 1) != 1:
             return Miss("a multiple of something is added to the scores")
-        if not isinstance(b, Node) and isinstance(a, Node):
-            return a  # one number added to every score of a row changes nothing
         if not isinstance(a, Node):
             return Miss("the scores are subtracted from a number")
-        if sign < 0 and self.row_maximum(b):
-            return a
+        # The same for every score of a row: the soft-max cancels it.
+        if not isinstance(b, Node) or (sign < 0 and self.row_maximum(b)):
+            if self.softcap:
+                return Miss("something is added inside the soft-cap")
+            return a if self.sink is None else Miss("the sink does not get what is added to the scores")
         first, second = product_behind(a), product_behind(b)
         if first and second:
             first, second = self.larger(a, b)
@@ -218,38 +220,36 @@ class Walk:
         )
 
     def row_maximum(self, node: Node) -> bool:
-        """max(s) over the keys: one number for each row, which the soft-max cancels."""
+        """max(s) over the keys: one number for each row."""
         while node.target in (*COPIES, *CASTS):
             node = node.args[0]
-        if node.target.__class__.__name__ == "builtin_function_or_method" and len(node.args) > 1 and node.args[1] == 0:
+        if node.target is operator.getitem and node.args[1] == 0:
             node = node.args[0]
-        if node.target == aten.amax.default:
-            dims = node.args[1] if len(node.args) > 1 else []
-        elif node.target in (aten.max.dim, aten.logsumexp.default):
-            dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        else:
+        if node.target not in (aten.amax.default, aten.max.dim, aten.logsumexp.default):
             return False
-        keep = argument(node, 2, "keepdim", False)
-        rank = len(self.dims)
-        axis = next((n for n, d in enumerate(self.space.resolve(self.dims)) if d == self.space.atoms(self.keys)), None)
-        axis = next((n for n, d in enumerate(self.dims) if d == self.current_keys), axis)
-        return bool(keep) and len(dims) == 1 and axis is not None and dims[0] % rank == axis
-
-    @property
-    def current_keys(self) -> Any:
-        """The axis of the soft-max while it still holds the sink's column."""
-        return self.dims[self.axis] if self.axis < len(self.dims) else None
+        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        rank = len(shape_of(node.args[0]))
+        axis = next((n for n, d in enumerate(self.dims) if d == self.keys), None)
+        if rank != len(self.dims) or axis is None or not argument(node, 2, "keepdim", False):
+            return False
+        return [d % rank for d in dims] == [axis]
 
     def floored(self, node: Node) -> Node | Miss:
         """max(s, smallest number): only what is masked is that small."""
+        if len(node.args) > 2 or node.kwargs:
+            return Miss("the scores are clamped from above")
         floor = scalar(node.args[1])
         return node.args[0] if self.hides(floor) else Miss("the scores are clamped")
+
+    def outside(self) -> bool:
+        """Whether anything but casts and the row's maximum was met so far."""
+        return bool(self.terms) or self.scale != 1.0 or bool(self.softcap)
 
     def appended(self, node: Node) -> Node | Miss:
         """cat([s, sink], keys): one more column, which the weights drop again."""
         parts, rank = node.args[0], len(self.dims)
         dim = (node.args[1] if len(node.args) > 1 else 0) % rank
-        if len(parts) != 2 or self.sink is not None or self.dims[dim] != self.keys or self.terms or self.scale != 1.0:
+        if len(parts) != 2 or self.sink is not None or self.dims[dim] != self.keys or self.outside():
             return Miss("the scores are joined with something other than one sink")
         scores, sink = parts if product_behind(parts[0]) else parts[::-1]
         self.sink_first = scores is parts[1]
@@ -260,7 +260,7 @@ class Walk:
         self.sink = Operand(sink, (*self.dims[:dim], (), *self.dims[dim + 1 :]))
         return scores
 
-    RULES: dict[Any, Callable[[Walk, Node], Node | Miss]] = {
+    RULES: ClassVar[dict[Any, Callable[[Walk, Node], Node | Miss]]] = {
         **dict.fromkeys(CASTS, cast),
         **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), scaled),
         **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), added),
@@ -275,4 +275,4 @@ class Walk:
     }
 
 
-__all__ = ["HITS", "Walk", "product_behind", "same"]
+__all__ = ["HITS", "Walk", "product_behind", "zero_or_one"]

@@ -85,7 +85,7 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     scores = (*widest, queries, keys)
     for d, atoms in enumerate(widest):
         other = next((x[d - len(widest)] for x in leading if len(x) >= len(widest) - d and x[d - len(widest)]), ())
-        scores = (*scores[:d], max(atoms, other, key=len) if not atoms else atoms, *scores[d + 1 :])
+        scores = (*scores[:d], atoms or other, *scores[d + 1 :])
     scores = space.resolve((*space.resolve(scores[:-2]), queries, keys))
     full = tuple(leading[0]) if len(leading[0]) == len(widest) else scores[:-2]
     out = Operand(node, space.resolve((*(a or b for a, b in zip(full, scores[:-2], strict=True)), queries, values)))
