@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.program import Builder
-from attnopt.patterns import Match, Operand, RawTerm, shape_of
+from attnopt.patterns import Match, Operand, RawTerm, checked, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
 
 aten = torch.ops.aten
@@ -115,7 +115,7 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
     keep: Node | None = None
     bias: Node | None = None
     for term in match.terms:
-        if term.kind == "times":
+        if checked(term):
             continue
         have, want = term_dims(match, term)
         sizes = Sizes(builder, (match.q, match.k, match.v))
