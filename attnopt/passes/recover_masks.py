@@ -22,10 +22,10 @@ from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
 from attnopt.masks.values import Select, literal_value
 from attnopt.passes.arrange import operand_nodes
-from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, alike, checked, value
 from attnopt.patterns.layout import Atom
+from attnopt.reasons import located, module_path, source_line
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
@@ -63,7 +63,7 @@ def term_of(term: RawTerm, match: Match) -> Term:
             rest = rest[len(run) :]
         return at
 
-    assert term.kind not in ("times", "zeroes")
+    assert term.kind != "times" and term.kind != "zeroes"
     return Term(term.kind, term.node, tuple(index(d) for d in term.scores), term.fill, term.factor)
 
 
@@ -93,7 +93,8 @@ def site_of(match: Match, meaning: Meaning, ordinal: int, q: Node, k: Node, v: N
     shapes = [value(t).shape for t in (q, k, v)]  # type: ignore[union-attr]
     heads, kv_heads, head_dim, head_dim_v = shapes[0][1], shapes[1][1], shapes[0][3], shapes[2][3]
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim, head_dim_v)):
-        return Miss("head counts or dimensions are symbolic")
+        sizes = (heads, kv_heads, head_dim, head_dim_v)
+        return Miss(f"head counts and dimensions are {sizes}, expected numbers", code="symbolic-heads")
     sink = sink_of(match)
     dtype = str(value(q).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return Site(
@@ -112,8 +113,14 @@ def where_one(interpreter: Interpreter, term: Term) -> Conjunction | None:
     """Where a mask of zeros and ones is one."""
     found = interpreter.operand(term.node, term.index)
     if isinstance(found, Select):
-        values = literal_value(found.on), literal_value(found.off)
-        return {(1.0, 0.0): found.predicate, (0.0, 1.0): found.predicate.inverted(), (1.0, 1.0): TRUE}.get(values)
+        match literal_value(found.on), literal_value(found.off):
+            case (1.0, 1.0):
+                return TRUE
+            case (1.0, 0.0):
+                return found.predicate
+            case (0.0, 1.0):
+                return found.predicate.inverted()
+        return None
     return found if isinstance(found, Conjunction) else None
 
 
@@ -137,8 +144,11 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
     terms = [term_of(t, match) for t in match.terms if not checked(t)]
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
-    if not all(agrees(interpreter, t, match, meaning.keep) for t in match.terms if checked(t)):
-        return Miss("scores or weights are multiplied by a mask that may be zero where a key is kept")
+    for term in match.terms:
+        if checked(term) and not agrees(interpreter, term, match, meaning.keep):
+            seen = f"{term.node}, which may be zero where a key is kept"
+            where, code = ("scores", "score-times-tensor") if term.kind == "times" else ("weights", "weight-operation")
+            return located(Miss(f"the {where} are multiplied by {seen}", code=code), term.node)
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.
@@ -164,15 +174,17 @@ def run(program: Program) -> None:
         seen[path] += 1
         found: Region | Miss
         if switching and switches_gradients(match, order):
-            found = Miss("gradients are switched on or off inside the attention")
+            found = Miss(
+                "gradients are switched on or off inside the attention, expected outside", code="gradient-switch"
+            )
         else:
             try:
                 with program.gm.graph.inserting_before(match.out.node):
                     found = understand(program, interpreter, match, ordinal)
             except ValueError as error:
-                found = Miss(str(error))
+                found = Miss(f"its mask was not interpreted: {error}", code="mask-not-interpreted")
         if isinstance(found, Miss):
-            program.misses.append(Miss(found.reason, path, source_line(match.anchor)))
+            program.misses.append(located(replace(found, path=path), match.anchor))
         else:
             program.regions.append(found)
     program.relied_on |= interpreter.relied_on

@@ -481,9 +481,11 @@ def squared_weights(q, k, v, keep):
 
 
 REASONS = {
-    zeroed_by_another_mask: "multiplied by a mask", kept_where_it_was_dropped: "multiplied by a mask",
-    zeroed_more_than_causal: "multiplied by a mask", filled_with_one: "the weights pass aten.masked_fill",
-    scores_through_relu: "the scores pass aten.relu", squared_weights: "the weights pass aten.",
+    zeroed_by_another_mask: "may be zero where a key is kept",
+    kept_where_it_was_dropped: "may be zero where a key is kept",
+    zeroed_more_than_causal: "may be zero where a key is kept",
+    filled_with_one: "the weights pass aten.masked_fill", scores_through_relu: "the scores pass aten.relu",
+    squared_weights: "the weights pass aten.",
 }  # fmt: skip
 
 
