@@ -5,6 +5,7 @@ bmm(q.view(B*H, S, D), ...)  ->  region.q = q.view(B, H, S, D), and the output v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,24 +31,29 @@ def rearrange(call: Call, tensor: Any, have: Dims, want: Dims, sizes: dict[Atom,
     if sorted(a.name for a in atoms) != sorted(a.name for a in wanted):
         raise ValueError(f"{have} and {want} do not hold the same axes")
     if any(len(d) != 1 for d in have):
-        tensor = call(aten.reshape.default, tensor, [sizes[a] for a in atoms])
+        tensor = call(aten.reshape.default, tensor, shape([sizes[a] for a in atoms]))
     if atoms != wanted:
         tensor = call(aten.permute.default, tensor, [atoms.index(a) for a in wanted])
     if any(len(d) != 1 for d in want):
-        tensor = call(aten.reshape.default, tensor, [product([sizes[a] for a in d]) for d in want])
+        tensor = call(aten.reshape.default, tensor, shape([product([sizes[a] for a in d]) for d in want]))
     return tensor
 
 
 def product(sizes: list[Any]) -> Any:
-    """The product of sizes of which at most one is not a number."""
-    number, rest = 1, [s for s in sizes if not isinstance(s, int)]
+    """The product of sizes; -1 stands for the one that is not known by itself."""
+    number, rest = 1, [s for s in sizes if not isinstance(s, int) or s == -1]
     for size in sizes:
         number *= size if isinstance(size, int) else 1
     if not rest:
         return number
-    if len(sizes) > 1:
-        raise ValueError("a dimension is a product of sizes known only at run time")
-    return rest[0]
+    return rest[0] if len(sizes) == 1 else -1
+
+
+def shape(sizes: list[Any]) -> list[Any]:
+    """`sizes` for a reshape, which can work out one of them."""
+    if sum(isinstance(s, int) and s == -1 for s in sizes) > 1:
+        raise ValueError("two sizes known only at run time are no dimensions of q, k or v")
+    return sizes
 
 
 def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
@@ -62,7 +68,7 @@ def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
 
 
 class Sizes(dict[Atom, Any]):
-    """Sizes by atom; one known at run time only is read off the first operand that has it as a dimension."""
+    """Sizes by atom; one known at run time only is read off an operand that has it as a dimension, else it is -1."""
 
     def __init__(self, builder: Builder, operands: tuple[Operand, ...]) -> None:
         super().__init__()
@@ -76,7 +82,7 @@ class Sizes(dict[Atom, Any]):
                 if atoms == (atom,) and not isinstance(atom.size, int):
                     self[atom] = self.builder.size(operand.node, d)
                     return self[atom]
-        raise ValueError("a size known only at run time is no dimension of q, k or v")
+        return -1
 
 
 def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
@@ -128,6 +134,11 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
             node = call(aten.ne.Scalar, node, 0)
         node = call(aten.logical_not.default, node) if term.kind == "drop" else node
         keep = node if keep is None else call(aten.logical_and.default, keep, node)
+    finite = [t.fill for t in match.terms if t.kind != "add" and t.fill is not None and math.isfinite(t.fill)]
+    if bias is None and keep is not None and finite:
+        # A row without any key was an average over all of them, and stays one.
+        zero = call(aten.new_zeros.default, match.q.node, [], dtype=dtype)
+        return call(aten.where.ScalarOther, keep, zero, torch.finfo(dtype).min)
     if bias is None:
         return keep
     if bias.meta["val"].dtype != dtype:

@@ -38,7 +38,7 @@ def inside(match: Match) -> set[Node]:
 
 def hull(dataflow: nx.DiGraph, region: set[Node]) -> set[Node]:
     """The smallest convex region around one: with every node on a path that leaves it and comes back."""
-    left = {u for n in region for u in n.users if u not in region}
+    left = {u for n in region for u in dataflow.successors(n) if u not in region}
     below = left.union(*(nx.descendants(dataflow, n) for n in left)) if left else set()
     above = region.union(*(nx.ancestors(dataflow, n) for n in region))
     return region | (below & above)
