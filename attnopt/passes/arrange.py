@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.program import Builder
-from attnopt.patterns import Match, Operand, RawTerm, shape_of
+from attnopt.patterns import Match, RawTerm, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
 
 aten = torch.ops.aten
@@ -68,20 +68,23 @@ def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
 
 
 class Sizes(dict[Atom, Any]):
-    """Sizes by atom; one known at run time only is read off an operand that has it as a dimension, else it is -1."""
+    """Sizes by atom; one known at run time only is read off a tensor that has it as a dimension, else it is -1."""
 
-    def __init__(self, builder: Builder, operands: tuple[Operand, ...]) -> None:
+    def __init__(self, builder: Builder, match: Match) -> None:
         super().__init__()
-        self.builder, self.operands = builder, operands
+        self.builder, self.match = builder, match
 
     def __missing__(self, atom: Atom) -> Any:
         if isinstance(atom.size, int):
             return atom.size
-        for operand in self.operands:
+        for operand in (self.match.q, self.match.k, self.match.v):
             for d, atoms in enumerate(operand.dims):
                 if atoms == (atom,) and not isinstance(atom.size, int):
                     self[atom] = self.builder.size(operand.node, d)
                     return self[atom]
+        if atom in self.match.places:
+            self[atom] = self.builder.size(*self.match.places[atom])
+            return self[atom]
         return -1
 
 
@@ -90,13 +93,13 @@ def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
     made = []
     for operand, want in zip((match.q, match.k, match.v), canonical(match), strict=False):
         like = Builder(builder.gm, operand.node)
-        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, (match.q, match.k, match.v))))
+        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, match)))
     return made[0], made[1], made[2]
 
 
 def restored(builder: Builder, match: Match, new: Node) -> Node:
     """A canonical output in the layout that the graph had."""
-    sizes = Sizes(builder, (match.q, match.k, match.v))
+    sizes = Sizes(builder, match)
     return rearrange(builder.call, new, canonical(match)[3], match.out.dims, sizes)
 
 
@@ -124,7 +127,7 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
         if term.kind == "times":
             continue
         have, want = term_dims(match, term)
-        sizes = Sizes(builder, (match.q, match.k, match.v))
+        sizes = Sizes(builder, match)
         node = rearrange(call, term.node, have, want, sizes)
         if term.kind == "add":
             node = node if term.factor == 1.0 else call(aten.mul.Tensor, node, term.factor)

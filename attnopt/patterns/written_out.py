@@ -162,5 +162,5 @@ def finish(
     scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
     return Match(
         "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, walk.resolved_terms(), walk.sink, inner,
-        tuple(forward.read),
+        tuple(forward.read), space.places,
     )  # fmt: skip
