@@ -8,6 +8,8 @@ Convex: no path leaves the region and comes back to it. A rewrite of such a regi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
@@ -80,6 +82,7 @@ def run(program: Program) -> None:
                     )
                 )
                 continue
+            match = replace(match, inner=tuple(around - {match.anchor, match.out.node}))
         program.matches.append(match)
     for match in dropped:
         seen = "it shares a product with a larger attention, expected products of its own"
