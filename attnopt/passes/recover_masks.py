@@ -20,7 +20,7 @@ from attnopt.masks.interpret import Interpreter
 from attnopt.masks.predicates import TRUE, Conjunction, TooManyClauses, fold_ranges
 from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
-from attnopt.masks.values import Select, literal_value
+from attnopt.masks.values import Select, literal_value, monomial_variables
 from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, alike, checked, value
@@ -124,6 +124,12 @@ def where_one(interpreter: Interpreter, term: Term) -> Conjunction | None:
     return found if isinstance(found, Conjunction) else None
 
 
+def moved_rows(meaning: Meaning) -> bool:
+    """Whether something is added to all keys of a row alike: the record leaves that out, but a sink does not get it."""
+    slopes = meaning.bias is not None and meaning.bias.kind == "alibi"
+    return slopes or any("j" not in monomial_variables(m) for m, _ in meaning.added.terms)
+
+
 def agrees(interpreter: Interpreter, term: RawTerm, match: Match, keep: Conjunction) -> bool:
     """Whether a term that is no mask leaves every key alone that the mask keeps."""
     masks = {"zeroes": "drop", "times": "keep"}
@@ -144,6 +150,8 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
     terms = [term_of(t, match) for t in match.terms if not checked(t)]
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
+    if match.sink is not None and moved_rows(meaning):
+        return Miss("what is added to the scores moves them against the sink", code="sink-shape")
     for term in match.terms:
         if checked(term) and not agrees(interpreter, term, match, meaning.keep):
             seen = f"{term.node}, which may be zero where a key is kept"
