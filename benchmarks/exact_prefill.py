@@ -1,7 +1,7 @@
 """Prefill of stock transformers classes: backend="attnopt" against backend="inductor", no plan, end to end.
 
-    python benchmarks/exact_prefill.py --out exact.jsonl             # 27 classes, two spellings, padded or not, two dtypes
-    python benchmarks/exact_prefill.py --quick                       # three classes at 512 tokens, to check the script
+    python benchmarks/exact_prefill.py --out exact.jsonl     # 27 classes, eager and sdpa, padded or not, fp32 and bf16
+    python benchmarks/exact_prefill.py --quick               # three classes at 512 tokens, to check the script
     python benchmarks/exact_prefill.py --only Llama Bert --dtype bf16
 
 A cell is a class, its attention in transformers ("eager" or "sdpa"), padding and dtype; it runs in a process of its

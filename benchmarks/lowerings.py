@@ -164,8 +164,8 @@ def forms(case: Case) -> dict[str, dict[str, Form]]:
         chunk = case.keys // 4
         block = causal & (torch.arange(case.keys)[:, None] // chunk == torch.arange(case.keys) // chunk)
         found[f"chunk {chunk}"] = {
-            "written": written(additive(block, dtype)), "sdpa bool": single(block), "sdpa float": single(additive(block, dtype)),
-            "chunked": chunked(chunk),
+            "written": written(additive(block, dtype)), "sdpa bool": single(block),
+            "sdpa float": single(additive(block, dtype)), "chunked": chunked(chunk),
         }  # fmt: skip
         for window in sorted({case.keys // n for n in (16, 8, 4, 2) if case.keys // n >= 16}):
             band = causal & torch.ones(sizes, dtype=torch.bool).triu(1 - window)

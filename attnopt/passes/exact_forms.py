@@ -42,9 +42,19 @@ def sdpa(
 ) -> Node:
     grouped = region.site.heads != region.site.kv_heads if grouped is None else grouped
     scale = region.site.scale if scale is None else scale
-    return builder.call(
+    dims = [x.meta["val"].shape[3] for x in (q, k, v)]
+    if q.meta["val"].device.type == "cpu" and dims[0] != dims[2]:
+        # The fused CPU kernel asks for equal head sizes; features of zeros change no score.
+        q, k, v = (widened(builder, x, max(dims)) for x in (q, k, v))
+    out = builder.call(
         aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped
     )
+    return out if v.meta["val"].shape[3] == dims[2] else builder.call(aten.slice.Tensor, out, 3, 0, dims[2])
+
+
+def widened(builder: Builder, tensor: Node, width: int) -> Node:
+    missing = width - tensor.meta["val"].shape[3]
+    return builder.call(aten.constant_pad_nd.default, tensor, [0, missing]) if missing else tensor
 
 
 def lower_plain(program: Program, causal: bool) -> Build:

@@ -6,6 +6,7 @@
     causal and pad[b, j]                            ->  sdpa on q, k, v with one more feature that hides padded keys
     causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
+    sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
 
 Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0. Of what
@@ -53,6 +54,11 @@ def already_exact(region: Region) -> bool:
     )
 
 
+def unfused(program: Program, region: Region) -> bool:
+    """Whether an SDPA call of the graph runs written out: the CPU's fused kernel asks for equal head sizes."""
+    return program.device == "cpu" and region.site.head_dim != region.site.head_dim_v
+
+
 def one_query(region: Region) -> bool:
     size = region.q.meta["val"].shape[2]
     return isinstance(size, int) and size == 1
@@ -81,7 +87,7 @@ def in_chunks(region: Region) -> bool:
 
 def general(program: Program, region: Region) -> Iterator[Form]:
     """No closed form helps: one call with the mask as the graph had it, unless that is what the graph has."""
-    if region.site.pattern != "sdpa" or repeats_keys(region):
+    if region.site.pattern != "sdpa" or repeats_keys(region) or unfused(program, region):
         yield lower_operand_mask(program), pays.AS_IT_WAS
     elif region.match.terms and not one_row(region) and "i" not in varies_over(region):
         yield lower_operand_mask(program), "SDPA with a mask of one row"
@@ -92,13 +98,15 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     site, mask = region.site, region.site.mask
     square = same(region.q.meta["val"].shape[2], region.k.meta["val"].shape[2])
     if packable(program, region):
-        yield lower_packed(program), "SDPA, query heads packed into rows"
+        yield lower_packed(program), pays.PACKED
+        if already_exact(region) and not unfused(program, region):
+            return
     if in_chunks(region):
         yield lower_chunked(program), f"SDPA, chunks of {mask.chunk} as a batch"
     if site.plain and mask.kind == "none":
         if not mask.padded:
             yield lower_plain(program, False), "SDPA without a mask"
-        elif site.pattern != "sdpa" or repeats_keys(region) or not one_row(region):
+        elif site.pattern != "sdpa" or repeats_keys(region) or unfused(program, region) or not one_row(region):
             yield lower_key_padding(program), pays.PADDING
         return
     if site.plain and mask.kind == "causal" and mask.offset == 0:
@@ -112,46 +120,49 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     yield from general(program, region)
 
 
-def impossible(program: Program, region: Region) -> str:
-    """Why no form here is right for the site; empty where one may be."""
+def impossible(program: Program, region: Region) -> Refusal | None:
+    """Why no form here is right for the site; None where one may be."""
     site, mask = region.site, region.site.mask
-    if already_exact(region) and not packable(program, region):
-        return "already a single attention call without a mask"
+    if already_exact(region) and not packable(program, region) and not unfused(program, region):
+        return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
-        return "its weights are read elsewhere too, so that nothing would be saved"
+        said = ", ".join(n.name for n in region.match.read)
+        reason = f"its weights ({said}) are read elsewhere too, so that nothing would be saved"
+        return Refusal(reason, code="weights-read-elsewhere")
     if site.scale <= 0 and not (site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
-        return f"the scale {site.scale:g} is not positive"
+        return Refusal(f"the scale is {site.scale:g}, expected a positive one", code="scale-not-positive")
     if site.softcap:
-        return f"no fused kernel here caps scores at {site.softcap:g}"
+        return Refusal(f"no fused kernel here caps scores at {site.softcap:g}", code="softcap-no-kernel")
     if site.sink:
-        return "no fused kernel here has a sink"
-    return ""
+        return Refusal(f"no fused kernel here has a sink ({site.sink})", code="sink-no-kernel")
+    return None
 
 
 def choose(program: Program, region: Region) -> Form | Refusal:
     """What to lower to and what to call it, or why the site stays as it is."""
-    if reason := impossible(program, region):
-        return Refusal(reason)
+    if (no := impossible(program, region)) is not None:
+        return no
     against = []
     for build, lowering in forms(program, region):
         reason = pays.against(lowering, program.device, region)
         if not reason:
             return build, lowering
-        against.append(f"{lowering} does not pay here: {reason}")
+        against.append(f"{lowering} does not pay here, {reason}")
     if against:
-        return Refusal("; ".join(against))
+        return Refusal("; ".join(against), code="does-not-pay")
     mask: Mask = region.site.mask
-    if mask.kind == "sliding" and program.needs_grad:
-        return Refusal("the sliding-window kernel has no gradient yet")
-    return Refusal(f"already a single attention call, and none is cheaper for keys {mask}")
+    if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
+        return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
+    reason = f"already a single attention call, and none is cheaper for keys {mask}"
+    return Refusal(reason, code="already-one-call")
 
 
 def run(program: Program) -> None:
     for region in program.pending:
         chosen = choose(program, region)
         if isinstance(chosen, Refusal):
-            program.refuse(region, chosen.reason)
+            program.refuse(region, chosen)
             continue
         build, lowering = chosen
         program.replace(region, build, lowering, note="K and V are not repeated" if repeats_keys(region) else "")

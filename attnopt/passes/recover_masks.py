@@ -22,10 +22,10 @@ from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
 from attnopt.masks.values import Select, Sum
 from attnopt.passes.arrange import operand_nodes
-from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, value
 from attnopt.patterns.layout import Atom
+from attnopt.reasons import located, module_path, source_line
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
@@ -86,14 +86,18 @@ def sink_of(match: Match) -> str | Miss:
         heads = heads * atom.size
     if held is not None and held.numel() == heads:
         return "logit[h]"
-    return Miss("the sink's score is not one number for each head")
+    seen = "nothing" if held is None else list(held.shape)
+    return located(
+        Miss(f"the sink's scores are {seen}, expected one for each of {heads} heads", code="sink-shape"), node
+    )
 
 
 def site_of(match: Match, meaning: Meaning, ordinal: int, q: Node, k: Node, v: Node) -> Site | Miss:
     shapes = [value(t).shape for t in (q, k, v)]  # type: ignore[union-attr]
     heads, kv_heads, head_dim, head_dim_v = shapes[0][1], shapes[1][1], shapes[0][3], shapes[2][3]
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim, head_dim_v)):
-        return Miss("head counts or dimensions are symbolic")
+        sizes = (heads, kv_heads, head_dim, head_dim_v)
+        return Miss(f"head counts and dimensions are {sizes}, expected numbers", code="symbolic-heads")
     sink = sink_of(match)
     if isinstance(sink, Miss):
         return sink
@@ -127,7 +131,8 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
         if one is None or fold_ranges(meaning.keep & one, interpreter.ranges) != fold_ranges(
             meaning.keep, interpreter.ranges
         ):
-            return Miss("the scores are scaled by a tensor that may be zero where a key is kept")
+            seen = f"{term.node}, which may be zero where a key is kept"
+            return located(Miss(f"the scores are scaled by {seen}", code="score-times-tensor"), term.node)
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.
@@ -153,15 +158,17 @@ def run(program: Program) -> None:
         seen[path] += 1
         found: Region | Miss
         if switching and switches_gradients(match, order):
-            found = Miss("gradients are switched on or off inside the attention")
+            found = Miss(
+                "gradients are switched on or off inside the attention, expected outside", code="gradient-switch"
+            )
         else:
             try:
                 with program.gm.graph.inserting_before(match.out.node):
                     found = understand(program, interpreter, match, ordinal)
             except ValueError as error:
-                found = Miss(str(error))
+                found = Miss(f"its mask was not interpreted: {error}", code="mask-not-interpreted")
         if isinstance(found, Miss):
-            program.misses.append(Miss(found.reason, path, source_line(match.anchor)))
+            program.misses.append(located(replace(found, path=path), match.anchor))
         else:
             program.regions.append(found)
     program.relied_on |= interpreter.relied_on

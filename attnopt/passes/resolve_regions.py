@@ -13,9 +13,9 @@ import torch
 from torch.fx import Graph, Node
 
 from attnopt.ir import Miss
-from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Program
 from attnopt.patterns import Match
+from attnopt.reasons import located
 
 aten = torch.ops.aten
 # These read the sizes of their operand only.
@@ -72,12 +72,15 @@ def run(program: Program) -> None:
             around = hull(dataflow, region)
             operands = {match.q.node, match.k.node, match.v.node, *(t.node for t in match.terms)}
             if operands & around:
-                program.misses.append(miss(match, "a part of it is computed from its own scores"))
+                seen = ", ".join(sorted(n.name for n in operands & around))
+                program.misses.append(
+                    located(
+                        Miss(f"{seen} is computed from its own scores, expected from outside", code="not-convex"),
+                        match.anchor,
+                    )
+                )
                 continue
         program.matches.append(match)
     for match in dropped:
-        program.misses.append(miss(match, "it shares a product with another attention"))
-
-
-def miss(match: Match, reason: str) -> Miss:
-    return Miss(reason, module_path(match.anchor), source_line(match.anchor))
+        seen = "it shares a product with a larger attention, expected products of its own"
+        program.misses.append(located(Miss(seen, code="shared-product"), match.anchor))

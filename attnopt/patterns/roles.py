@@ -8,7 +8,7 @@ called a head and which a batch is a name, not a fact: any choice computes the s
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,10 @@ def flat(dims: Dims) -> list[Atom]:
     return [a for d in dims for a in d]
 
 
+def axes_text(atoms: Iterable[Atom]) -> str:
+    return "an axis of size " + " and ".join(sorted(str(a.size) for a in atoms))
+
+
 def assign(
     space: Space, scores: Dims, q: Operand, k: Operand, v: Operand, out: Operand, keys: tuple[Atom, ...],
     varying: Set[Atom] = frozenset(),
@@ -38,7 +42,7 @@ def assign(
     """
     for operand in (q, k, v):
         if any(isinstance(s, int) and s == 0 for s in shape_of(operand.node)):
-            return Miss("an operand has no elements")
+            return Miss("q, k or v has a dimension of size 0, expected elements", code="empty-operand")
     k, v = unrepeat_pair(space, scores, keys, k, v)
     split_heads(space, q)
     for side in (k, v):
@@ -47,19 +51,25 @@ def assign(
     q, k, v, out = (replace(o, dims=space.resolve(o.dims)) for o in (q, k, v, out))
     in_q, in_k, in_v = (set(flat(o.dims)) for o in (q, k, v))
     if not set(keys) <= in_k or set(keys) & in_q:
-        return Miss("the keys' axis is not one of K alone: the scores are no product of queries and keys")
+        seen = "q has it too" if set(keys) <= in_k else "K lacks it"
+        return Miss(f"the soft-max axis should be one of K alone: {seen}", code="keys-axis")
     if not set(keys) <= in_v:
-        return Miss("V has no axis of keys")
+        return Miss("V lacks the axis of the soft-max, expected one value for each key", code="values-axis")
     features = tuple(a for a in flat(q.dims) if a in in_k and a not in flat(scores))
     values = tuple(a for a in flat(v.dims) if a in flat(out.dims) and a not in flat(scores))
     shared = [a for a in flat(scores) if a in in_k and a not in keys]
     only_q = [a for a in flat(scores) if a in in_q and a not in in_k]
     if in_k - {*keys, *features, *shared} or in_q - {*features, *shared, *only_q} or in_v - {*keys, *values, *shared}:
-        return Miss("q, k and v do not share their axes as an attention does")
+        lone = {"q": in_q - {*features, *shared, *only_q}, "K": in_k - {*keys, *features, *shared}}
+        lone["V"] = in_v - {*keys, *values, *shared}
+        seen = ", ".join(f"{name} has {axes_text(atoms)}" for name, atoms in lone.items() if atoms)
+        return Miss(f"{seen}, which no other operand shares as an attention does", code="axes-not-shared")
     if any(a not in in_q for a in shared):
-        return Miss("K has an axis that q lacks: one query is compared under several heads")
+        seen = axes_text([a for a in shared if a not in in_q])
+        return Miss(f"K has {seen} that q lacks: one query is compared under several heads", code="key-axis-alone")
     if any(a not in in_v for a in shared):
-        return Miss("V lacks an axis that K has")
+        seen = axes_text([a for a in shared if a not in in_v])
+        return Miss(f"V lacks {seen} that K has, expected the same batch and heads", code="value-axis-missing")
     queries = query_axis(scores, only_q, keys, {b for a in varying for b in space.atoms((a,))})
     group = tuple(a for a in only_q if a not in queries)
     batch, heads = heads_axis(scores, shared, q, features, group, queries)

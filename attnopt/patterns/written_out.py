@@ -16,6 +16,7 @@ from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
 from attnopt.patterns.roles import assign, term_atoms, tidy, unscaled
 from attnopt.patterns.scores import Walk, product_behind
+from attnopt.reasons import located
 from attnopt.registry import PATTERNS
 
 aten = torch.ops.aten
@@ -37,7 +38,9 @@ class Forward:
             if not onward:
                 return None
             if len(onward) > 1:
-                return Miss(f"the weights are used by {len(onward)} products")
+                return Miss(
+                    f"the weights go into {len(onward)} products, expected one", code="weights-in-several-products"
+                )
             (user,) = onward
             if len(node.users) > 1:
                 self.read.append(node)
@@ -48,11 +51,11 @@ class Forward:
                 product = product_of(user)
             if product is not None:
                 if product.lhs is product.rhs:
-                    return Miss("the weights are multiplied with themselves")
+                    return Miss("the weights are multiplied with themselves, expected with V", code="weights-squared")
                 return product, node, self.space.resolve(dims)
             step = self.step(user, dims)
             if isinstance(step, Miss) or step is None:
-                return step
+                return located(step, user) if step is not None else None
             self.inner.append(user)
             node, dims = user, step
 
@@ -75,14 +78,16 @@ class Forward:
         if inactive_dropout(user):
             return dims
         if user.target == aten.dropout.default:
-            return Miss("dropout is active")
+            return Miss(f"dropout of the weights is active, p = {user.args[1]}; expected none", code="dropout-active")
         if user.target == aten.slice.Tensor:
             return self.sliced(user, dims)
         if user.target in CASTS:
             held = value(user)
             if held is None or not held.dtype.is_floating_point:
-                return Miss("the weights are cast to integers")
-        return self.space.forward(user, dims) or Miss(f"the weights pass {user.target} in a way that was not proved")
+                seen = "nothing" if held is None else held.dtype
+                return Miss(f"the weights are cast to {seen}, expected a float type", code="weights-cast")
+        seen = f"the weights pass {user.target} to {list(shape_of(user))}"
+        return self.space.forward(user, dims) or Miss(f"{seen}, whose axes were not proved", code="weights-view")
 
     def sliced(self, user: Node, dims: Dims) -> Dims | Miss:
         """Dropping the column of the sink again."""
@@ -91,9 +96,11 @@ class Forward:
         start = user.args[2] if len(user.args) > 2 else 0
         kept = shape_of(user)[dim]
         if not self.extra or dims[dim] != self.extra or (start or 0) != int(self.first) or len(user.args) > 4:
-            return Miss("the weights are sliced")
+            expected = "no slice" if not self.extra else f"the sink's column off, from {int(self.first)}"
+            return Miss(f"the weights are sliced on dim {dim} from {start}, expected {expected}", code="weights-sliced")
         if not (same(kept, self.keys[0].size) if self.keys else same(kept, 1)):
-            return Miss("the weights are sliced to something other than the keys")
+            seen = f"the weights are sliced to {kept} columns"
+            return Miss(f"{seen}, expected the {self.keys[0].size if self.keys else 1} keys", code="weights-sliced")
         return (*dims[:dim], self.keys, *dims[dim + 1 :])
 
 
@@ -125,8 +132,18 @@ class WrittenOut:
         if isinstance(product, Miss):
             return product
         if not dims[axis]:
-            return Miss("there is one key only")
+            return Miss(f"the soft-max is over dim {axis} of size 1, expected two keys or more", code="one-key")
         return finish(node, space, walk, product, forward, reached)
+
+
+def axes_text(space: Space, keys: tuple[Atom, ...], gone: tuple[Atom, ...], weights: Dims) -> str:
+    """Over which dimension of the weights the soft-max runs, and over which the product sums."""
+
+    def at(atoms: tuple[Atom, ...]) -> str:
+        wanted = set(space.atoms(atoms))
+        return ", ".join(str(n) for n, d in enumerate(space.resolve(weights)) if wanted & set(d)) or "none"
+
+    return f"the soft-max is over dim {at(keys)} and the product sums over dim {at(gone)}, expected one axis for both"
 
 
 def finish(
@@ -137,7 +154,7 @@ def finish(
     keys = space.atoms(walk.keys)
     v_dims, out_dims, gone = result_of(space, second, weights, weights_dims)
     if set(space.atoms(gone)) != set(keys):
-        return Miss("the weights are not summed over the axis of the soft-max")
+        return Miss(axes_text(space, keys, gone, weights_dims), code="softmax-axis")
     lhs_dims, rhs_dims = operands_of(space, product, space.resolve(walk.dims))
     lhs, rhs = Operand(product.lhs, lhs_dims), Operand(product.rhs, rhs_dims)
     held = {a for d in space.resolve(lhs_dims) for a in d}
@@ -145,7 +162,8 @@ def finish(
     v, out = Operand(second.other(weights), v_dims), Operand(second.node, out_dims)
     if len(k.dims) < 3 or len(v.dims) < 3:
         # A router or a codebook has this form: softmax(x @ weight) @ other_weight.
-        return Miss("keys or values are a matrix without batch and heads")
+        seen = f"K has {len(k.dims)} dimensions and V {len(v.dims)}"
+        return Miss(f"{seen}, expected 3 or more: a matrix holds no keys of a batch", code="keys-are-a-matrix")
     (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
     varying = {a for t in walk.resolved_terms() for a in term_atoms(t)}
     found = assign(space, space.resolve(walk.dims), q, k, v, out, keys, varying)
@@ -154,7 +172,8 @@ def finish(
     roles, q, k, v, out = found
     dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
     if len(dtypes) != 1:
-        return Miss("q, k, v and the output have different dtypes: " + ", ".join(sorted(map(str, dtypes))))
+        seen = ", ".join(sorted(map(str, dtypes)))
+        return Miss(f"q, k, v and the output have the dtypes {seen}, expected one", code="mixed-dtypes")
     q = tidy(space, q, (roles.batch, roles.heads, roles.queries, roles.features))
     k = tidy(space, k, (roles.batch, roles.kv_heads, roles.keys, roles.features))
     v = tidy(space, v, (roles.batch, roles.kv_heads, roles.keys, roles.values))
