@@ -126,6 +126,8 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
     terms = [term_of(t, match) for t in match.terms if t.kind != "times"]
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
+    if match.sink is not None and meaning.added.terms:
+        return Miss("what is added to the scores moves them against the sink")
     for term in (t for t in match.terms if t.kind == "times"):
         one = where_one(interpreter, term_of(replace(term, kind="keep"), match))
         if one is None or fold_ranges(meaning.keep & one, interpreter.ranges) != fold_ranges(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -72,6 +72,7 @@ class Match:
     sink: the node that holds one more score per row, with the dims of the scores without it.
     inner: the nodes between the operands and the output, which a rewrite makes useless.
     read: results of the path that something else reads as well, such as returned weights.
+    places: (node, dimension) where an axis of a size known only at run time stands alone.
     """
 
     pattern: str
@@ -88,6 +89,7 @@ class Match:
     sink: Operand | None = None
     inner: tuple[Node, ...] = ()
     read: tuple[Node, ...] = ()
+    places: dict[Atom, tuple[Node, int]] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Pattern(Protocol):

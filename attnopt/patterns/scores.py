@@ -69,6 +69,8 @@ class Walk:
 
     def __init__(self, space: Space, dims: Dims, axis: int) -> None:
         self.space, self.dims = space, dims
+        # The dims of the soft-max, without a sink's column.
+        self.rows = dims
         self.axis = axis
         self.keys = dims[axis]
         self.scale = 1.0
@@ -290,6 +292,7 @@ class Walk:
             )
         self.keys = self.space.new(shape_of(scores)[dim])
         self.dims = (*self.dims[:dim], self.keys, *self.dims[dim + 1 :])
+        self.rows = (*self.rows[: self.axis], self.keys, *self.rows[self.axis + 1 :])
         self.sink = Operand(sink, (*self.dims[:dim], (), *self.dims[dim + 1 :]))
         return scores
 

@@ -166,7 +166,7 @@ def finish(
         return Miss(f"{seen}, expected 3 or more: a matrix holds no keys of a batch", code="keys-are-a-matrix")
     (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
     varying = {a for t in walk.resolved_terms() for a in term_atoms(t)}
-    found = assign(space, space.resolve(walk.dims), q, k, v, out, keys, varying)
+    found = assign(space, space.resolve(walk.rows), q, k, v, out, keys, varying)
     if isinstance(found, Miss):
         return found
     roles, q, k, v, out = found
@@ -181,5 +181,5 @@ def finish(
     scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
     return Match(
         "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, walk.resolved_terms(), walk.sink, inner,
-        tuple(forward.read),
+        tuple(forward.read), space.places,
     )  # fmt: skip
