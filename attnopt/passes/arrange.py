@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.program import Builder
-from attnopt.patterns import Match, RawTerm, shape_of
+from attnopt.patterns import Match, RawTerm, checked, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
     keep: Node | None = None
     bias: Node | None = None
     for term in match.terms:
-        if term.kind == "times":
+        if checked(term):
             continue
         have, want = term_dims(match, term)
         sizes = Sizes(builder, match)
