@@ -139,8 +139,7 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     if already_exact(region):
         return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
-        said = ", ".join(n.name for n in region.match.read)
-        reason = f"its weights ({said}) are read elsewhere too, so that nothing would be saved"
+        reason = "its weights are read elsewhere too, so that nothing would be saved"
         return Refusal(reason, code="weights-read-elsewhere")
     if region.site.scale <= 0 and not (region.site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.

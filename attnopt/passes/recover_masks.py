@@ -25,7 +25,7 @@ from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, value
 from attnopt.patterns.layout import Atom
-from attnopt.reasons import located, module_path, source_line
+from attnopt.reasons import described, located, module_path, source_line
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
@@ -131,7 +131,7 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
         if one is None or fold_ranges(meaning.keep & one, interpreter.ranges) != fold_ranges(
             meaning.keep, interpreter.ranges
         ):
-            seen = f"{term.node}, which may be zero where a key is kept"
+            seen = f"{described(term.node)}, which may be zero where a key is kept"
             return located(Miss(f"the scores are scaled by {seen}", code="score-times-tensor"), term.node)
     graph = program.gm.graph
     existing = set(graph.nodes)
