@@ -126,7 +126,7 @@ class Site:
 
     path: module path in the model, the closure prefix stripped; ordinal: n-th attention of that module in its graph.
     heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
-    sink: "" or what one more column of the soft-max holds, "logit[h]" or "0" (off-by-one).
+    sink: "" or what one more column of the soft-max holds: "logit[h]", "logit[b, h, i]" or "0" (off-by-one).
     kv: where K and V come from: "fresh", "cat" (past and new), "write" (a buffer at a position), "ring", "shared"
     (with another site) or "cross" (another sequence).
     """

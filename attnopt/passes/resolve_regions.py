@@ -8,6 +8,8 @@ Convex: no path leaves the region and comes back to it. A rewrite of such a regi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
@@ -38,7 +40,7 @@ def inside(match: Match) -> set[Node]:
 
 def hull(dataflow: nx.DiGraph, region: set[Node]) -> set[Node]:
     """The smallest convex region around one: with every node on a path that leaves it and comes back."""
-    left = {u for n in region for u in n.users if u not in region}
+    left = {u for n in region for u in dataflow.successors(n) if u not in region}
     below = left.union(*(nx.descendants(dataflow, n) for n in left)) if left else set()
     above = region.union(*(nx.ancestors(dataflow, n) for n in region))
     return region | (below & above)
@@ -80,6 +82,7 @@ def run(program: Program) -> None:
                     )
                 )
                 continue
+            match = replace(match, inner=tuple(around - {match.anchor, match.out.node}))
         program.matches.append(match)
     for match in dropped:
         seen = "it shares a product with a larger attention, expected products of its own"

@@ -72,7 +72,7 @@ def assign(
         return Miss(f"V lacks {seen} that K has, expected the same batch and heads", code="value-axis-missing")
     queries = query_axis(scores, only_q, keys, {b for a in varying for b in space.atoms((a,))})
     group = tuple(a for a in only_q if a not in queries)
-    batch, heads = heads_axis(scores, shared, q, features, group, queries)
+    batch, heads = heads_axis(space, scores, shared, q, features, group, queries)
     return Roles(batch, heads + group, len(group), queries, keys, features, values), q, k, v, out
 
 
@@ -96,7 +96,7 @@ def query_axis(
 
 
 def heads_axis(
-    scores: Dims, shared: list[Atom], q: Operand, features: tuple[Atom, ...], group: tuple[Atom, ...],
+    space: Space, scores: Dims, shared: list[Atom], q: Operand, features: tuple[Atom, ...], group: tuple[Atom, ...],
     queries: tuple[Atom, ...],
 ) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:  # fmt: skip
     """Split the axes that q and k share into batch and heads."""
@@ -112,12 +112,29 @@ def heads_axis(
         grouped = next(n for n, d in enumerate(scores) if any(a in group for a in d))
         alone = shared[0] in scores[0] and grouped == first + 1 and len(scores) == 4
         return (tuple(shared), ()) if alone else ((), tuple(shared))
+    if not shared:
+        return (), ()
     if len(scores) < 4:
-        return tuple(shared[:1]), tuple(shared[1:])
+        alone = len(shared) == 1 and beside_batch_of_one(space, q, shared[0])
+        return ((), tuple(shared)) if alone else (tuple(shared[:1]), tuple(shared[1:]))
     beside = [a for a in shared if any(a in d and any(f in d for f in features) for d in q.dims)]
     last = next(d for d in reversed(scores) if d and d[0] in shared)
     heads = tuple(beside or (a for a in shared if a in last))
     return tuple(a for a in shared if a not in heads), heads
+
+
+def beside_batch_of_one(space: Space, operand: Operand, atom: Atom) -> bool:
+    """Whether a tensor behind a view has four dimensions, the first of size one and `atom` alone in another."""
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        dims = space.resolve(dims)
+        if len(dims) >= 4 and not dims[0] and (atom,) in dims:
+            return True
+        step = space.back(node, dims, casts=True)
+        if step is None:
+            return False
+        node, dims = step
+    return False
 
 
 def unrepeat_pair(

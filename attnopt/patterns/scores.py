@@ -19,7 +19,7 @@ from torch.fx import Node
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
 from attnopt.patterns import Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
-from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space
+from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, same
 from attnopt.patterns.product import Product, product_of
 from attnopt.reasons import described, located
 
@@ -51,6 +51,46 @@ def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None)
     return any(product_behind(a, limit - 1, seen) for a in operands)
 
 
+def obstacle(node: Any) -> Node | None:
+    """The first node on the way back that no rule follows, where elementwise operations lead to a product of two
+    activations; None where they do not, or where every one has its rule."""
+    for _ in range(REACH):
+        if not isinstance(node, Node) or node.op != "call_function" or activations(node):
+            return None
+        if node.target not in Walk.RULES and node.target not in BACK and node.target not in COPIES:
+            return node if elementwise(node) and any(leads_back(a) for a in node.all_input_nodes) else None
+        operands = node.args[0] if node.target == aten.cat.default else node.args[:3]
+        node = next((a for a in operands if leads_back(a)), None)
+    return None
+
+
+def leads_back(node: Any, limit: int = REACH) -> bool:
+    """Whether a product of two activations feeds `node` through views and elementwise operations."""
+    if not isinstance(node, Node) or node.op != "call_function" or limit == 0:
+        return False
+    if activations(node):
+        return True
+    known = node.target in Walk.RULES or node.target in BACK or node.target in COPIES
+    return (known or elementwise(node)) and any(leads_back(a, limit - 1) for a in node.all_input_nodes)
+
+
+def activations(node: Node) -> bool:
+    """Whether the node is a product of two tensors with a batch: a projection or a router has a matrix for one."""
+    product = product_of(node)
+    return product is not None and min(len(shape_of(product.lhs)), len(shape_of(product.rhs))) >= 3
+
+
+def elementwise(node: Node) -> bool:
+    """Whether the node computes each entry from the same entry of an operand of its own shape."""
+    # Not every overload has the tag.
+    known = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in Walk.RULES
+    if not known or value(node) is None:
+        return False
+    shape = shape_of(node)
+    held = [shape_of(a) for a in node.all_input_nodes if value(a) is not None]
+    return any(len(s) == len(shape) and all(map(same, s, shape)) for s in held)
+
+
 def zero_or_one(node: Node) -> bool:
     """Whether every entry is proved to be 0 or 1: a boolean, one made a number, or a triangle of ones."""
     held = value(node)
@@ -68,6 +108,8 @@ class Walk:
 
     def __init__(self, space: Space, dims: Dims, axis: int) -> None:
         self.space, self.dims = space, dims
+        # The dims of the soft-max, without a sink's column.
+        self.rows = dims
         self.axis = axis
         self.keys = dims[axis]
         self.scale = 1.0
@@ -142,9 +184,9 @@ class Walk:
         return a
 
     def selected(self, a: Node, b: Node) -> Node | Miss:
-        """s * m for a mask of zeros and ones, beside an added one that hides what is zero."""
+        """s * m beside an added mask that hides what is zero; that m is one elsewhere is proved with the mask."""
         scores, mask = (a, b) if product_behind(a) else (b, a)
-        if not self.terms or not zero_or_one(mask) or not self.full(scores) or self.softcap:
+        if not self.terms or product_behind(mask) or not self.full(scores) or self.softcap:
             return Miss(scaled_by(mask), code="score-times-tensor")
         self.add_term("times", mask)
         return scores
@@ -302,6 +344,7 @@ class Walk:
             )
         self.keys = self.space.new(shape_of(scores)[dim])
         self.dims = (*self.dims[:dim], self.keys, *self.dims[dim + 1 :])
+        self.rows = (*self.rows[: self.axis], self.keys, *self.rows[self.axis + 1 :])
         self.sink = Operand(sink, (*self.dims[:dim], (), *self.dims[dim + 1 :]))
         return scores
 
@@ -320,4 +363,4 @@ class Walk:
     }
 
 
-__all__ = ["HITS", "Walk", "product_behind", "zero_or_one"]
+__all__ = ["HITS", "Walk", "activations", "elementwise", "leads_back", "obstacle", "product_behind", "zero_or_one"]

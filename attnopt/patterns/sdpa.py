@@ -105,4 +105,6 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     if mask is not None:
         kind = "keep" if value(mask).dtype == torch.bool else "add"  # type: ignore[union-attr]
         terms = (RawTerm(kind, mask, space.resolve((*out.dims[:-1], keys))),)  # type: ignore[arg-type]
-    return Match("sdpa", node, out, q, k, v, roles, scale * q_factor * k_factor, 0.0, causal, terms)
+    return Match(
+        "sdpa", node, out, q, k, v, roles, scale * q_factor * k_factor, 0.0, causal, terms, places=space.places
+    )
