@@ -20,9 +20,9 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
-from attnopt.backend.inductor import SHIELDED, later, shielded, softmax_left, to_inductor
-from attnopt.capture import KEY, capture, needs_grad
-from attnopt.capture.constants import guarded
+from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
+from attnopt.capture import capture, needs_grad
+from attnopt.capture.constants import guarded, relied_at
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
@@ -135,15 +135,11 @@ def attnopt(
         log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         graph, report, relied = gm, GraphReport(fallback=reason), set()
-    patches = chosen.patches()
-    if softmax_left(graph) and patches.get("pattern_matcher", True):
-        patches = shielded(patches)
+    patches, kept_apart = protected(graph, chosen.patches())
+    if kept_apart:
         report = replace(report, notes=(*report.notes, SHIELDED))
     record(report)
+    # Looked up before inductor, which may rename placeholders; the export keeps their order.
+    constants = relied_at(graph, relied)
     run = to_inductor(graph, example_inputs, patches)
-    if not relied:
-        return run
-    # Looked up while the graph still has its placeholders' names; the export keeps their order.
-    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    constants = {names.index(name): graph.meta[KEY][name] for name in relied}
-    return guarded(run, lambda: later(gm, patches), constants)
+    return guarded(run, lambda: later(gm, protected(gm, chosen.patches())[0]), constants) if constants else run

@@ -50,9 +50,20 @@ def zero_or_one(node: Node) -> bool:
         return False
     if held.dtype == torch.bool or node.target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
         return True
-    views = node.target in BACK or node.target in CASTS or node.target in COPIES
-    simple = views or node.target in (aten.tril.default, aten.triu.default, aten.slice.Tensor)
-    return simple and isinstance(node.args[0], Node) and zero_or_one(node.args[0])
+    triangle = node.target in (aten.tril.default, aten.triu.default)
+    return (triangle or moves(node)) and isinstance(node.args[0], Node) and zero_or_one(node.args[0])
+
+
+def moves(node: Node) -> bool:
+    """A view, a part, a cast or a copy of its first operand."""
+    return node.target in (*BACK, *CASTS, *COPIES, aten.slice.Tensor)
+
+
+def handed_in(node: Node) -> bool:
+    """A part of an input of the graph: if that is a constant buffer, its values decide when masks are recovered."""
+    while moves(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 class Walk:
@@ -128,7 +139,8 @@ class Walk:
     def selected(self, a: Node, b: Node) -> Node | Miss:
         """s * m for a mask of zeros and ones, beside an added one that hides what is zero."""
         scores, mask = (a, b) if product_behind(a) else (b, a)
-        if not self.terms or not zero_or_one(mask) or not self.full(scores) or self.softcap:
+        binary = zero_or_one(mask) or handed_in(mask)
+        if not self.terms or not binary or not self.full(scores) or self.softcap:
             return Miss("the scores are scaled by a tensor")
         self.add_term("times", mask)
         return scores
