@@ -18,6 +18,7 @@ from attnopt.errors import VerificationError
 from attnopt.ir import Region
 from attnopt.masks.interpret import MASKED
 from attnopt.passes.arrange import canonical, rearrange, term_dims
+from attnopt.patterns import alike, checked
 
 # Largest error of an output whose values are averages of standard normal ones.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -34,6 +35,11 @@ def check_region(gm: GraphModule, region: Region, new: Node) -> None:
     read = set().union(*(ancestors(t.node) for t in match.terms))
     for node in dict.fromkeys(original(node, read) for node in region.loads.values()):
         values.setdefault(node, sample(node, generator, bool(region.meaning.assumptions)))
+    for term in (t for t in match.terms if checked(t)):
+        # The same mask computed once more must not be sampled apart.
+        twin = next((o.node for o in match.terms if o.node in values and alike(o.node, term.node)), None)
+        if twin is not None:
+            values[term.node] = values[twin]
     with torch.no_grad():
         expected = evaluate(gm, region.out, values, generator)
         found = evaluate(gm, new, values, generator)
@@ -126,7 +132,7 @@ def kept(gm: GraphModule, region: Region, values: dict[Node, Any], generator: to
     roles = zip((match.roles.batch, match.roles.heads, match.roles.queries, match.roles.keys), keep.shape, strict=True)
     sizes = {atom: hint(atom.size) for atoms, _ in roles for atom in atoms}
     sizes |= {atom: hint(atom.size) for atom in match.roles.values}
-    for term in (t for t in match.terms if t.kind != "times"):
+    for term in (t for t in match.terms if not checked(t)):
         tensor = evaluate(gm, term.node, values, generator)
         tensor = rearrange(lambda target, *args: target(*args), tensor, *term_dims(match, term), sizes)
         if term.kind == "add":
