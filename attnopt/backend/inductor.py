@@ -109,4 +109,4 @@ def to_inductor(graph: GraphModule, inputs: list[Any], patches: dict[str, Any]) 
 
 def later(graph: GraphModule, patches: dict[str, Any]) -> Callable[..., Any]:
     """The same long after Dynamo has finished with the graph: it is traced again, with the arguments of its calls."""
-    return torch.compile(graph, backend=lambda gm, inputs: to_inductor(gm, inputs, patches))
+    return torch.compile(graph, backend=lambda gm, inputs: to_inductor(gm, inputs, protected(gm, patches)[0]))

@@ -144,7 +144,9 @@ def shows_all(func: Any, device: str) -> bool:
         return True
     held = torch._C._dispatch_has_kernel_for_dispatch_key
     # A kernel behind one of autocast's own runs with autocast off; those of a device compute, but for linear algebra.
-    return held(name, f"Autocast{backend}") or (held(name, backend) and "linalg" not in name and func.namespace == "aten")
+    return held(name, f"Autocast{backend}") or (
+        held(name, backend) and "linalg" not in name and func.namespace == "aten"
+    )
 
 
 @contextmanager
