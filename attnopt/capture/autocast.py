@@ -136,7 +136,7 @@ def concrete(item: Any) -> Any:
 
 
 def shows_all(func: Any, device: str) -> bool:
-    """Whether autocast does nothing inside the kernel of `func`: it calls no operation, or does so with autocast off."""
+    """Whether autocast does nothing inside the kernel of `func`: it calls nothing, or does so with autocast off."""
     backend, name = device.upper(), func.name()
     if torch.Tag.core in func.tags or torch.Tag.pointwise in func.tags or func in MOVING:
         return True
