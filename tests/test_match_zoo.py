@@ -35,15 +35,7 @@ from benchmarks.zoo.watch import Call, Watch
 
 # What the matcher does not recognise in the fast subset, with the reason it gives; SILENT where it gives none.
 SILENT = "no site and no reason"
-BIASED = "what is added to the scores is not a mask that can be proved"
-KNOWN = {
-    "Gemma2ForCausalLM": "the scores pass aten.tanh.default, which no pattern follows",
-    "BloomForCausalLM": SILENT,
-    "GptOssForCausalLM": SILENT,
-    "DebertaV2ForMaskedLM": SILENT,
-    "T5ForConditionalGeneration": BIASED,
-    "SwinForImageClassification": BIASED,
-}
+KNOWN: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("name", FAST)
