@@ -71,8 +71,11 @@ def one_row(region: Region) -> bool:
 
 
 def packable(program: Program, region: Region) -> bool:
-    """One query a head, several heads a KV head, and a mask that all heads share."""
-    grouped = region.site.heads != region.site.kv_heads
+    """One query a head, several heads a KV head, and a mask operand that all heads share, if any.
+
+    A causal call without an operand keeps key 0 alone for its one query: its packed rows would keep more.
+    """
+    grouped = region.site.heads != region.site.kv_heads and not region.match.causal
     return program.device == "cpu" and grouped and one_query(region) and "h" not in varies_over(region)
 
 
