@@ -127,7 +127,10 @@ def score_shape(region: Region) -> tuple[Any, ...]:
 
 def sizes_of(shape: tuple[Any, ...], symbols: dict[str, int]) -> tuple[int, int, int, int]:
     def known(size: Any) -> int:
-        return size if isinstance(size, int) else int(size.node.expr.subs(symbols))
+        if isinstance(size, int):
+            return size
+        # By the symbols themselves: a name alone makes another symbol, without their assumptions.
+        return int(size.node.expr.subs({symbol: symbols[str(symbol)] for symbol in size.node.expr.free_symbols}))
 
     b, h, i, j = map(known, shape)
     return b, h, i, j
