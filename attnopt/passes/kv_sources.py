@@ -70,7 +70,9 @@ def source_of(region: Region, node: Node) -> Source:
     found = Source("unknown")
     for limit in (NEAR, FAR):
         space = Space()
-        asked = Walk(space, limit).run(start(space, region.q, 2))
+        asked = Walk(space, limit)
+        if follow(asked, start(space, region.q, 2)):
+            return found
         walk = Walk(space, limit, stop=asked.seen)
         written = follow(walk, start(space, node, 2))
         found = judged(walk, asked, written)

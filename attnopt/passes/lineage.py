@@ -156,7 +156,7 @@ def behind(space: Space, place: Place) -> list[Place] | None:
         return at(node.args[0], (*dims[:-1], space.new(shape_of(node.args[0])[-1])))
     if node.target in (aten.linear.default, aten.addmm.default) and len(node.args) >= 3:
         x = node.args[0 if node.target == aten.linear.default else 1]
-        return at(x, (*dims[:-1], space.new(shape_of(x)[-1])), True) if not holds(dims[-1:], place.axis) else None
+        return at(x, (*dims[:-1], space.new(shape_of(x)[-1])), True) if apart(dims, -1, place.axis) else None
     product = product_of(node)
     if product is not None:
         left, right = operands_of(space, product, dims)
@@ -234,7 +234,7 @@ def indexed(space: Space, place: Place, at: Any, replaced: Any) -> list[Place] |
     """x[index] in one dimension: the axis goes on in the index where that dimension is it, else in x."""
     node = place.node
     used = [d for d, t in enumerate(node.args[1]) if t is not None]
-    if len(used) != 1:
+    if len(used) != 1 or not place.axis:
         return None
     (dim,), index = used, node.args[1][used[0]]
     rank = len(shape_of(index))
@@ -254,7 +254,7 @@ def index_selected(space: Space, place: Place, at: Any, replaced: Any) -> list[P
 
 def looked_up(space: Space, place: Place, at: Any, replaced: Any) -> list[Place] | None:
     """embedding(table, ids)"""
-    return at(place.node.args[1], place.dims[:-1], True) if not holds(place.dims[-1:], place.axis) else None
+    return at(place.node.args[1], place.dims[:-1], True) if apart(place.dims, -1, place.axis) else None
 
 
 def padded(space: Space, place: Place, at: Any, replaced: Any) -> list[Place] | None:
