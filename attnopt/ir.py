@@ -126,7 +126,7 @@ class Site:
 
     path: module path in the model, the closure prefix stripped; ordinal: n-th attention of that module in its graph.
     heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
-    sink: "" or what one more column of the soft-max holds, "logit[h]" or "0" (off-by-one).
+    sink: "" or what one more column of the soft-max holds: "logit[h]", "logit[b, h, i]" or "0" (off-by-one).
     kv: where K and V come from: "fresh", "cat" (past and new), "write" (a buffer at a position), "ring", "shared"
     (with another site), "cross" (another sequence) or "unknown".
     """
@@ -217,35 +217,57 @@ class Choice:
 DENSE = Choice("dense")
 
 
+def page(code: str) -> str:
+    """The section of the documentation that explains a code."""
+    return f"docs/reasons.md#{code}" if code else ""
+
+
 @dataclass(frozen=True)
 class Miss:
-    """Something that looks like attention and was not recognised. Falsy, so a matcher can return it for "no"."""
+    """Something that looks like attention and was not recognised. Falsy, so a matcher can return it for "no".
+
+    reason: what was seen, and what was expected; code: its name in docs/reasons.md; path, source, node: the module, the
+    model's line and the node it was seen at, which `reasons.located` fills in.
+    """
 
     reason: str
     path: str = ""
     source: str = ""
+    code: str = ""
+    node: str = ""
 
     def __bool__(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        where = " at " + self.source if self.source else ""
-        return f"{self.path or 'graph'}: not recognised, {self.reason}{where}"
+        return f"{self.path or 'graph'}: not recognised, {self.reason}{place(self)}"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A recognised site, or a whole graph, that was left as it was. Falsy, so a rewriter can return it for "no"."""
+    """A recognised site, or a whole graph, that was left as it was. Falsy, so a rewriter can return it for "no".
+
+    Its fields are those of a Miss.
+    """
 
     reason: str
     path: str = ""
     source: str = ""
+    code: str = ""
+    node: str = ""
 
     def __bool__(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        return f"{self.path or 'graph'}: left alone, {self.reason}"
+        return f"{self.path or 'graph'}: left alone, {self.reason}{place(self)}"
+
+
+def place(reason: Miss | Refusal) -> str:
+    """Where a reason was seen and where it is explained: `` [softmax (aten.softmax.int) at model.py:7, docs/...]``."""
+    at = " at ".join(filter(None, (reason.node, reason.source)))
+    said = ", ".join(filter(None, (at, page(reason.code))))
+    return f" [{said}]" if said else ""
 
 
 @dataclass(frozen=True)
@@ -280,7 +302,8 @@ class Step:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was."""
+    """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was;
+    `fallback_code`: the code of that reason."""
 
     sites: tuple[Site, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
@@ -290,11 +313,13 @@ class GraphReport:
     plan: str = ""
     fallback: str = ""
     notes: tuple[str, ...] = ()
+    fallback_code: str = ""
 
     def lines(self) -> list[str]:
         """One line per fact, in the order site, rewrite, refusal, miss."""
         facts: list[Any] = [*self.rewrites, *self.refusals, *self.misses, *self.notes]
-        return [f"graph: left alone, {self.fallback}"] * bool(self.fallback) + [str(fact) for fact in facts]
+        whole = [str(Refusal(self.fallback, code=self.fallback_code))] if self.fallback else []
+        return whole + [str(fact) for fact in facts]
 
 
 def to_record(value: Any) -> Any:

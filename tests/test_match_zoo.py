@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 transformers = pytest.importorskip("transformers")
 
-from attnopt.ir import Load, Mask, Site
+from attnopt.ir import Bias, Load, Mask, Site
 from benchmarks import match_zoo
 from benchmarks.zoo import run_cell as cell_runner
 from benchmarks.zoo import summary
@@ -189,6 +189,14 @@ def test_loads_and_terms_are_evaluated() -> None:
     assert disagreement(mask, realised, (2, 3, 9, 9), {"doc": doc.flip(1), "pad": pad})
     with pytest.raises(NotChecked, match="doc"):
         disagreement(mask, realised, (2, 3, 9, 9), {"pad": pad})
+
+
+def test_data_that_is_added_may_be_a_mask() -> None:
+    added = torch.zeros(2, 1, 9, 9).masked_fill(~causal(2, 1), -1e4)
+    bias = Bias("data", "held[b, i, j]", (Load("held", ("b", "i", "j")),))
+    assert disagreement(Mask(), causal(), (2, 3, 9, 9), {"held": added})
+    assert disagreement(Mask(), causal(), (2, 3, 9, 9), {"held": added}, bias) == ""
+    assert disagreement(Mask(), causal(), (2, 3, 9, 9), {"held": added.roll(1, -1)}, bias)
 
 
 def test_symbols_and_signs_of_a_formula() -> None:

@@ -102,7 +102,7 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[G
     captured = capture(gm)
     exporting = Step("capture", (time.perf_counter() - started) * 1e3, len(gm.graph.nodes), 0)
     if isinstance(captured, Refusal):
-        return gm, GraphReport(fallback=captured.reason, history=(exporting,)), set()
+        return gm, GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,)), set()
     exporting = replace(exporting, after=len(captured.graph.nodes))
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     program = Program(captured, needs_grad=needs_grad(inputs), device=device, plan=options.plan, verify=options.verify)
@@ -134,7 +134,8 @@ def attnopt(
             raise
         log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        graph, report, relied = gm, GraphReport(fallback=reason), set()
+        no = Refusal(reason, code="pass-failed")
+        graph, report, relied = gm, GraphReport(fallback=no.reason, fallback_code=no.code), set()
     patches = chosen.patches()
     if softmax_left(graph) and patches.get("pattern_matcher", True):
         patches = shielded(patches)

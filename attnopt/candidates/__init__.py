@@ -115,13 +115,16 @@ def refuse_span(site: Site) -> Refusal | None:
     """The sites a (sink, window) table cannot describe; shared by every candidate that lowers to one."""
     mask = site.mask
     if mask.kind not in ("causal", "sliding"):
-        return Refusal(f"its mask is {mask.kind!r}; spans need a causal one", site.name, site.source)
+        reason = f"its mask is {mask.kind!r}; spans need a causal one"
+        return Refusal(reason, site.name, site.source, code="span-needs-causal")
     if mask.offset != 0:
-        return Refusal(f"its queries are shifted by {mask.offset} against its keys", site.name, site.source)
+        reason = f"its queries are shifted by {mask.offset} against its keys, expected 0"
+        return Refusal(reason, site.name, site.source, code="span-needs-prefill")
     if not site.plain:
         reason = f"spans know a scale and a simple mask only, and this is {site.canonical}"
-        return Refusal(reason, site.name, site.source)
+        return Refusal(reason, site.name, site.source, code="span-needs-plain")
     wide = [load for load in mask.loads if not set(load.dims) <= {"b", "j"}]
     if wide:
-        return Refusal(f"its mask reads {wide[0]}, which is more than padding of keys", site.name, site.source)
+        reason = f"its mask reads {wide[0]}, which is more than padding of keys"
+        return Refusal(reason, site.name, site.source, code="span-needs-plain")
     return None

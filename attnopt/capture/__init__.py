@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,17 +35,17 @@ def needs_grad(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def obstacle(gm: GraphModule, inputs: Sequence[Any]) -> str:
-    """What makes a graph unfit for export although the export would succeed; empty if nothing does."""
+def obstacle(gm: GraphModule, inputs: Sequence[Any]) -> Refusal | None:
+    """What makes a graph unfit for export although the export would succeed; None if nothing does."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"it holds the higher-order operator {node.target}"
+            return Refusal(f"it holds the higher-order operator {node.target}", code="higher-order-operator")
         # A failing export would leave the level on torch.func's stack.
         if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("increment_nesting"):
-            return "it enters a transform of torch.func"
+            return Refusal(f"it enters a transform of torch.func by {node.target.__name__}", code="func-transform")
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in inputs):
-        return "it takes a nested tensor"
-    return ""
+        return Refusal("it takes a nested tensor", code="nested-tensor")
+    return None
 
 
 def exported_graph(gm: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
@@ -61,6 +62,10 @@ def exported_graph(gm: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule,
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+def unexported(reason: Refusal) -> Refusal:
+    return replace(reason, reason=f"the graph was not exported: {reason.reason}")
+
+
 def capture(gm: GraphModule) -> GraphModule | Refusal:
     """The functional ATen graph of a Dynamo graph, taking and returning the same flat values; or why there is none.
 
@@ -69,44 +74,47 @@ def capture(gm: GraphModule) -> GraphModule | Refusal:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = [n.meta.get("example_value") for n in placeholders]
     reason = obstacle(gm, inputs)
-    if reason:
-        return Refusal(f"the graph was not exported: {reason}")
+    if reason is not None:
+        return unexported(reason)
     try:
         exported, signature = exported_graph(prepared(gm), inputs)
         if signature.parameters or signature.buffers:
-            return Refusal("the graph was not exported: it owns parameters of its own")
+            owned = ", ".join([*signature.parameters, *signature.buffers][:3])
+            return unexported(Refusal(f"it owns parameters of its own: {owned}", code="owns-parameters"))
         found = [n for n in exported.graph.nodes if n.op == "placeholder"]
         for old, new in zip(placeholders, found, strict=True):
             new.meta = {**old.meta, **new.meta}
             new.meta.setdefault("val", old.meta.get("example_value"))
-        reason = autocast.make_explicit(exported) or write_back(
-            exported, {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}, needs_grad(inputs)
-        )
+        reason = autocast.make_explicit(exported)
+        if reason is None:
+            mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+            reason = write_back(exported, mutated, needs_grad(inputs))
     except Exception as error:
         if settings.strict():
             raise
         log.debug("export failed", exc_info=True)
         text = str(error).strip().splitlines()
-        return Refusal(f"the graph was not exported: {type(error).__name__}: {text[0][:200] if text else ''}")
-    if reason:
-        return Refusal(f"the graph was not exported: {reason}")
+        said = f"{type(error).__name__}: {text[0][:200] if text else ''}"
+        return unexported(Refusal(said, code="export-failed"))
+    if reason is not None:
+        return unexported(reason)
     exported.meta = {**gm.meta, **exported.meta, KEY: small_buffers(placeholders, found)}
     return exported
 
 
-def write_back(gm: GraphModule, mutated: dict[str, str], grad: bool) -> str:
+def write_back(gm: GraphModule, mutated: dict[str, str], grad: bool) -> Refusal | None:
     """Copy the values of mutated inputs back and drop them from the outputs; or say why that would be wrong.
 
     Where gradients are needed everything reads a clone of such an input: the backward pass may have kept it, and the
     write would change what was kept.
     """
     if not mutated:
-        return ""
+        return None
     graph = gm.graph
     (output,) = (n for n in graph.nodes if n.op == "output")
     by_name = {n.name: n for n in graph.nodes}
     if grad and any(differentiable(gm)[by_name[value]] for value in mutated):
-        return "it writes a value that needs a gradient to an input"
+        return Refusal("it writes a value that needs a gradient to an input", code="writes-gradient")
     results: Sequence[Node] = output.args[0]
     if grad:
         first = next(n for n in graph.nodes if n.op != "placeholder")
@@ -121,7 +129,7 @@ def write_back(gm: GraphModule, mutated: dict[str, str], grad: bool) -> str:
             copied.meta = dict(by_name[value].meta)
     output.args = (tuple(results[len(mutated) :]),)
     gm.recompile()
-    return ""
+    return None
 
 
 def differentiable(gm: GraphModule) -> dict[Node, bool]:

@@ -20,6 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnopt.ir import Refusal
+from attnopt.reasons import located
+
 # (device type, dtype) of every device whose autocast is on.
 State = tuple[tuple[str, torch.dtype], ...]
 # What ran, its arguments without their nesting, what it returned.
@@ -197,8 +200,8 @@ def kind_of(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, str, torch.dtype)) else type(leaf)
 
 
-def make_explicit(gm: GraphModule) -> str:
-    """Insert the casts of every marked node; returns why the graph cannot be used, empty if it can."""
+def make_explicit(gm: GraphModule) -> Refusal | None:
+    """Insert the casts of every marked node; returns why the graph cannot be used, None if it can."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph, around = gm.graph, current()
@@ -223,12 +226,13 @@ def make_explicit(gm: GraphModule) -> str:
                 known[key] = casts_of(node.target, args, kwargs, state)
         found = known[key]
         if found is None:
-            return f"autocast does more to {node.target} than cast its inputs"
+            no = Refusal(f"autocast does more to {node.target} than cast its inputs", code="autocast-does-more")
+            return located(no, node)
         insert_casts(node, found, cast_nodes)
     if around:
         switch_off(graph, around)
     gm.recompile()
-    return ""
+    return None
 
 
 def insert_casts(node: Node, casts: Casts, made: dict[tuple[Node, torch.dtype], Node]) -> None:

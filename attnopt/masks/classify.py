@@ -189,13 +189,14 @@ def classify(predicate: Conjunction, extents: dict[str, Any], fill: str) -> tupl
     ranges = Ranges(extents)
     predicate = fold_ranges(predicate, ranges)
     if predicate.false:
-        return Miss("the mask keeps no key at all")
+        return Miss("the mask keeps no key at all, expected one or more", code="mask-keeps-nothing")
     parts = sort_clauses(predicate, ranges)
     if parts.data or parts.terms:
-        return Miss(f"a mask term is not yet understood: {clause_text((parts.data + parts.terms)[0])}")
+        seen = clause_text((parts.data + parts.terms)[0])
+        return Miss(f"the mask has the term {seen}, expected bounds and padding alone", code="mask-no-lowering")
     mask, nodes = record(parts, fill, ranges)
     if not mask.simple:
-        return Miss(f"a mask that has no lowering yet: {mask}")
+        return Miss(f"the mask keeps {mask}, expected bounds and padding alone", code="mask-no-lowering")
     if mask.window is not None and not mask.symmetric and not (mask.causal and mask.offset == 0):
-        return Miss(f"a band of keys that has no lowering yet: {mask}")
+        return Miss(f"the mask keeps {mask}, expected a band that ends at the query", code="mask-no-lowering")
     return mask, nodes

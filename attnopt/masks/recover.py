@@ -113,7 +113,7 @@ def scaled_additive(value: Select, factor: float) -> tuple[Conjunction, float, S
 def padding_product(value: Select, factor: float, assumed: set[str]) -> tuple[Conjunction, float, Sum] | None:
     """``(1 - m) * fill`` for data m: kept where m is 1.
 
-    Exact for every m up to 1, so for a mask of zeros and ones; that is recorded as an assumption.
+    Exact for integers up to 1, so for a mask of zeros and ones; that is recorded as an assumption.
     """
     if not value.plain or not isinstance(value.on, Sum):
         return None
@@ -122,12 +122,17 @@ def padding_product(value: Select, factor: float, assumed: set[str]) -> tuple[Co
     if not math.isfinite(fill) or fill * factor > MASKED:
         return None
     for monomial, c in terms.items():
-        if len(monomial) == 1 and isinstance(monomial[0], Read) and c == -fill:
+        whole = len(monomial) == 1 and isinstance(monomial[0], Read) and not is_floating(monomial[0])
+        if whole and c == -fill:
             read = monomial[0]
             assumed.add(f"{read} is 0 or 1")
             others = Sum.of({m: d for m, d in terms.items() if m != monomial}) * Sum.number(factor)
             return equal_zero(Affine.var(read) - 1), fill * factor, others
     return None
+
+
+def is_floating(read: Read) -> bool:
+    return bool(read.node.meta["val"].dtype.is_floating_point)
 
 
 def broadcast(node: Node, index: tuple[Affine, ...]) -> tuple[Affine, ...]:

@@ -5,6 +5,7 @@ bmm(q.view(B*H, S, D), ...)  ->  region.q = q.view(B, H, S, D), and the output v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.program import Builder
-from attnopt.patterns import Match, Operand, RawTerm, shape_of
+from attnopt.patterns import Match, RawTerm, checked, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
 
 aten = torch.ops.aten
@@ -30,24 +31,29 @@ def rearrange(call: Call, tensor: Any, have: Dims, want: Dims, sizes: dict[Atom,
     if sorted(a.name for a in atoms) != sorted(a.name for a in wanted):
         raise ValueError(f"{have} and {want} do not hold the same axes")
     if any(len(d) != 1 for d in have):
-        tensor = call(aten.reshape.default, tensor, [sizes[a] for a in atoms])
+        tensor = call(aten.reshape.default, tensor, shape([sizes[a] for a in atoms]))
     if atoms != wanted:
         tensor = call(aten.permute.default, tensor, [atoms.index(a) for a in wanted])
     if any(len(d) != 1 for d in want):
-        tensor = call(aten.reshape.default, tensor, [product([sizes[a] for a in d]) for d in want])
+        tensor = call(aten.reshape.default, tensor, shape([product([sizes[a] for a in d]) for d in want]))
     return tensor
 
 
 def product(sizes: list[Any]) -> Any:
-    """The product of sizes of which at most one is not a number."""
-    number, rest = 1, [s for s in sizes if not isinstance(s, int)]
+    """The product of sizes; -1 stands for the one that is not known by itself."""
+    number, rest = 1, [s for s in sizes if not isinstance(s, int) or s == -1]
     for size in sizes:
         number *= size if isinstance(size, int) else 1
     if not rest:
         return number
-    if len(sizes) > 1:
-        raise ValueError("a dimension is a product of sizes known only at run time")
-    return rest[0]
+    return rest[0] if len(sizes) == 1 else -1
+
+
+def shape(sizes: list[Any]) -> list[Any]:
+    """`sizes` for a reshape, which can work out one of them."""
+    if sum(isinstance(s, int) and s == -1 for s in sizes) > 1:
+        raise ValueError("two sizes known only at run time are no dimensions of q, k or v")
+    return sizes
 
 
 def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
@@ -62,21 +68,24 @@ def canonical(match: Match) -> tuple[Dims, Dims, Dims, Dims]:
 
 
 class Sizes(dict[Atom, Any]):
-    """Sizes by atom; one known at run time only is read off the first operand that has it as a dimension."""
+    """Sizes by atom; one known at run time only is read off a tensor that has it as a dimension, else it is -1."""
 
-    def __init__(self, builder: Builder, operands: tuple[Operand, ...]) -> None:
+    def __init__(self, builder: Builder, match: Match) -> None:
         super().__init__()
-        self.builder, self.operands = builder, operands
+        self.builder, self.match = builder, match
 
     def __missing__(self, atom: Atom) -> Any:
         if isinstance(atom.size, int):
             return atom.size
-        for operand in self.operands:
+        for operand in (self.match.q, self.match.k, self.match.v):
             for d, atoms in enumerate(operand.dims):
                 if atoms == (atom,) and not isinstance(atom.size, int):
                     self[atom] = self.builder.size(operand.node, d)
                     return self[atom]
-        raise ValueError("a size known only at run time is no dimension of q, k or v")
+        if atom in self.match.places:
+            self[atom] = self.builder.size(*self.match.places[atom])
+            return self[atom]
+        return -1
 
 
 def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
@@ -84,13 +93,13 @@ def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
     made = []
     for operand, want in zip((match.q, match.k, match.v), canonical(match), strict=False):
         like = Builder(builder.gm, operand.node)
-        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, (match.q, match.k, match.v))))
+        made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, match)))
     return made[0], made[1], made[2]
 
 
 def restored(builder: Builder, match: Match, new: Node) -> Node:
     """A canonical output in the layout that the graph had."""
-    sizes = Sizes(builder, (match.q, match.k, match.v))
+    sizes = Sizes(builder, match)
     return rearrange(builder.call, new, canonical(match)[3], match.out.dims, sizes)
 
 
@@ -115,10 +124,10 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
     keep: Node | None = None
     bias: Node | None = None
     for term in match.terms:
-        if term.kind == "times":
+        if checked(term):
             continue
         have, want = term_dims(match, term)
-        sizes = Sizes(builder, (match.q, match.k, match.v))
+        sizes = Sizes(builder, match)
         node = rearrange(call, term.node, have, want, sizes)
         if term.kind == "add":
             node = node if term.factor == 1.0 else call(aten.mul.Tensor, node, term.factor)
@@ -128,6 +137,11 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
             node = call(aten.ne.Scalar, node, 0)
         node = call(aten.logical_not.default, node) if term.kind == "drop" else node
         keep = node if keep is None else call(aten.logical_and.default, keep, node)
+    finite = [t.fill for t in match.terms if t.kind != "add" and t.fill is not None and math.isfinite(t.fill)]
+    if bias is None and keep is not None and finite:
+        # A row without any key was an average over all of them, and stays one.
+        zero = call(aten.new_zeros.default, match.q.node, [], dtype=dtype)
+        return call(aten.where.ScalarOther, keep, zero, torch.finfo(dtype).min)
     if bias is None:
         return keep
     if bias.meta["val"].dtype != dtype:

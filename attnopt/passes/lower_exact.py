@@ -122,11 +122,12 @@ def general(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     """A written-out attention no closed form helps: fused with its mask as the graph had it."""
     site = region.site
     if site.softcap:
-        return Refusal(f"no fused kernel here caps scores at {site.softcap:g}")
+        return Refusal(f"no fused kernel here caps scores at {site.softcap:g}", code="softcap-no-kernel")
     if site.sink:
-        return Refusal("no fused kernel here has a sink")
+        return Refusal(f"no fused kernel here has a sink ({site.sink})", code="sink-no-kernel")
     if site.pattern == "sdpa":
-        return Refusal(f"already a single attention call, and none is cheaper for keys {site.mask}")
+        said = f"already a single attention call, and none is cheaper for keys {site.mask}"
+        return Refusal(said, code="already-one-call")
     return lower_operand_mask(program), "SDPA with the mask as it was"
 
 
@@ -136,12 +137,14 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
     q, k = region.q.meta["val"], region.k.meta["val"]
     square = same(q.shape[2], k.shape[2])
     if already_exact(region):
-        return Refusal("already a single attention call without a mask")
+        return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
-        return Refusal("its weights are read elsewhere too, so that nothing would be saved")
+        said = ", ".join(n.name for n in region.match.read)
+        reason = f"its weights ({said}) are read elsewhere too, so that nothing would be saved"
+        return Refusal(reason, code="weights-read-elsewhere")
     if region.site.scale <= 0 and not (region.site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
-        return Refusal(f"the scale {region.site.scale:g} is not positive")
+        return Refusal(f"the scale is {region.site.scale:g}, expected a positive one", code="scale-not-positive")
     if not region.site.plain:
         return general(program, region)
     if mask.kind == "none":
@@ -159,7 +162,9 @@ def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
         return lower_causal_padding(program), "SDPA is_causal, padding folded into a feature"
     if mask.kind == "sliding" and mask.offset == 0 and square:
         if program.needs_grad and region.site.pattern == "sdpa":
-            return Refusal("the sliding-window kernel has no gradient yet")
+            return Refusal(
+                "gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient"
+            )
         if program.needs_grad:
             return general(program, region)
         return insert_span(program, None), f"span kernel, window {mask.window}"
@@ -170,7 +175,7 @@ def run(program: Program) -> None:
     for region in program.pending:
         chosen = choose(program, region)
         if isinstance(chosen, Refusal):
-            program.refuse(region, chosen.reason)
+            program.refuse(region, chosen)
             continue
         build, lowering = chosen
         repeated = region.site.heads != region.site.kv_heads and region.anchor.args[1:2] != (region.k,)

@@ -7,12 +7,14 @@ Regions whose heads are all dense, or that the plan's kernel cannot serve, are l
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attnopt.ir import DENSE, Refusal, Region
 from attnopt.passes.program import Program
 from attnopt.passes.span import insert_span
 from attnopt.patterns import same
+from attnopt.reasons import located
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
@@ -23,17 +25,22 @@ def refusal(program: Program, region: Region) -> Refusal | None:
     """Why the span kernel cannot stand in for this region; None if it can."""
     mask, q, k = region.site.mask, region.q.meta["val"], region.k.meta["val"]
     if not mask.causal or mask.offset != 0:
-        return Refusal(f"planned spans need a causal mask, and this one keeps {mask}")
+        return Refusal(f"planned spans need a causal mask, and this one keeps {mask}", code="span-needs-causal")
     if not region.site.plain:
-        return Refusal(f"planned spans know a scale and a simple mask only, and this is {region.site.canonical}")
+        said = f"planned spans know a scale and a simple mask only, and this is {region.site.canonical}"
+        return Refusal(said, code="span-needs-plain")
     if not same(q.shape[2], k.shape[2]):
-        return Refusal("planned spans serve prefill only: the keys are not the queries' own")
+        said = "planned spans serve prefill only: the keys are not the queries' own"
+        return Refusal(said, code="span-needs-prefill")
     if region.site.head_dim != region.site.head_dim_v:
-        return Refusal("planned spans need values as wide as keys")
+        said = f"{region.site.head_dim_v} and {region.site.head_dim}"
+        return Refusal(f"planned spans need values as wide as keys, these are {said}", code="span-needs-equal-widths")
     if region.site.scale <= 0:
-        return Refusal(f"planned spans need a positive scale, and this one is {region.site.scale:g}")
+        said = f"planned spans need a positive scale, and this one is {region.site.scale:g}"
+        return Refusal(said, code="scale-not-positive")
     if program.needs_grad:
-        return Refusal("the plan's kernel has no gradient; run under torch.no_grad() to use the plan")
+        said = "the plan's kernel has no gradient; run under torch.no_grad() to use the plan"
+        return Refusal(said, code="span-no-gradient")
     return None
 
 
@@ -55,7 +62,9 @@ def run(program: Program) -> None:
     for region in program.pending:
         choices = plan.choices.get(region.site.name)
         if choices is None:
-            program.notes.append(Refusal("the plan does not name this site; it stays exact", region.site.name))
+            said = "the plan does not name this site; it stays exact"
+            unplanned = Refusal(said, region.site.name, region.site.source, code="not-in-the-plan")
+            program.notes.append(located(unplanned, region.anchor))
             continue
         if all(c == DENSE for c in choices):
             continue
@@ -63,9 +72,8 @@ def run(program: Program) -> None:
         asked = [refusal(program, region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
         no = next((r for r in asked if r is not None), None)
         if no is not None:
-            program.notes.append(
-                Refusal(f"planned, but {no.reason}; it stays exact", region.site.name, region.site.source)
-            )
+            exact = replace(no, reason=f"planned, but {no.reason}; it stays exact", path=region.site.name)
+            program.notes.append(located(exact, region.anchor))
             continue
         groups = len(set(choices))
         program.replace(

@@ -206,8 +206,35 @@ def returned(node: Node) -> bool:
     return any(u.op == "output" or u.target == aten.copy_.default for u in node.users)
 
 
+def pure(node: Node) -> bool:
+    """Whether two nodes with the same operands compute the same."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or "val" not in node.meta:
+        return False
+    tags, name = node.target.tags, node.target._schema.name
+    random = torch.Tag.nondeterministic_seeded in tags or "empty" in name or "dropout" in name
+    return not (random or node.target._schema.is_mutable or returned(node))
+
+
+def merge_equal(program: Program) -> None:
+    """x + y and x + y: computed once"""
+    known: dict[Any, Node] = {}
+    scope = 0
+    for node in list(program.gm.graph.nodes):
+        # Nothing moves across a switch of the gradient or autocast mode.
+        scope += "_set_grad_enabled" in str(node.target) or "autocast" in str(node.target)
+        if not pure(node):
+            continue
+        key = (scope, node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+        if key in known:
+            node.replace_all_uses_with(known[key])
+            program.hits["merge_equal"] += 1
+        else:
+            known[key] = node
+
+
 def run(program: Program) -> None:
     remove_dead_code.run(program)
+    merge_equal(program)
     graph = program.gm.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or returned(node) or "val" not in node.meta:

@@ -21,7 +21,7 @@ def run(program: Program) -> None:
     for region in program.pending:
         no = refusal(program, region)
         if no is not None:
-            program.refuse(region, no.reason)
+            program.refuse(region, no)
             continue
         program.replace(region, lambda r: insert(program, r), "observed")
     program.needs_grad = needs_grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from attnopt import settings
 from attnopt.ir import Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
 from attnopt.patterns import Match
+from attnopt.reasons import located
 
 if TYPE_CHECKING:
     from attnopt.plan import Plan
@@ -69,8 +70,9 @@ class Program:
             self.plan.id if self.plan is not None else "",
         )  # fmt: skip
 
-    def refuse(self, region: Region, reason: str) -> None:
-        self.refusals.append(Refusal(reason, region.site.name, region.site.source))
+    def refuse(self, region: Region, no: Refusal) -> None:
+        """Leave the region as it was; `no` need not say where."""
+        self.refusals.append(located(replace(no, path=region.site.name, source=region.site.source), region.anchor))
         self.done.add(region.site.name)
 
     def replace(
@@ -103,7 +105,8 @@ class Program:
             if settings.strict():
                 raise
             said = str(error).splitlines()[0] if str(error) else ""
-            self.refuse(region, f"{type(error).__name__} while rewriting: {said}")
+            said = f"{type(error).__name__} while rewriting: {said}"
+            self.refuse(region, Refusal(said, code="rewrite-failed"))
             return
         region.out.replace_all_uses_with(new)
         relax_views(graph)

@@ -17,15 +17,15 @@ from torch.fx import Node
 from attnopt.ir import Miss, Region, Site
 from attnopt.masks.algebra import Affine
 from attnopt.masks.interpret import Interpreter
-from attnopt.masks.predicates import Conjunction, fold_ranges
+from attnopt.masks.predicates import TRUE, Conjunction, TooManyClauses, fold_ranges
 from attnopt.masks.recover import recover
 from attnopt.masks.terms import Meaning, Term
-from attnopt.masks.values import Select, Sum
+from attnopt.masks.values import Select, literal_value, monomial_variables
 from attnopt.passes.arrange import operand_nodes
-from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Builder, Program
-from attnopt.patterns import Match, RawTerm, value
+from attnopt.patterns import Match, RawTerm, alike, checked, value
 from attnopt.patterns.layout import Atom
+from attnopt.reasons import located, module_path, source_line
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
@@ -63,12 +63,12 @@ def term_of(term: RawTerm, match: Match) -> Term:
             rest = rest[len(run) :]
         return at
 
-    assert term.kind != "times"
+    assert term.kind != "times" and term.kind != "zeroes"
     return Term(term.kind, term.node, tuple(index(d) for d in term.scores), term.fill, term.factor)
 
 
-def sink_of(match: Match) -> str | Miss:
-    """What the column of the sink holds: "0", or a logit for each head."""
+def sink_of(match: Match) -> str:
+    """What the column of the sink holds: "0", a logit for each head, or one for each row of the scores."""
     if match.sink is None:
         return ""
     node = match.sink.node
@@ -86,17 +86,16 @@ def sink_of(match: Match) -> str | Miss:
         heads = heads * atom.size
     if held is not None and held.numel() == heads:
         return "logit[h]"
-    return Miss("the sink's score is not one number for each head")
+    return "logit[b, h, i]"
 
 
 def site_of(match: Match, meaning: Meaning, ordinal: int, q: Node, k: Node, v: Node) -> Site | Miss:
     shapes = [value(t).shape for t in (q, k, v)]  # type: ignore[union-attr]
     heads, kv_heads, head_dim, head_dim_v = shapes[0][1], shapes[1][1], shapes[0][3], shapes[2][3]
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim, head_dim_v)):
-        return Miss("head counts or dimensions are symbolic")
+        sizes = (heads, kv_heads, head_dim, head_dim_v)
+        return Miss(f"head counts and dimensions are {sizes}, expected numbers", code="symbolic-heads")
     sink = sink_of(match)
-    if isinstance(sink, Miss):
-        return sink
     dtype = str(value(q).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return Site(
         module_path(match.anchor) or "attention", ordinal, match.pattern, heads, kv_heads, head_dim, head_dim_v,
@@ -113,21 +112,51 @@ def switches_gradients(match: Match, order: dict[Node, int]) -> bool:
 def where_one(interpreter: Interpreter, term: Term) -> Conjunction | None:
     """Where a mask of zeros and ones is one."""
     found = interpreter.operand(term.node, term.index)
-    if isinstance(found, Select) and isinstance(found.on, Sum) and isinstance(found.off, Sum):
-        return found.predicate if (found.on.constant, found.off.constant) == (1.0, 0.0) else None
+    if isinstance(found, Select):
+        match literal_value(found.on), literal_value(found.off):
+            case (1.0, 1.0):
+                return TRUE
+            case (1.0, 0.0):
+                return found.predicate
+            case (0.0, 1.0):
+                return found.predicate.inverted()
+        return None
     return found if isinstance(found, Conjunction) else None
 
 
+def moved_rows(meaning: Meaning) -> bool:
+    """Whether something is added to all keys of a row alike: the record leaves that out, but a sink does not get it."""
+    slopes = meaning.bias is not None and meaning.bias.kind == "alibi"
+    return slopes or any("j" not in monomial_variables(m) for m, _ in meaning.added.terms)
+
+
+def agrees(interpreter: Interpreter, term: RawTerm, match: Match, keep: Conjunction) -> bool:
+    """Whether a term that is no mask leaves every key alone that the mask keeps."""
+    masks = {"zeroes": "drop", "times": "keep"}
+    for other in match.terms:
+        if other.kind == masks[term.kind] and other.scores == term.scores and alike(other.node, term.node):
+            return True
+    try:
+        one = where_one(interpreter, term_of(replace(term, kind="keep"), match))
+        if one is None:
+            return False
+        both = keep & (one.inverted() if term.kind == "zeroes" else one)
+    except TooManyClauses:
+        return False
+    return fold_ranges(both, interpreter.ranges) == fold_ranges(keep, interpreter.ranges)
+
+
 def understand(program: Program, interpreter: Interpreter, match: Match, ordinal: int) -> Region | Miss:
-    terms = [term_of(t, match) for t in match.terms if t.kind != "times"]
+    terms = [term_of(t, match) for t in match.terms if not checked(t)]
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
-    for term in (t for t in match.terms if t.kind == "times"):
-        one = where_one(interpreter, term_of(replace(term, kind="keep"), match))
-        if one is None or fold_ranges(meaning.keep & one, interpreter.ranges) != fold_ranges(
-            meaning.keep, interpreter.ranges
-        ):
-            return Miss("the scores are scaled by a tensor that may be zero where a key is kept")
+    if match.sink is not None and moved_rows(meaning):
+        return Miss("what is added to the scores moves them against the sink", code="sink-shape")
+    for term in match.terms:
+        if checked(term) and not agrees(interpreter, term, match, meaning.keep):
+            seen = f"{term.node}, which may be zero where a key is kept"
+            where, code = ("scores", "score-times-tensor") if term.kind == "times" else ("weights", "weight-operation")
+            return located(Miss(f"the {where} are multiplied by {seen}", code=code), term.node)
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.
@@ -153,15 +182,17 @@ def run(program: Program) -> None:
         seen[path] += 1
         found: Region | Miss
         if switching and switches_gradients(match, order):
-            found = Miss("gradients are switched on or off inside the attention")
+            found = Miss(
+                "gradients are switched on or off inside the attention, expected outside", code="gradient-switch"
+            )
         else:
             try:
                 with program.gm.graph.inserting_before(match.out.node):
                     found = understand(program, interpreter, match, ordinal)
             except ValueError as error:
-                found = Miss(str(error))
+                found = Miss(f"its mask was not interpreted: {error}", code="mask-not-interpreted")
         if isinstance(found, Miss):
-            program.misses.append(Miss(found.reason, path, source_line(match.anchor)))
+            program.misses.append(located(replace(found, path=path), match.anchor))
         else:
             program.regions.append(found)
     program.relied_on |= interpreter.relied_on

@@ -8,14 +8,16 @@ Convex: no path leaves the region and comes back to it. A rewrite of such a regi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
 
 from attnopt.ir import Miss
-from attnopt.passes.match_attention import module_path, source_line
 from attnopt.passes.program import Program
 from attnopt.patterns import Match
+from attnopt.reasons import located
 
 aten = torch.ops.aten
 # These read the sizes of their operand only.
@@ -38,7 +40,7 @@ def inside(match: Match) -> set[Node]:
 
 def hull(dataflow: nx.DiGraph, region: set[Node]) -> set[Node]:
     """The smallest convex region around one: with every node on a path that leaves it and comes back."""
-    left = {u for n in region for u in n.users if u not in region}
+    left = {u for n in region for u in dataflow.successors(n) if u not in region}
     below = left.union(*(nx.descendants(dataflow, n) for n in left)) if left else set()
     above = region.union(*(nx.ancestors(dataflow, n) for n in region))
     return region | (below & above)
@@ -72,12 +74,16 @@ def run(program: Program) -> None:
             around = hull(dataflow, region)
             operands = {match.q.node, match.k.node, match.v.node, *(t.node for t in match.terms)}
             if operands & around:
-                program.misses.append(miss(match, "a part of it is computed from its own scores"))
+                seen = ", ".join(sorted(n.name for n in operands & around))
+                program.misses.append(
+                    located(
+                        Miss(f"{seen} is computed from its own scores, expected from outside", code="not-convex"),
+                        match.anchor,
+                    )
+                )
                 continue
+            match = replace(match, inner=tuple(around - {match.anchor, match.out.node}))
         program.matches.append(match)
     for match in dropped:
-        program.misses.append(miss(match, "it shares a product with another attention"))
-
-
-def miss(match: Match, reason: str) -> Miss:
-    return Miss(reason, module_path(match.anchor), source_line(match.anchor))
+        seen = "it shares a product with a larger attention, expected products of its own"
+        program.misses.append(located(Miss(seen, code="shared-product"), match.anchor))

@@ -19,13 +19,13 @@ from torch.fx import GraphModule, Node
 
 from attnopt import settings
 from attnopt.errors import VerificationError
-from attnopt.ir import Region
+from attnopt.ir import Refusal, Region
 from attnopt.masks.interpret import MASKED
 from attnopt.masks.probe import probe
 from attnopt.passes.arrange import canonical, rearrange, term_dims
 from attnopt.passes.program import Program
 from attnopt.passes.recover_masks import term_of, variables
-from attnopt.patterns import Match
+from attnopt.patterns import Match, alike, checked
 
 # Largest error of an output whose values are averages of standard normal ones.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -43,13 +43,14 @@ def run(program: Program) -> None:
             if settings.strict():
                 raise
             said = str(error).splitlines()[0] if str(error) else ""
-            program.refuse(region, f"{type(error).__name__} in verification: {said}")
+            said = f"{type(error).__name__} in verification: {said}"
+            program.refuse(region, Refusal(said, code="rewrite-failed"))
 
 
 def check_meaning(gm: GraphModule, region: Region) -> None:
     """Raise VerificationError where the mask and bias that were recovered are not the graph's."""
     match, generator = region.match, torch.Generator().manual_seed(0)
-    terms = [term_of(t, match) for t in match.terms if t.kind != "times"]
+    terms = [term_of(t, match) for t in match.terms if not checked(t)]
     extents = {name: hint(size) for name, size in variables(match)[2].items()}
     values = sampled_loads(region, generator)
     assumed = bool(region.meaning.assumptions)
@@ -104,6 +105,11 @@ def operands_and_loads(region: Region, generator: torch.Generator) -> dict[Node,
     read = set().union(*(ancestors(t.node) for t in match.terms))
     for node in dict.fromkeys(original(node, read) for node in region.loads.values()):
         values.setdefault(node, sample(node, generator, bool(region.meaning.assumptions)))
+    for term in (t for t in match.terms if checked(t)):
+        # The same mask computed once more must not be sampled apart.
+        twin = next((o.node for o in match.terms if o.node in values and alike(o.node, term.node)), None)
+        if twin is not None:
+            values[term.node] = values[twin]
     return values
 
 
@@ -237,7 +243,7 @@ def terms_of(
 ) -> list[tuple[Any, Tensor]]:
     """The terms that mask or add, and their values as (B | 1, H | 1, Sq | 1, Sk | 1)."""
     found = []
-    for term in (t for t in region.match.terms if t.kind != "times"):
+    for term in (t for t in region.match.terms if not checked(t)):
         tensor = evaluate(gm, term.node, values, generator)
         found.append((term, at_once(tensor, *term_dims(region.match, term), region.match)))
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,10 +34,11 @@ class Operand:
 class RawTerm:
     """One operand of the mask or bias, and the dims of the scores where it meets them.
 
-    kind, fill, factor: as in `masks.terms.Term`; "times" is a factor that must be one wherever a key is kept.
+    kind, fill, factor: as in `masks.terms.Term`; "times" is a factor that must be one wherever a key is kept, and
+    "zeroes" is true where a weight is set to zero, which must be nowhere where a key is kept.
     """
 
-    kind: Literal["keep", "drop", "add", "times"]
+    kind: Literal["keep", "drop", "add", "times", "zeroes"]
     node: Node
     scores: Dims
     fill: float | None = None
@@ -72,6 +73,7 @@ class Match:
     sink: the node that holds one more score per row, with the dims of the scores without it.
     inner: the nodes between the operands and the output, which a rewrite makes useless.
     read: results of the path that something else reads as well, such as returned weights.
+    places: (node, dimension) where an axis of a size known only at run time stands alone.
     """
 
     pattern: str
@@ -88,6 +90,7 @@ class Match:
     sink: Operand | None = None
     inner: tuple[Node, ...] = ()
     read: tuple[Node, ...] = ()
+    places: dict[Atom, tuple[Node, int]] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Pattern(Protocol):
@@ -103,6 +106,11 @@ def value(node: Any) -> torch.Tensor | None:
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def checked(term: RawTerm) -> bool:
+    """Whether a term masks nothing itself, but must agree with the mask."""
+    return term.kind in ("times", "zeroes")
 
 
 def number(item: Any) -> float | None:
@@ -142,12 +150,27 @@ def constant(node: Node) -> float | None:
     return float(held.item()) if type(held) is torch.Tensor else None
 
 
+def alike(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two nodes are the same expression over the same inputs."""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return type(a) is type(b) and bool(a == b)
+    if a is b:
+        return True
+    if depth == 0 or a.op != b.op or torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
+    if a.op == "get_attr":
+        return scalar(a) is not None and scalar(a) == scalar(b)
+    if a.op != "call_function" or a.target != b.target or a.kwargs != b.kwargs or len(a.args) != len(b.args):
+        return False
+    return all(alike(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))
+
+
 def inactive_dropout(node: Node) -> bool:
     """A dropout that changes nothing: probability 0, or not training."""
     return node.target == aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
 
 
 __all__ = [
-    "Atom", "Dims", "Match", "Operand", "Pattern", "RawTerm", "Roles", "Space", "argument", "aten", "inactive_dropout",
-    "number", "same", "scalar", "shape_of", "value",
+    "Atom", "Dims", "Match", "Operand", "Pattern", "RawTerm", "Roles", "Space", "alike", "argument", "aten", "checked",
+    "inactive_dropout", "number", "same", "scalar", "shape_of", "value",
 ]  # fmt: skip

@@ -82,6 +82,8 @@ class Space:
 
     def __init__(self) -> None:
         self.parts: dict[Atom, tuple[Atom, Atom]] = {}
+        # Where an axis whose size is known only at run time is a dimension of its own.
+        self.places: dict[Atom, tuple[Node, int]] = {}
         self._made = 0
 
     def new(self, size: Any) -> tuple[Atom, ...]:
@@ -157,7 +159,12 @@ class Space:
         if rule is None and (node.target in COPIES or (casts and node.target in CASTS)):
             return source, dims
         found = rule(self, node, self.resolve(dims)) if rule is not None else None
-        return None if found is None else (source, found)
+        if found is None:
+            return None
+        for d, atoms in enumerate(found):
+            if len(atoms) == 1 and not isinstance(atoms[0].size, int):
+                self.places.setdefault(atoms[0], (source, d))
+        return source, found
 
     def forward(self, user: Node, dims: Dims) -> Dims | None:
         """The dims of a view-like user's result, given its input's."""

@@ -8,7 +8,7 @@ called a head and which a batch is a name, not a fact: any choice computes the s
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,10 @@ def flat(dims: Dims) -> list[Atom]:
     return [a for d in dims for a in d]
 
 
+def axes_text(atoms: Iterable[Atom]) -> str:
+    return "an axis of size " + " and ".join(sorted(str(a.size) for a in atoms))
+
+
 def assign(
     space: Space, scores: Dims, q: Operand, k: Operand, v: Operand, out: Operand, keys: tuple[Atom, ...],
     varying: Set[Atom] = frozenset(),
@@ -38,7 +42,7 @@ def assign(
     """
     for operand in (q, k, v):
         if any(isinstance(s, int) and s == 0 for s in shape_of(operand.node)):
-            return Miss("an operand has no elements")
+            return Miss("q, k or v has a dimension of size 0, expected elements", code="empty-operand")
     k, v = unrepeat_pair(space, scores, keys, k, v)
     split_heads(space, q)
     for side in (k, v):
@@ -47,22 +51,28 @@ def assign(
     q, k, v, out = (replace(o, dims=space.resolve(o.dims)) for o in (q, k, v, out))
     in_q, in_k, in_v = (set(flat(o.dims)) for o in (q, k, v))
     if not set(keys) <= in_k or set(keys) & in_q:
-        return Miss("the keys' axis is not one of K alone: the scores are no product of queries and keys")
+        seen = "q has it too" if set(keys) <= in_k else "K lacks it"
+        return Miss(f"the soft-max axis should be one of K alone: {seen}", code="keys-axis")
     if not set(keys) <= in_v:
-        return Miss("V has no axis of keys")
+        return Miss("V lacks the axis of the soft-max, expected one value for each key", code="values-axis")
     features = tuple(a for a in flat(q.dims) if a in in_k and a not in flat(scores))
     values = tuple(a for a in flat(v.dims) if a in flat(out.dims) and a not in flat(scores))
     shared = [a for a in flat(scores) if a in in_k and a not in keys]
     only_q = [a for a in flat(scores) if a in in_q and a not in in_k]
     if in_k - {*keys, *features, *shared} or in_q - {*features, *shared, *only_q} or in_v - {*keys, *values, *shared}:
-        return Miss("q, k and v do not share their axes as an attention does")
+        lone = {"q": in_q - {*features, *shared, *only_q}, "K": in_k - {*keys, *features, *shared}}
+        lone["V"] = in_v - {*keys, *values, *shared}
+        seen = ", ".join(f"{name} has {axes_text(atoms)}" for name, atoms in lone.items() if atoms)
+        return Miss(f"{seen}, which no other operand shares as an attention does", code="axes-not-shared")
     if any(a not in in_q for a in shared):
-        return Miss("K has an axis that q lacks: one query is compared under several heads")
+        seen = axes_text([a for a in shared if a not in in_q])
+        return Miss(f"K has {seen} that q lacks: one query is compared under several heads", code="key-axis-alone")
     if any(a not in in_v for a in shared):
-        return Miss("V lacks an axis that K has")
+        seen = axes_text([a for a in shared if a not in in_v])
+        return Miss(f"V lacks {seen} that K has, expected the same batch and heads", code="value-axis-missing")
     queries = query_axis(scores, only_q, keys, {b for a in varying for b in space.atoms((a,))})
     group = tuple(a for a in only_q if a not in queries)
-    batch, heads = heads_axis(scores, shared, q, features, group, queries)
+    batch, heads = heads_axis(space, scores, shared, q, features, group, queries)
     return Roles(batch, heads + group, len(group), queries, keys, features, values), q, k, v, out
 
 
@@ -86,7 +96,7 @@ def query_axis(
 
 
 def heads_axis(
-    scores: Dims, shared: list[Atom], q: Operand, features: tuple[Atom, ...], group: tuple[Atom, ...],
+    space: Space, scores: Dims, shared: list[Atom], q: Operand, features: tuple[Atom, ...], group: tuple[Atom, ...],
     queries: tuple[Atom, ...],
 ) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:  # fmt: skip
     """Split the axes that q and k share into batch and heads."""
@@ -102,12 +112,29 @@ def heads_axis(
         grouped = next(n for n, d in enumerate(scores) if any(a in group for a in d))
         alone = shared[0] in scores[0] and grouped == first + 1 and len(scores) == 4
         return (tuple(shared), ()) if alone else ((), tuple(shared))
+    if not shared:
+        return (), ()
     if len(scores) < 4:
-        return tuple(shared[:1]), tuple(shared[1:])
+        alone = len(shared) == 1 and beside_batch_of_one(space, q, shared[0])
+        return ((), tuple(shared)) if alone else (tuple(shared[:1]), tuple(shared[1:]))
     beside = [a for a in shared if any(a in d and any(f in d for f in features) for d in q.dims)]
     last = next(d for d in reversed(scores) if d and d[0] in shared)
     heads = tuple(beside or (a for a in shared if a in last))
     return tuple(a for a in shared if a not in heads), heads
+
+
+def beside_batch_of_one(space: Space, operand: Operand, atom: Atom) -> bool:
+    """Whether a tensor behind a view has four dimensions, the first of size one and `atom` alone in another."""
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        dims = space.resolve(dims)
+        if len(dims) >= 4 and not dims[0] and (atom,) in dims:
+            return True
+        step = space.back(node, dims, casts=True)
+        if step is None:
+            return False
+        node, dims = step
+    return False
 
 
 def unrepeat_pair(

@@ -19,14 +19,23 @@ from torch.fx import Node
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
 from attnopt.patterns import Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
-from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space
+from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, same
 from attnopt.patterns.product import Product, product_of
+from attnopt.reasons import located
 
 aten = torch.ops.aten
 # How often each rule applied in this process, for `ATTNOPT_DEBUG` and the tests.
 HITS: Counter[str] = Counter()
 # Operations between a product and the soft-max it feeds; the longest chain in transformers is 11 long.
 REACH = 16
+
+
+HIDES = f"{MASKED:g} or less"
+
+
+def scaled_by(item: Any) -> str:
+    seen = f"{item}, a tensor of {list(shape_of(item))}" if value(item) is not None else f"{item}"
+    return f"the scores are scaled by {seen}; expected a constant, or zeros and ones beside an added mask"
 
 
 def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None) -> bool:
@@ -41,6 +50,46 @@ def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None)
         return False
     operands = node.args[0] if node.target == aten.cat.default else node.args[:3]
     return any(product_behind(a, limit - 1, seen) for a in operands)
+
+
+def obstacle(node: Any) -> Node | None:
+    """The first node on the way back that no rule follows, where elementwise operations lead to a product of two
+    activations; None where they do not, or where every one has its rule."""
+    for _ in range(REACH):
+        if not isinstance(node, Node) or node.op != "call_function" or activations(node):
+            return None
+        if node.target not in Walk.RULES and node.target not in BACK and node.target not in COPIES:
+            return node if elementwise(node) and any(leads_back(a) for a in node.all_input_nodes) else None
+        operands = node.args[0] if node.target == aten.cat.default else node.args[:3]
+        node = next((a for a in operands if leads_back(a)), None)
+    return None
+
+
+def leads_back(node: Any, limit: int = REACH) -> bool:
+    """Whether a product of two activations feeds `node` through views and elementwise operations."""
+    if not isinstance(node, Node) or node.op != "call_function" or limit == 0:
+        return False
+    if activations(node):
+        return True
+    known = node.target in Walk.RULES or node.target in BACK or node.target in COPIES
+    return (known or elementwise(node)) and any(leads_back(a, limit - 1) for a in node.all_input_nodes)
+
+
+def activations(node: Node) -> bool:
+    """Whether the node is a product of two tensors with a batch: a projection or a router has a matrix for one."""
+    product = product_of(node)
+    return product is not None and min(len(shape_of(product.lhs)), len(shape_of(product.rhs))) >= 3
+
+
+def elementwise(node: Node) -> bool:
+    """Whether the node computes each entry from the same entry of an operand of its own shape."""
+    # Not every overload has the tag.
+    known = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in Walk.RULES
+    if not known or value(node) is None:
+        return False
+    shape = shape_of(node)
+    held = [shape_of(a) for a in node.all_input_nodes if value(a) is not None]
+    return any(len(s) == len(shape) and all(map(same, s, shape)) for s in held)
 
 
 def zero_or_one(node: Node) -> bool:
@@ -60,6 +109,8 @@ class Walk:
 
     def __init__(self, space: Space, dims: Dims, axis: int) -> None:
         self.space, self.dims = space, dims
+        # The dims of the soft-max, without a sink's column.
+        self.rows = dims
         self.axis = axis
         self.keys = dims[axis]
         self.scale = 1.0
@@ -73,7 +124,10 @@ class Walk:
         """The product, or why the walk stopped. The scale met so far applies to everything further back."""
         while True:
             if not isinstance(node, Node) or node.op != "call_function":
-                return Miss("the scores come from outside this graph")
+                seen = node.op if isinstance(node, Node) else repr(node)
+                return Miss(
+                    f"the scores come from {seen}, expected a product in this graph", code="scores-from-outside"
+                )
             found = product_of(node)
             if found is not None:
                 return found
@@ -81,7 +135,7 @@ class Walk:
             rule = self.RULES.get(node.target)
             step = rule(self, node) if rule is not None else self.view(node)
             if isinstance(step, Miss):
-                return step
+                return located(step, node)
             HITS[rule.__name__ if rule is not None else "view"] += 1
             node = step
 
@@ -93,21 +147,25 @@ class Walk:
 
     def view(self, node: Node) -> Node | Miss:
         if node.target not in BACK and node.target not in COPIES:
-            return Miss(f"the scores pass {node.target}, which no rule follows")
+            return Miss(f"the scores pass {node.target}, which no rule follows", code="score-operation")
         found = self.space.back(node, self.dims)
         if found is None:
-            return Miss(f"the scores pass {node.target} in a way that was not proved")
+            seen = f"the scores pass {node.target} to {list(shape_of(node))}"
+            return Miss(f"{seen}, whose axes were not proved", code="score-view")
         self.dims = found[1]
         return found[0]
 
     def cast(self, node: Node) -> Node | Miss:
         held, source = value(node), value(node.args[0])
         if held is None or source is None or not held.dtype.is_floating_point or not source.dtype.is_floating_point:
-            return Miss("the scores are cast to integers")
+            seen = " to ".join("nothing" if t is None else str(t.dtype) for t in (source, held))
+            return Miss(f"the scores are cast from {seen}, expected float types, no integers", code="score-cast")
         return node.args[0]
 
     def dropout(self, node: Node) -> Node | Miss:
-        return node.args[0] if inactive_dropout(node) else Miss("the scores pass an active dropout")
+        if inactive_dropout(node):
+            return node.args[0]
+        return Miss(f"dropout of the scores is active, p = {node.args[1]}; expected none", code="dropout-active")
 
     def scaled(self, node: Node) -> Node | Miss:
         """s * c, c * s, s / c for a constant c."""
@@ -119,17 +177,18 @@ class Walk:
         if factor is None and multiplied and isinstance(a, Node) and isinstance(b, Node):
             return self.selected(a, b)
         if factor is None or not isinstance(a, Node):
-            return Miss("the scores are scaled by a tensor")
+            return Miss(scaled_by(b), code="score-times-tensor")
         if factor == 0 or len(node.args) > 2:
-            return Miss("the scores are scaled by zero")
+            seen = "zero" if factor == 0 else "a quotient that is rounded"
+            return Miss(f"the scores are scaled by {seen}, expected a factor other than zero", code="scale-zero")
         self.scale *= factor if multiplied else 1 / factor
         return a
 
     def selected(self, a: Node, b: Node) -> Node | Miss:
-        """s * m for a mask of zeros and ones, beside an added one that hides what is zero."""
+        """s * m beside an added mask that hides what is zero; that m is one elsewhere is proved with the mask."""
         scores, mask = (a, b) if product_behind(a) else (b, a)
-        if not self.terms or not zero_or_one(mask) or not self.full(scores) or self.softcap:
-            return Miss("the scores are scaled by a tensor")
+        if not self.terms or product_behind(mask) or not self.full(scores) or self.softcap:
+            return Miss(scaled_by(mask), code="score-times-tensor")
         self.add_term("times", mask)
         return scores
 
@@ -140,7 +199,8 @@ class Walk:
     def capped(self, node: Node) -> Node | Miss:
         """c * tanh(s): what was met so far is outside, what follows is inside."""
         if self.softcap or self.scale <= 0:
-            return Miss("a tanh that is not a soft-cap")
+            seen = "a second tanh" if self.softcap else f"a tanh times {self.scale:g}"
+            return Miss(f"the scores pass {seen}, expected c * tanh(s / c) once with c > 0", code="tanh-no-softcap")
         self.softcap, self.scale = self.scale, 1.0
         return node.args[0]
 
@@ -148,7 +208,8 @@ class Walk:
         """masked_fill(s, drop, -inf)"""
         fill = scalar(node.args[2])
         if not self.hides(fill):
-            return Miss("masked scores are filled with a value that is not minus infinity")
+            seen = "a tensor" if fill is None else f"{fill:g}"
+            return Miss(f"masked scores are filled with {seen}, expected {HIDES}", code="fill-too-large")
         self.add_term("drop", node.args[1], fill)
         return node.args[0]
 
@@ -162,7 +223,8 @@ class Walk:
         if on_fill is not None and isinstance(off, Node) and self.hides(on_fill):
             self.add_term("drop", condition, on_fill)
             return off
-        return Miss("scores are chosen between tensors")
+        fills = [f"{f:g}" if f is not None else "a tensor" for f in (on_fill, off_fill)]
+        return Miss(f"where() has {' and '.join(fills)}, expected scores and a fill of {HIDES}", code="fill-too-large")
 
     def hides(self, fill: float | None) -> bool:
         """Whether a score set to `fill` here is gone after the scales met so far, which apply to it as well."""
@@ -173,26 +235,30 @@ class Walk:
         a, b = node.args[:2]
         sign = -1.0 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
         if node.kwargs.get("alpha", 1) != 1:
-            return Miss("a multiple of something is added to the scores")
+            alpha = node.kwargs["alpha"]
+            return Miss(f"what is added to the scores has alpha = {alpha}, expected 1", code="added-multiple")
         if not isinstance(a, Node):
-            return Miss("the scores are subtracted from a number")
+            return Miss(f"the scores are subtracted from {a}, expected to be added to", code="scores-subtracted")
         # The same for every score of a row: the soft-max cancels it.
         if not isinstance(b, Node) or (sign < 0 and self.row_maximum(b)):
             if self.softcap:
-                return Miss("something is added inside the soft-cap")
-            return a if self.sink is None else Miss("the sink does not get what is added to the scores")
+                return Miss(f"{b} is added inside the soft-cap, expected outside", code="added-inside-softcap")
+            if self.sink is None:
+                return a
+            return Miss(f"{b} is added to the scores and not to the sink, expected to both", code="added-beside-sink")
         first, second = product_behind(a), product_behind(b)
         if first and second:
             first, second = self.larger(a, b)
         if not first and not second:
-            return Miss("nothing that is added here comes from a product")
+            return Miss(f"{a} and {b} are added, expected one of them to be a product", code="scores-from-outside")
         scores, other = (a, b) if first else (b, a)
         if sign < 0 and not first:
-            return Miss("the scores are subtracted from a tensor")
+            return Miss(f"the scores are subtracted from {a}, expected to be added to", code="scores-subtracted")
         if self.softcap:
-            return Miss("something is added inside the soft-cap")
+            return Miss(f"{other} is added inside the soft-cap, expected outside", code="added-inside-softcap")
         if not self.full(scores):
-            return Miss("the scores are broadcast against what is added")
+            seen = f"scores of {list(shape_of(scores))} are broadcast against {list(shape_of(other))}"
+            return Miss(f"{seen}, expected scores of full size", code="scores-broadcast")
         self.add_term("add", other, None, sign * self.scale)
         return scores
 
@@ -237,9 +303,12 @@ class Walk:
     def floored(self, node: Node) -> Node | Miss:
         """max(s, smallest number): only what is masked is that small."""
         if len(node.args) > 2 or node.kwargs:
-            return Miss("the scores are clamped from above")
+            return Miss("the scores are clamped from above, expected from below only", code="scores-clamped")
         floor = scalar(node.args[1])
-        return node.args[0] if self.hides(floor) else Miss("the scores are clamped")
+        if self.hides(floor):
+            return node.args[0]
+        seen = "a tensor" if floor is None else f"{floor:g}"
+        return Miss(f"the scores are clamped from below at {seen}, expected {HIDES}", code="scores-clamped")
 
     def outside(self) -> bool:
         """Whether anything but casts and the row's maximum was met so far."""
@@ -250,13 +319,20 @@ class Walk:
         parts, rank = node.args[0], len(self.dims)
         dim = (node.args[1] if len(node.args) > 1 else 0) % rank
         if len(parts) != 2 or self.sink is not None or self.dims[dim] != self.keys or self.outside():
-            return Miss("the scores are joined with something other than one sink")
+            seen = f"{len(parts)} tensors are joined on dim {dim}"
+            return Miss(
+                f"{seen} around the scores, expected one sink's column next to the soft-max", code="scores-joined"
+            )
         scores, sink = parts if product_behind(parts[0]) else parts[::-1]
         self.sink_first = scores is parts[1]
         if not (isinstance(shape_of(sink)[dim], int) and shape_of(sink)[dim] == 1) or not product_behind(scores):
-            return Miss("the scores are joined with more than one column")
+            columns = shape_of(sink)[dim]
+            return Miss(
+                f"the scores are joined with {columns} columns, expected the one of a sink", code="scores-joined"
+            )
         self.keys = self.space.new(shape_of(scores)[dim])
         self.dims = (*self.dims[:dim], self.keys, *self.dims[dim + 1 :])
+        self.rows = (*self.rows[: self.axis], self.keys, *self.rows[self.axis + 1 :])
         self.sink = Operand(sink, (*self.dims[:dim], (), *self.dims[dim + 1 :]))
         return scores
 
@@ -275,4 +351,4 @@ class Walk:
     }
 
 
-__all__ = ["HITS", "Walk", "product_behind", "zero_or_one"]
+__all__ = ["HITS", "Walk", "activations", "elementwise", "leads_back", "obstacle", "product_behind", "zero_or_one"]

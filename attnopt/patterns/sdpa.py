@@ -34,7 +34,8 @@ def batch_dims(space: Space, sizes: list[tuple], grouped: bool) -> list[Dims] | 
             if grouped and d == rank - 1 and n and isinstance(size, int) and isinstance(full, int) and full % size == 0:
                 cut = space.regroup(atoms, (size, full // size))
             if cut is None:
-                return Miss(f"q, k and v have {here} in a dimension they should share")
+                seen = f"q, k and v have {here} in leading dimension {d - rank}"
+                return Miss(f"{seen}, expected equal sizes, or one", code="leading-dimensions")
             into.append(cut[0])
     return [tuple(f) for f in found]
 
@@ -47,21 +48,23 @@ class Sdpa:
     def match(node: Node) -> Match | Miss | None:
         held = [t for t in map(value, node.args[:3]) if t is not None]
         if len(held) != 3 or any(t.ndim < 2 for t in held):
-            return Miss("an SDPA call whose operands do not have 2 dimensions or more")
+            seen = [t.ndim for t in held]
+            return Miss(f"q, k and v have {seen} dimensions, expected 2 or more each", code="operand-rank")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
-            return Miss("dropout is active")
+            p = argument(node, 4, "dropout_p", 0.0)
+            return Miss(f"dropout of the weights is active, p = {p}; expected none", code="dropout-active")
         scale, head_dim = argument(node, 6, "scale"), held[0].shape[-1]
         if scale is None and not isinstance(head_dim, int):
-            return Miss("a head dimension that is symbolic")
+            return Miss(f"the head dimension is the symbol {head_dim}, expected a number", code="symbolic-heads")
         if head_dim == 0:
-            return Miss("an operand has no elements")
+            return Miss("q, k or v has a dimension of size 0, expected elements", code="empty-operand")
         factor = 1 / math.sqrt(head_dim) if scale is None else number(scale)
         if factor is None:
-            return Miss("a scale that is not a constant")
+            return Miss(f"the scale is {scale}, expected a constant", code="scale-not-constant")
         mask = argument(node, 3, "attn_mask")
         held_mask = value(mask) if mask is not None else None
         if mask is not None and held_mask is None:
-            return Miss("a mask that is not a tensor")
+            return Miss(f"the mask is {mask}, expected a tensor", code="mask-not-a-tensor")
         return prove(node, held, factor, mask)
 
 
@@ -74,7 +77,7 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     queries, features = (space.new(s) for s in held[0].shape[-2:])
     keys, values = space.new(held[1].shape[-2]), space.new(held[2].shape[-1])
     if not keys:
-        return Miss("there is one key only")
+        return Miss("K has one position, expected two keys or more", code="one-key")
     q, k, v = (
         Operand(n, space.resolve((*dims, *own)))
         for n, dims, own in zip(
@@ -102,4 +105,6 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     if mask is not None:
         kind = "keep" if value(mask).dtype == torch.bool else "add"  # type: ignore[union-attr]
         terms = (RawTerm(kind, mask, space.resolve((*out.dims[:-1], keys))),)  # type: ignore[arg-type]
-    return Match("sdpa", node, out, q, k, v, roles, scale * q_factor * k_factor, 0.0, causal, terms)
+    return Match(
+        "sdpa", node, out, q, k, v, roles, scale * q_factor * k_factor, 0.0, causal, terms, places=space.places
+    )

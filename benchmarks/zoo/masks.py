@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.ir import Load, Mask
+from attnopt.ir import Bias, Load, Mask
 from benchmarks.zoo.watch import MASKED
 
 
@@ -176,11 +176,21 @@ def kept_by_load(load: Load, names: Mapping[str, Any]) -> Tensor:
     return held > MASKED if held.is_floating_point() else held.bool()
 
 
-def disagreement(mask: Mask, realised: Tensor, sizes: tuple[int, int, int, int], values: Mapping[str, Any]) -> str:
+def kept_by_bias(bias: Bias, sizes: tuple[int, int, int, int], values: Mapping[str, Any]) -> Tensor:
+    """The positions (B, H, Sq, Sk) that a bias does not hide: data that is added may be a mask by its values."""
+    names = dict(values)
+    for position, (name, size) in enumerate(zip("bhij", sizes, strict=True)):
+        names[name] = torch.arange(size).reshape([size if d == position else 1 for d in range(4)])
+    return (torch.as_tensor(evaluate(bias.text, names)) > MASKED).expand(sizes)
+
+
+def disagreement(
+    mask: Mask, realised: Tensor, sizes: tuple[int, int, int, int], values: Mapping[str, Any], bias: Bias | None = None
+) -> str:
     """The first position where a recovered mask differs from the realised one, or "" where there is none.
 
     realised: bool (..., Sq, Sk, or Sk + 1 with a sink's column last); sizes: (B, H, Sq, Sk). A row that the run masked
-    completely is no position: what it computes is nobody's result.
+    completely is no position: what it computes is nobody's result. bias: data whose values mask as well.
     """
     batch, heads, queries, keys = sizes
     if realised.shape[-1] == keys + 1:
@@ -194,7 +204,9 @@ def disagreement(mask: Mask, realised: Tensor, sizes: tuple[int, int, int, int],
     if rest != batch * heads:
         raise NotChecked(f"scores of shape {tuple(realised.shape)} are not laid out as {batch} by {heads} heads")
     realised = realised.reshape(batch, heads, queries, keys)
-    expected = kept_by(mask, (batch, heads, queries, keys), values)
+    expected = kept_by(mask, sizes, values)
+    if bias is not None:
+        expected = expected & kept_by_bias(bias, sizes, values)
     differs = (expected != realised) & realised.any(-1, keepdim=True)
     if not bool(differs.any()):
         return ""

@@ -150,7 +150,7 @@ def counted(model: nn.Module) -> Record:
 
 def judged(record: Record, met: Observed, calls: list[Call]) -> Record:
     """The verdict over a cell from what the matcher met and what the eager run realised."""
-    wrong, unchecked = compared(met.seen, calls)
+    wrong, unchecked, hidden = compared(met.seen, calls)
     if not record["error"] <= record["bound"]:
         wrong.append(f"the output differs by {record['error']:.2g} of its scale")
     if len(met.seen) > len(calls):
@@ -162,7 +162,8 @@ def judged(record: Record, met: Observed, calls: list[Call]) -> Record:
     status = "wrong" if wrong else "broken" if broken else "ok" if complete else "missed"
     misses = [plain_miss(m) for m in met.missed]
     return {
-        **record, "status": status, "sites": len(met.seen), "closed": sum(s.site.mask.closed for s in met.seen),
+        **record, "status": status, "sites": len(met.seen),
+        "closed": sum(one.site.mask.closed for one in met.seen) - hidden,
         "wrong": wrong, "unchecked": unchecked, "broken": broken, "misses": misses,
         "masks": dict(Counter(str(s.site.mask) for s in met.seen)),
         "patterns": dict(Counter(s.site.pattern for s in met.seen)),
@@ -194,17 +195,23 @@ def paired(seen: list[Seen], calls: list[Call]) -> tuple[list[tuple[Seen, Call]]
     return pairs, rest
 
 
-def compared(seen: list[Seen], calls: list[Call]) -> tuple[list[str], list[str]]:
-    """Recovered masks that are not the realised ones; and those that could not be compared, with the reason."""
+def compared(seen: list[Seen], calls: list[Call]) -> tuple[list[str], list[str], int]:
+    """Recovered masks that are not the realised ones; those that could not be compared, with the reason; and how many
+    of the closed ones are right only with the data that is added to the scores, which hides keys by its values."""
     pairs, rest = paired(seen, calls)
     wrong: list[str] = []
     unchecked = [f"{one.site.name}: no call of the eager run belongs to it for certain" for one in rest]
+    hidden = 0
     for one, call in pairs:
+        site, given = one.site, (call.keep, one.sizes, one.values)
         try:
-            found = disagreement(one.site.mask, call.keep, one.sizes, one.values)
+            found = disagreement(site.mask, *given)
+            if found and site.bias is not None:
+                found = disagreement(site.mask, *given, site.bias)
+                hidden += not found and site.mask.closed
         except NotChecked as reason:
-            unchecked.append(f"{one.site.name}: {reason}")
+            unchecked.append(f"{site.name}: {reason}")
             continue
         if found:
-            wrong.append(f"{one.site.name}: {found}")
-    return wrong, unchecked
+            wrong.append(f"{site.name}: {found}")
+    return wrong, unchecked, hidden

@@ -123,7 +123,6 @@ PADDING = {
         integers(2, B, SK), "keep", PAD,
     ),
     "int, product": (lambda m: (1.0 - m[:, None, None, :].float()) * MIN, integers(2, B, SK), "add", FINITE),
-    "float, product": (lambda m: (1.0 - m[:, None, None, :]) * -10000.0, integers(2, B, SK).float(), "add", FINITE),
     "bool, product": (lambda m: (1.0 - m[:, None, None, :].float()) * MIN, booleans(B, SK), "add", FINITE),
     "bool, where": (lambda m: torch.where(m[:, None, None, :], 0.0, INF), booleans(B, SK), "add", PAD),
     "bool, filled": (
@@ -138,7 +137,14 @@ def test_key_padding(name):
     build, m, kind, expected = PADDING[name]
     meaning = meaning_of(build, m, kind=kind)
     assert meaning.mask == expected and meaning.bias is None
-    assert bool(meaning.assumptions) == (name in ("int, product", "float, product"))
+    assert bool(meaning.assumptions) == (name == "int, product")
+
+
+def test_a_product_of_any_number_is_a_bias():
+    """(1 - m) * -1e4 of a float m: 0.9999 hides nothing, so only whole numbers are flags."""
+    build = lambda m: (1.0 - m[:, None, None, :]) * -10000.0  # noqa: E731
+    meaning = meaning_of(build, integers(2, B, SK).float(), kind="add")
+    assert meaning.mask == Mask() and meaning.bias is not None and not meaning.assumptions
 
 
 def test_padding_beside_raw_reads_of_the_same_tensor_has_a_name_of_its_own():

@@ -261,27 +261,13 @@ def digraph(graph: Graph) -> networkx.DiGraph:
     return edges
 
 
-def boundary(edges: networkx.DiGraph, region: Region) -> set[Node]:
-    """What the region reads; a view that a pass put before an operand stands for what it is a view of."""
-    read = networkx.ancestors(edges, region.out)
-    found = set()
-    for node in (region.q, region.k, region.v, *region.loads.values()):
-        while node not in read:
-            node = node.all_input_nodes[0]
-        found.add(node)
-    return found
+def inner(region: Region) -> set[Node]:
+    return {*region.match.inner, region.anchor, region.out}
 
 
-def inner(edges: networkx.DiGraph, region: Region) -> set[Node]:
-    """The nodes that compute the output from the boundary: those on the way back to it that depend on it."""
-    inputs, found, stack = boundary(edges, region), set(), [region.out]
-    after = set().union(*(networkx.descendants(edges, node) for node in inputs))
-    while stack:
-        node = stack.pop()
-        if node in after and node not in inputs and node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
+def operands(region: Region) -> set[Node]:
+    match = region.match
+    return {match.q.node, match.k.node, match.v.node, *(term.node for term in match.terms)}
 
 
 @examples(6)
@@ -300,9 +286,11 @@ def test_regions_are_convex_and_disjoint(layers: list[Pieces]) -> None:
     program = traced.program
     assert len(program.regions) == len(layers), [str(m) for m in program.misses]
     edges = digraph(program.gm.graph)
-    insides = [inner(edges, region) for region in program.regions]
+    insides = [inner(region) for region in program.regions]
     for region, inside in zip(program.regions, insides, strict=True):
-        assert region.anchor in inside and region.out in inside
         after = set().union(*(networkx.descendants(edges, node) for node in inside))
-        assert not after & boundary(edges, region), "what a region reads must not depend on what it computes"
+        before = set().union(*(networkx.ancestors(edges, node) for node in inside))
+        assert (after & before) <= inside, "a path leaves the region and comes back"
+        assert not after & operands(region), "what a region reads must not depend on what it computes"
+        assert networkx.has_path(edges, region.match.q.node, region.out)
     assert all(a.isdisjoint(b) for a, b in combinations(insides, 2))

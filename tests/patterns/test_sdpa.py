@@ -167,7 +167,7 @@ def scaled_distance(q, k, v):
 
 def test_active_dropout_is_left_alone():
     traced = trace(dropout, *qkv(), verify=False)
-    assert not traced.sites and not traced.rewrites and traced.misses == ["dropout is active"]
+    assert not traced.sites and not traced.rewrites and "dropout of the weights is active" in traced.misses[0]
 
 
 # What is no plain mask, and what its record must say: never that it is causal.

@@ -408,3 +408,132 @@ def test_one_key_head_broadcast_without_a_flag():
     traced = trace(plain, *inputs)
     torch.testing.assert_close(traced.output, plain(*inputs), atol=2e-5, rtol=1e-4)
     assert [(s.heads, s.kv_heads) for s in traced.sites] == [(4, 1)]
+
+
+# --- weights that are zeroed, sinks of a row, operations without a rule ---------------------------------------------
+
+
+def zeroed_again(q, k, v, keep):
+    """What CPM-Ant writes: masked keys are minus infinity before the soft-max and zero after it."""
+    dropped = keep[:, None].view(2, 1, 13, 13) == torch.tensor(False)
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(dropped, float("-inf")), -1)
+    return weights.masked_fill(keep[:, None].view(2, 1, 13, 13) == torch.tensor(False), 0.0) @ v
+
+
+def kept_twice(q, k, v, keep):
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(~keep[:, None], float("-inf")), -1)
+    return (weights * keep[:, None]) @ v
+
+
+def guarded_twice(q, k, v, keep):
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(~keep[:, None], float("-inf")), -1)
+    return torch.where(weights.isnan(), 0.0, weights).nan_to_num(0.0) @ v
+
+
+def causal_zeroed(q, k, v, keep):
+    """A formula for both: the second mask is looser than the first."""
+    i, j = positions(q.shape[2])
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(j > i, float("-inf")), -1)
+    return torch.where(j <= i + 3, weights, 0.0) @ v
+
+
+def some_keys() -> torch.Tensor:
+    keep = torch.rand(2, 13, 13, generator=torch.Generator().manual_seed(1)) > 0.3
+    keep[..., 0] = True
+    return keep
+
+
+@pytest.mark.parametrize("fn", [zeroed_again, kept_twice, guarded_twice, causal_zeroed], ids=lambda fn: fn.__name__)
+def test_weights_zeroed_where_they_are_zero(fn):
+    inputs = (*qkv(), some_keys())
+    traced = trace(fn, *inputs)
+    assert len(traced.sites) == 1 and len(traced.rewrites) == 1 and not traced.misses
+    torch.testing.assert_close(traced.output, fn(*inputs), atol=2e-5, rtol=1e-4)
+
+
+def zeroed_by_another_mask(q, k, v, keep):
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(~keep[:, None], float("-inf")), -1)
+    return weights.masked_fill(~keep[:, None].transpose(-1, -2), 0.0) @ v
+
+
+def kept_where_it_was_dropped(q, k, v, keep):
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(keep[:, None], -1e9), -1)
+    return (weights * keep[:, None]) @ v
+
+
+def zeroed_more_than_causal(q, k, v, keep):
+    i, j = positions(q.shape[2])
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(j > i, float("-inf")), -1)
+    return torch.where(j < i, weights, 0.0) @ v
+
+
+def filled_with_one(q, k, v, keep):
+    weights = F.softmax((scores(q, k) * SCALE).masked_fill(~keep[:, None], float("-inf")), -1)
+    return weights.masked_fill(~keep[:, None], 1.0) @ v
+
+
+def scores_through_relu(q, k, v, keep):
+    return F.softmax(F.relu(scores(q, k) * SCALE), -1) @ v
+
+
+def squared_weights(q, k, v, keep):
+    return F.softmax(scores(q, k) * SCALE, -1).square() @ v
+
+
+REASONS = {
+    zeroed_by_another_mask: "may be zero where a key is kept",
+    kept_where_it_was_dropped: "may be zero where a key is kept",
+    zeroed_more_than_causal: "may be zero where a key is kept",
+    filled_with_one: "the weights pass aten.masked_fill", scores_through_relu: "the scores pass aten.relu",
+    squared_weights: "the weights pass aten.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", REASONS, ids=lambda fn: fn.__name__)
+def test_what_stands_between_two_products_is_named(fn):
+    inputs = (*qkv(), some_keys())
+    traced = trace(fn, *inputs, verify=False)
+    assert not traced.sites and [REASONS[fn] in m for m in traced.misses] == [True], traced.misses
+    torch.testing.assert_close(traced.output, fn(*inputs), atol=2e-5, rtol=1e-4)
+
+
+def test_a_gate_is_no_attention():
+    """A soft-max over experts weighs their outputs: neither a site nor a miss."""
+
+    def gated(x, router, experts, out):
+        gates = F.softmax(F.silu(x @ router), -1)
+        return ((x @ experts[0]) * gates[..., :1] + (x @ experts[1]) * gates[..., 1:]) @ out
+
+    traced = trace(gated, torch.randn(2, 13, 8), torch.randn(8, 2), torch.randn(2, 8, 8), torch.randn(8, 8))
+    assert not traced.sites and not traced.misses
+
+
+def test_a_sink_of_every_row():
+    def with_sink(q, k, v):
+        joined = torch.cat([scores(q, k) * SCALE, q.sum(-1, keepdim=True)], -1)
+        return F.softmax(joined, -1)[..., :-1] @ v
+
+    inputs = qkv()
+    traced = trace(with_sink, *inputs)
+    (site,) = traced.sites
+    assert site.sink == "logit[b, h, i]" and not site.plain and not traced.rewrites
+    torch.testing.assert_close(traced.output, with_sink(*inputs), atol=2e-5, rtol=1e-4)
+
+
+def test_scores_multiplied_by_a_constant_buffer():
+    """GPT's first form: s * m - 1e4 * (1 - m), m a buffer whose value is guarded; another value is refused."""
+
+    class Gpt(torch.nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.register_buffer("bias", mask)
+
+        def forward(self, q, k, v):
+            return F.softmax(scores(q, k) * SCALE * self.bias + -1e4 * (1 - self.bias), -1) @ v
+
+    inputs = qkv()
+    traced = trace(Gpt(torch.ones(13, 13).tril()), *inputs)
+    assert [s.mask.causal for s in traced.sites] == [True] and traced.program.relied_on
+    refused = trace(Gpt(torch.ones(13, 13).tril() * 0.5), *inputs, verify=False)
+    assert not refused.rewrites and refused.misses
+    torch.testing.assert_close(traced.output, Gpt(torch.ones(13, 13).tril())(*inputs), atol=2e-5, rtol=1e-4)
