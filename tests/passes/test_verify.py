@@ -265,7 +265,11 @@ def swap_inner_axes(program):
 TAMPERED = {
     "<= for <": (with_target(aten.le.Scalar, aten.lt.Scalar), sliding, "the mask recovered"),
     "> for >=": (with_target(aten.gt.Scalar, aten.ge.Scalar), sliding, "the mask recovered"),
-    "or for and": (with_target(aten.bitwise_or.Tensor, aten.bitwise_and.Tensor), sliding, "the mask recovered"),
+    "or for and": (
+        with_target(aten.bitwise_or.Tensor, aten.__and__.Tensor, aten.bitwise_and.Tensor),
+        sliding,
+        "the mask recovered",
+    ),
     "another window": (with_argument(1, lambda w: w + 1, aten.lt.Scalar), sliding, "the mask recovered"),
     "> for >= in what is written out": (with_target(aten.gt.Scalar, aten.ge.Scalar), soft, "the mask recovered"),
     "another slope": (with_argument(1, lambda s: s * 1.5, aten.mul.Tensor, aten.mul.Scalar), soft, "recovered|recogn"),
