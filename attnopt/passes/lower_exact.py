@@ -129,8 +129,7 @@ def impossible(program: Program, region: Region) -> Refusal | None:
     if already_exact(region) and not packable(program, region) and not unfused(program, region):
         return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
-        said = ", ".join(n.name for n in region.match.read)
-        reason = f"its weights ({said}) are read elsewhere too, so that nothing would be saved"
+        reason = "its weights are read elsewhere too, so that nothing would be saved"
         return Refusal(reason, code="weights-read-elsewhere")
     if site.scale <= 0 and not (site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
