@@ -161,4 +161,6 @@ def test_one_query_of_a_top_left_causal_call_keeps_one_key():
         return call(q, k, v, is_causal=True)
 
     inputs = qkv(length=1, keys=11, kv_heads=2)
-    assert torch.allclose(trace(fn, *inputs).output.double(), fn(*double(inputs)), atol=1e-5)
+    traced = trace(fn, *inputs)
+    assert torch.allclose(traced.output.double(), fn(*double(inputs)), atol=1e-5)
+    assert not traced.rewrites and "already a single attention call" in traced.left[0]
