@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,12 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", att
     hf.logging.disable_progress_bar()
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         text = str(error).strip().splitlines()
+        if text and re.search("attn_implementation|attention", text[0], re.I):
+            raise OptionError(
+                f"{name} cannot be loaded with --attention {attention}: {text[0]}", "Use eager or sdpa."
+            ) from error
         offline = " (the hub is switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ModelError(
             f"{name} could not be loaded{offline}: {text[0] if text else type(error).__name__}",

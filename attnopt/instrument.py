@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from attnopt.capture import capture
+from attnopt.capture.constants import guarded, relied_at
 from attnopt.errors import ModelError
 from attnopt.ir import Miss, Refusal, Region, Site
 from attnopt.passes import OBSERVE, Program
@@ -53,7 +54,8 @@ class Instrumented:
         left: list[Refusal | Miss] = [*program.refusals, *program.misses]
         for item in left:
             self.left_alone.setdefault(item.path, item)
-        return captured.forward
+        constants = relied_at(captured, program.relied_on)
+        return guarded(captured.forward, lambda: changed, constants) if constants else captured.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         limits = {name: MAX_GRAPHS for name in ("recompile_limit", "accumulated_recompile_limit")}
@@ -71,6 +73,13 @@ class Instrumented:
             raise ModelError(
                 f"No attention of this model can be observed: {reasons}.", "`attnopt examine` lists every site."
             )
+
+
+def changed(*_: Any) -> Any:
+    raise ModelError(
+        "A buffer that says what an attention's mask means was written, moved or replaced since the model was traced.",
+        "Observe the model anew, and leave its buffers as they are meanwhile.",
+    )
 
 
 def logits_of(call: Callable[..., Any], ids: Tensor, model: nn.Module | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnopt.ir import Miss, Refusal
 
@@ -36,6 +36,15 @@ def source_line(node: Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def described(item: Any) -> str:
+    """A value of the graph in words that are the same for equal layers: ``aten.mean.dim of [2, 4, 1]``."""
+    held = getattr(item, "meta", {}).get("val")
+    if held is None:
+        return str(getattr(item, "target", item))
+    made = str(item.target) if item.op == "call_function" else {"placeholder": "an input"}.get(item.op, "a constant")
+    return f"{made} of {list(held.shape)}" if hasattr(held, "shape") else made
 
 
 def located(reason: Reason, node: Node) -> Reason:

@@ -11,6 +11,7 @@ from attnopt.errors import OptionError
 VARIABLES = {
     "ATTNOPT_STRICT": ("0", "1 raises where attnopt would otherwise leave a graph or a site alone"),
     "ATTNOPT_VERIFY": ("0", "1 compares every rewritten site with its original on random inputs while compiling"),
+    "ATTNOPT_ALWAYS": ("0", "1 makes every rewrite that is right, also where it was measured not to pay"),
     "ATTNOPT_TARGET": ("auto", "kernel target: auto, cpu, triton or reference"),
     "ATTNOPT_DEBUG": ("0", "1 prints every report line to standard error, 2 also the graphs before and after"),
     "ATTNOPT_CACHE": ("~/.cache/attnopt", "folder of emitted kernels and cost tables"),
@@ -27,6 +28,10 @@ def strict() -> bool:
 
 def verify() -> bool:
     return _value("ATTNOPT_VERIFY") == "1"
+
+
+def always() -> bool:
+    return _value("ATTNOPT_ALWAYS") == "1"
 
 
 def debug() -> int:

@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Test processes side by side: a thread that waits must not hold the core of another.
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Rewrites are tested at sizes at which most of them do not pay.
+os.environ["ATTNOPT_ALWAYS"] = "1"
 
 import hypothesis
 import numpy as np

@@ -162,6 +162,69 @@ def test_what_autocast_does_beside_casting_is_a_reason(monkeypatch):
     assert isinstance(seen[0], Refusal) and "autocast does more to aten.matmul" in seen[0].reason
 
 
+class Opaque:
+    """Operations of which autocast meets a part inside a kernel, where no trace sees it."""
+
+    bilinear = staticmethod(lambda x: F.bilinear(x, x, torch.ones(4, 4, 4)))
+    custom = staticmethod(lambda x: torch.ops.attnopt_test.twice(x))
+
+
+@torch.library.custom_op("attnopt_test::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return (x @ x).float()
+
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "custom"])
+def test_what_autocast_does_inside_a_kernel_is_a_reason(name):
+    fn, x, seen = getattr(Opaque, name), torch.rand(4, 4) / 3, []
+
+    def backend(gm, _):
+        seen.append(capture(gm))
+        return gm.forward
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(fn(x), without_autocast(fn, x)), "this operation is none of the kind"
+        torch.compile(fn, backend=backend)(x)
+        assert isinstance(seen.pop(), Refusal)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(fn, backend=backend)(x)
+    assert not isinstance(seen.pop(), Refusal)
+
+
+def without_autocast(fn, x):
+    with torch.autocast("cpu", enabled=False):
+        return fn(x)
+
+
+def test_kernels_that_only_move_values_are_seen_through():
+    """Each listed kernel computes with autocast what it does without."""
+    from attnopt.capture import autocast
+
+    x, keep = torch.rand(4, 4), torch.rand(4, 4) > 0.5
+    arguments = {
+        "lift_fresh_copy": (x,), "_unsafe_view": (x, [16]), "_safe_softmax": (x, -1), "sum": (x,), "rot90": (x,),
+        "unsafe_split_with_sizes": (x, [1, 3]), "unsafe_split": (x, 2), "count_nonzero": (x,), "bernoulli": (x,),
+        "masked_fill": (x, keep, x[0, 0]), "fill": (x, x[0, 0]), "new_full": (x, [2], 1.5), "new_ones": (x, [2]),
+        "new_zeros": (x, [2]), "ones_like": (x,), "zeros_like": (x,), "rand_like": (x,), "randn_like": (x,),
+    }  # fmt: skip
+    names = {str(func.overloadpacket).split(".")[-1] for func in autocast.MOVING}
+    assert names - set(arguments) == {"_assert_tensor_metadata", "new_empty", "empty_like"}
+    for func in autocast.MOVING:
+        if (given := arguments.get(str(func.overloadpacket).split(".")[-1])) is not None:
+            results = []
+            for enabled in (True, False):
+                torch.manual_seed(0)
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    results.append(func(*given))
+            equal(*results)
+
+
 # --- opaque fast paths ----------------------------------------------------------------------------------------------
 
 
@@ -307,7 +370,12 @@ def test_the_check_of_each_call():
     # Another tensor, though equal, may be written to unseen.
     assert call(torch.ones(3), keep.clone()) == "untouched"
     assert call(torch.ones(3), keep) == "rewritten"
-    keep.add_(1)
+    kept = keep.data
+    keep.data = torch.ones(3)
+    assert call(torch.ones(3), keep) == "untouched"
+    keep.data = kept
+    assert call(torch.ones(3), keep) == "rewritten"
+    keep.view(3)[0] = 2
     assert call(torch.ones(3), keep) == call(torch.ones(3), keep) == "untouched" and len(compiled) == 1
 
 

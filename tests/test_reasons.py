@@ -30,10 +30,10 @@ def reasons(source: str) -> Iterator[tuple[int, str]]:
 
 
 def made() -> dict[str, str]:
-    """Where each code is used; reports make one from a report's own code."""
+    """The code of every reason, by where it is made; reports only make one again from its own code."""
     found = {}
     for path in sorted((ROOT / "attnopt").rglob("*.py")):
-        if path.name != "ir.py":
+        if path.name != "ir.py" and path.parent.name != "report":
             found |= {f"{path.relative_to(ROOT)}:{n}": c for n, c in reasons(path.read_text(encoding="utf-8"))}
     return found
 

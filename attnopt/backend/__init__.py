@@ -20,9 +20,9 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
-from attnopt.backend.inductor import SHIELDED, later, shielded, softmax_left, to_inductor
-from attnopt.capture import KEY, capture, needs_grad
-from attnopt.capture.constants import guarded
+from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
+from attnopt.capture import capture, needs_grad
+from attnopt.capture.constants import guarded, relied_at
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
@@ -96,13 +96,16 @@ def record(report: GraphReport) -> None:
             log.info(line)
 
 
-def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[GraphModule, GraphReport, set[str]]:
-    """The rewritten functional graph, or `gm` itself with the reason in the report; and the constants relied on."""
+def rewrite(
+    gm: GraphModule, inputs: Sequence[Any], options: Options
+) -> tuple[GraphModule, GraphReport, dict[int, torch.Tensor]]:
+    """The rewritten functional graph, or `gm` itself with the reason in the report; and the constants relied on, by
+    the positions of the inputs they are."""
     started = time.perf_counter()
     captured = capture(gm)
     exporting = Step("capture", (time.perf_counter() - started) * 1e3, len(gm.graph.nodes), 0)
     if isinstance(captured, Refusal):
-        return gm, GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,)), set()
+        return gm, GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,)), {}
     exporting = replace(exporting, after=len(captured.graph.nodes))
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     program = Program(captured, needs_grad=needs_grad(inputs), device=device, plan=options.plan, verify=options.verify)
@@ -115,8 +118,15 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> tuple[G
     report = replace(report, history=(exporting, *report.history))
     # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
     if not report.rewrites:
-        return gm, report, set()
-    return captured, report, set(getattr(program, "relied_on", ()))
+        return gm, report, {}
+    return captured, report, relied_at(captured, program.relied_on)
+
+
+def left_alone(error: Exception) -> GraphReport:
+    """The report of a graph at which something of ours, or inductor on what we made, failed."""
+    log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
+    no = Refusal(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", code="pass-failed")
+    return GraphReport(fallback=no.reason, fallback_code=no.code)
 
 
 def attnopt(
@@ -128,23 +138,34 @@ def attnopt(
     """
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     try:
-        graph, report, relied = rewrite(gm, example_inputs, chosen)
+        graph, report, constants = rewrite(gm, example_inputs, chosen)
     except Exception as error:
         if settings.strict() or isinstance(error, PlanError):
             raise
-        log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        no = Refusal(reason, code="pass-failed")
-        graph, report, relied = gm, GraphReport(fallback=no.reason, fallback_code=no.code), set()
-    patches = chosen.patches()
-    if softmax_left(graph) and patches.get("pattern_matcher", True):
-        patches = shielded(patches)
-        report = replace(report, notes=(*report.notes, SHIELDED))
-    record(report)
-    run = to_inductor(graph, example_inputs, patches)
-    if not relied:
-        return run
-    # Looked up while the graph still has its placeholders' names; the export keeps their order.
-    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    constants = {names.index(name): graph.meta[KEY][name] for name in relied}
-    return guarded(run, lambda: later(gm, patches), constants)
+        graph, report, constants = gm, left_alone(error), {}
+    if graph is not gm:
+        try:
+            return compiled(graph, example_inputs, chosen, report, lambda: later(gm, chosen.patches()), constants)
+        except torch._dynamo.exc.RestartAnalysis:
+            # Inductor asks Dynamo for another graph: no failure.
+            raise
+        except Exception as error:
+            if settings.strict():
+                raise
+            report = left_alone(error)
+    return compiled(gm, example_inputs, chosen, report)
+
+
+def compiled(
+    graph: GraphModule,
+    inputs: list[Any],
+    chosen: Options,
+    report: GraphReport,
+    untouched: Callable[[], Callable[..., Any]] | None = None,
+    constants: dict[int, torch.Tensor] | None = None,
+) -> Callable[..., Any]:
+    """What inductor makes of `graph`, under a check of the constants; `untouched` compiles what runs when it fails."""
+    patches, kept_apart = protected(graph, chosen.patches())
+    run = to_inductor(graph, inputs, patches)
+    record(replace(report, notes=(*report.notes, SHIELDED)) if kept_apart else report)
+    return guarded(run, untouched, constants) if constants and untouched else run

@@ -95,6 +95,12 @@ def shielded(patches: dict[str, Any]) -> dict[str, Any]:
     return {**patches, **ours}
 
 
+def protected(graph: GraphModule, patches: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The settings to compile `graph` with, and whether they keep inductor's attention patterns away from it."""
+    needed = softmax_left(graph) and patches.get("pattern_matcher", True)
+    return (shielded(patches) if needed else patches), needed
+
+
 def to_inductor(graph: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
@@ -103,4 +109,4 @@ def to_inductor(graph: GraphModule, inputs: list[Any], patches: dict[str, Any]) 
 
 def later(graph: GraphModule, patches: dict[str, Any]) -> Callable[..., Any]:
     """The same long after Dynamo has finished with the graph: it is traced again, with the arguments of its calls."""
-    return torch.compile(graph, backend=lambda gm, inputs: to_inductor(gm, inputs, patches))
+    return torch.compile(graph, backend=lambda gm, inputs: to_inductor(gm, inputs, protected(gm, patches)[0]))

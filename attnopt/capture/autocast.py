@@ -5,11 +5,13 @@
 The export records operations before autocast sees them: the values it notes have the right dtypes, the casts
 themselves are nowhere. ATen is asked for them: each operation is run once on fake tensors, with autocast and without,
 and what the dispatcher does is compared. An operation in which autocast does more than cast inputs leaves the graph
-alone. The explicit graph switches autocast off for itself, so nothing is cast twice.
+alone, and so does one whose kernel calls others, which autocast would meet again out of sight. The explicit graph
+switches autocast off for itself, so nothing is cast twice.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +36,16 @@ EINSUM_VIEWS = tuple(
     getattr(torch.ops.aten, name).default
     for name in ("unsqueeze", "permute", "view", "expand", "_unsafe_view", "clone", "alias")
 )
+# Composite kernels that only make, move or choose values.
+MOVING = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_assert_tensor_metadata", "_unsafe_view", "lift_fresh_copy", "new_empty", "new_full", "new_ones", "new_zeros",
+        "empty_like", "ones_like", "zeros_like", "rand_like", "randn_like", "_safe_softmax", "sum", "rot90",
+        "unsafe_split_with_sizes", "bernoulli", "count_nonzero",
+    )
+}  # fmt: skip
+MOVING |= {torch.ops.aten.masked_fill.Tensor, torch.ops.aten.fill.Tensor, torch.ops.aten.unsafe_split.Tensor}
 
 
 def current() -> State:
@@ -123,9 +135,34 @@ def concrete(item: Any) -> Any:
     return torch.empty_strided(sizes, strides, dtype=item.dtype, device=item.device)
 
 
+def shows_all(func: Any, device: str) -> bool:
+    """Whether autocast does nothing inside the kernel of `func`: it calls nothing, or does so with autocast off."""
+    backend, name = device.upper(), func.name()
+    if torch.Tag.core in func.tags or torch.Tag.pointwise in func.tags or func in MOVING:
+        return True
+    if any(result.alias_info is not None for result in func._schema.returns):
+        return True
+    held = torch._C._dispatch_has_kernel_for_dispatch_key
+    # A kernel behind one of autocast's own runs with autocast off; those of a device compute, but for linear algebra.
+    return held(name, f"Autocast{backend}") or (
+        held(name, backend) and "linalg" not in name and func.namespace == "aten"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log of operations that fail on fake tensors: that they do is one of the answers."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def observe(target: Any, args: Any, kwargs: Any, state: State) -> list[Call] | None:
     """What runs in the end when `target` is called under `state`; None where it cannot be called."""
-    with restored(), torch.no_grad(), Recorder() as recorder:
+    with restored(), quiet(), torch.no_grad(), Recorder() as recorder:
         for device in DEVICES:
             switch(device, device in dict(state), dict(state).get(device, torch.get_autocast_dtype(device)))
         try:
@@ -152,7 +189,7 @@ def casts_of(target: Any, args: Any, kwargs: Any, state: State) -> Casts | None:
     """
     tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     mixed = observe(target, args, kwargs, state)
-    if mixed is None:
+    if mixed is None or not autocast_shows(target, mixed, state):
         return None
     if signature(observe(target, args, kwargs, ())) == signature(mixed):
         return (None,) * len(tensors), {}
@@ -174,6 +211,18 @@ def casts_of(target: Any, args: Any, kwargs: Any, state: State) -> Casts | None:
         if signature(observe(target, cast_args, {**cast_kwargs, **extra}, ())) == wanted:
             return copies, extra
     return None
+
+
+def autocast_shows(target: Any, calls: list[Call], state: State) -> bool:
+    """Whether the calls seen are all that autocast could cast, on every device whose autocast is on."""
+    for device in dict(state):
+
+        def touched(call: Call, device: str = device) -> bool:
+            return any(isinstance(a, Tensor) and a.is_floating_point() and a.device.type == device for a in call[1])
+
+        if not shows_all(target, device) and not all(shows_all(c[0], device) for c in calls if touched(c)):
+            return False
+    return True
 
 
 def einsum_casts(calls: list[Call], tensors: list[Tensor]) -> Casts | None:

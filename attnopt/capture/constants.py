@@ -7,12 +7,12 @@ its value at compile time says what it means, for as long as nobody writes to it
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 KEY = "attnopt_constants"
 # Elements: a mask of 4096 x 4096. Above that, reading the values would take longer than what may come of it.
@@ -43,22 +43,38 @@ def small_buffers(placeholders: Sequence[Node], exported: Sequence[Node]) -> dic
         held = held_tensor(old) if is_buffer(old) else None
         if held is None or held.requires_grad or held.numel() > LIMIT or held.device.type == "meta":
             continue
+        # Such a tensor counts no writes.
+        if held.is_inference():
+            continue
         if held.dtype == torch.bool or held.dtype.is_floating_point:
             found[new.name] = held
     return found
+
+
+def relied_at(gm: GraphModule, names: Iterable[str]) -> dict[int, Tensor]:
+    """The constants among a captured graph's inputs that were relied on, by position."""
+    positions = {n.name: at for at, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    return {positions[name]: gm.meta[KEY][name] for name in names}
 
 
 def guarded(
     run: Callable[..., Any], untouched: Callable[[], Callable[..., Any]], relied: dict[int, Tensor]
 ) -> Callable[..., Any]:
     """`run` for as long as the arguments at the positions of `relied` are those tensors, never written to since;
-    else what `untouched` compiles, at the first such call."""
+    else what `untouched` compiles, at the first such call.
+
+    Writes are told by autograd's own count of them, which, like autograd, does not see those made through ``.data``
+    or another library that shares the memory.
+    """
     # Weakly: a compiled function must not keep a model's buffers alive.
-    watched = [(position, weakref.ref(tensor), tensor._version) for position, tensor in relied.items()]
+    watched = [(at, weakref.ref(tensor), (tensor._version, tensor.data_ptr())) for at, tensor in relied.items()]
     other: list[Callable[..., Any]] = []
 
+    def same(tensor: Tensor, state: tuple[int, int]) -> bool:
+        return not tensor.is_inference() and (tensor._version, tensor.data_ptr()) == state
+
     def checked(*args: Any) -> Any:
-        if all(args[position] is held() and args[position]._version == version for position, held, version in watched):
+        if all(args[at] is held() and same(args[at], state) for at, held, state in watched):
             return run(*args)
         if not other:
             other.append(untouched())

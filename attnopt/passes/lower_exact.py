@@ -4,107 +4,43 @@
     softmax(q @ k.T * s + mask) @ v                 ->  the same
     softmax(q @ k.T * s + any mask or bias) @ v     ->  sdpa(q, k, v, mask as it was), where no closed form helps
     causal and pad[b, j]                            ->  sdpa on q, k, v with one more feature that hides padded keys
+    causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
+    sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
+    one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
 
-Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0.
+Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0. Of what
+is right for a site, the first form that pays on this device is taken (`pays` has the measurements); where none does,
+the site stays, and the report says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.fx import Node
-
-from attnopt.codegen.span_cpu import PENALTY, tuning
 from attnopt.ir import Mask, Refusal, Region
-from attnopt.passes.arrange import operand_mask
-from attnopt.passes.program import Builder, Program
-from attnopt.passes.span import insert_span, key_padding
+from attnopt.passes import pays
+from attnopt.passes.exact_forms import (
+    Build,
+    lower_causal_padding,
+    lower_chunked,
+    lower_key_padding,
+    lower_operand_mask,
+    lower_packed,
+    lower_plain,
+    varies_over,
+)
+from attnopt.passes.program import Program
+from attnopt.passes.span import insert_span
 from attnopt.patterns import same
 
-aten = torch.ops.aten
-Build = Callable[[Region], Node]
-# A GPU's fused kernels take head sizes in steps of 8.
-EXTRA_GPU = 8
+Form = tuple[Build, str]
 
 
-def sdpa(
-    builder: Builder,
-    region: Region,
-    q: Node,
-    k: Node,
-    v: Node,
-    mask: Node | None,
-    causal: bool,
-    scale: float | None = None,
-) -> Node:
-    grouped = region.site.heads != region.site.kv_heads
-    scale = region.site.scale if scale is None else scale
-    return builder.call(
-        aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def lower_plain(program: Program, causal: bool) -> Build:
-    def build(region: Region) -> Node:
-        return sdpa(Builder(program.gm, region.out), region, region.q, region.k, region.v, None, causal)
-
-    return build
-
-
-def lower_key_padding(program: Program) -> Build:
-    """A (B, 1, 1, Sk) mask: the kernel broadcasts it, nothing of size Sq x Sk is made."""
-
-    def build(region: Region) -> Node:
-        builder = Builder(program.gm, region.out)
-        pad = key_padding(builder, region)
-        mask = builder.call(aten.unsqueeze.default, builder.call(aten.unsqueeze.default, pad, 1), 1)
-        return sdpa(builder, region, region.q, region.k, region.v, mask, False)
-
-    return build
-
-
-def lower_causal_padding(program: Program) -> Build:
-    """As `codegen.span_cpu.causal_padded`, in the graph: one more feature, constant in q and very negative in the keys
-    that are padded, keeps the causal kernel that takes no mask, and its gradient."""
-
-    def build(region: Region) -> Node:
-        call, site = (builder := Builder(program.gm, region.out)).call, region.site
-        pad = key_padding(builder, region)
-        q, k, v, scale = region.q, region.k, region.v, site.scale
-        like = q.meta["val"]
-        if scale < 1e-4:  # the penalty is multiplied by the scale: keep it negative and large
-            q, scale = call(aten.mul.Tensor, q, scale), 1.0
-        extra = tuning(like.dtype, site.head_dim).extra if program.device == "cpu" else EXTRA_GPU
-        width = max(site.head_dim + extra, site.head_dim_v)
-        batch, keys, rows = builder.size(k, 0), builder.size(k, 2), builder.size(q, 2)
-        hidden = call(aten.where.Scalar, pad, 0.0, -PENALTY)
-        hidden = call(aten._to_copy.default, call(aten.view.default, hidden, [batch, 1, keys, 1]), dtype=like.dtype)
-        hidden = call(aten.expand.default, hidden, [batch, site.kv_heads, keys, 1])
-        marker = call(aten.new_full.default, q, [batch, site.heads, rows, 1], PENALTY)
-        q, k = call(aten.cat.default, [q, marker], 3), call(aten.cat.default, [k, hidden], 3)
-        if rest := width - site.head_dim - 1:
-            q, k = (call(aten.constant_pad_nd.default, x, [0, rest]) for x in (q, k))
-        if site.head_dim_v < width:
-            v = call(aten.constant_pad_nd.default, v, [0, width - site.head_dim_v])
-        out = call(aten.transpose.int, sdpa(builder, region, q, k, v, None, True, scale), 1, 2)
-        out = call(aten.slice.Tensor, out, 3, 0, site.head_dim_v)
-        dead = call(aten.eq.Scalar, call(aten.cumsum.default, pad, 1), 0)
-        dead = call(aten.unsqueeze.default, call(aten.unsqueeze.default, dead, 2), 3)
-        return call(aten.transpose.int, call(aten.masked_fill.Scalar, out, dead, 0.0), 1, 2)
-
-    return build
-
-
-def lower_operand_mask(program: Program) -> Build:
-    def build(region: Region) -> Node:
-        builder = Builder(program.gm, region.out)
-        mask = operand_mask(builder, region.match, region.q.meta["val"].dtype)
-        return sdpa(builder, region, region.q, region.k, region.v, mask, region.match.causal)
-
-    return build
+def repeats_keys(region: Region) -> bool:
+    """Whether the graph copies K and V to every query head before the products."""
+    return region.site.heads != region.site.kv_heads and region.anchor.args[1:2] != (region.k,)
 
 
 def already_exact(region: Region) -> bool:
@@ -118,57 +54,110 @@ def already_exact(region: Region) -> bool:
     )
 
 
-def general(program: Program, region: Region) -> tuple[Build, str] | Refusal:
-    """A written-out attention no closed form helps: fused with its mask as the graph had it."""
-    site = region.site
+def unfused(program: Program, region: Region) -> bool:
+    """Whether an SDPA call of the graph runs written out: the CPU's fused kernel asks for equal head sizes."""
+    return program.device == "cpu" and region.site.head_dim != region.site.head_dim_v
+
+
+def one_query(region: Region) -> bool:
+    size = region.q.meta["val"].shape[2]
+    return isinstance(size, int) and size == 1
+
+
+def one_row(region: Region) -> bool:
+    """Whether the mask operands are one row for all queries already."""
+    shapes = [term.node.meta["val"].shape for term in region.match.terms]
+    return all(len(s) < 2 or (isinstance(s[-2], int) and s[-2] == 1) for s in shapes)
+
+
+def packable(program: Program, region: Region) -> bool:
+    """One query a head, several heads a KV head, and a mask operand that all heads share, if any.
+
+    A causal call without an operand keeps key 0 alone for its one query: its packed rows would keep more.
+    """
+    grouped = region.site.heads != region.site.kv_heads and not region.match.causal
+    return program.device == "cpu" and grouped and one_query(region) and "h" not in varies_over(region)
+
+
+def in_chunks(region: Region) -> bool:
+    """Nothing but chunks of equal size, whole ones, known while compiling."""
+    site, mask = region.site, region.site.mask
+    queries, keys = (x.meta["val"].shape[2] for x in (region.q, region.k))
+    bare = not (mask.padded or mask.terms or mask.opaque or mask.offset or mask.window is not None)
+    sized = isinstance(queries, int) and isinstance(keys, int) and queries == keys
+    return mask.chunk > 0 and bare and site.bias is None and sized and queries % mask.chunk == 0
+
+
+def general(program: Program, region: Region) -> Iterator[Form]:
+    """No closed form helps: one call with the mask as the graph had it, unless that is what the graph has."""
+    if region.site.pattern != "sdpa" or repeats_keys(region) or unfused(program, region):
+        yield lower_operand_mask(program), pays.AS_IT_WAS
+    elif region.match.terms and not one_row(region) and "i" not in varies_over(region):
+        yield lower_operand_mask(program), "SDPA with a mask of one row"
+
+
+def forms(program: Program, region: Region) -> Iterator[Form]:
+    """What is right for the site and may be cheaper, the best first."""
+    site, mask = region.site, region.site.mask
+    square = same(region.q.meta["val"].shape[2], region.k.meta["val"].shape[2])
+    if packable(program, region):
+        yield lower_packed(program), pays.PACKED
+        if already_exact(region) and not unfused(program, region):
+            return
+    if in_chunks(region):
+        yield lower_chunked(program), f"SDPA, chunks of {mask.chunk} as a batch"
+    if site.plain and mask.kind == "none":
+        if not mask.padded:
+            yield lower_plain(program, False), "SDPA without a mask"
+        elif site.pattern != "sdpa" or repeats_keys(region) or unfused(program, region) or not one_row(region):
+            yield lower_key_padding(program), pays.PADDING
+        return
+    if site.plain and mask.kind == "causal" and mask.offset == 0:
+        if not mask.padded:
+            yield lower_plain(program, True), "SDPA is_causal"
+            return
+        if square:
+            yield lower_causal_padding(program), pays.FEATURE
+    if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and not program.needs_grad:
+        yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+    yield from general(program, region)
+
+
+def impossible(program: Program, region: Region) -> Refusal | None:
+    """Why no form here is right for the site; None where one may be."""
+    site, mask = region.site, region.site.mask
+    if already_exact(region) and not packable(program, region) and not unfused(program, region):
+        return Refusal("already a single attention call without a mask", code="already-one-call")
+    if region.match.read:
+        reason = "its weights are read elsewhere too, so that nothing would be saved"
+        return Refusal(reason, code="weights-read-elsewhere")
+    if site.scale <= 0 and not (site.plain and mask.kind == "causal" and mask.padded):
+        # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
+        return Refusal(f"the scale is {site.scale:g}, expected a positive one", code="scale-not-positive")
     if site.softcap:
         return Refusal(f"no fused kernel here caps scores at {site.softcap:g}", code="softcap-no-kernel")
     if site.sink:
         return Refusal(f"no fused kernel here has a sink ({site.sink})", code="sink-no-kernel")
-    if site.pattern == "sdpa":
-        said = f"already a single attention call, and none is cheaper for keys {site.mask}"
-        return Refusal(said, code="already-one-call")
-    return lower_operand_mask(program), "SDPA with the mask as it was"
+    return None
 
 
-def choose(program: Program, region: Region) -> tuple[Build, str] | Refusal:
+def choose(program: Program, region: Region) -> Form | Refusal:
     """What to lower to and what to call it, or why the site stays as it is."""
+    if (no := impossible(program, region)) is not None:
+        return no
+    against = []
+    for build, lowering in forms(program, region):
+        reason = pays.against(lowering, program.device, region)
+        if not reason:
+            return build, lowering
+        against.append(f"{lowering} does not pay here, {reason}")
+    if against:
+        return Refusal("; ".join(against), code="does-not-pay")
     mask: Mask = region.site.mask
-    q, k = region.q.meta["val"], region.k.meta["val"]
-    square = same(q.shape[2], k.shape[2])
-    if already_exact(region):
-        return Refusal("already a single attention call without a mask", code="already-one-call")
-    if region.match.read:
-        said = ", ".join(n.name for n in region.match.read)
-        reason = f"its weights ({said}) are read elsewhere too, so that nothing would be saved"
-        return Refusal(reason, code="weights-read-elsewhere")
-    if region.site.scale <= 0 and not (region.site.plain and mask.kind == "causal" and mask.padded):
-        # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
-        return Refusal(f"the scale is {region.site.scale:g}, expected a positive one", code="scale-not-positive")
-    if not region.site.plain:
-        return general(program, region)
-    if mask.kind == "none":
-        if not mask.padded:
-            return lower_plain(program, False), "SDPA without a mask"
-        if region.site.pattern == "sdpa" and program.device == "cpu":
-            # The kernel still visits every key: a broadcast mask saves memory, not work.
-            return lower_key_padding(program), "SDPA, padding broadcast instead of materialised"
-        return lower_key_padding(program), "SDPA with a broadcast padding mask"
-    if mask.kind == "causal" and mask.offset == 0:
-        if not mask.padded:
-            return lower_plain(program, True), "SDPA is_causal"
-        if not square:
-            return general(program, region)
-        return lower_causal_padding(program), "SDPA is_causal, padding folded into a feature"
-    if mask.kind == "sliding" and mask.offset == 0 and square:
-        if program.needs_grad and region.site.pattern == "sdpa":
-            return Refusal(
-                "gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient"
-            )
-        if program.needs_grad:
-            return general(program, region)
-        return insert_span(program, None), f"span kernel, window {mask.window}"
-    return general(program, region)
+    if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
+        return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
+    reason = f"already a single attention call, and none is cheaper for keys {mask}"
+    return Refusal(reason, code="already-one-call")
 
 
 def run(program: Program) -> None:
@@ -178,8 +167,7 @@ def run(program: Program) -> None:
             program.refuse(region, chosen)
             continue
         build, lowering = chosen
-        repeated = region.site.heads != region.site.kv_heads and region.anchor.args[1:2] != (region.k,)
-        program.replace(region, build, lowering, note="K and V are not repeated" if repeated else "")
+        program.replace(region, build, lowering, note="K and V are not repeated" if repeats_keys(region) else "")
 
 
-__all__: list[Any] = ["choose", "run"]
+__all__: list[Any] = ["choose", "lower_plain", "run"]

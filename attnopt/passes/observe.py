@@ -32,5 +32,7 @@ def insert(program: Program, region: Region) -> Node:
     builder = Builder(program.gm, region.out)
     pad = key_padding(builder, region) if region.loads else None
     node = program.gm.graph.call_function(program.observer(region), (region.q, region.k, region.v, pad))
-    node.meta = dict(region.out.meta)
+    q, v = region.q.meta["val"], region.v.meta["val"]
+    # In q's layout and dtype: the output's own may be another, and is restored from this one.
+    node.meta = {**region.out.meta, "val": q.new_empty(*q.shape[:3], v.shape[3])}
     return node

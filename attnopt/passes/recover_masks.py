@@ -25,7 +25,7 @@ from attnopt.passes.arrange import operand_nodes
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match, RawTerm, alike, checked, value
 from attnopt.patterns.layout import Atom
-from attnopt.reasons import located, module_path, source_line
+from attnopt.reasons import described, located, module_path, source_line
 
 
 def variables(match: Match) -> tuple[dict[tuple[Atom, ...], str], dict[Atom, str], dict[str, Any]]:
@@ -151,12 +151,13 @@ def understand(program: Program, interpreter: Interpreter, match: Match, ordinal
     extents = variables(match)[2]
     meaning = recover(terms, extents, causal=match.causal, interpreter=interpreter)
     if match.sink is not None and moved_rows(meaning):
-        return Miss("what is added to the scores moves them against the sink", code="sink-shape")
+        return Miss("what is added to the scores moves them against the sink", code="added-beside-sink")
     for term in match.terms:
         if checked(term) and not agrees(interpreter, term, match, meaning.keep):
-            seen = f"{term.node}, which may be zero where a key is kept"
-            where, code = ("scores", "score-times-tensor") if term.kind == "times" else ("weights", "weight-operation")
-            return located(Miss(f"the {where} are multiplied by {seen}", code=code), term.node)
+            seen = f"multiplied by {described(term.node)}, which may be zero where a key is kept"
+            if term.kind == "times":
+                return located(Miss(f"the scores are {seen}", code="score-times-tensor"), term.node)
+            return located(Miss(f"the weights are {seen}", code="weight-operation"), term.node)
     graph = program.gm.graph
     existing = set(graph.nodes)
     # After all three operands: views of an operand may read the size of another.

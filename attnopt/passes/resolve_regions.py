@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from attnopt.ir import Miss
 from attnopt.passes.program import Program
 from attnopt.patterns import Match
-from attnopt.reasons import located
+from attnopt.reasons import described, located
 
 aten = torch.ops.aten
 # These read the sizes of their operand only.
@@ -74,7 +74,7 @@ def run(program: Program) -> None:
             around = hull(dataflow, region)
             operands = {match.q.node, match.k.node, match.v.node, *(t.node for t in match.terms)}
             if operands & around:
-                seen = ", ".join(sorted(n.name for n in operands & around))
+                seen = ", ".join(sorted({described(n) for n in operands & around}))
                 program.misses.append(
                     located(
                         Miss(f"{seen} is computed from its own scores, expected from outside", code="not-convex"),

@@ -21,7 +21,7 @@ from attnopt.masks.interpret import MASKED
 from attnopt.patterns import Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
 from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, same
 from attnopt.patterns.product import Product, product_of
-from attnopt.reasons import located
+from attnopt.reasons import described, located
 
 aten = torch.ops.aten
 # How often each rule applied in this process, for `ATTNOPT_DEBUG` and the tests.
@@ -34,8 +34,7 @@ HIDES = f"{MASKED:g} or less"
 
 
 def scaled_by(item: Any) -> str:
-    seen = f"{item}, a tensor of {list(shape_of(item))}" if value(item) is not None else f"{item}"
-    return f"the scores are scaled by {seen}; expected a constant, or zeros and ones beside an added mask"
+    return f"the scores are scaled by {described(item)}; expected a constant, or zeros and ones beside an added mask"
 
 
 def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None) -> bool:
@@ -238,24 +237,37 @@ class Walk:
             alpha = node.kwargs["alpha"]
             return Miss(f"what is added to the scores has alpha = {alpha}, expected 1", code="added-multiple")
         if not isinstance(a, Node):
-            return Miss(f"the scores are subtracted from {a}, expected to be added to", code="scores-subtracted")
+            return Miss(
+                f"the scores are subtracted from {described(a)}, expected to be added to", code="scores-subtracted"
+            )
         # The same for every score of a row: the soft-max cancels it.
         if not isinstance(b, Node) or (sign < 0 and self.row_maximum(b)):
             if self.softcap:
-                return Miss(f"{b} is added inside the soft-cap, expected outside", code="added-inside-softcap")
+                return Miss(
+                    f"{described(b)} is added inside the soft-cap, expected outside", code="added-inside-softcap"
+                )
             if self.sink is None:
                 return a
-            return Miss(f"{b} is added to the scores and not to the sink, expected to both", code="added-beside-sink")
+            return Miss(
+                f"{described(b)} is added to the scores and not to the sink, expected to both", code="added-beside-sink"
+            )
         first, second = product_behind(a), product_behind(b)
         if first and second:
             first, second = self.larger(a, b)
         if not first and not second:
-            return Miss(f"{a} and {b} are added, expected one of them to be a product", code="scores-from-outside")
+            return Miss(
+                f"{described(a)} and {described(b)} are added, expected one of them to be a product",
+                code="scores-from-outside",
+            )
         scores, other = (a, b) if first else (b, a)
         if sign < 0 and not first:
-            return Miss(f"the scores are subtracted from {a}, expected to be added to", code="scores-subtracted")
+            return Miss(
+                f"the scores are subtracted from {described(a)}, expected to be added to", code="scores-subtracted"
+            )
         if self.softcap:
-            return Miss(f"{other} is added inside the soft-cap, expected outside", code="added-inside-softcap")
+            return Miss(
+                f"{described(other)} is added inside the soft-cap, expected outside", code="added-inside-softcap"
+            )
         if not self.full(scores):
             seen = f"scores of {list(shape_of(scores))} are broadcast against {list(shape_of(other))}"
             return Miss(f"{seen}, expected scores of full size", code="scores-broadcast")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -24,7 +25,7 @@ import torch
 
 from attnopt import __version__, settings
 from attnopt.cost import device_name, kept_pairs
-from attnopt.ir import GraphReport, Site
+from attnopt.ir import GraphReport, Miss, Refusal, Site, page
 from attnopt.plan import Plan, fold
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
@@ -75,18 +76,28 @@ def _graph(index: int, report: GraphReport) -> dict[str, Any]:
             "note": done.note if done else "",
             "choices": fold(done.choices) if done else {},
             "reasons": reasons.get(site.name, []),
+            "seen": [_seen(refusal) for refusal in report.refusals if refusal.path == site.name],
         })  # fmt: skip
     known = {site.name for site in report.sites}
     return {
         "index": index,
         "plan": report.plan,
         "fallback": report.fallback,
+        "fallback_code": report.fallback_code,
         "notes": list(report.notes),
         "sites": sites,
-        "refusals": [asdict(refusal) | {"known_site": refusal.path in known} for refusal in report.refusals],
-        "misses": [asdict(miss) for miss in report.misses],
+        "refusals": [
+            asdict(refusal) | _seen(refusal) | {"known_site": refusal.path in known} for refusal in report.refusals
+        ],
+        "misses": [asdict(miss) | _seen(miss) for miss in report.misses],
         "passes": [asdict(step) for step in report.history],
     }
+
+
+def _seen(reason: Miss | Refusal) -> dict[str, str]:
+    """The operation a reason was seen at, without the node's name so that equal layers fold, and its page."""
+    found = re.search(r"\((.*)\)", reason.node)
+    return {"op": found[1] if found else "", "page": page(reason.code)}
 
 
 def _site(site: Site) -> dict[str, Any]:
@@ -110,14 +121,17 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "done": site["lowering"],
                 "why": "; ".join([site["note"]] * bool(site["note"]) + site["reasons"]),
                 "source": short_source(site["source"]),
+                "op": ", ".join(dict.fromkeys(s["op"] for s in site["seen"])),
+                "page": ", ".join(dict.fromkeys(s["page"] for s in site["seen"])),
             })  # fmt: skip
         for refusal in graph["refusals"]:
             if not refusal["known_site"]:
-                rows.append(_bare(refusal["path"] or "graph", "left alone", refusal["reason"], refusal["source"]))
+                rows.append(_bare(refusal, "left alone"))
         for miss in graph["misses"]:
-            rows.append(_bare(miss["path"] or "graph", "not recognised", miss["reason"], miss["source"]))
+            rows.append(_bare(miss, "not recognised"))
         if graph["fallback"]:
-            rows.append(_bare("graph", "left alone", graph["fallback"], ""))
+            whole = Refusal(graph["fallback"], code=graph["fallback_code"])
+            rows.append(_bare(asdict(whole) | _seen(whole), "left alone"))
     out = []
     for name, members in fold_rows(rows, lambda r: r["site"], lambda r: tuple(v for k, v in r.items() if k != "site")):
         names = Counter(row["site"] for row in members)
@@ -125,9 +139,13 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _bare(site: str, state: str, why: str, source: str) -> dict[str, Any]:
+def _bare(reason: dict[str, Any], state: str) -> dict[str, Any]:
+    """The row of what is no site."""
     blank = dict.fromkeys(("pattern", "heads", "dim", "dtype", "mask"), "")
-    return {"site": site, **blank, "state": state, "done": "", "why": why, "source": short_source(source)}
+    return {
+        "site": reason["path"] or "graph", **blank, "state": state, "done": "", "why": reason["reason"],
+        "source": short_source(reason["source"]), "op": reason["op"], "page": reason["page"],
+    }  # fmt: skip
 
 
 def _pair(one: int, two: int) -> str:

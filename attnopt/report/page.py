@@ -163,7 +163,7 @@ def _notes(data: Mapping[str, Any]) -> list[Part]:
 SITE_COLUMNS = [
     ("site", "site"), ("layers", "layers"), ("pattern", "pattern"), ("heads", "heads"), ("dim", "dim"),
     ("dtype", "dtype"), ("mask", "keeps"), ("state", "state"), ("done", "by"), ("why", "note or reason"),
-    ("source", "source"),
+    ("op", "operation"), ("source", "source"), ("page", "explained in"),
 ]  # fmt: skip
 
 

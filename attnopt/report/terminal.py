@@ -121,8 +121,10 @@ def print_graphs(reports: Sequence[GraphReport], to: Console | None = None) -> N
             name = row["site"] + (f" ×{row['layers']}" if row["layers"] > 1 else "")
             done = Text(row["done"] or row["state"], style=STATES[row["state"]])
             why = row["why"]
-            if row["state"] != "rewritten" and row["source"]:
-                why += f" ({row['source']})"
+            at = " at ".join(filter(None, (row["op"], row["source"])))
+            place = "; ".join(filter(None, (at, row["page"])))
+            if place and (row["state"] != "rewritten" or row["page"]):
+                why += f" ({place})"
             cells = [name, row["pattern"], row["heads"], row["dim"], row["mask"], done, why]
             table.add_row(*cells, *([str(row["graphs"])] if several else []))
         _titled(to, title, table)

@@ -101,7 +101,8 @@ def evaluate(text: str, names: Mapping[str, Any]) -> Any:
 def walk(node: ast.expr, names: Mapping[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value):
-            return value
+            # 1e30 is printed as an integer, which no tensor of integers holds.
+            return float(value) if isinstance(value, int) and abs(value) >= 2**62 else value
         case ast.Name(id=name):
             if name not in names:
                 raise NotChecked(f"{name} is known to the formula only")

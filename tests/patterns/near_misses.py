@@ -511,7 +511,7 @@ def two_sinks(q, k, v, sinks):
     return F.softmax(s, -1)[..., :-2] @ v
 
 
-@near_miss(more=lambda q: (normal(*q.shape[:3], 1),))
+@near_miss(r".* sink=\w+\[b, h, i\].*", more=lambda q: (normal(*q.shape[:3], 1),))
 def a_sink_of_each_query(q, k, v, sink):
     return F.softmax(torch.cat([scores(q, k), sink], -1), -1)[..., :-1] @ v
 
@@ -798,7 +798,7 @@ def weights_of_two_values(q, k, v):
     return w @ v + w @ k
 
 
-@near_miss(says="|".join(("slice", "follow", "proved", "clamp", "pass")))
+@near_miss(says="|".join(("slice", "follow", "proved", "clamp", "pass", "own scores")))
 def largest_weights_only(q, k, v):
     w = weights(q, k)
     least = w.topk(3, -1).values[..., -1:]

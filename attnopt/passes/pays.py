@@ -1,0 +1,113 @@
+"""Whether a rewrite that is right is also cheaper: what was measured, as conditions under which it is not.
+
+Ratios are CPU time of what the site costs as it is over that of the rewrite, one attention of 8 heads of 64 compiled by
+inductor on one thread of a Xeon with AMX, torch 2.13 (benchmarks/lowerings.py). Sizes known only at run time count as
+what they were in the first call: a wrong guess costs time, never the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from attnopt import settings
+from attnopt.ir import Region
+
+ANY = ("float32", "bfloat16", "float16", "float64")
+LOW = ("bfloat16", "float16")
+HIGH = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the time of an attention depends on. wide: heads over 128, or
+    of unequal sizes; written: whether the products are written out;
+    summed: whether a mask and a bias have to be added up before the call."""
+
+    dtype: str
+    queries: int
+    keys: int
+    window: int
+    wide: bool
+    written: bool
+    summed: bool
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A lowering, named as reports name it, and where it costs more than it saves."""
+
+    lowering: str
+    device: str
+    dtypes: tuple[str, ...]
+    when: Callable[[Facts], bool]
+    reason: str
+
+
+# SPAN, FEATURE, ...: what lowerings are called in reports, their parameters aside.
+SPAN = "span kernel"
+FEATURE = "SDPA is_causal, padding folded into a feature"
+PACKED = "SDPA, query heads packed into rows"
+PADDING = "SDPA with a broadcast padding mask"
+AS_IT_WAS = "SDPA with the mask as it was"
+
+LOSSES = (
+    # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys.
+    # float32: 256 keys 0.54 0.51 0.72 0.74; 512 keys 1.12 1.09 1.23 0.81; 2048 keys 4.3 3.5 2.5 1.9.
+    # bfloat16: 512 keys 0.59 0.57 0.81 0.78; 1024 keys, 1/16 and 1/4, 1.32 1.33; 2048 keys 2.8 2.4 1.8 1.7.
+    Loss(SPAN, "cpu", HIGH, lambda f: f.keys < 512, "below 512 keys its chunks cost more than a mask"),
+    Loss(SPAN, "cpu", LOW, lambda f: f.keys < 1024, "below 1024 keys its chunks cost more than a mask"),
+    Loss(
+        SPAN, "cpu", HIGH, lambda f: f.keys < 1024 and 4 * f.window > f.keys, "its window is over a quarter of the keys"
+    ),
+    # Over a boolean N x N mask. float32: 64 keys 0.62, 128 0.72, 256 0.77, 512 0.99, 1024 1.31, 2048 1.84. bfloat16:
+    # 512 keys 0.75, 1024 1.10, 2048 1.78.
+    Loss(FEATURE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys one more feature costs more than a mask"),
+    # Over a grouped call, one query of 2048 keys, 8 over 2 heads: bfloat16 0.96 to 1.04; float32 1.5.
+    Loss(PACKED, "cpu", LOW, lambda f: not f.written, "in half precision a grouped call is as fast"),
+    # Over written out, one query, 8 over 2 heads. float32: 512 keys 0.75 to 0.81, 2048 keys 0.76 to 0.85. bfloat16:
+    # 1.11 to 1.26. Without a mask 2.3, and packed 1.17 to 3.5: those are not refused.
+    Loss(PADDING, "cpu", HIGH, lambda f: f.written and f.queries == 1, "one query is cheaper written out"),
+    Loss(AS_IT_WAS, "cpu", HIGH, lambda f: f.written and f.queries == 1, "one query is cheaper written out"),
+    # Over written out. float32: 8 keys 0.85 to 0.95, 32 keys 0.89 to 1.14, 64 keys 1.01 to 1.21. bfloat16: 8 keys 1.2
+    # to 1.5.
+    Loss(PADDING, "cpu", HIGH, lambda f: f.written and f.keys < 32, "below 32 keys the call costs more than it saves"),
+    Loss(
+        AS_IT_WAS, "cpu", HIGH, lambda f: f.written and f.keys < 32, "below 32 keys the call costs more than it saves"
+    ),
+    # Over written out, float32, 512 keys, heads of 256: 0.95 to 1.00; keys of 192 and values of 128, made equal: 0.88.
+    # bfloat16 1.5 to 2.5.
+    Loss(AS_IT_WAS, "cpu", HIGH, lambda f: f.written and f.wide and f.keys < 1024, "its heads are too wide to gain"),
+    # Over written out, where the sum of mask and bias has to be made first. float32: 256 keys 0.90, 512 0.93, 1024
+    # and 2048 1.05. bfloat16: 2048 keys 1.98. A bias that is there already: float32 256 keys 1.3, 512 keys 1.8.
+    Loss(AS_IT_WAS, "cpu", HIGH, lambda f: f.summed and f.keys < 1024, "the sum of mask and bias costs what it saves"),
+)
+
+
+def likely(size: Any) -> int:
+    """A size, or what it was when the graph was traced; a large one where nothing is known."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return int(hint) if hint is not None else 2**20
+
+
+def facts_of(region: Region) -> Facts:
+    site = region.site
+    queries, keys = (likely(x.meta["val"].shape[2]) for x in (region.q, region.k))
+    wide = site.head_dim > 128 or site.head_dim != site.head_dim_v
+    summed = site.bias is not None and len(region.match.terms) > 1
+    return Facts(site.dtype, queries, keys, site.mask.window or 0, wide, site.pattern != "sdpa", summed)
+
+
+def against(lowering: str, device: str, region: Region) -> str:
+    """Why a lowering does not pay for this site on this device; empty where it does, or nothing is known against it."""
+    if settings.always():
+        return ""
+    facts = facts_of(region)
+    for loss in LOSSES:
+        named = lowering == loss.lowering or lowering.startswith(loss.lowering + ",")
+        if named and device == loss.device and facts.dtype in loss.dtypes and loss.when(facts):
+            return loss.reason
+    return ""

@@ -1,0 +1,72 @@
+"""What does not pay is left alone with its reason, and what pays is not: by length, dtype, window and spelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attentions import alibi, call, padded, written
+from tracing import qkv, trace
+
+from attnopt.passes import lower_exact, match_attention, normalise, pays, recover_masks, resolve_regions
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+# Recognise and choose; nothing large is computed twice.
+PASSES = (normalise.run, match_attention.run, resolve_regions.run, recover_masks.run, lower_exact.run)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(monkeypatch):
+    monkeypatch.delenv("ATTNOPT_ALWAYS")
+
+
+def sliding(attend, window):
+    def fn(q, k, v):
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        return attend(q, k, v, (distance >= 0) & (distance < window))
+
+    return fn
+
+
+def traced(fn, length, dtype, keys=None, kv_heads=None, pad=False, **sizes):
+    inputs = qkv(batch=1, heads=2, kv_heads=kv_heads, length=length, keys=keys, dtype=dtype, **sizes)
+    more = (torch.arange(keys or length)[None] > 3,) if pad else ()
+    return trace(fn, *inputs, *more, passes=PASSES, verify=False)
+
+
+# function, length, dtype, further arguments of `traced` -> lowering, or None and a part of the reason
+CASES = [
+    (sliding(call, 16), 128, FLOAT, {}, None, "below 512 keys its chunks"),
+    (sliding(written, 16), 128, FLOAT, {}, pays.AS_IT_WAS, ""),
+    (sliding(call, 64), 512, FLOAT, {}, "span kernel, window 64", ""),
+    (sliding(call, 256), 512, FLOAT, {}, None, "over a quarter of the keys"),
+    (sliding(call, 64), 512, HALF, {}, None, "below 1024 keys its chunks"),
+    (sliding(call, 64), 1024, HALF, {}, "span kernel, window 64", ""),
+    (padded(call, True), 256, FLOAT, {"pad": True}, None, "one more feature"),
+    (padded(written, True), 256, FLOAT, {"pad": True}, pays.AS_IT_WAS, ""),
+    (padded(call, True), 1024, HALF, {"pad": True}, pays.FEATURE, ""),
+    (padded(written, False), 1, FLOAT, {"keys": 40, "pad": True}, None, "one query is cheaper written out"),
+    (padded(written, False), 1, HALF, {"keys": 40, "pad": True}, pays.PADDING, ""),
+    (padded(written, False), 1, FLOAT, {"keys": 40, "pad": True, "kv_heads": 1}, pays.PACKED, ""),
+    (call, 1, FLOAT, {"keys": 40, "kv_heads": 1}, pays.PACKED, ""),
+    (call, 1, HALF, {"keys": 40, "kv_heads": 1}, None, "a grouped call is as fast"),
+    (padded(written, False), 16, FLOAT, {"pad": True}, None, "below 32 keys"),
+    (alibi, 256, FLOAT, {}, None, "the sum of mask and bias"),
+    (alibi, 256, HALF, {}, pays.AS_IT_WAS, ""),
+    (sliding(written, 16), 128, FLOAT, {"dim": 12}, None, "too wide to gain"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_what_does_not_pay_is_left_with_its_reason(number):
+    fn, length, dtype, more, lowering, reason = CASES[number]
+    if more.get("dim"):
+        more = {**more, "dim_v": 8}
+    found = traced(fn, length, dtype, **more)
+    assert found.rewrites == ([lowering] if lowering else []), (found.rewrites, found.left, found.misses)
+    if lowering is None:
+        assert reason in found.left[0] and found.programs[0].refusals[0].code == "does-not-pay"
+
+
+def test_the_switch_makes_what_does_not_pay(monkeypatch):
+    monkeypatch.setenv("ATTNOPT_ALWAYS", "1")
+    assert traced(sliding(call, 16), 128, FLOAT).rewrites == ["span kernel, window 16"]
