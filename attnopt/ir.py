@@ -128,7 +128,7 @@ class Site:
     heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
     sink: "" or what one more column of the soft-max holds: "logit[h]", "logit[b, h, i]" or "0" (off-by-one).
     kv: where K and V come from: "fresh", "cat" (past and new), "write" (a buffer at a position), "ring", "shared"
-    (with another site) or "cross" (another sequence).
+    (with another site), "cross" (another sequence) or "unknown".
     """
 
     path: str
@@ -181,7 +181,8 @@ class Region:
 
     out is the original output, in the graph's own layout; what computes (B, heads, Sq, Dv) is viewed back to it by
     `Program.replace`, which reads `match`, the proof. `loads` maps a Load's name to the fx node it reads; `meaning`
-    holds the predicate behind the site's mask."""
+    holds the predicate behind the site's mask. `kv_nodes` are the nodes behind ``site.kv``: "k_writer" and "v_writer",
+    "k_old" (past keys or buffer), "k_new", "k_position", the same of V, and "position" where both have one."""
 
     site: Site
     q: torch.fx.Node
@@ -192,6 +193,7 @@ class Region:
     loads: dict[str, torch.fx.Node] = field(default_factory=dict)
     match: Any = None
     meaning: Any = None
+    kv_nodes: dict[str, torch.fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def run_cell(cell: Cell, rounds: int, seconds: float) -> dict[str, Any]:
     except ValueError as error:
         return {**asdict(cell), "skipped": str(error).splitlines()[0][:160]}
     expected = output_of(model, inputs)
-    sides, errors, compile_s = {}, {}, {}
+    sides: dict[str, Any] = {}
+    errors, compile_s = {}, {}
     for side in ("inductor", "attnopt"):
         torch._dynamo.reset() if not sides else None
         sides[side] = torch.compile(model, backend=side, dynamic=False)

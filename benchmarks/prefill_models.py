@@ -81,7 +81,7 @@ def model_of(name: str, attention: str, dtype: torch.dtype, length: int) -> Any:
     torch.manual_seed(0)
     cls, special = class_of(name), CLASSES[name][1]
     has = cls.config_class().to_dict()
-    fields = {k: v for k, v in COMMON.items() if k in has} | {k: length for k in LENGTHS if k in has}
+    fields: dict[str, Any] = {k: v for k, v in COMMON.items() if k in has} | {k: length for k in LENGTHS if k in has}
     fields |= {k: 0.0 for k in DROPOUT if k in has}
     fields |= {k: AMOUNTS[v](length) if v in AMOUNTS else v for k, v in special.items() if not isinstance(v, list)}
     fields |= {k: v for k, v in special.items() if isinstance(v, list)}

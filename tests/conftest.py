@@ -12,6 +12,9 @@ from pathlib import Path
 for name in [name for name in os.environ if name.startswith("ATTNOPT_")]:
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Test processes side by side: a thread that waits must not hold the core of another.
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Rewrites are tested at sizes at which most of them do not pay.
 os.environ["ATTNOPT_ALWAYS"] = "1"
 
@@ -20,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count() or 1))
 hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attnopt")
 

@@ -11,7 +11,8 @@ from masks.recovering import SK, SQ, B, H, meaning_of
 
 from attnopt.masks.values import MASKED
 
-PAGE = (Path(__file__).parents[1] / "docs/masks.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/masks.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^\| ([^|`]+) \| `(.+?)` \| `(.+?)` \|$", PAGE, re.M)
 
 KEEP = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1] * B).view(B, SK)
@@ -47,3 +48,9 @@ def test_the_line_is_recovered(what: str, spelling: str, formula: str) -> None:
 def test_the_tables_are_read_whole_and_the_limit_is_the_code_s() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "`" in line]
     assert len(LINES) == len(rows) == 18 and f"at or below {MASKED:g}" in PAGE
+
+
+def test_the_readme_says_the_same() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is recognised")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`]+) \| `(.+)` \|$", section, re.M)
+    assert len(rows) == 11 and set(rows) <= {(what, formula) for what, _, formula in LINES}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from attnopt.passes import (
+    kv_sources,
     lower_exact,
     lower_planned,
     match_attention,
@@ -16,6 +17,7 @@ from attnopt.passes import (
     remove_dead_code,
     resolve_regions,
     strip_assertions,
+    verify,
 )
 from attnopt.passes.program import Program
 
@@ -27,6 +29,8 @@ RECOGNISE: tuple[Pass, ...] = (
     match_attention.run,
     resolve_regions.run,
     recover_masks.run,
+    kv_sources.run,
+    verify.run,
 )
 # torch.compile(model, backend="attnopt")
 PIPELINE: tuple[Pass, ...] = (*RECOGNISE, lower_planned.run, lower_exact.run, remove_dead_code.run)

@@ -79,8 +79,8 @@ LOSSES = (
     # Over written out, float32, 512 keys, heads of 256: 0.95 to 1.00; keys of 192 and values of 128, made equal: 0.88.
     # bfloat16 1.5 to 2.5.
     Loss(AS_IT_WAS, "cpu", HIGH, lambda f: f.written and f.wide and f.keys < 1024, "its heads are too wide to gain"),
-    # Over written out, where the sum of mask and bias has to be made first. float32: 256 keys 0.90, 512 0.93, 1.00,
-    # 2048 1.05. bfloat16: 2048 keys 1.98. A bias that is there already: float32 256 keys 1.3, 512 keys 1.8.
+    # Over written out, where the sum of mask and bias has to be made first. float32: 256 keys 0.90, 512 0.93, 1024
+    # and 2048 1.05. bfloat16: 2048 keys 1.98. A bias that is there already: float32 256 keys 1.3, 512 keys 1.8.
     Loss(AS_IT_WAS, "cpu", HIGH, lambda f: f.summed and f.keys < 1024, "the sum of mask and bias costs what it saves"),
 )
 

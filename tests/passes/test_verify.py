@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tracing import qkv, trace
 
 from attnopt.codegen.reference import prefill as reference
 from attnopt.errors import VerificationError
-from attnopt.passes import lower_exact
+from attnopt.masks.predicates import TRUE
+from attnopt.masks.values import Sum
+from attnopt.passes import PIPELINE, lower_exact, verify
 from attnopt.passes.program import Builder
 
 aten = torch.ops.aten
@@ -183,3 +186,131 @@ def test_padding_keeps_gradients():
     found = torch.autograd.grad((traced.output * weight).sum(), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def recognised_then(change, fn, *inputs):
+    """The pipeline with `change(program)` between recognition and what checks it."""
+    at = PIPELINE.index(verify.run)
+    return trace(fn, *inputs, passes=(*PIPELINE[:at], change, *PIPELINE[at:]))
+
+
+def soft(q, k, v):
+    """Written out: sliding, capped, with a bias, in a layout of its own."""
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    scores = 20 * torch.tanh(torch.einsum("bhid,bhjd->bhij", q, k) * 0.3 / 20) - 0.1 * distance
+    weights = scores.masked_fill((distance < 0) | (distance >= 5), float("-inf")).softmax(-1)
+    return torch.einsum("bhij,bhjd->bihd", weights, v)
+
+
+def first(program, *targets):
+    return next(n for n in program.gm.graph.nodes if n.target in targets)
+
+
+def with_target(target, *targets):
+    def change(program):
+        first(program, *targets).target = target
+
+    return change
+
+
+def with_argument(position, found, *targets):
+    def change(program):
+        node = first(program, *targets)
+        node.args = (*node.args[:position], found(node.args[position]), *node.args[position + 1 :])
+
+    return change
+
+
+def with_meaning(**changes):
+    def change(program):
+        for region in program.regions:
+            region.meaning = dataclasses.replace(region.meaning, **changes)
+
+    return change
+
+
+def with_keep(move):
+    """Every bound of the recovered predicate moved by one."""
+
+    def change(program):
+        for region in program.regions:
+            keep = region.meaning.keep
+            clauses = frozenset(frozenset(move(x) for x in clause) for clause in keep.clauses)
+            region.meaning = dataclasses.replace(region.meaning, keep=type(keep)(clauses))
+
+    return change
+
+
+def by_one(literal):
+    return dataclasses.replace(literal, expression=literal.expression + 1)
+
+
+def with_site(**changes):
+    def change(program):
+        for region in program.regions:
+            region.site = dataclasses.replace(region.site, **changes)
+
+    return change
+
+
+def swap_inner_axes(program):
+    """The product reads its keys with batch and heads exchanged, which the record does not say."""
+    (region,) = program.regions
+    node = next(n for n in region.match.inner if region.match.k.node in n.all_input_nodes)
+    with program.gm.graph.inserting_before(node):
+        swapped = Builder(program.gm, region.match.k.node).call(aten.transpose.int, region.match.k.node, 0, 1)
+    node.replace_input_with(region.match.k.node, swapped)
+
+
+TAMPERED = {
+    "<= for <": (with_target(aten.le.Scalar, aten.lt.Scalar), sliding, "the mask recovered"),
+    "> for >=": (with_target(aten.gt.Scalar, aten.ge.Scalar), sliding, "the mask recovered"),
+    "or for and": (
+        with_target(aten.bitwise_or.Tensor, aten.__and__.Tensor, aten.bitwise_and.Tensor),
+        sliding,
+        "the mask recovered",
+    ),
+    "another window": (with_argument(1, lambda w: w + 1, aten.lt.Scalar), sliding, "the mask recovered"),
+    "> for >= in what is written out": (with_target(aten.gt.Scalar, aten.ge.Scalar), soft, "the mask recovered"),
+    "another slope": (with_argument(1, lambda s: s * 1.5, aten.mul.Tensor, aten.mul.Scalar), soft, "recovered|recogn"),
+    "a bound moved by one": (with_keep(by_one), sliding, "the mask recovered"),
+    "a bound moved by one, written out": (with_keep(by_one), soft, "the mask recovered"),
+    "nothing is masked": (with_meaning(keep=TRUE), sliding, "the mask recovered"),
+    "no bias": (with_meaning(added=Sum()), soft, "the mask recovered"),
+    "another scale": (with_site(scale=0.31), soft, "what was recognised differs"),
+    "another scale of a call": (with_site(scale=0.31), sliding, "what was recognised differs"),
+    "no soft-cap": (with_site(softcap=0.0), soft, "what was recognised differs"),
+    "axes exchanged": (swap_inner_axes, soft, "what was recognised differs"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_record_that_is_not_the_graph_is_refused(name):
+    """Also where nothing would be rewritten: what is reported is checked."""
+    change, fn, said = TAMPERED[name]
+    inputs = qkv(batch=4) if change is swap_inner_axes else qkv()
+    untouched = recognised_then(lambda program: None, fn, *inputs)
+    assert untouched.sites and not any("Verification" in reason for reason in untouched.left)
+    traced = recognised_then(change, fn, *inputs)
+    assert traced.sites and not traced.rewrites
+    (reason,) = traced.left
+    assert "VerificationError in verification" in reason and re.search(said, reason), reason
+
+
+def test_nothing_is_verified_where_that_is_off():
+    at = PIPELINE.index(verify.run)
+    passes = (*PIPELINE[:at], with_meaning(keep=TRUE), *PIPELINE[at:])
+    assert not any("erification" in r for r in trace(soft, *qkv(), passes=passes, verify=False).left)
+
+
+def test_assumptions_and_data_are_kept_to():
+    """Masks from data: of zeros and ones where the record says so, of any values elsewhere."""
+
+    def fn(q, k, v, padding, table):
+        added = (1.0 - padding[:, None, None, :]) * -1e9 + table[None]
+        return ((q @ k.mT) * 0.3 + added).softmax(-1) @ v
+
+    pad, table = padding(2, 13, "left").float(), torch.randn(4, 13, 13)
+    traced = trace(fn, *qkv(), pad, table)
+    assert traced.sites and not any("erification" in r for r in traced.left)
+    torch.testing.assert_close(traced.output, fn(*qkv(), pad, table))
