@@ -10,7 +10,7 @@ from attnopt.errors import OptionError
 # name -> (default, meaning); `attnopt env` and docs/env.md print this table.
 VARIABLES = {
     "ATTNOPT_STRICT": ("0", "1 raises where attnopt would otherwise leave a graph or a site alone"),
-    "ATTNOPT_VERIFY": ("0", "1 compares every rewritten site with its original on random inputs while compiling"),
+    "ATTNOPT_VERIFY": ("0", "1 compares every recognised site with its original on random inputs while compiling"),
     "ATTNOPT_ALWAYS": ("0", "1 makes every rewrite that is right, also where it was measured not to pay"),
     "ATTNOPT_TARGET": ("auto", "kernel target: auto, cpu, triton or reference"),
     "ATTNOPT_DEBUG": ("0", "1 prints every report line to standard error, 2 also the graphs before and after"),

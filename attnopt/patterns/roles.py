@@ -108,9 +108,8 @@ def heads_axis(
             return tuple(shared), ()
         return (), tuple(shared)
     if len(scores) >= 4 and group and len(shared) == 1:
-        first = next(n for n, d in enumerate(scores) if d and d[0] in shared)
-        grouped = next(n for n, d in enumerate(scores) if any(a in group for a in d))
-        alone = shared[0] in scores[0] and grouped == first + 1 and len(scores) == 4
+        # (B, heads, Sq, Sk) in any order of the three, or (1, KV heads, group, Sq, Sk).
+        alone = shared[0] in scores[0] and len(scores) == 4
         return (tuple(shared), ()) if alone else ((), tuple(shared))
     if not shared:
         return (), ()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_demo_model.py"
 # Three steps: two of four short sequences and one after the change of length.
-CURRICULUM = ((0.5, 128, 4), (1.0, 256, 2))
+CURRICULUM = ((0.5, 128, 4, 128), (1.0, 128, 4, 512))
 TOKENS, STEPS = 1_500, 3
 
 

@@ -19,6 +19,14 @@ from attnopt.passes import RECOGNISE, Program
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 9
 
 
+# The terms that are no bound, as they print.
+ODD = {
+    "(i + j) % 2 == 0": lambda i, j: (i + j) % 2 == 0,
+    "(j <= 3 or j <= i)": lambda i, j: (j <= 3) | (j <= i),
+    "i + j >= 4": lambda i, j: i + j > 3,
+}
+
+
 def evaluate(mask: Mask, loads: dict, queries=QUERIES, keys=KEYS) -> torch.Tensor:
     """The record read literally: bool (B, Sq, Sk)."""
     i, j = torch.arange(queries)[:, None] + mask.offset, torch.arange(keys)[None, :]
@@ -27,6 +35,10 @@ def evaluate(mask: Mask, loads: dict, queries=QUERIES, keys=KEYS) -> torch.Tenso
         keep &= j <= i
     if mask.window is not None:
         keep &= ((i - j).abs() if mask.symmetric else i - j) < mask.window
+    if mask.chunk:
+        keep &= i // mask.chunk == j // mask.chunk
+    for term in mask.terms:
+        keep &= ODD[term](torch.arange(queries)[:, None], j)
     for load in mask.loads:
         keep &= loads[load.name].reshape(-1, 1, keys)
     return keep
