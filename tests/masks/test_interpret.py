@@ -24,6 +24,8 @@ ODD = {
     "(i + j) % 2 == 0": lambda i, j: (i + j) % 2 == 0,
     "(j <= 3 or j <= i)": lambda i, j: (j <= 3) | (j <= i),
     "i + j >= 4": lambda i, j: i + j > 3,
+    "(i == j or j <= 3)": lambda i, j: (i == j) | (j <= 3),
+    "i // 3 == j // 3": lambda i, j: i // 3 == j // 3,
 }
 
 
@@ -38,6 +40,8 @@ def evaluate(mask: Mask, loads: dict, queries=QUERIES, keys=KEYS) -> torch.Tenso
     if mask.chunk:
         keep &= i // mask.chunk == j // mask.chunk
     for term in mask.terms:
+        if term == "none":
+            return keep & False
         keep &= ODD[term](torch.arange(queries)[:, None], j)
     for load in mask.loads:
         keep &= loads[load.name].reshape(-1, 1, keys)
@@ -153,16 +157,14 @@ def test_random_masks(block):
 
         graph = make_fx(attention_of(seed), tracing_mode="fake", pre_dispatch=True)(q, k, v, pad)
         program = Program(graph).run(RECOGNISE)
-        assert len(program.regions) + len(program.misses) == 1, seed
-        if program.regions:
-            (region,) = program.regions
+        assert not program.misses, seed
+        (region,) = program.regions
+        # What has no closed form is carried as data, never as a formula that is not it.
+        if region.site.mask.closed and region.site.bias is None:
             loads = {name: truth_of(graph, node, q, k, v, pad) for name, node in region.loads.items()}
             assert evaluate(region.site.mask, loads).equal(truth), (seed, str(region.site.mask))
             recovered += 1
-        elif "keeps no key" in program.misses[0].reason:
-            assert not truth.any(), seed
-    # What is left has no record: bands off the diagonal, other combinations.
-    assert recovered >= 8
+    assert recovered >= 20
 
 
 def truth_of(graph, node, *inputs):
