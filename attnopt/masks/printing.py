@@ -55,14 +55,7 @@ class MaskPrinter(StrPrinter):
 
 
 class KernelPrinter(MaskPrinter):
-    """As C++ and Triton read it: division of what is never negative, and loads left to the caller as calls."""
-
-    def _print_Function(self, expr: Any) -> str:
-        name = expr.func.__name__
-        if name in ("floordiv", "floormod"):
-            sign = "//" if name == "floordiv" else "%"
-            return f" {sign} ".join(self.parenthesize(a, PRECEDENCE["Mul"], strict=True) for a in expr.args)
-        return str(super()._print_Function(expr))
+    """As Triton reads it: division of what is never negative, and loads left to the caller as calls."""
 
     def _print_Abs(self, expr: Any) -> str:
         return f"abs({self._print(expr.args[0])})"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.ir import Mask
 from attnopt.masks.expressions import Affine
 from attnopt.masks.interpret import Interpreter
 from attnopt.masks.probe import probe
@@ -69,16 +70,22 @@ def check_loads(meaning: Meaning, look: Callable[[Node], Tensor], sizes: dict[st
         assert load.name in meaning.nodes
 
 
-def keep_of_record(meaning: Meaning, fn: Callable[..., Tensor], inputs: Sequence[Any]) -> Tensor:
-    """The Mask record read literally where it is simple: bool (B, Sq, Sk)."""
-    mask = meaning.mask
-    i, j = torch.arange(SQ)[:, None] + mask.offset, torch.arange(SK)[None, :]
-    keep = torch.ones(B, SQ, SK, dtype=torch.bool)
+def bounded(mask: Mask, batch: int, queries: int, keys: int) -> Tensor:
+    """The record's bounds read literally: bool (batch, queries, keys)."""
+    assert isinstance(mask.offset, int)
+    i, j = torch.arange(queries)[:, None] + mask.offset, torch.arange(keys)[None, :]
+    keep = torch.ones(batch, queries, keys, dtype=torch.bool)
     if mask.causal:
         keep &= j <= i
     if mask.window is not None:
         keep &= ((i - j).abs() if mask.symmetric else i - j) < mask.window
     if mask.chunk:
         keep &= i // mask.chunk == j // mask.chunk
-    assert not mask.loads and not mask.opaque and not mask.terms
     return keep
+
+
+def keep_of_record(meaning: Meaning, fn: Callable[..., Tensor], inputs: Sequence[Any]) -> Tensor:
+    """The Mask record read literally where it is simple: bool (B, Sq, Sk)."""
+    mask = meaning.mask
+    assert not mask.loads and not mask.opaque and not mask.terms
+    return bounded(mask, B, SQ, SK)

@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from masks.recovering import bounded
 from torch.fx.experimental.proxy_tensor import make_fx
 from tracing import qkv, trace
 
@@ -31,18 +32,11 @@ ODD = {
 
 def evaluate(mask: Mask, loads: dict, queries=QUERIES, keys=KEYS) -> torch.Tensor:
     """The record read literally: bool (B, Sq, Sk)."""
-    i, j = torch.arange(queries)[:, None] + mask.offset, torch.arange(keys)[None, :]
-    keep = torch.ones(BATCH, queries, keys, dtype=torch.bool)
-    if mask.causal:
-        keep &= j <= i
-    if mask.window is not None:
-        keep &= ((i - j).abs() if mask.symmetric else i - j) < mask.window
-    if mask.chunk:
-        keep &= i // mask.chunk == j // mask.chunk
+    keep = bounded(mask, BATCH, queries, keys)
     for term in mask.terms:
         if term == "none":
             return keep & False
-        keep &= ODD[term](torch.arange(queries)[:, None], j)
+        keep &= ODD[term](torch.arange(queries)[:, None], torch.arange(keys))
     for load in mask.loads:
         keep &= loads[load.name].reshape(-1, 1, keys)
     return keep
