@@ -39,9 +39,5 @@ class DependencyError(AttnoptError):
     """An optional package is needed here and is not installed."""
 
 
-class CaptureError(AttnoptError):
-    """A graph that could not be exported; with ATTNOPT_STRICT=1 it is raised, else reported."""
-
-
 class VerificationError(AttnoptError):
     """A rewrite whose result differs from the original on random inputs."""

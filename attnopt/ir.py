@@ -303,7 +303,7 @@ class Step:
 @dataclass(frozen=True)
 class GraphReport:
     """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was;
-    `fallback_code`: the code of that reason."""
+    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first."""
 
     sites: tuple[Site, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
@@ -314,16 +314,10 @@ class GraphReport:
     fallback: str = ""
     notes: tuple[str, ...] = ()
     fallback_code: str = ""
+    rules: tuple[tuple[str, int], ...] = ()
 
     def lines(self) -> list[str]:
         """One line per fact, in the order site, rewrite, refusal, miss."""
         facts: list[Any] = [*self.rewrites, *self.refusals, *self.misses, *self.notes]
         whole = [str(Refusal(self.fallback, code=self.fallback_code))] if self.fallback else []
         return whole + [str(fact) for fact in facts]
-
-
-def to_record(value: Any) -> Any:
-    """A record as plain JSON data."""
-    from dataclasses import asdict, is_dataclass
-
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.fx import Node
 
-from attnopt.ir import Load, Mask, Miss
+from attnopt.ir import Load, Mask
 from attnopt.masks.expressions import Affine, Call, Quotient, Ranges, Read
 from attnopt.masks.materialize import boolean_node, is_simple
 from attnopt.masks.predicates import (
@@ -20,7 +19,6 @@ from attnopt.masks.predicates import (
     Literal,
     as_int,
     at_least_zero,
-    fold_ranges,
     literal_reads,
     literal_variables,
 )
@@ -179,24 +177,3 @@ def load_of(read: Read | BoolLoad | Call) -> Load:
     if isinstance(read, Call):
         return Load(read.node.name, tuple(expression_text(e) for e in visible(Read(read.node, read.index))))
     return Load(read.node.name, tuple(expression_text(e) for e in visible(read)))
-
-
-def classify(predicate: Conjunction, extents: dict[str, Any], fill: str) -> tuple[Mask, dict[str, Node]] | Miss:
-    """The Mask of a keep-predicate over b, h, i, j with extents {b: B, h: H, i: Sq, j: Sk}, and the nodes it loads.
-
-    For callers that take bounds and padding alone: anything else is a Miss with the term named.
-    """
-    ranges = Ranges(extents)
-    predicate = fold_ranges(predicate, ranges)
-    if predicate.false:
-        return Miss("the mask keeps no key at all, expected one or more", code="mask-keeps-nothing")
-    parts = sort_clauses(predicate, ranges)
-    if parts.data or parts.terms:
-        seen = clause_text((parts.data + parts.terms)[0])
-        return Miss(f"the mask has the term {seen}, expected bounds and padding alone", code="mask-no-lowering")
-    mask, nodes = record(parts, fill, ranges)
-    if not mask.simple:
-        return Miss(f"the mask keeps {mask}, expected bounds and padding alone", code="mask-no-lowering")
-    if mask.window is not None and not mask.symmetric and not (mask.causal and mask.offset == 0):
-        return Miss(f"the mask keeps {mask}, expected a band that ends at the query", code="mask-no-lowering")
-    return mask, nodes

@@ -143,29 +143,35 @@ def both(a: Literal, b: Literal) -> Literal | None:
     return opposite(joined) if joined is not None else None
 
 
-def reduce_pairs(found: set[Any], weaker: Callable[[Any, Any], bool], join: Callable[[Any, Any], Any]) -> None:
-    """Drop every element that `weaker` makes superfluous beside another, and replace pairs that `join` joins."""
-    again = True
+def reduce_pairs(found: set[Any], merged: Callable[[Any, Any], set[Any] | None]) -> None:
+    """Replace pairs by what `merged` makes of them, until it makes nothing of any."""
+    again = len(found) > 1
     while again:
         again = False
         for a in list(found):
             for b in list(found):
                 if a is b or a not in found or b not in found:
                     continue
-                if weaker(a, b):
-                    found.discard(a)
-                    again = True
-                elif (joined := join(a, b)) is not None:
+                rest = merged(a, b)
+                if rest is not None:
                     found -= {a, b}
-                    found.add(joined)
+                    found |= rest
                     again = True
+
+
+def merged_literals(a: Literal, b: Literal) -> set[Literal] | None:
+    """What remains of ``a or b``."""
+    if implies(a, b):
+        return {b}
+    joined = either(a, b)
+    return None if joined is None else {joined}
 
 
 def clause_of(literals: Iterable[Literal]) -> Clause | None:
     """The disjunction of literals, reduced; None where it always holds."""
     found = set(literals)
     if len(found) > 1:
-        reduce_pairs(found, implies, either)
+        reduce_pairs(found, merged_literals)
         if any(implies(opposite(a), b) for a in found for b in found if a != b):
             return None
     return frozenset(found)
@@ -185,29 +191,23 @@ def resolve(a: Clause, b: Clause) -> Clause | None:
     return None
 
 
+def merged_clauses(a: Clause, b: Clause) -> set[Clause] | None:
+    """What remains of ``a and b``."""
+    if subsumes(a, b):
+        return {a}
+    shorter = resolve(a, b)
+    if shorter is not None:
+        return {a, shorter}
+    joined = both(next(iter(a)), next(iter(b))) if len(a) == len(b) == 1 else None
+    return None if joined is None else {frozenset((joined,))}
+
+
 def conjunction_of(clauses: Iterable[Clause]) -> Conjunction:
     """The clauses, reduced against each other to a fixed point."""
     found = set(clauses)
     if len(found) > LIMIT:
         raise TooManyClauses
-    again = len(found) > 1
-    while again:
-        again = False
-        for a in list(found):
-            for b in list(found):
-                if a is b or a not in found or b not in found:
-                    continue
-                if subsumes(a, b):
-                    found.discard(b)
-                    again = True
-                elif (shorter := resolve(a, b)) is not None:
-                    found.discard(b)
-                    found.add(shorter)
-                    again = True
-                elif len(a) == len(b) == 1 and (joined := both(next(iter(a)), next(iter(b)))) is not None:
-                    found -= {a, b}
-                    found.add(frozenset((joined,)))
-                    again = True
+    reduce_pairs(found, merged_clauses)
     return FALSE if frozenset() in found else Conjunction(frozenset(found))
 
 

@@ -14,7 +14,7 @@ from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 from attnopt.masks.expressions import Affine, Call, Distance, Quotient, Read, Remainder
-from attnopt.masks.predicates import AtLeastZero, BoolLoad, Clause, Conjunction, Literal
+from attnopt.masks.predicates import AtLeastZero, BoolLoad, Clause, Literal
 from attnopt.masks.values import Monomial, Sum
 
 Quotients = sympy.Function("floordiv", integer=True)
@@ -52,13 +52,6 @@ class MaskPrinter(StrPrinter):
         if getattr(getattr(item, "func", None), "__name__", "") in ("floordiv", "floormod"):
             return f"({self._print(item)})" if level >= PRECEDENCE["Mul"] else self._print(item)
         return str(super().parenthesize(item, level, strict))
-
-
-class KernelPrinter(MaskPrinter):
-    """As Triton reads it: division of what is never negative, and loads left to the caller as calls."""
-
-    def _print_Abs(self, expr: Any) -> str:
-        return f"abs({self._print(expr.args[0])})"
 
 
 def sympy_atom(atom: Any) -> sympy.Expr:
@@ -136,22 +129,6 @@ def literal_text(literal: Literal, printer: StrPrinter | None = None) -> str:
 def clause_text(clause: Clause) -> str:
     parts = sorted(literal_text(x) for x in clause)
     return parts[0] if len(parts) == 1 else "(" + " or ".join(parts) + ")"
-
-
-def predicate_text(predicate: Conjunction) -> str:
-    if predicate.false:
-        return "none"
-    return " and ".join(sorted(map(clause_text, predicate.clauses))) or "all"
-
-
-def kernel_predicate(predicate: Conjunction) -> str:
-    """The predicate as one line of Triton: every comparison in parentheses, joined by & and |."""
-    printer = KernelPrinter()
-    clauses = []
-    for clause in predicate.clauses:
-        parts = sorted(f"({literal_text(x, printer).replace('not ', '~')})" for x in clause)
-        clauses.append(parts[0] if len(parts) == 1 else f"({' | '.join(parts)})")
-    return " & ".join(sorted(clauses)) or ("True" if not predicate.false else "False")
 
 
 def sum_text(value: Sum, skip: Iterable[Any] = ()) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch.fx import Node
 
 from attnopt.ir import Bias, Mask
-from attnopt.masks.algebra import Affine
+from attnopt.masks.expressions import Affine
 
 
 @dataclass(frozen=True)

@@ -30,3 +30,4 @@ def run(program: Program) -> None:
             program.misses.append(located(found, node))
         elif found is not None:
             program.matches.append(found)
+            program.hits.update(found.rules)

@@ -41,7 +41,7 @@ class Program:
     # Said of a site that was dealt with all the same: planned, but left exact.
     notes: list[Refusal] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    # How often each rule of the normaliser applied.
+    # How often each named rule of the normaliser and of the walk back from a soft-max applied.
     hits: Counter[str] = field(default_factory=Counter)
     # Constant inputs (placeholder names) whose value a rewrite relies on: the backend guards them.
     relied_on: set[str] = field(default_factory=set)
@@ -67,7 +67,7 @@ class Program:
         sites = tuple(r.site for r in self.regions)
         return GraphReport(
             sites, tuple(self.rewrites), tuple(self.refusals + self.notes), tuple(self.misses), tuple(self.history),
-            self.plan.id if self.plan is not None else "",
+            self.plan.id if self.plan is not None else "", rules=tuple(self.hits.most_common()),
         )  # fmt: skip
 
     def refuse(self, region: Region, no: Refusal) -> None:
@@ -85,10 +85,9 @@ class Program:
     ) -> None:
         """Put what `build` makes in the place of the region's output; a failure leaves the site as it was."""
         graph = self.gm.graph
-        last = graph_order_last(graph, (region.out,))
         existing = set(graph.nodes)
         try:
-            with graph.inserting_before(last):
+            with graph.inserting_before(region.out):
                 new = build(region)
                 if region.match is not None:
                     from attnopt.passes.arrange import restored
@@ -119,11 +118,6 @@ def relax_views(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if node.target == torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
-
-
-def graph_order_last(graph: torch.fx.Graph, nodes: Iterable[Node]) -> Node:
-    wanted = set(nodes)
-    return [n for n in graph.nodes if n in wanted][-1]
 
 
 def check_same_meta(new: Node, old: Node) -> None:

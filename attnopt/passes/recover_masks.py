@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss, Region, Site
-from attnopt.masks.algebra import Affine
+from attnopt.masks.expressions import Affine
 from attnopt.masks.interpret import Interpreter
 from attnopt.masks.predicates import TRUE, Conjunction, TooManyClauses, fold_ranges
 from attnopt.masks.recover import recover

@@ -74,6 +74,7 @@ class Match:
     inner: the nodes between the operands and the output, which a rewrite makes useless.
     read: results of the path that something else reads as well, such as returned weights.
     places: (node, dimension) where an axis of a size known only at run time stands alone.
+    rules: names of the rules that led from the soft-max to the product, in order.
     """
 
     pattern: str
@@ -91,6 +92,7 @@ class Match:
     inner: tuple[Node, ...] = ()
     read: tuple[Node, ...] = ()
     places: dict[Atom, tuple[Node, int]] = field(default_factory=dict, compare=False, repr=False)
+    rules: tuple[str, ...] = ()
 
 
 class Pattern(Protocol):

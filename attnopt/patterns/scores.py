@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -24,8 +23,6 @@ from attnopt.patterns.product import Product, product_of
 from attnopt.reasons import described, located
 
 aten = torch.ops.aten
-# How often each rule applied in this process, for `ATTNOPT_DEBUG` and the tests.
-HITS: Counter[str] = Counter()
 # Operations between a product and the soft-max it feeds; the longest chain in transformers is 11 long.
 REACH = 16
 
@@ -118,6 +115,7 @@ class Walk:
         self.sink: Operand | None = None
         self.sink_first = False
         self.inner: list[Node] = []
+        self.rules: list[str] = []
 
     def back(self, node: Node) -> Product | Miss:
         """The product, or why the walk stopped. The scale met so far applies to everything further back."""
@@ -135,7 +133,7 @@ class Walk:
             step = rule(self, node) if rule is not None else self.view(node)
             if isinstance(step, Miss):
                 return located(step, node)
-            HITS[rule.__name__ if rule is not None else "view"] += 1
+            self.rules.append(rule.__name__ if rule is not None else "view")
             node = step
 
     def resolved_terms(self) -> tuple[RawTerm, ...]:
@@ -363,4 +361,4 @@ class Walk:
     }
 
 
-__all__ = ["HITS", "Walk", "activations", "elementwise", "leads_back", "obstacle", "product_behind", "zero_or_one"]
+__all__ = ["Walk", "activations", "elementwise", "leads_back", "obstacle", "product_behind", "zero_or_one"]

@@ -84,14 +84,11 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
             node.args[:3], leading, ((queries, features), (keys, features), (keys, values)), strict=True
         )
     )
-    widest = max(leading, key=len)
-    scores = (*widest, queries, keys)
-    for d, atoms in enumerate(widest):
-        other = next((x[d - len(widest)] for x in leading if len(x) >= len(widest) - d and x[d - len(widest)]), ())
-        scores = (*scores[:d], atoms or other, *scores[d + 1 :])
-    scores = space.resolve((*space.resolve(scores[:-2]), queries, keys))
-    full = tuple(leading[0]) if len(leading[0]) == len(widest) else scores[:-2]
-    out = Operand(node, space.resolve((*(a or b for a, b in zip(full, scores[:-2], strict=True)), queries, values)))
+    # Broadcast: a dimension's axes are those of the first operand that has more than one entry there.
+    rank = max(map(len, leading))
+    aligned = [((),) * (rank - len(dims)) + dims for dims in leading]
+    batch = tuple(next(filter(None, dims), ()) for dims in zip(*aligned, strict=True))
+    out = Operand(node, space.resolve((*batch, queries, values)))
     causal = bool(argument(node, 5, "is_causal", False))
     (q, q_factor), (k, k_factor) = unscaled(space, q), unscaled(space, k)
     found = assign(space, (*out.dims[:-1], keys), q, k, v, out, keys)

@@ -251,5 +251,5 @@ def finish(
     scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
     return Match(
         "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, terms, walk.sink, inner,
-        tuple(forward.read), space.places,
+        tuple(forward.read), space.places, tuple(walk.rules),
     )  # fmt: skip

@@ -91,6 +91,7 @@ def _graph(index: int, report: GraphReport) -> dict[str, Any]:
         ],
         "misses": [asdict(miss) | _seen(miss) for miss in report.misses],
         "passes": [asdict(step) for step in report.history],
+        "rules": dict(report.rules),
     }
 
 

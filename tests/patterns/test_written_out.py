@@ -121,6 +121,16 @@ def test_matches(fn):
     torch.testing.assert_close(traced.output, fn(*inputs), atol=2e-5, rtol=1e-4)
 
 
+def test_the_rules_that_applied_are_counted():
+    def fn(q, k, v):
+        return (
+            F.softmax((F.dropout(scores(q, k), 0.5, training=False) * SCALE).masked_fill(~triangle(13), -1e9), -1) @ v
+        )
+
+    counted = dict(trace(fn, *qkv()).program.report().rules)
+    assert counted["scaled"] == counted["filled"] == counted["drop_inactive_dropout"] == 1 and "added" not in counted
+
+
 # --- near misses ----------------------------------------------------------------------------------------------------
 
 
