@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +71,7 @@ def main() -> None:
     import torch._inductor.config as inductor
 
     from attnopt import backend, passes
+    from attnopt.report.data import environment
 
     inductor.force_disable_caches = True
     torch.set_num_threads(1)
@@ -86,8 +86,7 @@ def main() -> None:
     alone = [compile_once(model, ids, "inductor") for _ in range(chosen.repeat)]
     base = min(alone)[0]
     figures = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        **environment(),
         "layers": chosen.layers,
         "inductor_cpu_s": base,
         "inductor_wall_s": min(wall for _, wall in alone),
