@@ -137,7 +137,8 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 4},
     "convnextv2": {"image_size": 64}, "convnext": {"image_size": 64},
     # Large enough for every stage to attend to more than one key.
-    **dict.fromkeys(("pvt", "pvt_v2", "segformer", "glpn", "swiftformer", "pp_formulanet_vision"), {"image_size": 64}),
+    "pvt": {"image_size": 64}, "pvt_v2": {"image_size": 64}, "segformer": {"image_size": 64},
+    "glpn": {"image_size": 64}, "swiftformer": {"image_size": 64}, "pp_formulanet_vision": {"image_size": 64},
     "mobilevit": {"image_size": 128},
 }  # fmt: skip
 
