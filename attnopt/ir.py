@@ -162,14 +162,13 @@ class Site:
         """The attention's mathematics in one line: equal for every spelling of the same attention."""
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        parts = [f"heads={heads} dim={dims} scale={self.scale:.6g}"]
-        if self.softcap:
-            parts.append(f"softcap={self.softcap:.6g}")
-        if self.bias is not None:
-            parts.append(f"bias={self.bias}")
-        if self.sink:
-            parts.append(f"sink={self.sink}")
-        return " ".join([*parts, f"keep {self.mask}"])
+        return " ".join([f"heads={heads} dim={dims} scale={self.scale:.6g}", *self.extras, f"keep {self.mask}"])
+
+    @property
+    def extras(self) -> list[str]:
+        """What stands between the products beside a scale and a mask, as ``name=value``."""
+        parts = {"softcap": f"{self.softcap:.6g}" if self.softcap else "", "bias": self.bias, "sink": self.sink}
+        return [f"{name}={value}" for name, value in parts.items() if value]
 
     def __str__(self) -> str:
         return f"{self.name}: {self.pattern} {self.dtype} {self.canonical}"

@@ -309,7 +309,7 @@ def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     partial = tmp_path / "profile.partial"
     command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
                str(work / "text.py"), "--out", str(out)]  # fmt: skip
-    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that; a handler they do not.
+    # A shell runs its background jobs with SIGINT ignored, and children inherit that; a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "attnopt", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.program import Builder
-from attnopt.patterns import Match, RawTerm, checked, shape_of
+from attnopt.patterns import Factor, Match, RawTerm, checked, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
 
 aten = torch.ops.aten
@@ -94,7 +94,19 @@ def operand_nodes(builder: Builder, match: Match) -> tuple[Node, Node, Node]:
     for operand, want in zip((match.q, match.k, match.v), canonical(match), strict=False):
         like = Builder(builder.gm, operand.node)
         made.append(rearrange(like.call, operand.node, operand.dims, want, Sizes(like, match)))
+    for factor in match.factors:
+        made[0] = multiplied(builder, match, made[0], factor)
     return made[0], made[1], made[2]
+
+
+def multiplied(builder: Builder, match: Match, q: Node, factor: Factor) -> Node:
+    """(B, heads, Sq, D) times or over a factor of the scores, in the type that those had, rounded once to q's."""
+    like, dtype = Builder(builder.gm, factor.node), q.meta["val"].dtype
+    have, want = term_dims(match, factor)
+    by = rearrange(like.call, factor.node, have, want, Sizes(like, match))
+    wide = q if dtype == factor.dtype else builder.call(aten._to_copy.default, q, dtype=factor.dtype)
+    made = builder.call(aten.div.Tensor if factor.divides else aten.mul.Tensor, wide, by)
+    return made if dtype == factor.dtype else builder.call(aten._to_copy.default, made, dtype=dtype)
 
 
 def restored(builder: Builder, match: Match, new: Node) -> Node:
@@ -103,8 +115,8 @@ def restored(builder: Builder, match: Match, new: Node) -> Node:
     return rearrange(builder.call, new, canonical(match)[3], match.out.dims, sizes)
 
 
-def term_dims(match: Match, term: RawTerm) -> tuple[Dims, Dims]:
-    """(the dims of a mask operand, the dims (B, heads, Sq, Sk) it is viewed to); size one where it does not vary."""
+def term_dims(match: Match, term: RawTerm | Factor) -> tuple[Dims, Dims]:
+    """(dims of a mask operand or factor, dims (B, heads, Sq, Sk) it is viewed to); size one where it is constant."""
     sizes = shape_of(term.node)
     tail = term.scores[len(term.scores) - len(sizes) :]
     have = tuple(() if is_one(s) else d for s, d in zip(sizes, tail, strict=True))

@@ -72,7 +72,8 @@ def run(program: Program) -> None:
         if any(u not in region for n in region - {match.out.node} for u in n.users):
             dataflow = flow(program.gm.graph) if dataflow is None else dataflow
             around = hull(dataflow, region)
-            operands = {match.q.node, match.k.node, match.v.node, *(t.node for t in match.terms)}
+            operands = {match.q.node, match.k.node, match.v.node}
+            operands |= {t.node for t in match.terms} | {f.node for f in match.factors}
             if operands & around:
                 seen = ", ".join(sorted({described(n) for n in operands & around}))
                 program.misses.append(

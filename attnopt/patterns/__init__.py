@@ -46,6 +46,19 @@ class RawTerm:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A tensor that the scores are multiplied with, or divided by: the same for every key, of any sign.
+
+    scores: the dims of the scores where it meets them; dtype: what the model multiplied in.
+    """
+
+    node: Node
+    scores: Dims
+    divides: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Roles:
     """Which atoms are batch, query head, query position, key position, feature and value feature.
 
@@ -68,13 +81,14 @@ class Roles:
 
 @dataclass(frozen=True)
 class Match:
-    """What an anchor computes: softmax(softcap · tanh(scale · q kᵀ / softcap) + terms) v.
+    """What an anchor computes: softmax(softcap · tanh(scale · (factors · q) kᵀ / softcap) + terms) v.
 
     sink: the node that holds one more score per row, with the dims of the scores without it.
     inner: the nodes between the operands and the output, which a rewrite makes useless.
     read: results of the path that something else reads as well, such as returned weights.
     places: (node, dimension) where an axis of a size known only at run time stands alone.
     rules: names of the rules that led from the soft-max to the product, in order.
+    factors: what the scores are multiplied with before anything is added to them or masked; it is put into q.
     """
 
     pattern: str
@@ -93,6 +107,7 @@ class Match:
     read: tuple[Node, ...] = ()
     places: dict[Atom, tuple[Node, int]] = field(default_factory=dict, compare=False, repr=False)
     rules: tuple[str, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
 
 class Pattern(Protocol):
@@ -173,6 +188,6 @@ def inactive_dropout(node: Node) -> bool:
 
 
 __all__ = [
-    "Atom", "Dims", "Match", "Operand", "Pattern", "RawTerm", "Roles", "Space", "alike", "argument", "aten", "checked",
-    "inactive_dropout", "number", "same", "scalar", "shape_of", "value",
+    "Atom", "Dims", "Factor", "Match", "Operand", "Pattern", "RawTerm", "Roles", "Space", "alike", "argument", "aten",
+    "checked", "inactive_dropout", "number", "same", "scalar", "shape_of", "value",
 ]  # fmt: skip

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Miss
-from attnopt.patterns import Operand, RawTerm, Roles, scalar, value
+from attnopt.patterns import Factor, Operand, RawTerm, Roles, scalar, value
 from attnopt.patterns.layout import Atom, Dims, Space, is_one, shape_of
+from attnopt.reasons import described
 
 aten = torch.ops.aten
 SCALED = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor)
@@ -208,11 +209,23 @@ def unscaled(space: Space, operand: Operand) -> tuple[Operand, float]:
     return operand, 1.0
 
 
-def term_atoms(term: RawTerm) -> list[Atom]:
-    """The axes that a mask operand varies over."""
+def unfoldable(factor: Factor, roles: Roles, q: Operand) -> Miss | None:
+    """Why a factor of the scores cannot be one of q; None where it can."""
+    held, seen = set(term_atoms(factor)), f"the scores are multiplied by {described(factor.node)}"
+    if held - {*roles.batch, *roles.heads, *roles.queries}:
+        return Miss(f"{seen}, which varies over an axis that q lacks", code="score-times-tensor")
+    if any(held & set(role) and not set(role) <= held for role in (roles.batch, roles.heads, roles.queries)):
+        return Miss(f"{seen}, which varies over a part of q's axes, expected all or none", code="score-times-tensor")
+    if value(q.node).dtype == torch.float16:  # type: ignore[union-attr]
+        return Miss(f"{seen}, and float16 may not hold it times q", code="score-times-tensor")
+    return None
+
+
+def term_atoms(term: RawTerm | Factor) -> list[Atom]:
+    """The axes that a mask operand or a factor varies over."""
     sizes = shape_of(term.node)
     tail = term.scores[len(term.scores) - len(sizes) :]
     return [a for s, d in zip(sizes, tail, strict=True) if not is_one(s) for a in d]
 
 
-__all__ = ["assign", "flat", "term_atoms", "tidy", "unscaled"]
+__all__ = ["assign", "flat", "term_atoms", "tidy", "unfoldable", "unscaled"]

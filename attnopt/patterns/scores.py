@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
-from attnopt.patterns import Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
-from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, same
+from attnopt.patterns import Factor, Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
+from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, is_one, same
 from attnopt.patterns.product import Product, product_of
 from attnopt.reasons import described, located
 
@@ -112,6 +112,7 @@ class Walk:
         self.scale = 1.0
         self.softcap = 0.0
         self.terms: list[RawTerm] = []
+        self.factors: list[Factor] = []
         self.sink: Operand | None = None
         self.sink_first = False
         self.inner: list[Node] = []
@@ -129,10 +130,12 @@ class Walk:
             if found is not None:
                 return found
             self.inner.append(node)
-            rule = self.RULES.get(node.target)
+            rule, held = self.RULES.get(node.target), len(self.terms)
             step = rule(self, node) if rule is not None else self.view(node)
             if isinstance(step, Miss):
                 return located(step, node)
+            if self.factors and any(t.kind != "times" for t in self.terms[held:]):
+                return located(self.beneath(f"{described(self.terms[-1].node)}, a mask or a bias,"), node)
             self.rules.append(rule.__name__ if rule is not None else "view")
             node = step
 
@@ -165,14 +168,18 @@ class Walk:
         return Miss(f"dropout of the scores is active, p = {node.args[1]}; expected none", code="dropout-active")
 
     def scaled(self, node: Node) -> Node | Miss:
-        """s * c, c * s, s / c for a constant c."""
+        """s * c, c * s, s / c for a constant c; s * t, s / t for a tensor t that is one number for all keys."""
         a, b = node.args[:2]
         multiplied = node.target in (aten.mul.Tensor, aten.mul.Scalar)
         if multiplied and isinstance(b, Node) and scalar(b) is None and scalar(a) is not None:
             a, b = b, a
         factor = scalar(b)
-        if factor is None and multiplied and isinstance(a, Node) and isinstance(b, Node):
-            return self.selected(a, b)
+        if factor is None and isinstance(a, Node) and isinstance(b, Node) and len(node.args) == 2:
+            for scores, other in ((a, b), (b, a)) if multiplied else ((a, b),):
+                if self.keyless(other) and product_behind(scores) and self.full(scores):
+                    return self.folded(node, scores, other)
+            if multiplied:
+                return self.selected(a, b)
         if factor is None or not isinstance(a, Node):
             return Miss(scaled_by(b), code="score-times-tensor")
         if factor == 0 or len(node.args) > 2:
@@ -180,6 +187,24 @@ class Walk:
             return Miss(f"the scores are scaled by {seen}, expected a factor other than zero", code="scale-zero")
         self.scale *= factor if multiplied else 1 / factor
         return a
+
+    def keyless(self, node: Node) -> bool:
+        """Whether a tensor that meets the scores holds one number for all keys of a row."""
+        if value(node) is None or len(shape_of(node)) > len(self.dims):
+            return False
+        keys, sizes = set(self.space.atoms(self.keys)), shape_of(node)
+        tail = self.space.resolve(self.dims)[len(self.dims) - len(sizes) :]
+        return not any(keys & set(d) for s, d in zip(sizes, tail, strict=True) if not is_one(s))
+
+    def folded(self, node: Node, scores: Node, other: Node) -> Node:
+        """s * t = (q * t) k, whatever the sign of t, as long as nothing further back is added or masked."""
+        self.factors.append(Factor(other, self.dims, node.target == aten.div.Tensor, value(node).dtype))  # type: ignore[union-attr]
+        self.rules.append("folded")
+        return scores
+
+    def beneath(self, seen: str) -> Miss:
+        by = described(self.factors[-1].node)
+        return Miss(f"{seen} is multiplied by {by} afterwards, expected the product alone", code="score-times-tensor")
 
     def selected(self, a: Node, b: Node) -> Node | Miss:
         """s * m beside an added mask that hides what is zero; that m is one elsewhere is proved with the mask."""
@@ -195,6 +220,8 @@ class Walk:
 
     def capped(self, node: Node) -> Node | Miss:
         """c * tanh(s): what was met so far is outside, what follows is inside."""
+        if self.factors:
+            return self.beneath("a tanh of the scores")
         if self.softcap or self.scale <= 0:
             seen = "a second tanh" if self.softcap else f"a tanh times {self.scale:g}"
             return Miss(f"the scores pass {seen}, expected c * tanh(s / c) once with c > 0", code="tanh-no-softcap")
@@ -322,7 +349,7 @@ class Walk:
 
     def outside(self) -> bool:
         """Whether anything but casts and the row's maximum was met so far."""
-        return bool(self.terms) or self.scale != 1.0 or bool(self.softcap)
+        return bool(self.terms) or bool(self.factors) or self.scale != 1.0 or bool(self.softcap)
 
     def appended(self, node: Node) -> Node | Miss:
         """cat([s, sink], keys): one more column, which the weights drop again."""

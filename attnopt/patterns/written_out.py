@@ -16,7 +16,7 @@ from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, RawTerm, inactive_dropout, scalar, shape_of, value
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
-from attnopt.patterns.roles import assign, term_atoms, tidy, unscaled
+from attnopt.patterns.roles import assign, term_atoms, tidy, unfoldable, unscaled
 from attnopt.patterns.scores import Walk, activations, elementwise, leads_back, obstacle, product_behind, zero_or_one
 from attnopt.reasons import located
 from attnopt.registry import PATTERNS
@@ -240,6 +240,10 @@ def finish(
     if isinstance(found, Miss):
         return found
     roles, q, k, v, out = found
+    factors = tuple(replace(f, scores=space.resolve(f.scores)) for f in walk.factors)
+    for factor in factors:
+        if (refused := unfoldable(factor, roles, q)) is not None:
+            return refused
     dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
     if len(dtypes) != 1:
         seen = ", ".join(sorted(map(str, dtypes)))
@@ -251,5 +255,5 @@ def finish(
     scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
     return Match(
         "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, terms, walk.sink, inner,
-        tuple(forward.read), space.places, tuple(walk.rules),
+        tuple(forward.read), space.places, tuple(walk.rules), factors,
     )  # fmt: skip

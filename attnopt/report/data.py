@@ -103,7 +103,8 @@ def _seen(reason: Miss | Refusal) -> dict[str, str]:
 
 def _site(site: Site) -> dict[str, Any]:
     facts = asdict(site)
-    return facts | {"name": site.name, "mask": str(site.mask), "mask_kind": site.mask.kind, "padded": site.mask.padded}
+    mask = {"mask": str(site.mask), "mask_kind": site.mask.kind, "padded": site.mask.padded}
+    return facts | mask | {"name": site.name, "extras": site.extras}
 
 
 def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,7 +118,7 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "heads": _pair(site["heads"], site["kv_heads"]),
                 "dim": _pair(site["head_dim"], site["head_dim_v"]),
                 "dtype": site["dtype"],
-                "mask": site["mask"],
+                "mask": ", ".join([site["mask"], *site["extras"]]),
                 "state": "rewritten" if site["lowering"] else "left alone",
                 "done": site["lowering"],
                 "why": "; ".join([site["note"]] * bool(site["note"]) + site["reasons"]),

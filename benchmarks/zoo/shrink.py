@@ -136,6 +136,10 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"feature_projection_input_dim": 160, "vocab_size": 64}, "wav2vec2-conformer": {"vocab_size": 64},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "convnextv2": {"image_size": 64}, "convnext": {"image_size": 64},
+    # Large enough for every stage to attend to more than one key.
+    "pvt": {"image_size": 64}, "pvt_v2": {"image_size": 64}, "segformer": {"image_size": 64},
+    "glpn": {"image_size": 64}, "swiftformer": {"image_size": 64}, "pp_formulanet_vision": {"image_size": 64},
+    "mobilevit": {"image_size": 128},
 }  # fmt: skip
 
 

@@ -245,14 +245,14 @@ def strided(q, k, v):
 
 
 NEAR_MISSES = [
-    softmax_over_queries, softmax_over_heads, scaled_by_a_tensor, scaled_per_key,
+    softmax_over_queries, softmax_over_heads, scaled_per_key,
     filled_before_a_tiny_scale, filled_before_a_negative_scale, filled_with_zero,
     masked_after_the_softmax, multiplied_after_the_softmax, weights_multiply_two_values, values_on_the_left,
     active_dropout, squared_scores,
 ]  # fmt: skip
 # What is no plain attention: the kind of its bias and its mask.
 RECORDS = {
-    added_before_the_scale: ("data", "all"), weights_used_twice: ("", "all"),
+    scaled_by_a_tensor: ("", "all"), added_before_the_scale: ("data", "all"), weights_used_twice: ("", "all"),
     sum_of_two_products: ("data", "all"), soft_cap: ("", "all"),
     alibi: ("alibi", "all"), small_bias: ("", "all"), chunked: ("", "j <= i and i // 4 == j // 4"),
     prefix: ("", "(j <= 4 or j <= i)"), strided: ("", "j <= i and (i - j) % 3 == 0"),
@@ -547,3 +547,50 @@ def test_scores_multiplied_by_a_constant_buffer():
     refused = trace(Gpt(torch.ones(13, 13).tril() * 0.5), *inputs, verify=False)
     assert not refused.rewrites and refused.misses
     torch.testing.assert_close(traced.output, Gpt(torch.ones(13, 13).tril())(*inputs), atol=2e-5, rtol=1e-4)
+
+
+# --- a factor of the scores -------------------------------------------------------------------------------------------
+
+
+def tempered(q, k, v, t):
+    return F.softmax((scores(q, k) * t).masked_fill(~triangle(q.shape[2]), float("-inf")), -1) @ v
+
+
+def test_a_factor_goes_into_q_and_is_counted():
+    inputs = (*qkv(dtype=torch.float64), torch.linspace(-2.0, 3.0, 4, dtype=torch.float64)[:, None, None])
+    traced = trace(tempered, *inputs)
+    (site,) = traced.sites
+    assert site.mask == CAUSAL and site.scale == 1.0 and traced.rewrites == ["SDPA is_causal"]
+    assert dict(traced.program.report().rules)["folded"] == 1
+    torch.testing.assert_close(traced.output, tempered(*inputs), atol=1e-12, rtol=1e-12)
+
+
+def test_a_factor_of_zero_averages_what_is_kept():
+    inputs = (*qkv(dtype=torch.float64), torch.zeros(4, 1, 1, dtype=torch.float64))
+    traced = trace(tempered, *inputs)
+    assert traced.rewrites
+    torch.testing.assert_close(traced.output, tempered(*inputs), atol=1e-12, rtol=1e-12)
+    counts = torch.arange(1, 14, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(traced.output, inputs[2].cumsum(2) / counts, atol=1e-12, rtol=1e-12)
+
+
+def test_a_factor_in_float32_is_rounded_once():
+    """bfloat16 q, k and v, their scores multiplied in float32: so is q, and then rounded."""
+
+    def fn(q, k, v, t):
+        return F.softmax(scores(q, k).float() * t, -1).to(q.dtype) @ v
+
+    q, k, v = qkv(dtype=torch.bfloat16)
+    t = torch.linspace(-0.7, 0.9, 4)[:, None, None]
+    traced = trace(fn, q, k, v, t)
+    assert traced.rewrites
+    once = F.scaled_dot_product_attention((q.float() * t).to(q.dtype), k, v, scale=1.0)
+    torch.testing.assert_close(traced.output, once, atol=0, rtol=0)
+
+
+def test_a_factor_stays_with_the_scores_in_float16():
+    """q times a large factor may be more than float16 holds where its scores are not."""
+    q, k, v = qkv(dtype=torch.float16)
+    q, k, t = q * 1000, k / 1000, torch.full((4, 1, 1), 100.0, dtype=torch.float16)
+    traced = trace(tempered, q, k, v, t, verify=False)
+    assert not traced.sites and "float16" in traced.misses[0] and traced.output.isfinite().all()

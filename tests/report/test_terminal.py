@@ -85,6 +85,12 @@ def test_equal_layers_fold_into_one_row() -> None:
     assert "7 attentions in 1 graph: 6 rewritten, 1 left alone, 1 not recognised" in text
 
 
+def test_what_stands_beside_the_mask_is_shown_with_it() -> None:
+    capped = replace(site("layers.0.attn"), softcap=50.0, sink="logit[h]")
+    made = replace(report(0), sites=(capped,), misses=(), refusals=())
+    assert "j <= i, softcap=50, sink=logit[h]" in shown(terminal.print_graphs, [made])
+
+
 def test_recompiled_graphs_fold_too() -> None:
     text = shown(terminal.print_graphs, [report(), report(), GraphReport(fallback="an unknown op")])
     assert text.count("self_attn") == 1 and "graphs" in text and "an unknown op" in text
