@@ -67,6 +67,34 @@ def test_writes_come_back():
     assert len(output.args[0]) == 1
 
 
+@pytest.mark.parametrize("p, training", [(0.3, False), (0.0, True)])
+def test_a_write_to_what_an_inactive_dropout_returns_is_one_to_its_input(p, training):
+    def fn(x):
+        y = F.dropout(x, p, training)
+        y.view(-1).mul_(2)
+        return x + 1, y
+
+    one, other = torch.ones(2, 3), torch.ones(2, 3)
+    gm, out = captured(fn, one)
+    torch.testing.assert_close(out, fn(other))
+    torch.testing.assert_close(one, other)
+    assert "aten.dropout.default" not in targets(gm)
+
+
+def test_a_write_to_what_an_active_dropout_returns_leaves_its_input():
+    def fn(x):
+        y = F.dropout(x, 0.5)
+        y.view(-1).add_(1)
+        return x * 3, y
+
+    one = torch.ones(40, 50)
+    gm, out = captured(fn, one)
+    assert targets(gm).count("aten.dropout.default") == 1
+    torch.testing.assert_close((one, out[0]), (torch.ones(40, 50), torch.full((40, 50), 3.0)))
+    # Each is dropped or doubled, and then written.
+    assert set(out[1].unique().tolist()) == {1.0, 3.0} and 800 < (out[1] == 1).sum() < 1200
+
+
 def test_nn_multihead_attention_shows_its_attention():
     attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 16)

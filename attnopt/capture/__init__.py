@@ -5,6 +5,7 @@ every spelling of a view or cast the same operation. Mutated inputs come back as
 end. What the export would lose or stumble over is dealt with before and after it:
 
     prepare      opaque fast paths are opened, Python floats that became inputs are constants again
+    vmapped      what was recorded of torch.vmap becomes the batched operations
     autocast     every cast that autocast would make is an operation of the graph
     constants    values of small buffers, for passes that can prove more with them
 """
@@ -73,11 +74,12 @@ def capture(gm: GraphModule) -> GraphModule | Refusal:
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = [n.meta.get("example_value") for n in placeholders]
-    reason = obstacle(gm, inputs)
-    if reason is not None:
-        return unexported(reason)
     try:
-        exported, signature = exported_graph(prepared(gm), inputs)
+        ready = prepared(gm)
+        reason = obstacle(ready, inputs)
+        if reason is not None:
+            return unexported(reason)
+        exported, signature = exported_graph(ready, inputs)
         if signature.parameters or signature.buffers:
             owned = ", ".join([*signature.parameters, *signature.buffers][:3])
             return unexported(Refusal(f"it owns parameters of its own: {owned}", code="owns-parameters"))

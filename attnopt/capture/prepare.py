@@ -2,10 +2,14 @@
 
 torch._transformer_encoder_layer_fwd(...)   ->   its attention and its feed-forward network, in plain calls
 l_self_scaling.item()                       ->   0.125, under a guard
+dropout(x, 0.1, training=False)             ->   x
+torch.vmap(f)(x)                            ->   f's batched operations, see `vmapped`
 _enter_autocast(...), _exit_autocast(...)   ->   the same states, entered for real while tracing
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnopt.capture import autocast
+from attnopt.capture.vmapped import open_vmaps
 
 
 def prepared(gm: GraphModule) -> GraphModule:
@@ -26,6 +31,9 @@ def prepared(gm: GraphModule) -> GraphModule:
             node.target = encoder_layer
         elif node.op == "call_method" and node.target == "item" and len(node.args) == 1:
             fix_float(node)
+        elif node.op == "call_function" and node.target in DROPOUT:
+            open_dropout(node)
+    open_vmaps(ready)
     autocast.mark(ready.graph)
     ready.recompile()
     return ready
@@ -46,6 +54,40 @@ def fix_float(node: Node) -> None:
             (user.args, user.kwargs), lambda item: value if item is node else item
         )
     node.graph.erase_node(node)
+
+
+# --- writes to what dropout returned ---------------------------------------------------------------------------------
+
+# The signatures are alike: input, p, training.
+DROPOUT = (F.dropout, torch.dropout, torch.ops.aten.dropout.default)
+
+
+def open_dropout(node: Node) -> None:
+    """Make what dropout returns writable; the export freezes it, since out of training it is the input itself.
+
+    In training it is new: a copy that is written instead differs in nothing.
+    """
+    x, p, training, inplace = dropout_arguments(node)
+    if not isinstance(x, Node) or not isinstance(p, (int, float)) or not 0 <= p <= 1 or inplace is not False:
+        return
+    if training is False or (training is True and p == 0):
+        node.replace_all_uses_with(x)
+        node.graph.erase_node(node)
+        return
+    held = node.meta.get("example_value")
+    # Dynamo's own run has made the writes, also those through views.
+    if isinstance(held, Tensor) and not held.is_inference() and held._version > 0:
+        with node.graph.inserting_after(node):
+            copy = node.graph.call_function(torch.clone, (node,))
+        copy.meta = dict(node.meta)
+        node.replace_all_uses_with(copy, lambda user: user is not copy)
+
+
+def dropout_arguments(node: Node) -> tuple[Any, Any, Any, Any]:
+    """The input, p, training and inplace of a dropout; what ATen calls train is training."""
+    names = ("input", "p", "training", "inplace") if node.target is F.dropout else ("input", "p", "train")
+    given = {"p": 0.5, "training": True, "inplace": False, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given["input"], given["p"], given.get("train", given["training"]), given["inplace"]
 
 
 # --- the fast path of nn.TransformerEncoderLayer --------------------------------------------------------------------

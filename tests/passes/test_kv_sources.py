@@ -351,12 +351,14 @@ class Decoder(nn.Module):
         return x + attend(q, k, v).transpose(1, 2).flatten(2)
 
     def forward(self, source, target):
+        # Dynamo before 2.13 breaks the graph where a ParameterList is sliced.
+        w = [self.w[n] for n in range(12)]
         memory = self.source(source)
-        memory = self.attention(memory, memory, self.w[:3])
+        memory = self.attention(memory, memory, w[:3])
         x = self.target(target)
         for layer in (0, 1):
-            x = self.attention(x, x, self.w[3 * layer : 3 * layer + 3])
-            x = self.attention(x, memory, self.w[6 + 3 * layer : 9 + 3 * layer])
+            x = self.attention(x, x, w[3 * layer : 3 * layer + 3])
+            x = self.attention(x, memory, w[6 + 3 * layer : 9 + 3 * layer])
         return x
 
 
