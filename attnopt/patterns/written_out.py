@@ -16,7 +16,7 @@ from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, RawTerm, inactive_dropout, scalar, shape_of, value
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
-from attnopt.patterns.roles import assign, term_atoms, tidy, unfoldable, unscaled
+from attnopt.patterns.roles import assign, before_widening, term_atoms, tidy, unfoldable, unscaled
 from attnopt.patterns.scores import Walk, activations, elementwise, leads_back, obstacle, product_behind, zero_or_one
 from attnopt.reasons import located
 from attnopt.registry import PATTERNS
@@ -261,6 +261,7 @@ def finish(
     for factor in factors:
         if (refused := unfoldable(factor, roles, q)) is not None:
             return refused
+    q, k = (before_widening(space, o, value(v.node).dtype) for o in (q, k))  # type: ignore[union-attr]
     dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
     if len(dtypes) != 1:
         seen = ", ".join(sorted(map(str, dtypes)))

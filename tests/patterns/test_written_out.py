@@ -723,3 +723,40 @@ def test_two_values_have_their_gradients():
     ours, plain = (torch.autograd.grad(loss(o), inputs) for o in (traced.output, two_values(*inputs)))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_widened_queries_and_keys_are_those_of_the_narrow_ones(dtype):
+    """q and k are cast to float32 before the product, the weights to V's dtype after it."""
+
+    def fn(q, k, v):
+        wide = q.to(torch.float32) * SCALE @ k.transpose(-2, -1).to(torch.float32)
+        return F.softmax(wide.masked_fill(~triangle(13), torch.finfo(wide.dtype).min), -1).to(v.dtype) @ v
+
+    inputs = qkv(dtype=dtype)
+    traced = trace(fn, *inputs)
+    (site,) = traced.sites
+    assert site.dtype == str(dtype).removeprefix("torch.") and site.mask == Mask(causal=True, fill="finite")
+    assert traced.rewrites == ["SDPA is_causal"]
+    exact = fn(*(t.double() for t in inputs))
+    ours, plain = ((o.double() - exact).abs().max() for o in (traced.output, fn(*inputs)))
+    assert ours <= 2 * plain
+
+
+def made_wide(q, k, v):
+    """These scores are no products of narrow values: the sum is rounded to nothing less than float32."""
+    return F.softmax(scores(q.float() + 1e-4, k.float()), -1).to(v.dtype) @ v
+
+
+def narrowed_weights(q, k, v):
+    return F.softmax(scores(q, k), -1).to(v.dtype) @ v
+
+
+def test_values_narrower_than_what_made_the_scores_are_no_site():
+    for fn, inputs in (
+        (made_wide, qkv(dtype=torch.bfloat16)),
+        (narrowed_weights, (*qkv()[:2], qkv(dtype=torch.bfloat16)[2])),
+    ):
+        traced = trace(fn, *inputs)
+        assert not traced.sites and "have the dtypes" in traced.misses[0]
+        torch.testing.assert_close(traced.output, fn(*inputs), atol=0, rtol=0)
