@@ -87,6 +87,8 @@ def capture(gm: GraphModule) -> GraphModule | Refusal:
         for old, new in zip(placeholders, found, strict=True):
             new.meta = {**old.meta, **new.meta}
             new.meta.setdefault("val", old.meta.get("example_value"))
+        if needs_grad(inputs):
+            open_copies(exported)
         reason = autocast.make_explicit(exported)
         if reason is None:
             mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
@@ -102,6 +104,27 @@ def capture(gm: GraphModule) -> GraphModule | Refusal:
         return unexported(reason)
     exported.meta = {**gm.meta, **exported.meta, KEY: small_buffers(placeholders, found)}
     return exported
+
+
+def open_copies(gm: GraphModule) -> None:
+    """What a functional copy returns, in operations that have a derivative, which ``aten::copy`` has not."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        source, (target, held) = node.args[1], (n.meta["val"] for n in (node, node.args[1]))
+        with gm.graph.inserting_before(node):
+            if held.dtype != target.dtype or held.device != target.device:
+                where = {"dtype": target.dtype, "device": target.device}
+                source = gm.graph.call_function(torch.ops.aten._to_copy.default, (source,), where)
+                source.meta = {"val": held.to(**where)}
+            if held.shape != target.shape:
+                source = gm.graph.call_function(torch.ops.aten.expand_as.default, (source, node.args[0]))
+                source.meta = {"val": target}
+            # Contiguous, so that any view of what was written is one of this as well.
+            fresh = gm.graph.call_function(
+                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
+        fresh.meta = dict(node.meta)
+        node.replace_all_uses_with(fresh)
+        gm.graph.erase_node(node)
 
 
 def write_back(gm: GraphModule, mutated: dict[str, str], grad: bool) -> Refusal | None:

@@ -130,8 +130,17 @@ def term_dims(match: Match, term: RawTerm | Factor) -> tuple[Dims, Dims]:
     return have, tuple(want)
 
 
-def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | None:
-    """All terms as one mask (B | 1, heads | 1, Sq | 1, Sk): bool, true where kept, or to be added to the scores."""
+# An additive mask at or below this hides. It is above float16's lowest value, and low enough that what a fused backward
+# loses of a row of such scores, whose sum it keeps as max + log(sum) in float32, is under 0.2 %: 2 ** -9 of 1.
+HIDDEN = -32768.0
+
+
+def operand_mask(builder: Builder, match: Match, dtype: torch.dtype, grad: bool = False) -> Node | None:
+    """All terms as one mask (B | 1, heads | 1, Sq | 1, Sk): bool, true where kept, or to be added to the scores.
+
+    A row whose every score has a finite fill averages all keys, and does so here. With `grad` it is 0 instead, and so
+    is its gradient: the fused backward takes each of its n weights for 1, not 1 / n.
+    """
     call = builder.call
     keep: Node | None = None
     bias: Node | None = None
@@ -150,15 +159,16 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype) -> Node | N
         node = call(aten.logical_not.default, node) if term.kind == "drop" else node
         keep = node if keep is None else call(aten.logical_and.default, keep, node)
     finite = [t.fill for t in match.terms if t.kind != "add" and t.fill is not None and math.isfinite(t.fill)]
-    if bias is None and keep is not None and finite:
-        # A row without any key was an average over all of them, and stays one.
+    if bias is None and keep is not None and finite and not grad:
         zero = call(aten.new_zeros.default, match.q.node, [], dtype=dtype)
         return call(aten.where.ScalarOther, keep, zero, torch.finfo(dtype).min)
     if bias is None:
         return keep
     if bias.meta["val"].dtype != dtype:
         bias = call(aten._to_copy.default, bias, dtype=dtype)
+    if grad:
+        shown = call(aten.gt.Scalar, bias, HIDDEN)
+        keep = shown if keep is None else call(aten.logical_and.default, keep, shown)
     if keep is None:
         return bias
-    # Finite, so that a row without any key is an average and not NaN.
-    return call(aten.where.ScalarOther, keep, bias, torch.finfo(dtype).min)
+    return call(aten.where.ScalarOther, keep, bias, -math.inf if grad else torch.finfo(dtype).min)

@@ -117,9 +117,9 @@ def varies_over(region: Region) -> set[str]:
     return {name[:1] for name in names}
 
 
-def mask_read_once(builder: Builder, region: Region) -> Node | None:
+def mask_read_once(program: Program, builder: Builder, region: Region) -> Node | None:
     """The mask as it was, at index 0 of every axis it repeats itself along: (B | 1, heads | 1, Sq | 1, Sk)."""
-    mask = operand_mask(builder, region.match, region.q.meta["val"].dtype)
+    mask = operand_mask(builder, region.match, region.q.meta["val"].dtype, program.needs_grad)
     if mask is None:
         return None
     varies = varies_over(region)
@@ -133,7 +133,7 @@ def mask_read_once(builder: Builder, region: Region) -> Node | None:
 def lower_operand_mask(program: Program) -> Build:
     def build(region: Region) -> Node:
         builder = Builder(program.gm, region.out)
-        mask = mask_read_once(builder, region)
+        mask = mask_read_once(program, builder, region)
         return sdpa(builder, region, region.q, region.k, region.v, mask, region.match.causal)
 
     return build
@@ -146,7 +146,7 @@ def lower_packed(program: Program) -> Build:
         call, site = (builder := Builder(program.gm, region.out)).call, region.site
         batch, share = builder.size(region.q, 0), site.heads // site.kv_heads
         rows = call(aten.reshape.default, region.q, [batch, site.kv_heads, share, site.head_dim])
-        mask = mask_read_once(builder, region)
+        mask = mask_read_once(program, builder, region)
         out = sdpa(builder, region, rows, region.k, region.v, mask, False, grouped=False)
         return call(aten.reshape.default, out, [batch, site.heads, 1, site.head_dim_v])
 

@@ -80,7 +80,7 @@ def call_of(model: Any, cell: Cell) -> Callable[[Any], list[Any]]:
             raise NotApplicable("it does not decode with a cache of its own")
         return decoding(model, cell)
     lengths = (LENGTH, LENGTH + 7) if cell.dynamic and "input_ids" in takes else (LENGTH,)
-    given = [cast(inputs_of(model, cell.padded, length), cell.dtype) for length in lengths]
+    given = [cast(inputs_of(model, cell.padded, length, training=cell.training), cell.dtype) for length in lengths]
 
     def plain(run: Any) -> list[Any]:
         return [floats(run(**inputs), inputs.get("attention_mask")) for inputs in given]

@@ -68,8 +68,14 @@ def padding_mask(length: int, left: bool) -> torch.Tensor:
     return mask
 
 
-def inputs_of(model: Any, padded: bool = False, length: int = LENGTH, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of ``model.forward``; `padded` adds an attention mask where the class takes tokens."""
+def inputs_of(
+    model: Any, padded: bool = False, length: int = LENGTH, seed: int = 0, training: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of ``model.forward``; `padded` adds an attention mask where the class takes tokens.
+
+    In training padding is at the end: at the front, causal rows of it have no key, and a gradient through those is not
+    defined, even where a loss or a pooled token reads them.
+    """
     generator = torch.Generator().manual_seed(seed)
     config, takes = model.config, inspect.signature(model.forward).parameters
     main = model.main_input_name
@@ -77,7 +83,7 @@ def inputs_of(model: Any, padded: bool = False, length: int = LENGTH, seed: int 
     if "input_ids" in takes:
         given["input_ids"] = tokens(config, length, generator)
         if padded and "attention_mask" in takes:
-            given["attention_mask"] = padding_mask(length, left=not config.is_encoder_decoder)
+            given["attention_mask"] = padding_mask(length, left=not config.is_encoder_decoder and not training)
     if main == "pixel_values" or ("pixel_values" in takes and "logit_scale" in dict(model.named_parameters())):
         given["pixel_values"] = pixels(config, generator)
     if not given and "pixel_values" in takes:
