@@ -160,9 +160,28 @@ def choose(program: Program, region: Region) -> Form | Refusal:
     return Refusal(reason, code="already-one-call")
 
 
+def scores_stay(program: Program, region: Region) -> Refusal | None:
+    """Of attentions that share their scores, one alone saves nothing: they are computed for the others."""
+    if region.match.shared == 1:
+        return None
+    rewritten = {rewrite.site.name for rewrite in program.rewrites}
+    others = [r for r in program.regions if r.anchor is region.anchor and r is not region]
+    pending = {r.site.name for r in program.pending}
+    lowered = [
+        r for r in others
+        if r.site.name in rewritten or (r.site.name in pending and not isinstance(choose(program, r), Refusal))
+    ]  # fmt: skip
+    if len(lowered) == region.match.shared - 1:
+        return None
+    seen = f"its weights go into {region.match.shared} products, {region.match.shared - 1 - len(lowered)} of which stay"
+    return Refusal(f"{seen}, so that nothing would be saved", code="weights-read-elsewhere")
+
+
 def run(program: Program) -> None:
     for region in program.pending:
         chosen = choose(program, region)
+        if not isinstance(chosen, Refusal) and (no := scores_stay(program, region)) is not None:
+            chosen = no
         if isinstance(chosen, Refusal):
             program.refuse(region, chosen)
             continue

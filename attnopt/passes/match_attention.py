@@ -20,14 +20,16 @@ def run(program: Program) -> None:
         for target in pattern.anchors:
             by_target[target].append(pattern)
     for node in program.gm.graph.nodes:
-        found: Any = None
+        found: tuple[Any, ...] = ()
         for pattern in by_target.get(node.target, ()):
             answer = pattern.match(node)
-            found = answer if answer or found is None else found
-            if answer:
+            answers = answer if isinstance(answer, tuple) else () if answer is None else (answer,)
+            found = answers if any(answers) or not found else found
+            if any(answers):
                 break
-        if isinstance(found, Miss):
-            program.misses.append(located(found, node))
-        elif found is not None:
-            program.matches.append(found)
-            program.hits.update(found.rules)
+        for one in found:
+            if isinstance(one, Miss):
+                program.misses.append(located(one, node))
+            else:
+                program.matches.append(one)
+                program.hits.update(one.rules)

@@ -47,14 +47,20 @@ def hull(dataflow: nx.DiGraph, region: set[Node]) -> set[Node]:
 
 
 def disjoint(matches: list[Match]) -> tuple[list[Match], list[Match]]:
-    """(kept, dropped): of matches that share a node, the one with the larger region stays."""
+    """(kept, dropped): of matches that share a node, the one with the larger region stays.
+
+    Matches of one soft-max stay together: each ends in a product of its own.
+    """
     conflicts = nx.Graph()
     conflicts.add_nodes_from(range(len(matches)))
     owners: dict[Node, list[int]] = {}
     for n, match in enumerate(matches):
         for node in inside(match):
             owners.setdefault(node, []).append(n)
-    conflicts.add_edges_from((a, b) for found in owners.values() for a in found for b in found if a < b)
+    anchors = [match.anchor for match in matches]
+    conflicts.add_edges_from(
+        (a, b) for found in owners.values() for a in found for b in found if a < b and anchors[a] is not anchors[b]
+    )
     dropped: set[int] = set()
     for group in nx.connected_components(conflicts):
         for n in sorted(group, key=lambda n: (-len(inside(matches[n])), n)):

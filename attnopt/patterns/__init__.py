@@ -1,8 +1,9 @@
 """Recognisers: each looks at one anchor node and says what attention it computes, or why it cannot tell.
 
 A pattern registers an object with `anchors` (the fx targets it looks at) and ``match(node) -> Match | Miss | None``;
-None means "not attention at all" and is not reported. Facts only: a pattern never changes the graph. Axes are atoms
-(patterns/layout.py), so a match is a proof: nothing in it rests on a dimension's number.
+None means "not attention at all" and is not reported; a tuple is several attentions with one anchor. Facts only: a
+pattern never changes the graph. Axes are atoms (patterns/layout.py), so a match is a proof: nothing in it rests on a
+dimension's number.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Match:
     read: results of the path that something else reads as well, such as returned weights.
     places: (node, dimension) where an axis of a size known only at run time stands alone.
     rules: names of the rules that led from the soft-max to the product, in order.
+    shared: how many products the weights go into; each is an attention of its own, with these scores.
     factors: what the scores are multiplied with before anything is added to them or masked; it is put into q.
     """
 
@@ -108,11 +110,12 @@ class Match:
     places: dict[Atom, tuple[Node, int]] = field(default_factory=dict, compare=False, repr=False)
     rules: tuple[str, ...] = ()
     factors: tuple[Factor, ...] = ()
+    shared: int = 1
 
 
 class Pattern(Protocol):
     anchors: Sequence[Any]
-    match: Callable[[Node], Match | Miss | None]
+    match: Callable[[Node], Match | Miss | tuple[Match | Miss, ...] | None]
 
 
 def value(node: Any) -> torch.Tensor | None:

@@ -209,6 +209,25 @@ def unscaled(space: Space, operand: Operand) -> tuple[Operand, float]:
     return operand, 1.0
 
 
+def before_widening(space: Space, operand: Operand, dtype: torch.dtype) -> Operand:
+    """What a cast to a wider type reads, where that has `dtype`; else the operand itself.
+
+    The products of the narrow values are the same ones, and every kernel sums them in float32.
+    """
+    node, dims = operand.node, operand.dims
+    for _ in range(DEPTH):
+        held = value(node)
+        if held is None or torch.promote_types(held.dtype, dtype) != held.dtype:
+            break
+        if held.dtype == dtype:
+            return Operand(node, dims)
+        step = space.back(node, dims, casts=True)
+        if step is None:
+            break
+        node, dims = step
+    return operand
+
+
 def unfoldable(factor: Factor, roles: Roles, q: Operand) -> Miss | None:
     """Why a factor of the scores cannot be one of q; None where it can."""
     held, seen = set(term_atoms(factor)), f"the scores are multiplied by {described(factor.node)}"

@@ -16,7 +16,7 @@ from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, RawTerm, inactive_dropout, scalar, shape_of, value
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
-from attnopt.patterns.roles import assign, term_atoms, tidy, unfoldable, unscaled
+from attnopt.patterns.roles import assign, before_widening, term_atoms, tidy, unfoldable, unscaled
 from attnopt.patterns.scores import Walk, activations, elementwise, leads_back, obstacle, product_behind, zero_or_one
 from attnopt.reasons import located
 from attnopt.registry import PATTERNS
@@ -26,28 +26,28 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
 class Forward:
-    """From the weights to the product with V, with every node on the way."""
+    """From the weights to their product with V, `towards`, with every node on the way."""
 
-    def __init__(self, space: Space, keys: tuple[Atom, ...], extra: tuple[Atom, ...], first: bool) -> None:
-        self.space, self.keys, self.extra, self.first = space, keys, extra, first
+    def __init__(
+        self, space: Space, keys: tuple[Atom, ...], extra: tuple[Atom, ...], first: bool, towards: Node
+    ) -> None:
+        self.space, self.keys, self.extra, self.first, self.towards = space, keys, extra, first, towards
         self.inner: list[Node] = []
         self.read: list[Node] = []
         self.terms: list[RawTerm] = []
 
-    def run(self, node: Node, dims: Dims) -> tuple[Product, Node, Dims] | Miss | None:
-        """The product, the operand of it that holds the weights, and that operand's dims; None: no attention."""
+    def run(self, node: Node, dims: Dims) -> tuple[Product, Node, Dims] | Miss:
+        """The product, the operand of it that holds the weights, and that operand's dims."""
         while True:
-            onward = [u for u in node.users if self.leads(u, node)]
-            if not onward:
-                return None
+            arrivals = {u: products_after(u) for u in node.users}
+            onward = [u for u, found in arrivals.items() if self.towards in found]
             if len(onward) > 1:
-                return Miss(
-                    f"the weights go into {len(onward)} products, expected one", code="weights-in-several-products"
-                )
+                return Miss("the weights are multiplied with themselves, expected with V", code="weights-squared")
             (user,) = onward
-            tests = [u for u in node.users if u.target == aten.isnan.default and set(u.users) == {user}]
-            self.inner += tests
-            if len(node.users) > 1 + len(tests):
+            tests = [u for u in node.users if u.target == aten.isnan.default and set(u.users) <= {*arrivals}]
+            self.inner += [u for u in tests if set(u.users) == {user}]
+            # What goes into another product is that one's attention.
+            if any(not found and u not in tests for u, found in arrivals.items()):
                 self.read.append(node)
             product = product_of(user)
             if summed(user):
@@ -59,27 +59,12 @@ class Forward:
                     return Miss("the weights are multiplied with themselves, expected with V", code="weights-squared")
                 return product, node, self.space.resolve(dims)
             step = self.step(user, dims)
-            if isinstance(step, Miss) or step is None:
-                return located(step, user) if step is not None else None
+            if isinstance(step, Miss):
+                return located(step, user)
             self.inner.append(user)
             node, dims = user, step
 
-    def leads(self, user: Node, node: Node, depth: int = 8) -> bool:
-        """Whether the weights reach a product through `user`."""
-        if product_of(user) is not None:
-            return True
-        if summed(user):
-            return True
-        if depth == 0 or not self.passes(user):
-            return False
-        return any(self.leads(u, user, depth - 1) for u in user.users)
-
-    def passes(self, user: Node) -> bool:
-        if user.target in (aten.dropout.default, aten.slice.Tensor) or zeroing(user) is not None:
-            return True
-        return self.space.forward(user, self.space.dims_of(user.args[0])) is not None if viewlike(user) else False
-
-    def step(self, user: Node, dims: Dims) -> Dims | Miss | None:
+    def step(self, user: Node, dims: Dims) -> Dims | Miss:
         if inactive_dropout(user):
             return dims
         if user.target == aten.dropout.default:
@@ -110,6 +95,22 @@ class Forward:
             seen = f"the weights are sliced to {kept} columns"
             return Miss(f"{seen}, expected the {self.keys[0].size if self.keys else 1} keys", code="weights-sliced")
         return (*dims[:dim], self.keys, *dims[dim + 1 :])
+
+
+def products_after(user: Node, depth: int = 8) -> tuple[Node, ...]:
+    """The products that weights reach through `user`, in the order of their use."""
+    if product_of(user) is not None:
+        return (user,)
+    if summed(user):
+        return tuple(user.users)
+    if depth == 0 or not passes(user):
+        return ()
+    return tuple(dict.fromkeys(p for u in user.users for p in products_after(u, depth - 1)))
+
+
+def passes(user: Node) -> bool:
+    """Whether the node's result holds the weights of its operand, or the walk can say why that is not proved."""
+    return user.target in (aten.dropout.default, aten.slice.Tensor) or zeroing(user) is not None or viewlike(user)
 
 
 def summed(user: Node) -> bool:
@@ -178,7 +179,7 @@ class WrittenOut:
     anchors = SOFTMAX
 
     @staticmethod
-    def match(node: Node) -> Match | Miss | None:
+    def match(node: Node) -> Match | Miss | tuple[Match | Miss, ...] | None:
         weights = value(node)
         if weights is None:
             return None
@@ -186,23 +187,39 @@ class WrittenOut:
             stop = obstacle(node.args[0]) if beyond(node) is not None or arrives(node, 8) else None
             reason = f"the scores pass {stop and stop.target}, which no rule follows"
             return None if stop is None else located(Miss(reason, code="score-operation"), stop)
-        space = Space()
-        dims = space.dims_of(node)
-        axis = node.args[1] % max(1, weights.ndim)
-        walk = Walk(space, dims, axis)
-        product = walk.back(node.args[0])
-        forward = Forward(space, walk.keys, dims[axis] if walk.sink is not None else (), walk.sink_first)
-        reached = forward.run(node, dims)
-        if reached is None and leads_back(node.args[0]) and (stop := beyond(node)) is not None:
+        products = tuple(dict.fromkeys(p for u in node.users for p in products_after(u)))
+        if not products and leads_back(node.args[0]) and (stop := beyond(node)) is not None:
             reason = f"the weights pass {stop.target}, which no rule follows"
             return located(Miss(reason, code="weight-operation"), stop)
-        if reached is None or isinstance(reached, Miss):
-            return reached
-        if isinstance(product, Miss):
-            return product
-        if not dims[axis]:
-            return Miss(f"the soft-max is over dim {axis} of size 1, expected two keys or more", code="one-key")
-        return finish(node, space, walk, product, forward, reached)
+        if len(products) <= 1:
+            return prove(node, products[0]) if products else None
+        found = tuple(prove(node, product, len(products)) for product in products)
+        if any(found):
+            return found
+        misses = [one for one in found if isinstance(one, Miss)]
+        if len({miss.reason for miss in misses}) == 1:
+            return misses[0]
+        reason = f"the weights go into {len(products)} products, none of them an attention: {misses[0].reason}"
+        return Miss(reason, code="weights-in-several-products")
+
+
+def prove(node: Node, towards: Node, shared: int = 1) -> Match | Miss:
+    """The attention between a soft-max and one product; `shared` of them have the same scores."""
+    space = Space()
+    dims = space.dims_of(node)
+    axis = node.args[1] % max(1, len(dims))
+    walk = Walk(space, dims, axis)
+    product = walk.back(node.args[0])
+    forward = Forward(space, walk.keys, dims[axis] if walk.sink is not None else (), walk.sink_first, towards)
+    reached = forward.run(node, dims)
+    if isinstance(reached, Miss):
+        return reached
+    if isinstance(product, Miss):
+        return product
+    if not dims[axis]:
+        return Miss(f"the soft-max is over dim {axis} of size 1, expected two keys or more", code="one-key")
+    found = finish(node, space, walk, product, forward, reached)
+    return replace(found, shared=shared) if isinstance(found, Match) else found
 
 
 def axes_text(space: Space, keys: tuple[Atom, ...], gone: tuple[Atom, ...], weights: Dims) -> str:
@@ -244,6 +261,7 @@ def finish(
     for factor in factors:
         if (refused := unfoldable(factor, roles, q)) is not None:
             return refused
+    q, k = (before_widening(space, o, value(v.node).dtype) for o in (q, k))  # type: ignore[union-attr]
     dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
     if len(dtypes) != 1:
         seen = ", ".join(sorted(map(str, dtypes)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tracing import qkv, trace
 
-from . import factored_spellings  # noqa: F401  (registers its near misses)
+from . import tempered_spellings  # noqa: F401  (registers its near misses)
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import normalised
 

@@ -20,7 +20,7 @@ from attnopt.capture import capture, needs_grad
 from attnopt.ir import Refusal
 from attnopt.passes import PIPELINE, Program
 
-from . import factored_spellings, masked_spellings  # noqa: F401  (register their spellings)
+from . import masked_spellings, tempered_spellings  # noqa: F401  (register their spellings)
 from .spellings import FAMILIES, SPELLINGS, Spelling, normalised
 
 LENGTHS = (13, 17)
