@@ -316,10 +316,10 @@ def test_a_float_that_changes_is_noticed():
 
 
 def test_a_float_argument_is_a_tensor_of_the_graph():
-    """A half precision is multiplied with it in float32, as ATen does, and rounded once."""
+    """A half precision meets it in float32, as in ATen's own kernel, and is rounded once."""
 
     def fn(x, y, scale):
-        return x * scale + 1 / (scale - 3), y.sub(scale) / scale
+        return x * scale + 1 / (scale - 3), y.mul(scale) / (scale + 1)
 
     x, y = torch.randn(50, 40), torch.randn(50, 40).bfloat16()
     gm, found = captured(fn, x, y, 0.7531, dynamic=True)

@@ -5,7 +5,7 @@ fn(..., scale)    l_scale_.item() * x          ->   l_scale_ * x, where the tens
 
 A guard on a float that does change would recompile at every change, where inductor would not. An argument of which
 anything else is asked than arithmetic is made a number as well: inductor's own compilation needs its value then.
-Tensors are multiplied with the float as ATen does it, which rounds once: half precisions go through float32.
+Half precisions meet the float in float32 and are rounded once, as inductor computes with floats.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def replace_by_number(item: Node, value: float) -> None:
 
 
 def make_tensor(item: Node, users: list[Node]) -> None:
-    """Let `users` compute with the tensor of which the float was taken, in the dtype that ATen computes in."""
+    """Let `users` compute with the tensor of which the float was taken, in the dtype that inductor computes in."""
     graph, number = item.graph, item.args[0]
     item.replace_all_uses_with(number)
     graph.erase_node(item)
