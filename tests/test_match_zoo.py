@@ -228,8 +228,9 @@ def test_rows_of_padding_are_left_out() -> None:
     assert kept.shape == (5, 5)
 
 
-def test_a_broken_matcher_shows_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lowering that drops the mask changes the output, and the cell says so."""
+@pytest.mark.parametrize("cell", ["sdpa padded", "bf16"])
+def test_a_broken_matcher_shows_in_the_zoo(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask dropped, or scores off by a tenth where outputs are rounded, changes the output, and the cell says so."""
     true_sdpa = F.scaled_dot_product_attention
 
     def backend_of(met: Observed) -> Any:
@@ -238,13 +239,16 @@ def test_a_broken_matcher_shows_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> N
             for node in gm.graph.nodes:
                 if node.target is true_sdpa:
                     node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": False}
+                if node.target is F.softmax:
+                    with gm.graph.inserting_before(node):
+                        node.args = (gm.graph.call_function(torch.mul, (node.args[0], 0.9)), *node.args[1:])
             gm.recompile()
             return gm.forward
 
         return backend
 
     monkeypatch.setattr(cell_runner, "backend_of", backend_of)
-    record = run_cell("LlamaForCausalLM", "sdpa padded")
+    record = run_cell("LlamaForCausalLM", cell)
     assert record["status"] == "wrong" and "the output differs" in record["wrong"][0]
 
 
