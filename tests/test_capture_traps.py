@@ -315,6 +315,21 @@ def test_a_float_that_changes_is_noticed():
             equal(call(q), model(q))
 
 
+def test_a_float_argument_is_a_tensor_of_the_graph():
+    """A half precision meets it in float32, as in ATen's own kernel, and is rounded once."""
+
+    def fn(x, y, scale):
+        return x * scale + 1 / (scale - 3), y.mul(scale) / (scale + 1)
+
+    x, y = torch.randn(50, 40), torch.randn(50, 40).bfloat16()
+    gm, found = captured(fn, x, y, 0.7531, dynamic=True)
+    assert not any("item" in name for name in targets(gm))
+    assert all(torch.equal(a, b) for a, b in zip(found, fn(x, y, 0.7531), strict=True))
+    call = torch.compile(fn, backend=lambda gm, _: capture(gm).forward, dynamic=True)
+    for scale in (0.3, 1e-9, 7.0):
+        equal(call(x, y, scale), fn(x, y, scale))
+
+
 def test_items_of_data_are_no_constants():
     """A tensor's own value is no guard's business: such a graph breaks in Dynamo, or has a reason."""
     call = torch.compile(lambda x, n: x * n.item(), backend=lambda gm, _: getattr(capture(gm), "forward", gm.forward))

@@ -23,6 +23,7 @@ from attnopt import settings
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
+from attnopt.capture.floats import give_floats_back
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
@@ -119,7 +120,9 @@ def rewrite(
     # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
     if not report.rewrites:
         return gm, report, {}
-    return captured, report, relied_at(captured, program.relied_on)
+    relied = relied_at(captured, program.relied_on)
+    give_floats_back(captured)
+    return captured, report, relied
 
 
 def left_alone(error: Exception) -> GraphReport:

@@ -4,7 +4,8 @@
 every spelling of a view or cast the same operation. Mutated inputs come back as outputs; `copy_` writes them at the
 end. What the export would lose or stumble over is dealt with before and after it:
 
-    prepare      opaque fast paths are opened, Python floats that became inputs are constants again
+    prepare      opaque fast paths are opened
+    floats       Python floats that became inputs are numbers again, or tensors
     vmapped      what was recorded of torch.vmap becomes the batched operations
     autocast     every cast that autocast would make is an operation of the graph
     constants    values of small buffers, for passes that can prove more with them

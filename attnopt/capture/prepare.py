@@ -1,7 +1,7 @@
 """Make a Dynamo graph ready for the export: a copy in which nothing is opaque that could be open.
 
 torch._transformer_encoder_layer_fwd(...)   ->   its attention and its feed-forward network, in plain calls
-l_self_scaling.item()                       ->   0.125, under a guard
+l_self_scaling.item()                       ->   0.125, under a guard, see `floats`
 dropout(x, 0.1, training=False)             ->   x
 torch.vmap(f)(x)                            ->   f's batched operations, see `vmapped`
 _enter_autocast(...), _exit_autocast(...)   ->   the same states, entered for real while tracing
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnopt.capture import autocast
+from attnopt.capture.floats import settle_float
 from attnopt.capture.vmapped import open_vmaps
 
 
@@ -30,30 +31,13 @@ def prepared(gm: GraphModule) -> GraphModule:
         if node.op == "call_function" and node.target in ENCODER_LAYER:
             node.target = encoder_layer
         elif node.op == "call_method" and node.target == "item" and len(node.args) == 1:
-            fix_float(node)
+            settle_float(node)
         elif node.op == "call_function" and node.target in DROPOUT:
             open_dropout(node)
     open_vmaps(ready)
     autocast.mark(ready.graph)
     ready.recompile()
     return ready
-
-
-# --- Python floats under dynamic=True -------------------------------------------------------------------------------
-
-
-def fix_float(node: Node) -> None:
-    """Replace the `item` of a Python float that Dynamo made an input by its value; the guard that comes with asking
-    for it recompiles when the float changes. Items of tensors that hold data are left, and the export will say so."""
-    held = node.meta.get("example_value")
-    if not isinstance(held, torch.SymFloat) or held.node.hint is None:
-        return
-    value = float(held)
-    for user in list(node.users):
-        user.args, user.kwargs = torch.fx.node.map_aggregate(
-            (user.args, user.kwargs), lambda item: value if item is node else item
-        )
-    node.graph.erase_node(node)
 
 
 # --- writes to what dropout returned ---------------------------------------------------------------------------------

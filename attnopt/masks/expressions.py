@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -24,6 +24,12 @@ def as_constant(value: Any) -> int | sympy.Expr:
         return value
     expr = value.node.expr if hasattr(value, "node") else value
     return int(expr) if getattr(expr, "is_Integer", False) else expr
+
+
+@lru_cache(maxsize=1024)
+def printed(constant: int | sympy.Expr) -> str:
+    """Sympy orders the terms anew each time it prints, and predicates are sorted by their text."""
+    return str(constant)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ class Affine:
     def __str__(self) -> str:
         text = " + ".join([f"{c}*{v}" if c != 1 else f"{v}" for v, c in self.terms])
         if self.constant != 0 or not text:
-            text = f"{text} + {self.constant}" if text else f"{self.constant}"
+            constant = printed(self.constant)
+            text = f"{text} + {constant}" if text else constant
         return text.replace("+ -", "- ").replace("-1*", "-")
 
 

@@ -8,6 +8,7 @@ none. Two tensors agree on an axis only if they hold the same atom.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -39,6 +40,15 @@ COPIES: Targets = (
 CASTS: Targets = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
 REORDERS: Targets = (
     aten.permute.default, aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.mT.default,
+)  # fmt: skip
+# Take, move, join or sum entries of scores and weights. No rule follows them; that one stands there is said.
+MOVES: Targets = (
+    operator.getitem, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default, aten.unbind.int, aten.narrow.default, aten.gather.default, aten.index_select.default,
+    aten.take_along_dim.default, aten.topk.default, aten.sort.default, aten.roll.default, aten.flip.default,
+    aten.pad.default, aten.constant_pad_nd.default, aten.as_strided.default, aten.unfold.default, aten.cat.default,
+    aten.index_fill.int_Scalar, aten.index_put.default, aten.scatter.src, aten.scatter.value, aten.cumsum.default,
+    aten.slice_scatter.default, aten.sum.dim_IntList, aten.mean.dim,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 from attnopt.ir import Miss
 from attnopt.masks.interpret import MASKED
 from attnopt.patterns import Factor, Operand, RawTerm, argument, inactive_dropout, scalar, shape_of, value
-from attnopt.patterns.layout import BACK, CASTS, COPIES, Dims, Space, is_one, same
+from attnopt.patterns.layout import BACK, CASTS, COPIES, MOVES, Dims, Space, is_one, same
 from attnopt.patterns.product import Product, product_of
 from attnopt.reasons import described, located
 
@@ -49,26 +49,29 @@ def product_behind(node: Any, limit: int = REACH, seen: set[Node] | None = None)
 
 
 def obstacle(node: Any) -> Node | None:
-    """The first node on the way back that no rule follows, where elementwise operations lead to a product of two
-    activations; None where they do not, or where every one has its rule."""
+    """The first node on the way back that no rule follows, where views, moves and elementwise operations lead to a
+    product of two activations; None where they do not, or where every one has its rule."""
     for _ in range(REACH):
         if not isinstance(node, Node) or node.op != "call_function" or activations(node):
             return None
         if node.target not in Walk.RULES and node.target not in BACK and node.target not in COPIES:
-            return node if elementwise(node) and any(leads_back(a) for a in node.all_input_nodes) else None
+            return node if carries(node) and any(leads_back(a) for a in node.all_input_nodes) else None
         operands = node.args[0] if node.target == aten.cat.default else node.args[:3]
         node = next((a for a in operands if leads_back(a)), None)
     return None
 
 
 def leads_back(node: Any, limit: int = REACH) -> bool:
-    """Whether a product of two activations feeds `node` through views and elementwise operations."""
-    if not isinstance(node, Node) or node.op != "call_function" or limit == 0:
-        return False
-    if activations(node):
-        return True
-    known = node.target in Walk.RULES or node.target in BACK or node.target in COPIES
-    return (known or elementwise(node)) and any(leads_back(a, limit - 1) for a in node.all_input_nodes)
+    """Whether a product of two activations feeds `node` through views, moves and elementwise operations."""
+    nodes, seen = [node], set[Node]()
+    for _ in range(limit):
+        nodes = [n for n in nodes if isinstance(n, Node) and n.op == "call_function" and n not in seen]
+        if any(map(activations, nodes)):
+            return True
+        seen.update(nodes)
+        known = (n for n in nodes if n.target in Walk.RULES or n.target in BACK or n.target in COPIES or carries(n))
+        nodes = list(dict.fromkeys(a for n in known for a in n.all_input_nodes))
+    return False
 
 
 def activations(node: Node) -> bool:
@@ -86,6 +89,11 @@ def elementwise(node: Node) -> bool:
     shape = shape_of(node)
     held = [shape_of(a) for a in node.all_input_nodes if value(a) is not None]
     return any(len(s) == len(shape) and all(map(same, s, shape)) for s in held)
+
+
+def carries(node: Node) -> bool:
+    """Whether the entries of an operand, or what is computed from them one by one, are in the node's result."""
+    return node.target in MOVES or elementwise(node)
 
 
 def zero_or_one(node: Node) -> bool:
@@ -388,4 +396,4 @@ class Walk:
     }
 
 
-__all__ = ["Walk", "activations", "elementwise", "leads_back", "obstacle", "product_behind", "zero_or_one"]
+__all__ = ["Walk", "activations", "carries", "leads_back", "obstacle", "product_behind", "zero_or_one"]

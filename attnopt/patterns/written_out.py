@@ -17,7 +17,7 @@ from attnopt.patterns import Match, Operand, RawTerm, inactive_dropout, scalar, 
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
 from attnopt.patterns.roles import assign, before_widening, term_atoms, tidy, unfoldable, unscaled
-from attnopt.patterns.scores import Walk, activations, elementwise, leads_back, obstacle, product_behind, zero_or_one
+from attnopt.patterns.scores import Walk, activations, carries, leads_back, obstacle, product_behind, zero_or_one
 from attnopt.reasons import located
 from attnopt.registry import PATTERNS
 
@@ -148,12 +148,12 @@ def zeroing(user: Node) -> list[tuple[str, Node]] | None:
 
 
 def beyond(node: Node, depth: int = 8) -> Node | None:
-    """The first user of the weights that no rule follows, where elementwise operations lead on to a product."""
+    """The first user of the weights that no rule follows, where what carries them leads on to a product."""
     for user in node.users:
         if user.op != "call_function" or depth == 0:
             continue
-        if not viewlike(user) and zeroing(user) is None and user.target != aten.dropout.default:
-            if elementwise(user) and arrives(user, depth):
+        if not passes(user):
+            if carries(user) and arrives(user, depth):
                 return user
         elif (found := beyond(user, depth - 1)) is not None:
             return found
@@ -161,10 +161,15 @@ def beyond(node: Node, depth: int = 8) -> Node | None:
 
 
 def arrives(node: Node, depth: int) -> bool:
-    """Whether views and elementwise operations lead from `node` to a product of two activations."""
-    return any(
-        activations(u) or (depth > 0 and (viewlike(u) or elementwise(u)) and arrives(u, depth - 1)) for u in node.users
-    )
+    """Whether views, moves and elementwise operations lead from `node` to a product of two activations."""
+    nodes, seen = [node], set[Node]()
+    for _ in range(depth + 1):
+        users = dict.fromkeys(u for n in nodes for u in n.users if u not in seen)
+        if any(map(activations, users)):
+            return True
+        seen.update(users)
+        nodes = [u for u in users if viewlike(u) or carries(u)]
+    return False
 
 
 def viewlike(node: Node) -> bool:

@@ -6,6 +6,7 @@ Every case runs with verification on, and its output must be that of the plain f
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -760,3 +761,45 @@ def test_values_narrower_than_what_made_the_scores_are_no_site():
         traced = trace(fn, *inputs)
         assert not traced.sites and "have the dtypes" in traced.misses[0]
         torch.testing.assert_close(traced.output, fn(*inputs), atol=0, rtol=0)
+
+
+# --- nothing is silent ------------------------------------------------------------------------------------------------
+
+HEADS_MOVED = torch.tensor([3, 1, 2, 0])
+SCORES_PASS = {
+    "slice": lambda s: s[..., :13], "roll": lambda s: s.roll(1, -1), "flip": lambda s: s.flip(-1),
+    "cumsum": lambda s: s.cumsum(-1), "pad": lambda s: F.pad(s[..., :12], (1, 0)), "index": lambda s: s[:, HEADS_MOVED],
+    "gather": lambda s: s.gather(-1, torch.arange(13).flip(0).expand(2, 4, 13, 13)), "sum": lambda s: s.sum(1, True),
+    "index_fill": lambda s: s.index_fill(-1, HEADS_MOVED[:1], -1e9), "as_strided": lambda s: s.as_strided(
+        (2, 4, 13, 13), (676, 169, 1, 13)), "getitem": lambda s: s.topk(13, -1)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", SCORES_PASS)
+@pytest.mark.parametrize("of", ["scores", "weights"])
+def test_what_moves_scores_or_weights_is_named(step, of):
+    def fn(q, k, v):
+        k = torch.cat([k, k[:, :, :1]], 2) if step == "slice" else k
+        v = torch.cat([v, v[:, :, :1]], 2) if step == "slice" and of == "scores" else v
+        s = scores(q, k) * SCALE
+        if of == "scores":
+            return F.softmax(SCORES_PASS[step](s), -1) @ v[:, :, :13]
+        return SCORES_PASS[step](F.softmax(s, -1)) @ v
+
+    inputs = qkv()
+    traced = trace(fn, *inputs, verify=False)
+    assert not traced.sites and len(traced.misses) == 1, traced.misses
+    assert re.search(rf"the {of} (pass|are sliced)", traced.misses[0]), traced.misses
+    torch.testing.assert_close(traced.output, fn(*inputs), atol=2e-5, rtol=1e-4)
+
+
+def test_a_softmax_of_what_is_no_score_is_no_miss():
+    """A router's chosen entries, and a soft-max of scores that weighs nothing."""
+
+    def routed(x, w, q, k):
+        chosen = F.softmax((x @ w).topk(3, -1)[0], -1)
+        return (chosen[..., :1] * x) @ w, F.softmax((q @ k.mT)[..., :5].sum(-1), -1)
+
+    q, k, _ = qkv()
+    traced = trace(routed, torch.randn(2, 13, 8), torch.randn(8, 8), q, k)
+    assert not traced.sites and not traced.misses
