@@ -429,3 +429,42 @@ def test_a_rewrite_that_relies_on_a_buffer_ends_when_the_buffer_is_written(monke
         for _ in range(2):
             torch.testing.assert_close(call(q), model(q))
         assert not torch.allclose(call(q), F.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
+# --- copies under gradients -----------------------------------------------------------------------------------------
+
+
+def copied_alike(x):
+    out = torch.zeros(3, 4, 5)
+    out[:, 1:3] = x * 2
+    return out.flatten(1) * x.sum()
+
+
+def copied_broadcast(x):
+    out = torch.ones(5, 2, 3).transpose(0, 2)
+    out[:] = x[:, :1]
+    return out + x.mean()
+
+
+def copied_in_another_dtype(x):
+    out = torch.zeros(3, 2, 5, dtype=torch.float64)
+    out.copy_(x * x)
+    return out.view(6, 5)
+
+
+def copied_twice(x):
+    out = x.clone()
+    out[0] = x[1]
+    out[0].copy_(out[2] * 3)
+    return out
+
+
+@pytest.mark.parametrize("fn", [copied_alike, copied_broadcast, copied_in_another_dtype, copied_twice])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_copy_has_its_gradient(fn, dynamic):
+    x = torch.randn(3, 2, 5, requires_grad=True)
+    _, found = captured(fn, x, grad=True, dynamic=dynamic)
+    expected = fn(x)
+    equal(found, expected)
+    weight = torch.randn(expected.shape, dtype=expected.dtype)
+    equal(torch.autograd.grad(found, x, weight), torch.autograd.grad(expected, x, weight))

@@ -164,3 +164,39 @@ def test_one_query_of_a_top_left_causal_call_keeps_one_key():
     traced = trace(fn, *inputs)
     assert torch.allclose(traced.output.double(), fn(*double(inputs)), atol=1e-5)
     assert not traced.rewrites and "already a single attention call" in traced.left[0]
+
+
+def added(q, k, v, mask):
+    return torch.softmax(q @ k.transpose(-2, -1) * 0.3 + mask, -1) @ v
+
+
+def filled(q, k, v, mask):
+    return torch.softmax((q @ k.transpose(-2, -1) * 0.3).masked_fill(mask != 0, -1e9), -1) @ v
+
+
+def filled_and_biased(q, k, v, mask):
+    bias = torch.arange(LENGTH, dtype=q.dtype) * 0.1
+    return torch.softmax((q @ k.transpose(-2, -1) * 0.3 + bias).masked_fill(mask != 0, -1e9), -1) @ v
+
+
+@pytest.mark.parametrize("fn", [added, filled, filled_and_biased])
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -65504.0])
+def test_a_row_without_keys_is_an_average_and_has_no_gradient_in_training(fn, fill):
+    """A fused backward would take each weight of such a row for 1. The other rows and their gradients are the model's."""
+    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH)
+    mask[:, :, :, 9:] = fill
+    mask[1, :, 2:4] = fill
+    inputs = qkv(batch=BATCH, heads=HEADS)
+    assert torch.allclose(trace(fn, *inputs, mask).output, fn(*inputs, mask), atol=1e-5)
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    traced = trace(fn, *leaves, mask, grad=True)
+    assert traced.rewrites == [pays.AS_IT_WAS]
+    assert not traced.output[1, :, 2:4].any()
+    weight = torch.randn(traced.output.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(traced.output, leaves, weight)
+    weight[1, :, 2:4] = 0
+    twins = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(fn(*twins, mask.double()), twins, weight.double())
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
