@@ -31,6 +31,8 @@ class Observed:
     """What the backend below met: every graph it was given, and every execution of what it recognised."""
 
     graphs: int = 0
+    # Attention calls, once per run of their graph, whose result nothing reads: no compiler computes them.
+    unread: int = 0
     seen: list[Seen] = field(default_factory=list)
     # (execution) misses: as `seen`, once per run of the graph they are in.
     missed: list[Miss] = field(default_factory=list)
@@ -38,6 +40,22 @@ class Observed:
     rewrites: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     exceptions: list[str] = field(default_factory=list)
+
+
+ATTENTION = {"softmax", "_softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+
+
+def unread(gm: GraphModule) -> int:
+    """How many soft-maxes and attention calls of a Dynamo graph reach neither its output nor a write."""
+    names = {n: n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "") for n in gm.graph.nodes}
+    waiting = [n for n in gm.graph.nodes if n.op == "output" or names[n] == "setitem" or names[n].endswith("_")]
+    live: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting += node.all_input_nodes
+    return sum(names[n] in ATTENTION for n in gm.graph.nodes if n not in live)
 
 
 def backend_of(observed: Observed) -> Callable[..., Any]:
@@ -59,12 +77,14 @@ def backend_of(observed: Observed) -> Callable[..., Any]:
                 f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
             )
             return gm.forward
+        dropped = unread(gm)
         observed.refusals += [*program.refusals, *program.notes]
         observed.rewrites += [rewrite.lowering for rewrite in program.rewrites]
 
         def run(*args: Any) -> Any:
             observed.seen += tap(*args)
             observed.missed += program.misses
+            observed.unread += dropped
             return program.gm.forward(*args)
 
         return run

@@ -170,14 +170,16 @@ def judged(record: Record, met: Observed, calls: list[Call]) -> Record:
         wrong.append(f"the output differs by {record['error']:.2g} of its scale")
     if len(met.seen) > len(calls):
         wrong.append(f"{len(met.seen)} sites where the model calls attention {len(calls)} times")
+    # Eager computes also what nothing reads.
+    expected = len(calls) - min(met.unread, max(0, len(calls) - len(met.seen)))
     graphs, breaks = record["graphs"], record["breaks"]
     extra = graphs[1] > graphs[0] or breaks[1] > breaks[0]
     broken = [*met.exceptions, *([f"{graphs[1]} graphs where plain has {graphs[0]}"] if extra else [])]
-    complete = len(met.seen) == len(calls)
+    complete = len(met.seen) == expected
     status = "wrong" if wrong else "broken" if broken else "ok" if complete else "missed"
     misses = [plain_miss(m) for m in met.missed]
     return {
-        **record, "status": status, "sites": len(met.seen),
+        **record, "calls": expected, "status": status, "sites": len(met.seen),
         "closed": sum(one.site.mask.closed for one in met.seen) - hidden,
         "wrong": wrong, "unchecked": unchecked, "broken": broken, "misses": misses,
         "masks": dict(Counter(str(s.site.mask) for s in met.seen)),

@@ -182,7 +182,7 @@ def filled_and_biased(q, k, v, mask):
 @pytest.mark.parametrize("fn", [added, filled, filled_and_biased])
 @pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -65504.0])
 def test_a_row_without_keys_is_an_average_and_has_no_gradient_in_training(fn, fill):
-    """A fused backward would take each weight of such a row for 1. The other rows and their gradients are the model's."""
+    """A fused backward would take each weight of such a row for 1. All else is the model's, gradients too."""
     mask = torch.zeros(BATCH, 1, LENGTH, LENGTH)
     mask[:, :, :, 9:] = fill
     mask[1, :, 2:4] = fill
