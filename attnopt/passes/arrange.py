@@ -104,6 +104,9 @@ def multiplied(builder: Builder, match: Match, q: Node, factor: Factor) -> Node:
     like, dtype = Builder(builder.gm, factor.node), q.meta["val"].dtype
     have, want = term_dims(match, factor)
     by = rearrange(like.call, factor.node, have, want, Sizes(like, match))
+    if by.meta["val"].dtype != factor.dtype:
+        # A tensor without dimensions did not decide the type of its product; one with four would.
+        by = like.call(aten._to_copy.default, by, dtype=factor.dtype)
     wide = q if dtype == factor.dtype else builder.call(aten._to_copy.default, q, dtype=factor.dtype)
     made = builder.call(aten.div.Tensor if factor.divides else aten.mul.Tensor, wide, by)
     return made if dtype == factor.dtype else builder.call(aten._to_copy.default, made, dtype=dtype)

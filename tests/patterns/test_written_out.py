@@ -582,6 +582,13 @@ def test_a_factor_in_float32_is_rounded_once():
     torch.testing.assert_close(traced.output, once, atol=0, rtol=0)
 
 
+def test_a_factor_without_dimensions_decides_no_type():
+    inputs = (*qkv(), torch.tensor(0.3, dtype=torch.float64))
+    traced = trace(tempered, *inputs)
+    assert traced.rewrites and traced.output.dtype == torch.float32
+    torch.testing.assert_close(traced.output, tempered(*inputs))
+
+
 def test_a_factor_stays_with_the_scores_in_float16():
     """q times a large factor may be more than float16 holds where its scores are not."""
     q, k, v = qkv(dtype=torch.float16)
