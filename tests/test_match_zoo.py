@@ -26,7 +26,7 @@ from benchmarks.zoo.cells import CELLS, cells_of, error_between, floats
 from benchmarks.zoo.classes import FAST, FULL, entries
 from benchmarks.zoo.inputs import inputs_of
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
-from benchmarks.zoo.observe import Observed, Seen, unread
+from benchmarks.zoo.observe import Observed, Seen, attention_calls
 from benchmarks.zoo.pool import run_all
 from benchmarks.zoo.run_cell import judged, run_cell
 from benchmarks.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
@@ -223,10 +223,10 @@ def test_the_error_is_relative_and_sees_nans() -> None:
 
 
 def test_attention_that_nothing_reads_is_not_asked_for() -> None:
-    counts: list[int] = []
+    counts: list[tuple[int, int]] = []
 
     def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
-        counts.append(unread(gm))
+        counts.append(attention_calls(gm))
         return gm.forward
 
     def fn(x: Tensor) -> Tensor:
@@ -236,13 +236,14 @@ def test_attention_that_nothing_reads_is_not_asked_for() -> None:
         return written
 
     torch.compile(fn, backend=backend)(torch.randn(2, 3, 5, 4))
-    assert counts == [2]
+    assert counts == [(3, 2)]
     base: dict[str, Any] = {"error": 1e-6, "bound": 1e-4, "graphs": [1, 1], "breaks": [0, 0]}
     met, calls = observed_with(Mask(causal=True)), [Call("sdpa", "a", causal())] * 3
-    met.unread = 2
+    met.reached, met.unread = 3, 2
     assert judged(base, met, calls)["status"] == "ok" and judged(base, met, calls)["calls"] == 1
-    assert judged(base, met, calls * 2)["status"] == "missed"
     assert judged(base, met, calls[:1])["calls"] == 1
+    # Six calls of which the graphs hold three.
+    assert judged(base, met, calls * 2)["status"] == "missed" and judged(base, met, calls * 2)["outside"] == 3
 
 
 def test_rows_of_padding_are_left_out() -> None:

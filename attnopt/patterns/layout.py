@@ -94,6 +94,8 @@ class Space:
         self.parts: dict[Atom, tuple[Atom, Atom]] = {}
         # Where an axis whose size is known only at run time is a dimension of its own.
         self.places: dict[Atom, tuple[Node, int]] = {}
+        # Sizes that an operation needs to be equal and that the shapes do not say are.
+        self.equal: list[tuple[Any, Any]] = []
         self._made = 0
 
     def new(self, size: Any) -> tuple[Atom, ...]:
@@ -126,6 +128,7 @@ class Space:
         """The same axes, in the same order, as dimensions of `sizes`; None where that cannot be proved."""
         queue, grouped = list(self.atoms(atoms)), []
         for size in sizes:
+            size = next((known for known, other in self.equal if same(size, other)), size)
             taken: list[Atom] = []
             held: Any = 1
             while not same(held, size):

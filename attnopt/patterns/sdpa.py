@@ -78,6 +78,8 @@ def prove(node: Node, held: list[torch.Tensor], scale: float, mask: Node | None)
     keys, values = space.new(held[1].shape[-2]), space.new(held[2].shape[-1])
     if not keys:
         return Miss("K has one position, expected two keys or more", code="one-key")
+    # Of two symbols where nothing before the call needs K and V to be equally long.
+    space.equal.append((held[1].shape[-2], held[2].shape[-2]))
     q, k, v = (
         Operand(n, space.resolve((*dims, *own)))
         for n, dims, own in zip(

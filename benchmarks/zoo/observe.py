@@ -31,7 +31,9 @@ class Observed:
     """What the backend below met: every graph it was given, and every execution of what it recognised."""
 
     graphs: int = 0
-    # Attention calls, once per run of their graph, whose result nothing reads: no compiler computes them.
+    # Soft-maxes and attention calls in Dynamo's graphs, once per run, and those whose result nothing reads: no compiler
+    # computes them.
+    reached: int = 0
     unread: int = 0
     seen: list[Seen] = field(default_factory=list)
     # (execution) misses: as `seen`, once per run of the graph they are in.
@@ -45,8 +47,8 @@ class Observed:
 ATTENTION = {"softmax", "_softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
-def unread(gm: GraphModule) -> int:
-    """How many soft-maxes and attention calls of a Dynamo graph reach neither its output nor a write."""
+def attention_calls(gm: GraphModule) -> tuple[int, int]:
+    """How many soft-maxes and attention calls a Dynamo graph has; and how many reach neither its output nor a write."""
     names = {n: n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "") for n in gm.graph.nodes}
     waiting = [n for n in gm.graph.nodes if n.op == "output" or names[n] == "setitem" or names[n].endswith("_")]
     live: set[Node] = set()
@@ -55,7 +57,8 @@ def unread(gm: GraphModule) -> int:
         if node not in live:
             live.add(node)
             waiting += node.all_input_nodes
-    return sum(names[n] in ATTENTION for n in gm.graph.nodes if n not in live)
+    found = [n for n in gm.graph.nodes if names[n] in ATTENTION]
+    return len(found), sum(n not in live for n in found)
 
 
 def backend_of(observed: Observed) -> Callable[..., Any]:
@@ -77,14 +80,15 @@ def backend_of(observed: Observed) -> Callable[..., Any]:
                 f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
             )
             return gm.forward
-        dropped = unread(gm)
+        reached, unread = attention_calls(gm)
         observed.refusals += [*program.refusals, *program.notes]
         observed.rewrites += [rewrite.lowering for rewrite in program.rewrites]
 
         def run(*args: Any) -> Any:
             observed.seen += tap(*args)
             observed.missed += program.misses
-            observed.unread += dropped
+            observed.reached += reached
+            observed.unread += unread
             return program.gm.forward(*args)
 
         return run

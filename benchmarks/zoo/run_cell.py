@@ -180,6 +180,7 @@ def judged(record: Record, met: Observed, calls: list[Call]) -> Record:
     misses = [plain_miss(m) for m in met.missed]
     return {
         **record, "calls": expected, "status": status, "sites": len(met.seen),
+        "outside": max(0, expected - max(met.reached - met.unread, len(met.seen))),
         "closed": sum(one.site.mask.closed for one in met.seen) - hidden,
         "wrong": wrong, "unchecked": unchecked, "broken": broken, "misses": misses,
         "masks": dict(Counter(str(s.site.mask) for s in met.seen)),

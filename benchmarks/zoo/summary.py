@@ -45,6 +45,9 @@ def grouped(records: list[Record], field: str) -> dict[str, list[Record]]:
     return found
 
 
+OUTSIDE = "it is in no graph: torch.compile breaks the graph there and runs it eagerly"
+
+
 def misses(records: list[Record]) -> list[Record]:
     """Reasons with the sites and classes they hit, most first. An unnamed one counts calls that no miss explains."""
     hits: dict[str, Counter[str]] = defaultdict(Counter)
@@ -58,7 +61,10 @@ def misses(records: list[Record]) -> list[Record]:
             example.setdefault(miss["reason"], miss)
         silent = record.get("calls", 0) - record.get("sites", 0) - len(named)
         if silent > 0 and not record.get("fallbacks") and not record.get("broken"):
-            hits["no site and no reason"][record["class"]] += silent
+            outside = min(silent, record.get("outside", 0))
+            for reason, count in ((OUTSIDE, outside), ("no site and no reason", silent - outside)):
+                if count:
+                    hits[reason][record["class"]] += count
     rows = [
         {"reason": reason, "sites": sum(classes.values()), "classes": sorted(classes), **place(example.get(reason, {}))}
         for reason, classes in hits.items()

@@ -108,8 +108,13 @@ def gradients(output: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> lis
 
 
 def close(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """Ours is as near to the float64 value as the plain function is, within a factor and a few roundings."""
-    limit = 2 * (plain.double() - exact).abs().max() + 4 * torch.finfo(plain.dtype).eps * (1 + exact.abs().max())
+    """Ours is as near to the float64 value as the plain function is, within a factor and a few roundings.
+
+    A fused backward makes the weights anew from their row's log-sum-exp: about ten roundings were seen.
+    """
+    roundings = 16 if what.startswith("gradient") else 4
+    limit = 2 * (plain.double() - exact).abs().max()
+    limit = limit + roundings * torch.finfo(plain.dtype).eps * (1 + exact.abs().max())
     error = (ours.double() - exact).abs().max()
     assert ours.dtype == plain.dtype and ours.shape == plain.shape
     assert error <= limit, f"{what}: error {error:.3g}, limit {limit:.3g}"
