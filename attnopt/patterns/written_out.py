@@ -266,7 +266,9 @@ def finish(
     for factor in factors:
         if (refused := unfoldable(factor, roles, q)) is not None:
             return refused
-    q, k = (before_widening(space, o, value(v.node).dtype) for o in (q, k))  # type: ignore[union-attr]
+    if not factors:
+        # A factor put into q is rounded with it: to the wide type then, as the scores were.
+        q, k = (before_widening(space, o, value(v.node).dtype) for o in (q, k))  # type: ignore[union-attr]
     dtypes = {value(o.node).dtype for o in (q, k, v, out)}  # type: ignore[union-attr]
     if len(dtypes) != 1:
         seen = ", ".join(sorted(map(str, dtypes)))

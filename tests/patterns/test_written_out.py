@@ -756,6 +756,11 @@ def made_wide(q, k, v):
     return F.softmax(scores(q.float() + 1e-4, k.float()), -1).to(v.dtype) @ v
 
 
+def made_hot(q, k, v):
+    """These scores are products of narrow values, times what q may not hold in a narrow type."""
+    return F.softmax(scores(q.float(), k.float()) * torch.arange(1, 5)[:, None, None] * 1e4, -1).to(v.dtype) @ v
+
+
 def narrowed_weights(q, k, v):
     return F.softmax(scores(q, k), -1).to(v.dtype) @ v
 
@@ -763,6 +768,7 @@ def narrowed_weights(q, k, v):
 def test_values_narrower_than_what_made_the_scores_are_no_site():
     for fn, inputs in (
         (made_wide, qkv(dtype=torch.bfloat16)),
+        (made_hot, qkv(dtype=torch.float16)),
         (narrowed_weights, (*qkv()[:2], qkv(dtype=torch.bfloat16)[2])),
     ):
         traced = trace(fn, *inputs)
