@@ -2,7 +2,7 @@
 
 One forward and one backward per sequence and label draw. Labels are drawn from the model's own next-token
 distribution (teacher-forced text), which makes half the sum of squares an estimate of the divergence from the dense
-model in nats; see attnopt/statistics.py for the formula. Nothing of size N x N is formed.
+model in nats; see attnopt/statistics for the formula. Nothing of size N x N is formed.
 """
 
 from __future__ import annotations

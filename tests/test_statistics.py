@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnopt.statistics import (
-    ROWS,
     Grid,
     Observation,
     Observe,
@@ -21,6 +20,7 @@ from attnopt.statistics import (
     naive_observation,
     stream,
 )
+from attnopt.statistics.blocks import ROWS
 
 GRID = Grid((0, 1, 4), (1, 3, 8, 20, 64, 500))
 CASES = {
@@ -178,7 +178,7 @@ def test_block_size_and_grouping_do_not_matter(rows: int, monkeypatch: pytest.Mo
     qkv, grad, scale, pad, window = tensors("padded left")
     one, other = (Observation.zeros(4, GRID, 150, delta=True) for _ in range(2))
     stream(*qkv, grad, scale, pad, one, window)
-    monkeypatch.setattr("attnopt.statistics.CPU_BLOCK", 1)
+    monkeypatch.setattr("attnopt.statistics.blocks.CPU_BLOCK", 1)
     stream(*qkv, grad, scale, pad, other, window, rows=rows)
     for name in ("t2", "mass", "delta", "entropy"):
         close(other.sums[name], one.sums[name], 1e-4)

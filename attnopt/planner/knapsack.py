@@ -1,6 +1,6 @@
 """The planner's knapsack: one replacement per head, least predicted damage for a cost or least cost for a damage.
 
-Damage is separable over heads (to second order, see attnopt/statistics.py) and so is cost, but for a fixed cost per
+Damage is separable over heads (to second order, see attnopt/statistics) and so is cost, but for a fixed cost per
 distinct span of a layer: a multiple-choice knapsack. `front` holds every Lagrangian optimum in milliseconds; `solve`
 is exact (HiGHS), the spans of a layer included.
 """

@@ -1,190 +1,25 @@
-"""What dropping keys does to the loss, for every sink+window at once, in one streamed pass of O(N) memory.
+"""One streamed pass over blocks of query rows: every candidate's sums, and the gradients, in O(N) memory.
 
-For query row i of a head: A_ij soft-max weights, v_j values, O_i output, dO_i the gradient of the loss at O_i,
-g_ij = dO_i.v_j, D_i = dO_i.O_i. Dropping the keys S(i) = {j : s <= j <= i - w} and renormalising over the kept
-keys K(i) moves the output by, exactly, with m = sum_S A_ij,
-
-    delta O_i = (m O_i - sum_S A_ij v_j) / (1 - m)        t_i = dO_i . delta O_i = (m D_i - sum_S A_ij g_ij) / (1 - m)
-
-With labels drawn from the model's own distribution and the loss *summed* over tokens, 1/2 sum_i t_i^2 estimates
-KL(dense || dropped) in nats to second order (the Fisher form; the first-order sum cancels).
-
-How it is computed: dS_ij = A_ij (g_ij - D_i), the gradient at the scores, is formed for dq and dk anyway, and its
-rows sum to 0; hence t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every
-cancellation, also at a kept mass of 1e-20. `Observe` is the attention that gathers this in its backward pass;
-`naive_observation` is the N x N twin that it is tested against.
+dS_ij = A_ij (g_ij - D_i), the gradient at the scores, is formed for dq and dk anyway, and its rows sum to 0; hence
+t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every cancellation, also at
+a kept mass of 1e-20. Symbols as in the package.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from attnopt.statistics.records import Observation, distance_buckets, sum_shapes
 
 # Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
 TINY_MASS = 1e-30
 MASKED = -1e30  # finite, so that weight * score is 0 and not NaN where the weight is 0
 ROWS = 64  # query rows of a block; measured on a CPU at N = 4096: 32 to 128 are alike, 256 takes 1.7 times as long
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26  # elements of one block of weights: a core's L2 cache, a share of GPU memory
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The sinks and windows observed: candidate (s, w) keeps key j of row i iff j <= i and (j < s or i - j < w)."""
-
-    sinks: tuple[int, ...]
-    windows: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for name, values, least in (("sinks", self.sinks, 0), ("windows", self.windows, 1)):
-            if not values or list(values) != sorted(set(values)) or values[0] < least:
-                raise ValueError(f"{name} must be ascending, distinct and at least {least}: {values}")
-
-    def index(self, sink: int, window: int) -> tuple[int, int]:
-        return self.sinks.index(sink), self.windows.index(window)
-
-
-def distance_buckets(length: int) -> list[int]:
-    """Lower ends of the buckets of i - j: 0, 1, 2, 4, 8, ...; bucket n > 0 holds 2^(n-1) <= i - j < 2^n."""
-    return [0] + [1 << n for n in range((length - 1).bit_length())]
-
-
-def sum_shapes(heads: int, grid: Grid, length: int, delta: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of an Observation and their shapes."""
-    spans = (heads, len(grid.sinks), len(grid.windows))
-    shapes: dict[str, tuple[int, ...]] = {name: spans for name in ("t2", "t1", "sample_sq", "mass")}
-    if delta:
-        shapes["delta"] = spans
-    shapes |= {"ablation_t2": (heads,), "entropy": (heads,)}
-    shapes["mass_by_distance"] = (heads, len(distance_buckets(length)))
-    return shapes
-
-
-@dataclass
-class Observation:
-    """Sums of one site at one length; those of other batches, processes or ranks simply add. All float64, on the CPU.
-
-    sums, by name, over rows i of all samples (H query heads, S sinks, W windows):
-        t2 (H, S, W): sum t_i^2; t1: sum t_i; sample_sq: sum over samples of (sum_i t_i)^2; mass: sum of dropped mass
-        delta (H, S, W), optional: sum ||delta O_i||^2
-        ablation_t2 (H,): sum D_i^2, the t2 of dropping every key; entropy (H,): of A_i, nats
-        mass_by_distance (H, buckets): sum of A_ij by i - j, see `distance_buckets`
-    rows: query rows counted (padded ones are not). samples: sequences counted, once per backward pass.
-    """
-
-    heads: int
-    grid: Grid
-    length: int
-    rows: int
-    samples: int
-    sums: dict[str, Tensor]
-
-    @classmethod
-    def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False) -> Observation:
-        shapes = sum_shapes(heads, grid, length, delta)
-        return cls(heads, grid, length, 0, 0, {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()})
-
-    def __getattr__(self, name: str) -> Tensor:
-        sums = self.__dict__.get("sums", {})
-        if name not in sums:
-            raise AttributeError(f"this observation does not hold {name!r}")
-        return sums[name]
-
-    @property
-    def held(self) -> tuple[str, ...]:
-        return tuple(sorted(self.sums))
-
-    def damage(self, head: int, sink: int, window: int) -> float:
-        """Estimated KL(dense || dropped) of one head in nats, summed over the rows observed: t2 / 2."""
-        return 0.5 * float(self.sums["t2"][head, *self.grid.index(sink, window)])
-
-    def __iadd__(self, other: Observation) -> Observation:
-        mine, theirs = ((o.heads, o.grid, o.length, o.held) for o in (self, other))
-        if mine != theirs:
-            raise ValueError(f"these observations do not add: {mine} and {theirs}")
-        self._count(other.rows, other.samples, other.sums)
-        return self
-
-    def __add__(self, other: Observation) -> Observation:
-        sums = {name: tensor.clone() for name, tensor in self.sums.items()}
-        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums)
-        total += other
-        return total
-
-    def _count(self, rows: int, samples: int, sums: Mapping[str, Tensor]) -> None:
-        self.rows += rows
-        self.samples += samples
-        for name, tensor in sums.items():
-            self.sums[name] += tensor.to("cpu", torch.float64)
-
-
-class Observe(torch.autograd.Function):
-    """Causal attention whose backward pass also fills an Observation. Output and gradients are those of SDPA.
-
-    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), H a multiple of G (consecutive query heads share a KV head);
-    pad bool (B, N), true where the key is kept (rows that are False count in no sum), or None; window: the model's
-    own sliding window, or None. Returns (B, H, N, Dv).
-
-    Statistics are added in backward and nowhere else, once per backward pass: a forward that is recomputed
-    (checkpointing) does not count twice, several label draws from one forward count as several samples. So the
-    gradient must reach the output: at least one of q, k, v has to require it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        pad: Tensor | None,
-        observation: Observation,
-        window: int | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, pad)
-        ctx.scale, ctx.observation, ctx.window = scale, observation, window
-        return attention(q, k, v, scale, pad, window)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pad = ctx.saved_tensors
-        dq, dk, dv = stream(q, k, v, grads[0], ctx.scale, pad, ctx.observation, ctx.window)
-        return dq, dk, dv, None, None, None, None
-
-
-def causal_mask(length: int, window: int | None, pad: Tensor | None, device: torch.device) -> Tensor:
-    """Keep-mask bool, (N, N) or with `pad` (B, 1, N, N)."""
-    i = torch.arange(length, device=device)
-    keep = i <= i[:, None]
-    if window is not None:
-        keep &= i[:, None] - i < window
-    return keep if pad is None else keep & pad[:, None, None, :]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, pad: Tensor | None, window: int | None) -> Tensor:
-    """The attention that is observed, without observing; shapes as in `Observe`. A row without any key gives 0."""
-    if pad is None and (window is None or window >= q.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    mask = causal_mask(q.shape[2], window, pad, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-
-
-def measure_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    pad: Tensor | None,
-    observation: Observation,
-    window: int | None = None,
-) -> None:
-    """Add what needs no gradient (mass, entropy, mass_by_distance, delta); t1, t2, sample_sq, ablation_t2 stay."""
-    stream(q, k, v, None, scale, pad, observation, window)
 
 
 def stream(
@@ -464,57 +299,3 @@ class _Tile:
 def _last(by_window: Tensor) -> Tensor:
     """(W, x, r, R) -> (x, r, R, 1, W)."""
     return by_window.permute(1, 2, 3, 0)[..., None, :]
-
-
-def naive_observation(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    scale: float,
-    pad: Tensor | None = None,
-    window: int | None = None,
-    delta: bool = True,
-) -> Observation:
-    """The reference of tests: float64, N x N, every candidate really soft-maxed again over its kept keys.
-
-    Shapes as in `Observe`, grad (B, H, N, Dv) the gradient at the output. No formula of this module is used.
-    """
-    heads, length = q.shape[1:3]
-    repeat = heads // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
-    i = torch.arange(length, device=q.device)
-    distance = i[:, None] - i
-    keep = causal_mask(length, window, pad, q.device)
-    counted = torch.ones(q.shape[0], 1, length, dtype=torch.bool, device=q.device) if pad is None else pad[:, None]
-    scores = q @ k.mT * scale
-
-    def weights_of(mask: Tensor) -> Tensor:
-        return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1).nan_to_num(0.0)
-
-    weights = weights_of(keep)
-    output, result = weights @ v, Observation.zeros(heads, grid, length, delta)
-    sums = {name: torch.zeros_like(tensor) for name, tensor in result.sums.items()}
-
-    def total(per_row: Tensor) -> Tensor:
-        return per_row.masked_fill(~counted, 0.0).sum((0, 2))
-
-    for a, sink in enumerate(grid.sinks):
-        for b, size in enumerate(grid.windows):
-            mask = keep & ((i < sink) | (distance < size))
-            moved = weights_of(mask) @ v - output
-            t = (grad * moved).sum(-1)
-            sums["t1"][:, a, b], sums["t2"][:, a, b] = total(t), total(t.square())
-            sums["sample_sq"][:, a, b] = t.masked_fill(~counted, 0.0).sum(2).square().sum(0)
-            sums["mass"][:, a, b] = total(weights.masked_fill(mask, 0.0).sum(-1))
-            if delta:
-                sums["delta"][:, a, b] = total(moved.square().sum(-1))
-    sums["ablation_t2"] = total((grad * output).sum(-1).square())
-    sums["entropy"] = total(torch.special.entr(weights).sum(-1))
-    ends = [*distance_buckets(length), length]
-    for n, (begin, end) in enumerate(itertools.pairwise(ends)):
-        sums["mass_by_distance"][:, n] = total((weights * ((distance >= begin) & (distance < end))).sum(-1))
-    result._count(int(counted.expand(q.shape[0], 1, length).sum()), q.shape[0], sums)
-    return result
