@@ -9,19 +9,18 @@ The file is described in docs/plan-file.md. ``Plan.load`` then ``dump`` gives th
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.registry import CANDIDATES
+from attnopt.strict_json import Place, nearest, parsed, show
 
 if TYPE_CHECKING:
     from attnopt.fingerprint import Fingerprint
@@ -186,16 +185,8 @@ class Plan:
     @classmethod
     def parse(cls, text: str, file: str = "plan") -> Plan:
         """A plan from its text; `file` is what errors call it."""
-        root = _Place(file)
-        try:
-            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except json.JSONDecodeError as e:
-            root.fail(f"not JSON at line {e.lineno}: {e.msg}; is the file cut off?", AGAIN)
-        except RecursionError:
-            root.fail("records are nested too deeply to be a plan")
-        except ValueError as e:
-            root.fail(str(e), "Remove the wrong entry, or " + AGAIN[0].lower() + AGAIN[1:])
-        return _read_plan(root, data)
+        root = Place(file, PlanError, AGAIN)
+        return _read_plan(root, parsed(text, root))
 
 
 def choices_id(choices: Mapping[str, tuple[Choice, ...]]) -> str:
@@ -247,87 +238,22 @@ def _text(value: Any, depth: int = 0, used: int = 0) -> str:
 # Reading
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [k for k, _ in pairs]
-        raise ValueError(f"the key {next(k for k in names if names.count(k) > 1)!r} stands twice in one record")
-    return seen
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number a plan can hold")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in which file a value stands, for messages."""
-
-    file: str
-    path: str = ""
-
-    def at(self, key: str | int) -> _Place:
-        return _Place(self.file, f"{self.path}[{key}]" if isinstance(key, int) else f"{self.path}.{key}".lstrip("."))
-
-    def fail(self, problem: str, remedy: str = AGAIN) -> NoReturn:
-        raise PlanError(f"{self.file}: {self.path + ': ' if self.path else ''}{problem}", remedy)
-
-    def record(self, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(f"a record is needed here, not {_show(value)}")
-        required = list(required)
-        known = [*required, *optional]
-        for key in value:
-            if key not in known:
-                self.fail(f"unknown key {key!r}", _nearest(key, known, "Remove it; the keys are"))
-        for key in required:
-            if key not in value:
-                self.fail(f"{key!r} is missing")
-        return value
-
-    def number(self, value: Any, kind: type, least: float = -math.inf) -> Any:
-        right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if not right or not abs(value) < 1e18 or value < least:
-            wanted = "a whole number" if kind is int else "a number"
-            self.fail(f"{wanted}{f' of at least {least:g}' if least > -math.inf else ''} is needed, not {_show(value)}")
-        return kind(value)
-
-    def string(self, value: Any) -> str:
-        return value if isinstance(value, str) else self.fail(f"a string is needed, not {_show(value)}")
-
-    def items(self, value: Any) -> Iterator[tuple[_Place, Any]]:
-        if not isinstance(value, list):
-            self.fail(f"a list is needed here, not {_show(value)}")
-        return ((self.at(i), v) for i, v in enumerate(value))
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    return f"Did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}."
-
-
 _KEYS = (
     "schema", "versions", "model", "budget", "lengths", "min_length", "predicted", "measured", "cost_table",
     "calibration", "seed", "sites",
 )  # fmt: skip
 
 
-def _read_plan(root: _Place, data: Any) -> Plan:
+def _read_plan(root: Place, data: Any) -> Plan:
     if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-        found = _show(data["schema"])
+        found = show(data["schema"])
         root.at("schema").fail(
             f"this is schema {found}; this attnopt reads schema {SCHEMA}", "Write the plan again with `attnopt plan`."
         )
     data = root.record(data, _KEYS)
     place = root.at("versions")
     if not isinstance(data["versions"], dict):
-        place.fail(f"a record is needed here, not {_show(data['versions'])}")
+        place.fail(f"a record is needed here, not {show(data['versions'])}")
     model = root.at("model").record(data["model"], ("name", "fingerprint"))
     lengths = root.at("lengths").record(data["lengths"], [f.name for f in fields(Lengths)])
     many = {
@@ -351,17 +277,17 @@ def _read_plan(root: _Place, data: Any) -> Plan:
     )
 
 
-def _read_budget(place: _Place, value: Any) -> Budget:
+def _read_budget(place: Place, value: Any) -> Budget:
     value = place.record(value, ("kind", "limit", "unit"))
     if value["kind"] not in UNITS:
-        place.at("kind").fail(f"{_show(value['kind'])} is no budget", f"Use {' or '.join(UNITS)}.")
+        place.at("kind").fail(f"{show(value['kind'])} is no budget", f"Use {' or '.join(UNITS)}.")
     budget = Budget(value["kind"], place.at("limit").number(value["limit"], float, 0))
     if value["unit"] != budget.unit:
-        place.at("unit").fail(f"a {budget.kind!r} budget is in {budget.unit}, not {_show(value['unit'])}")
+        place.at("unit").fail(f"a {budget.kind!r} budget is in {budget.unit}, not {show(value['unit'])}")
     return budget
 
 
-def _read_numbers(place: _Place, value: Any, kind: type) -> Any:
+def _read_numbers(place: Place, value: Any, kind: type) -> Any:
     """A flat record of strings, ints and floats, by the annotations of its dataclass."""
     value = place.record(value, [f.name for f in fields(kind)])
     read: dict[str, Any] = {}
@@ -374,7 +300,7 @@ def _read_numbers(place: _Place, value: Any, kind: type) -> Any:
     return kind(**read)
 
 
-def _read_fingerprint(place: _Place, value: Any) -> Fingerprint:
+def _read_fingerprint(place: Place, value: Any) -> Fingerprint:
     from attnopt.fingerprint import Fingerprint
 
     value = place.record(value, ("structure", "samples"))
@@ -382,9 +308,9 @@ def _read_fingerprint(place: _Place, value: Any) -> Fingerprint:
     return Fingerprint(place.at("structure").string(value["structure"]), samples)
 
 
-def _read_sites(place: _Place, value: Any) -> dict[str, tuple[Choice, ...]]:
+def _read_sites(place: Place, value: Any) -> dict[str, tuple[Choice, ...]]:
     if not isinstance(value, dict) or not value:
-        place.fail(f"a record of sites is needed here, not {_show(value)}")
+        place.fail(f"a record of sites is needed here, not {show(value)}")
     sites = {}
     for name, record in value.items():
         here = place.at(name)
@@ -392,7 +318,7 @@ def _read_sites(place: _Place, value: Any) -> dict[str, tuple[Choice, ...]]:
         heads = here.at("heads").number(record["heads"], int, 1)
         here = here.at("choices")
         if not isinstance(record["choices"], dict):
-            here.fail(f"a record is needed here, not {_show(record['choices'])}")
+            here.fail(f"a record is needed here, not {show(record['choices'])}")
         taken: dict[int, Choice] = {}
         for text, choice in record["choices"].items():
             read = _read_choice(here.at(text), choice)
@@ -407,7 +333,7 @@ def _read_sites(place: _Place, value: Any) -> dict[str, tuple[Choice, ...]]:
     return sites
 
 
-def _read_heads(place: _Place, text: str, heads: int) -> Iterator[int]:
+def _read_heads(place: Place, text: str, heads: int) -> Iterator[int]:
     for part in text.split(","):
         bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         if bounds is None:
@@ -418,12 +344,12 @@ def _read_heads(place: _Place, text: str, heads: int) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
-def _read_choice(place: _Place, value: Any) -> Choice:
+def _read_choice(place: Place, value: Any) -> Choice:
     if not isinstance(value, dict) or not isinstance(value.get("candidate"), str):
-        place.fail(f"a candidate is needed here, not {_show(value)}", 'Write e.g. {"candidate": "dense"}.')
+        place.fail(f"a candidate is needed here, not {show(value)}", 'Write e.g. {"candidate": "dense"}.')
     name = value["candidate"]
     if name not in CANDIDATES:
-        place.fail(f"unknown candidate {name!r}", _nearest(name, [n for n, _ in CANDIDATES], "There are"))
+        place.fail(f"unknown candidate {name!r}", nearest(name, [n for n, _ in CANDIDATES], "There are"))
     candidate = CANDIDATES[name]
     kinds = {p.name: p.kind for p in candidate.params}
     params = {k: v for k, v in place.record(value, ("candidate", *kinds)).items() if k != "candidate"}

@@ -20,7 +20,7 @@ LINKS = ("passes", "patterns", "codegen")
 
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
 FLOORS = {
-    0: ("ir", "errors", "reasons", "settings", "registry", "corpus"),
+    0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
     1: ("masks", "plan", "codegen", "fingerprint", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture"),
