@@ -16,6 +16,7 @@ EXAMPLES = {
     "examine": "attnopt examine demo\nattnopt examine ./my-llama --length 512 --json",
     "profile": "attnopt profile demo --out profile.safetensors\n"
     "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
+    "merge": "attnopt merge monday.safetensors tuesday.safetensors --out both.safetensors",
     "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json",
     "show": "attnopt show plan.json\nattnopt show profile.safetensors --json",
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
@@ -26,6 +27,7 @@ EXAMPLES = {
 HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
     "profile": "measure what dropping keys would do to the loss, head by head",
+    "merge": "add up profiles of one model over different text",
     "plan": "choose the fastest spans that keep a loss budget, measured end to end",
     "show": "show a plan or a profile",
     "explain": "the candidates that were weighed for one head, and why the choice won",
@@ -129,6 +131,10 @@ def build_parser() -> Parser:
     profile.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096])
     profile.add_argument("--samples", type=count, default=4, help="sequences at each length (default 4)")
     profile.add_argument("--windows", type=whole_numbers, default=None, help="windows observed")
+
+    merge = command("merge")
+    merge.add_argument("profiles", nargs="+", metavar="PROFILE")
+    merge.add_argument("--out", required=True, metavar="FILE")
 
     plan = command("plan")
     with_model(plan)

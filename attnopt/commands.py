@@ -18,7 +18,7 @@ from attnopt import backend, hf, text
 from attnopt.errors import AttnoptError, OptionError, PlanError
 from attnopt.ir import GraphReport
 from attnopt.plan import Budget, Plan
-from attnopt.profile_file import Profile
+from attnopt.profile_file import Profile, merged
 from attnopt.report import terminal
 from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
 from attnopt.report.page import write_page
@@ -165,6 +165,13 @@ def profile(args: argparse.Namespace) -> None:
         )  # fmt: skip
     made.save(out)
     partial.unlink(missing_ok=True)
+    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+
+
+def merge(args: argparse.Namespace) -> None:
+    out = writable(args.out)
+    made = merged((name, Profile.load(name)) for name in args.profiles)
+    made.save(out)
     emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
 
 
@@ -349,6 +356,6 @@ def say(line: str) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "examine": examine, "profile": profile, "plan": plan, "show": show,
+    "examine": examine, "profile": profile, "merge": merge, "plan": plan, "show": show,
     "explain": explain, "bench": bench, "env": env,
 }  # fmt: skip

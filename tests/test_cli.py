@@ -147,6 +147,25 @@ def test_from_profile_to_bench(work: Path, tmp_path: Path, capsys: pytest.Captur
     assert answer("env")
 
 
+def test_profiles_are_merged(work: Path, fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def profiled(model: str, seed: int) -> str:
+        out = str(tmp_path / f"{model}-{seed}")
+        command = ["profile", str(work / model), "--lengths", "128", "--samples", "1", "--seed", str(seed)]
+        assert main([*command, "--text", str(work / "text.py"), "--out", out]) == 0
+        return out
+
+    one, two, other = profiled("model", 0), profiled("model", 1), profiled("weights", 2)
+    capsys.readouterr()
+    assert main(["merge", one, two, "--out", str(tmp_path / "both"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile"] == str(tmp_path / "both")
+    assert Profile.load(tmp_path / "both").samples == {128: 2}
+    before = snapshot(tmp_path)
+    assert "observed the same text" in fails(["merge", one, two, one, "--out", str(tmp_path / "both")])
+    assert "different weights" in fails(["merge", one, other, "--out", str(tmp_path / "new")])
+    assert "no profile" in fails(["merge", one, str(tmp_path / "none"), "--out", str(tmp_path / "both")])
+    assert snapshot(tmp_path) == before
+
+
 def test_the_plan_that_was_written_runs(work: Path) -> None:
     from attnopt import backend, hf
 

@@ -9,7 +9,7 @@ from models import HEADS, LAYERS, NanoGPT, build, tokens
 
 from attnopt import profiler
 from attnopt.errors import ModelError, ProfileError
-from attnopt.profile_file import Profile
+from attnopt.profile_file import Profile, merged
 from attnopt.profiler import observed_loss, profile_model
 from attnopt.statistics import Grid
 
@@ -57,6 +57,18 @@ def test_written_out_and_flash_give_equal_statistics():
     assert one.sites == other.sites == ("h.0", "h.1")
     for key, seen in one.observations.items():
         torch.testing.assert_close(other.observations[key].t2, seen.t2, rtol=1e-3, atol=1e-4)
+
+
+def test_profiles_of_disjoint_text_merge_to_that_of_all(whole):
+    parts = [(str(n), profile_model(build("llama"), [ids], GRID)) for n, ids in enumerate(SEQUENCES)]
+    equal(merged(parts), whole, rtol=1e-12)
+    equal(merged(reversed(parts)), whole, rtol=1e-12)
+    with pytest.raises(ProfileError, match="0 and 0 observed the same text"):
+        merged([*parts, parts[0]])
+    with pytest.raises(ProfileError, match="grid: these profiles do not add"):
+        merged([parts[0], ("grid", profile_model(build("llama"), SEQUENCES[1:2], Grid((0,), (4,))))])
+    with pytest.raises(ProfileError, match="nothing to merge"):
+        merged([])
 
 
 class Interrupted(Exception):
