@@ -8,7 +8,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks.exact_prefill import Cell, bootstrap, geometric, relative, stored, summary
+from benchmarks.exact_prefill import Cell, bootstrap, environment, geometric, relative, stored, summary
+from benchmarks.prefill_document import document, figure
 from benchmarks.prefill_models import CLASSES, HEADS, LAYERS, inputs_of, model_of
 
 CELL = Cell("LlamaModel", "sdpa", False, "fp32", 512)
@@ -40,6 +41,21 @@ def test_what_is_stored_is_not_run_again_unless_it_failed(tmp_path):
     path.write_text(json.dumps(row(1.2, 1.1, 1.3)) + "\n" + json.dumps(failed) + "\n", encoding="utf-8")
     assert len(stored(path, again=False)) == 2 and list(stored(path, again=True)) == [CELL]
     assert stored(tmp_path / "none.jsonl", again=False) == {}
+
+
+def test_the_page_shows_every_cell_and_marks_what_is_slow(tmp_path):
+    rows = [
+        {**row(2.345, 2.2, 2.4), "rewrites": ["SDPA is_causal"], "refusals": [], "misses": []},
+        {**row(0.98, 0.9, 1.1, "BertModel"), "rewrites": [], "refusals": ["already a call"], "misses": []},
+        {**asdict(CELL), "dtype": "bf16", "failed": "why"},
+    ]
+    data = {"summary": summary(rows), "rows": rows, "environment": environment()}
+    text = document(data)
+    assert "| LlamaModel | causal, grouped | 2.35 |" in text and "| BertModel | all keys | 0.98 = † |" in text
+    assert "| already a call | 1 |" in text and "geometric mean of 2 cells: 1.52" in text and "did not run: 1" in text
+    figure(data, tmp_path / "one.svg")
+    figure(data, tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
 def test_figures():
