@@ -7,8 +7,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from models import HEADS, LAYERS, build, tokens
 
-from benchmarks.planners.moa import BLOCK, Problem, Rule, dropped, influence, loss_of, over_groups, pareto, rules, solve
+from benchmarks.planners.moa import (
+    BLOCK,
+    Problem,
+    Rule,
+    dropped,
+    influence,
+    loss_of,
+    over_groups,
+    pareto,
+    profile,
+    rules,
+    solve,
+)  # fmt: skip
 
 
 def attention(q, k, v, scale, without=None):
@@ -44,6 +57,23 @@ def test_influence_is_summed_over_blocks_and_samples():
     # Rows of the first block do not see the others.
     first = influence(*(x[:, :, :BLOCK] for x in (q, k, v, grad)), 0.3)
     torch.testing.assert_close(whole[:, :1, :1], first, rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_is_profiled_as_its_attention_is_called():
+    model, sequences = build("llama"), [tokens(1, 70, seed=n) for n in range(2)]
+    found = profile(model, sequences)
+    assert list(found) == [f"model.layers.{n}.self_attn" for n in range(LAYERS)]
+    assert all(list(of_site) == [70] and of_site[70].shape == (HEADS, 2, 2) for of_site in found.values())
+    assert all(p.grad is None for p in model.parameters())
+    apart = [profile(model, [ids]) for ids in sequences]
+    for site, of_site in found.items():
+        mean = (apart[0][site][70] + apart[1][site][70]) / 2
+        torch.testing.assert_close(of_site[70], mean, rtol=1e-5, atol=1e-9)
+        assert (mean.tril().diagonal(dim1=1, dim2=2) > 0).all()
+    # A loss over the first half alone does not reach the later rows.
+    labels = [torch.where(torch.arange(70) < 60, sequences[0].roll(-1, 1), -100)]
+    half = profile(model, sequences[:1], labels)
+    assert all((of_site[70][:, 1] == 0).all() and (of_site[70][:, 0] > 0).any() for of_site in half.values())
 
 
 def test_the_published_grid():

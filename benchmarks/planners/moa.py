@@ -15,15 +15,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnopt.instrument import Attention, Instrumented, gradients_through
+from attnopt.ir import Site
+from attnopt.statistics import attention
+
+# Site -> length -> influence (H, N / 64, N / 64).
+Profile = dict[str, dict[int, Tensor]]
 BLOCK = 64
 RULES_PER_LAYER = 2
 # Every program is feasible with a total between these shares of the bound, as published.
@@ -86,9 +94,44 @@ def influence(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> Te
         change = (odds * ((weights * g).sum(-1, keepdim=True) - g)).abs()
         if n == 0:
             change[:, :, 0] = 0
-        change = torch.nn.functional.pad(change, (0, -rows.stop % BLOCK))
+        change = F.pad(change, (0, -rows.stop % BLOCK))
         total[:, n, : n + 1] = change.unflatten(-1, (-1, BLOCK)).sum((0, 2, 4)).double()
     return total
+
+
+def profile(model: nn.Module, sequences: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> Profile:
+    """The influence of every site's heads at every length of `sequences` (int64 (1, N)), averaged over them.
+
+    labels: what each token should be followed by, int64 (1, N), -100 where the loss does not count; by default the next
+    token of the text. The loss is the mean over what counts.
+    """
+    found: Profile = {}
+    counts = Counter(ids.shape[1] for ids in sequences)
+
+    def observer(site: Site) -> Attention:
+        def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            out = attention(q, k, v, site.scale, pad, site.mask.window)
+            if out.requires_grad:
+                kept = tuple(x.detach() for x in (q, k, v))
+
+                def add(grad: Tensor) -> None:
+                    of_site, length = found.setdefault(site.name, {}), q.shape[2]
+                    seen = influence(*kept, grad, site.scale) / counts[length]
+                    of_site[length] = of_site[length] + seen if length in of_site else seen
+
+                out.register_hook(add)
+            return out
+
+        return attend
+
+    instrumented = Instrumented(model.eval(), observer)
+    for n, ids in enumerate(sequences):
+        wanted = F.pad(ids[:, 1:], (0, 1), value=-100) if labels is None else labels[n]
+        with gradients_through(model):
+            F.cross_entropy(instrumented.logits(ids)[0].float(), wanted[0]).backward()
+    instrumented.need_sites()
+    # The backward pass meets the last site first.
+    return {name: found[name] for name in instrumented.sites}
 
 
 def dropped(blocks: Tensor, rule: Rule, length: int) -> Tensor:
