@@ -126,6 +126,36 @@ def test_the_watch_counts_attention_and_no_router() -> None:
     assert name_of(call.keep) == "causal"
 
 
+def test_the_watch_sees_a_mask_through_the_rows_maximum() -> None:
+    """A row that is masked completely is one of zeros after its maximum was subtracted."""
+
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            keep = torch.ones(5, 5, dtype=torch.bool).tril()
+            keep[:2] = False
+            scores = (x @ x.mT).masked_fill(~keep, torch.finfo(x.dtype).min)
+            sinks = torch.cat([scores, torch.zeros(2, 3, 5, 1)], -1)
+            return torch.softmax(sinks - sinks.max(-1, keepdim=True).values, -1)[..., :-1] @ x + (
+                torch.softmax(scores.sub(scores.amax(-1, keepdim=True)), -1) @ x
+            )
+
+    seen = Watch(model := Shifted())
+    with seen, torch.no_grad():
+        model(torch.randn(2, 3, 5, 4))
+    expected = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected[:2] = False
+    assert [torch.equal(call.keep, expected.expand(2, 3, 5, 5)) for call in seen.close()] == [True, True]
+
+
+def test_padding_is_at_the_front_of_what_generates() -> None:
+    for name, training, left in (
+        ("LlamaForCausalLM", False, True), ("LlamaForCausalLM", True, False), ("BertForMaskedLM", False, False),
+        ("T5ForConditionalGeneration", False, False),
+    ):  # fmt: skip
+        mask = inputs_of(build(name), padded=True, training=training)["attention_mask"]
+        assert mask[0].all() and bool(mask[1, 0]) is not left and bool(mask[1, -1]) is left
+
+
 def test_the_watch_opens_multi_head_attention() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 8)

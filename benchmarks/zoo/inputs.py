@@ -68,13 +68,18 @@ def padding_mask(length: int, left: bool) -> torch.Tensor:
     return mask
 
 
+def generates(model: Any) -> bool:
+    """Whether the class continues its own tokens, which padding has to stand before."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
 def inputs_of(
     model: Any, padded: bool = False, length: int = LENGTH, seed: int = 0, training: bool = False
 ) -> dict[str, Any]:
     """Keyword arguments of ``model.forward``; `padded` adds an attention mask where the class takes tokens.
 
-    In training padding is at the end: at the front, causal rows of it have no key, and a gradient through those is not
-    defined, even where a loss or a pooled token reads them.
+    Padding is at the front where a class generates, else at the end, and there in training too: at the front, causal
+    rows of it have no key. What those compute is not defined, and a pooled token or a gradient would read it.
     """
     generator = torch.Generator().manual_seed(seed)
     config, takes = model.config, inspect.signature(model.forward).parameters
@@ -83,7 +88,7 @@ def inputs_of(
     if "input_ids" in takes:
         given["input_ids"] = tokens(config, length, generator)
         if padded and "attention_mask" in takes:
-            given["attention_mask"] = padding_mask(length, left=not config.is_encoder_decoder and not training)
+            given["attention_mask"] = padding_mask(length, left=generates(model) and not training)
     if main == "pixel_values" or ("pixel_values" in takes and "logit_scale" in dict(model.named_parameters())):
         given["pixel_values"] = pixels(config, generator)
     if not given and "pixel_values" in takes:

@@ -37,6 +37,8 @@ TRANSPARENT = {
     "repeat_interleave", "repeat", "unfold", "stack", "select", "slice", "divide",
 }  # fmt: skip
 
+SUBTRACTIONS = {"sub", "__sub__", "sub_", "__isub__", "subtract"}
+
 
 @dataclass
 class Call:
@@ -57,12 +59,14 @@ class Call:
 class Tag:
     """What is known of a tensor: it is a score, or a weight of `call`; `biased` as in Call.
 
-    `sink`: its last column is no key, but was appended for the soft-max.
+    `sink`: its last column is no key, but was appended for the soft-max. `keep`: what was not masked before the row's
+    maximum was subtracted, which makes zeros of a row that is masked completely.
     """
 
     call: Call | None = None
     biased: bool = False
     sink: bool = False
+    keep: Tensor | None = None
 
 
 @dataclass
@@ -154,8 +158,8 @@ class Watch(TorchFunctionMode):
         tag = self.tag_of(scores)
         if tag is None or tag.call is not None or scores.ndim < 3:
             return
-        keys = scores[..., :-1] if tag.sink else scores
-        call = Call("soft-max", self.path, (keys > MASKED).detach(), tag.biased)
+        keep = tag.keep if tag.keep is not None and tag.keep.shape == scores.shape else (scores > MASKED).detach()
+        call = Call("soft-max", self.path, keep[..., :-1] if tag.sink else keep, tag.biased)
         self.calls.append(call)
         self.mark(weights, Tag(call))
 
@@ -175,6 +179,10 @@ class Watch(TorchFunctionMode):
             others = [v for v in values if isinstance(v, Tensor) and self.tag_of(v) is None and v.is_floating_point()]
             if any(bool(((v != 0) & (v > MASKED)).any()) for v in others):
                 tag = replace(tag, biased=True)
+        if name in SUBTRACTIONS and tag.call is None and tag.keep is None and len(values) > 1:
+            scores, taken = values[:2]
+            if isinstance(taken, Tensor) and taken.shape[-1:] == (1,) and self.tag_of(scores) is tag:
+                tag = replace(tag, keep=(scores > MASKED).detach())
         if name in ("cat", "concat") and tag.call is None and isinstance(result, Tensor):
             tag = replace(tag, sink=result.shape[-1] == scored(values).shape[-1] + 1)
         self.mark(result, tag)
