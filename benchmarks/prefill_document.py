@@ -96,7 +96,7 @@ def figure(data: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
-    ticks = [0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
+    ticks = [0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xlabel("CPU time of inductor / CPU time of attnopt")
     axes.legend(fontsize=6, ncol=2, loc="lower right")

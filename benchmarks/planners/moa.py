@@ -166,8 +166,9 @@ class Problem:
     def of(
         cls, loss: np.ndarray, choices: Sequence[Rule], profiled: Sequence[int], targets: Sequence[int], density: float
     ) -> Problem:
-        """`density`: the mean share of keys that heads may keep, at every profiled and target length."""
-        lengths = sorted({*profiled, *targets})
+        """`density`: the mean share of key blocks that heads may keep, at every profiled and target length, but for
+        those that are too short for it: at 512 tokens a sink and one block of a band are a quarter."""
+        lengths = [n for n in sorted({*profiled, *targets}) if min(r.density(n) for r in choices) <= density]
         cost = np.array([[n * r.density(n) for r in choices] for n in lengths])
         heads = loss.shape[1] * loss.shape[2]
         return cls(loss, cost, density * heads * np.array(lengths, dtype=float))
@@ -199,6 +200,8 @@ def constraints(problem: Problem) -> list[LinearConstraint]:
 def solve(problem: Problem, objective: int, limits: Sequence[float] | None = None) -> np.ndarray | None:
     """Rules (L, H) of least loss at profiled length `objective`, the loss at each other one at most its limit; None
     where there are none."""
+    if not len(problem.bound):
+        return None
     _, layers, heads, count = problem.loss.shape
     picks, extra = layers * heads * count, layers * count
     rows = [np.concatenate([loss.ravel(), np.zeros(extra)]) for loss in problem.loss]
