@@ -13,7 +13,7 @@ from torch import nn
 
 from attnopt.ir import Miss
 from benchmarks.zoo.build import NotBuilt, NotOffered, build, summary
-from benchmarks.zoo.cells import CELLS, COUNT, Cell, NotApplicable, call_of, cast, error_between
+from benchmarks.zoo.cells import CELLS, COUNT, Cell, NotApplicable, call_of, cast, distance_between, error_between
 from benchmarks.zoo.inputs import NoInput
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
 from benchmarks.zoo.observe import Observed, Seen, backend_of
@@ -89,7 +89,7 @@ def observed(model: nn.Module, cell: Cell, inductor: bool) -> Record:
         if cell.dtype != torch.float32 and not difference <= bound:
             # Rounding alone moves this model so far: both are compared with the same weights in float32.
             exact = call(widened(model))
-            difference, bound = error_between(found["output"], exact), ROUNDING * error_between(expected, exact)
+            difference, bound = distance_between(found["output"], exact), ROUNDING * distance_between(expected, exact)
     counts = {"graphs": [plain["graphs"], found["graphs"]], "breaks": [plain["breaks"], found["breaks"]]}
     return judged({**base, **counts, "error": difference, "bound": bound}, met, calls)
 
