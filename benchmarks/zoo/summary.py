@@ -157,7 +157,8 @@ def document(result: Record) -> str:
         "recovered mask is compared, position by position, with the mask that the run realised; outputs are compared "
         "with eager's. Vision-language classes are given text alone; vision encoders are among the vision classes.", "",
         *(
-            f"- {where}: {held['recognised']:.1f} % of {held['calls']} calls recognised (aim {AIMS['recognised']:g} %), "
+            f"- {where}: {held['recognised']:.1f} % of {held['calls']} calls are recognised "
+            f"(aim {AIMS['recognised']:g} %), "
             f"{held['closed share']:.1f} % with a mask in closed form (aim {AIMS['closed']:g} %)"
             for where, held in (("static, float32, with and without padding", result["base"]), ("in all cells", total))
         ),
