@@ -226,7 +226,8 @@ def _repeated(space: Space, node: Node, dims: Dims) -> Dims | None:
 
 def _tiled(space: Space, node: Node, dims: Dims) -> Dims | None:
     """repeat(x, times): whole copies one after another."""
-    sizes, times = shape_of(node.args[0]), list(node.args[1])
+    sizes = shape_of(node.args[0])
+    times = [t.meta.get("val") if isinstance(t, Node) else t for t in node.args[1]]
     if len(times) != len(sizes):
         return None
     source: list[tuple[Atom, ...]] = []

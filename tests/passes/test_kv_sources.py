@@ -369,6 +369,27 @@ def test_an_encoder_and_a_decoder_in_one_graph(length):
     assert [s.kv for s in traced.sites] == ["fresh", *decoder]
 
 
+class Pooling(nn.Module):
+    """One learned query, repeated for every sample of a batch whose size is a symbol."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe, self.w = nn.Parameter(normal(1, 1, HIDDEN, seed=1)), nn.Parameter(normal(HIDDEN, HIDDEN, seed=2))
+
+    def forward(self, x):
+        q = (self.probe.repeat(x.shape[0], 2, 1) @ self.w).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        k = x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        return attend(q, k, k)
+
+
+def test_a_query_repeated_over_a_symbolic_batch():
+    model, x = Pooling().eval(), normal(3, 11, HIDDEN, seed=3)
+    torch._dynamo.mark_static(x, 2)
+    traced = trace(model, x, dynamic=True)
+    assert [s.kv for s in traced.sites] == ["cross"]
+    torch.testing.assert_close(traced.output, model(x))
+
+
 def generate(model, cache, lengths, dynamic):
     """Both ways of running, step by step: the programs of each step that was compiled, the kinds of its sites."""
     steps = []
