@@ -261,7 +261,8 @@ def scale_in_steps(q, k, v):
 
 @spelling("plain")
 def scale_of_a_constant_tensor(q, k, v):
-    return F.softmax(scores(q, k) / torch.full([], v.size(-1) ** 0.5, dtype=v.dtype), -1) @ v
+    # In float32 whatever the scores are: in bfloat16 it would be another scale.
+    return F.softmax(scores(q, k) / torch.full([], v.size(-1) ** 0.5, dtype=torch.float32), -1) @ v
 
 
 @spelling("plain")
