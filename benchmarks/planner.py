@@ -1,8 +1,8 @@
 """Planners on equal terms: what each loses at the same share of query-key pairs.
 
-    python benchmarks/planner.py                            # the shipped model, minutes
-    python benchmarks/planner.py ./my-llama --lengths 1024,2048 --length 4096 --out planner.json
-    python benchmarks/planner.py --quick                    # short and few, to check the script
+    python -m benchmarks.planner                            # the shipped model, minutes
+    python -m benchmarks.planner ./my-llama --lengths 1024,2048 --length 4096 --out planner.json
+    python -m benchmarks.planner --quick                    # short and few, to check the script
 
 Every planner sees the same calibration text. Plans of equal density at `--length` are run on held-out text there: the
 loss against the dense model's, and the divergence from it. attnopt: damage from one profile, Lagrangian optimum. moa:
