@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from attnopt.ir import Mask, Refusal, Region
 from attnopt.passes import pays
 from attnopt.passes.exact_forms import (
@@ -123,6 +125,15 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     yield from general(program, region)
 
 
+def wider_bias(region: Region) -> torch.dtype | None:
+    """The dtype of a bias that q's dtype does not hold: a distance of 2000 keys, times a slope, is off by whole units in
+    bfloat16, and in the model its sum with a score is not. What only hides keys is the same in every dtype."""
+    if region.site.bias is None:
+        return None
+    held, own = {t.node.meta["val"].dtype for t in region.match.terms if t.kind == "add"}, region.q.meta["val"].dtype
+    return next((d for d in held if d.is_floating_point and torch.promote_types(d, own) != own), None)
+
+
 def impossible(program: Program, region: Region) -> Refusal | None:
     """Why no form here is right for the site; None where one may be."""
     site, mask = region.site, region.site.mask
@@ -134,6 +145,9 @@ def impossible(program: Program, region: Region) -> Refusal | None:
     if site.scale <= 0 and not (site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
         return Refusal(f"the scale is {site.scale:g}, expected a positive one", code="scale-not-positive")
+    if (wide := wider_bias(region)) is not None:
+        seen = f"its bias is in {str(wide).removeprefix('torch.')}, which SDPA would round to {site.dtype}"
+        return Refusal(seen, code="bias-rounded")
     if site.softcap:
         return Refusal(f"no fused kernel here caps scores at {site.softcap:g}", code="softcap-no-kernel")
     if site.sink:

@@ -200,3 +200,25 @@ def test_a_row_without_keys_is_an_average_and_has_no_gradient_in_training(fn, fi
     expected = torch.autograd.grad(fn(*twins, mask.double()), twins, weight.double())
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_bias_in_a_wider_type_is_not_rounded():
+    """ALiBi in float32 beside bfloat16 scores, far from the query that reads it; a mask that only hides is cast."""
+
+    def fn(q, k, v, mask):
+        scores = (q @ k.transpose(-2, -1) * 0.3).float() + mask
+        return torch.softmax(scores, -1).to(v.dtype) @ v
+
+    inputs = qkv(batch=BATCH, heads=HEADS, dtype=torch.bfloat16)
+    slopes = torch.tensor([2.0**-n for n in range(1, HEADS + 1)])[:, None, None]
+    bias = slopes * (torch.arange(LENGTH) - 2047.0)
+    traced = trace(fn, *inputs, bias)
+    assert not traced.rewrites and any("its bias is in float32" in reason for reason in traced.left)
+    assert torch.equal(traced.output, fn(*inputs, bias))
+    assert trace(fn, *inputs, bias.bfloat16()).rewrites == [pays.AS_IT_WAS]
+
+    def hidden(q, k, v):
+        later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        return fn(q, k, v, torch.zeros(LENGTH, LENGTH).masked_fill(later, torch.finfo(torch.float32).min))
+
+    assert trace(hidden, *inputs).rewrites == ["SDPA is_causal"]
