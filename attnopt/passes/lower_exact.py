@@ -126,8 +126,8 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
 
 
 def wider_bias(region: Region) -> torch.dtype | None:
-    """The dtype of a bias that q's dtype does not hold: a distance of 2000 keys, times a slope, is off by whole units in
-    bfloat16, and in the model its sum with a score is not. What only hides keys is the same in every dtype."""
+    """The dtype of a bias that q's dtype does not hold: a distance of 2000 keys, times a slope, is off by whole units
+    in bfloat16, and in the model its sum with a score is not. What only hides keys is the same in every dtype."""
     if region.site.bias is None:
         return None
     held, own = {t.node.meta["val"].dtype for t in region.match.terms if t.kind == "add"}, region.q.meta["val"].dtype
