@@ -1,6 +1,6 @@
 """Planners on equal terms: what each loses at the same share of query-key pairs.
 
-    python -m benchmarks.planner                            # the shipped model, minutes
+    python -m benchmarks.planner                            # the shipped model
     python -m benchmarks.planner ./my-llama --lengths 1024,2048 --length 4096 --out planner.json
     python -m benchmarks.planner --quick                    # short and few, to check the script
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attnopt import hf, text
+from attnopt.codegen.emit import write_atomically
 from attnopt.cost import CostTable
 from attnopt.ir import Choice, Site
 from attnopt.measure import Sequences, Spans
@@ -208,7 +209,7 @@ def main() -> None:
         from attnopt.report.data import environment
 
         data = {"rows": [asdict(r) for r in rows], "seconds": bench.seconds, "environment": environment()}
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_atomically(args.out, json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from attnopt.masks.interpret import MASKED
 from attnopt.passes.program import Builder
 from attnopt.patterns import Factor, Match, RawTerm, checked, shape_of
 from attnopt.patterns.layout import Atom, Dims, is_one
@@ -133,11 +134,6 @@ def term_dims(match: Match, term: RawTerm | Factor) -> tuple[Dims, Dims]:
     return have, tuple(want)
 
 
-# An additive mask at or below this hides. It is above float16's lowest value, and low enough that what a fused backward
-# loses of a row of such scores, whose sum it keeps as max + log(sum) in float32, is under 0.2 %: 2 ** -9 of 1.
-HIDDEN = -32768.0
-
-
 def operand_mask(builder: Builder, match: Match, dtype: torch.dtype, grad: bool = False) -> Node | None:
     """All terms as one mask (B | 1, heads | 1, Sq | 1, Sk): bool, true where kept, or to be added to the scores.
 
@@ -170,7 +166,7 @@ def operand_mask(builder: Builder, match: Match, dtype: torch.dtype, grad: bool 
     if bias.meta["val"].dtype != dtype:
         bias = call(aten._to_copy.default, bias, dtype=dtype)
     if grad:
-        shown = call(aten.gt.Scalar, bias, HIDDEN)
+        shown = call(aten.gt.Scalar, bias, MASKED)
         keep = shown if keep is None else call(aten.logical_and.default, keep, shown)
     if keep is None:
         return bias
