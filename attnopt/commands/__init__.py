@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,85 +11,23 @@ from typing import Any
 import torch
 
 from attnopt import backend, hf, text
-from attnopt.errors import AttnoptError, OptionError, PlanError
+from attnopt.commands.common import Progress, emit, load, say, stages, token_ids, writable
+from attnopt.commands.profiling import merge, profile
+from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport
 from attnopt.plan import Budget, Plan
-from attnopt.profile_file import Profile, merged
+from attnopt.profile_file import Profile
 from attnopt.report import terminal
 from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
 from attnopt.report.page import write_page
 
+__all__ = ["COMMANDS", "Progress", "bench_rows", "emit", "examine_model", "run", "say", "stages", "writable"]
+
 INTERRUPTED = {"profile": "What was profiled so far is kept beside the output; run the same command again to go on."}
-Progress = Callable[[str, int, int], None]
 
 
 def run(args: argparse.Namespace) -> None:
     COMMANDS[args.command](args)
-
-
-def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:
-    """The JSON document, or what people read."""
-    if args.json:
-        print(json.dumps(data, indent=2))
-    else:
-        show()
-
-
-def writable(path: str) -> Path:
-    """The path, if a file can be made there: found out before the work, not after it."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise AttnoptError(
-            f"{target} cannot be written: {error.strerror}.", "Choose a folder you may write to."
-        ) from None
-    if target.is_dir():
-        raise AttnoptError(f"{target} is a folder.", "Give the name of a file.")
-    return target
-
-
-@contextmanager
-def stages() -> Iterator[Progress]:
-    """One progress bar after the other: a new one whenever the named stage changes."""
-    current: list[Any] = ["", None, None, 0]
-
-    def close() -> None:
-        if current[1] is not None:
-            current[1].__exit__(None, None, None)
-
-    def report(what: str, done: int, of: int) -> None:
-        if what != current[0]:
-            close()
-            bar = terminal.progress(what, of)
-            current[:] = [what, bar, bar.__enter__(), 0]
-        current[2](done - current[3])
-        current[3] = done
-
-    try:
-        yield report
-    finally:
-        close()
-
-
-def load(args: argparse.Namespace) -> hf.Loaded:
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise OptionError(
-            f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
-        ) from None
-    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
-
-
-def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
-    """Any ids (1, length): their values do not matter to what is recognised."""
-    config = getattr(loaded.model, "config", None)
-    size = getattr(config, "vocab_size", None) or 100
-    return (torch.arange(length)[None] * 7 + 11) % size
 
 
 def unrun(gm: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -145,34 +79,6 @@ def examine(args: argparse.Namespace) -> None:
     if page is not None:
         write_page(page, {"title": f"attnopt examine {args.model}", "graphs": data, "environment": environment()})
     emit(args, data, lambda: terminal.print_graphs(reports))
-
-
-def profile(args: argparse.Namespace) -> None:
-    from attnopt.profiler import DEFAULT_GRID, profile_model
-    from attnopt.statistics import Grid
-
-    out = writable(args.out)
-    loaded = load(args)
-    tokens = text.stream(args.text, loaded.tokenizer, "calibrate", 2 * args.samples * max(args.lengths))
-    rows = [r for n in args.lengths for r in text.sequences(tokens, n, args.samples, "calibrate")]
-    grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
-    partial = out.with_name(out.name + ".partial")
-    device = next(loaded.model.parameters()).device
-    with stages() as progress:
-        made = profile_model(
-            loaded.model, [r[None].to(device) for r in rows], grid, args.seed,
-            lambda done, of: progress("profiling", done, of), partial,
-        )  # fmt: skip
-    made.save(out)
-    partial.unlink(missing_ok=True)
-    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
-
-
-def merge(args: argparse.Namespace) -> None:
-    out = writable(args.out)
-    made = merged((name, Profile.load(name)) for name in args.profiles)
-    made.save(out)
-    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -348,11 +254,6 @@ def env(args: argparse.Namespace) -> None:
                 print(f"  {name}: {held}")
 
     emit(args, data, draw)
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-    sys.stderr.flush()
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
