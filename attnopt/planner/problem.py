@@ -76,7 +76,7 @@ def _block(
                     f"The profile holds nothing of {site.name} ({site.heads} heads) at length {length}.",
                     f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
                 )
-            found = candidate.damage(observation, params, length, own) / observation.rows
+            found = candidate.damage(observation, params, length, own) / observation.tokens
             damage[:, c] = np.maximum(damage[:, c], found.numpy())
     return damage, cost, span
 
