@@ -125,7 +125,8 @@ class Site:
     out = softmax(softcap * tanh(scale * q k^T / softcap) + bias, masked) v, the tanh only where softcap > 0.
 
     path: module path in the model, the closure prefix stripped; ordinal: n-th attention of that module in its graph.
-    heads, kv_heads, head_dim, head_dim_v: sizes; scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
+    heads, kv_heads, head_dim, head_dim_v: sizes, where both counts are 0 if they are equal and known at run time only
+    (exact mode serves such a site, a plan does not); scale: factor on q·k; dtype: of q, k and v, e.g. "bfloat16".
     sink: "" or what one more column of the soft-max holds: "logit[h]", "logit[b, h, i]" or "0" (off-by-one).
     kv: where K and V come from: "fresh", "cat" (past and new), "write" (a buffer at a position), "ring", "shared"
     (with another site), "cross" (another sequence) or "unknown".
@@ -160,7 +161,7 @@ class Site:
     @property
     def canonical(self) -> str:
         """The attention's mathematics in one line: equal for every spelling of the same attention."""
-        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        heads = f"{self.heads or '?'}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([f"heads={heads} dim={dims} scale={self.scale:.6g}", *self.extras, f"keep {self.mask}"])
 

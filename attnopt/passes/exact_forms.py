@@ -53,8 +53,16 @@ def sdpa(
 
 
 def widened(builder: Builder, tensor: Node, width: int) -> Node:
-    missing = width - tensor.meta["val"].shape[3]
-    return builder.call(aten.constant_pad_nd.default, tensor, [0, missing]) if missing else tensor
+    """`tensor` (B, heads, S, D) with features of zeros up to `width`."""
+    shape = tensor.meta["val"].shape
+    missing = width - shape[3]
+    if not missing:
+        return tensor
+    if all(isinstance(size, int) for size in shape):
+        return builder.call(aten.constant_pad_nd.default, tensor, [0, missing])
+    # Traced, a pad asks for every size as a number: a batch or length known at run time only would be guarded on.
+    zeros = builder.call(aten.new_zeros.default, tensor, [*(builder.size(tensor, d) for d in range(3)), missing])
+    return builder.call(aten.cat.default, [tensor, zeros], 3)
 
 
 def lower_plain(program: Program, causal: bool) -> Build:
@@ -92,13 +100,10 @@ def lower_causal_padding(program: Program) -> Build:
         batch, keys, rows = builder.size(k, 0), builder.size(k, 2), builder.size(q, 2)
         hidden = call(aten.where.Scalar, pad, 0.0, -PENALTY)
         hidden = call(aten._to_copy.default, call(aten.view.default, hidden, [batch, 1, keys, 1]), dtype=like.dtype)
-        hidden = call(aten.expand.default, hidden, [batch, site.kv_heads, keys, 1])
-        marker = call(aten.new_full.default, q, [batch, site.heads, rows, 1], PENALTY)
+        hidden = call(aten.expand.default, hidden, [batch, builder.size(k, 1), keys, 1])
+        marker = call(aten.new_full.default, q, [batch, builder.size(q, 1), rows, 1], PENALTY)
         q, k = call(aten.cat.default, [q, marker], 3), call(aten.cat.default, [k, hidden], 3)
-        if rest := width - site.head_dim - 1:
-            q, k = (call(aten.constant_pad_nd.default, x, [0, rest]) for x in (q, k))
-        if site.head_dim_v < width:
-            v = call(aten.constant_pad_nd.default, v, [0, width - site.head_dim_v])
+        q, k, v = (widened(builder, x, width) for x in (q, k, v))
         out = call(aten.transpose.int, sdpa(builder, region, q, k, v, None, True, scale), 1, 2)
         out = call(aten.slice.Tensor, out, 3, 0, site.head_dim_v)
         dead = call(aten.eq.Scalar, call(aten.cumsum.default, pad, 1), 0)
@@ -161,13 +166,13 @@ def lower_chunked(program: Program) -> Build:
         batch, length, chunk = builder.size(region.q, 0), builder.size(region.q, 2), site.mask.chunk
 
         def split(x: Node) -> Node:
-            _, heads, _, dim = x.meta["val"].shape
-            parts = call(aten.reshape.default, call(aten.transpose.int, x, 1, 2), [-1, chunk, heads, dim])
+            sizes = [-1, chunk, builder.size(x, 1), builder.size(x, 3)]
+            parts = call(aten.reshape.default, call(aten.transpose.int, x, 1, 2), sizes)
             return call(aten.transpose.int, parts, 1, 2)
 
         q, k, v = split(region.q), split(region.k), split(region.v)
         out = call(aten.transpose.int, sdpa(builder, region, q, k, v, None, site.mask.causal), 1, 2)
-        out = call(aten.reshape.default, out, [batch, length, site.heads, site.head_dim_v])
+        out = call(aten.reshape.default, out, [batch, length, builder.size(region.q, 1), site.head_dim_v])
         return call(aten.transpose.int, out, 1, 2)
 
     return build

@@ -120,7 +120,8 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
             return
         if square:
             yield lower_causal_padding(program), pays.FEATURE
-    if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and not program.needs_grad:
+    spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0
+    if spanned and not program.needs_grad:
         yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
     yield from general(program, region)
 

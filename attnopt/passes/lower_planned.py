@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def refusal(program: Program, region: Region) -> Refusal | None:
     """Why the span kernel cannot stand in for this region; None if it can."""
     mask, q, k = region.site.mask, region.q.meta["val"], region.k.meta["val"]
+    if not region.site.heads:
+        return Refusal("planned spans need a number of heads known when compiling", code="symbolic-heads")
     if not mask.causal or mask.offset != 0:
         return Refusal(f"planned spans need a causal mask, and this one keeps {mask}", code="span-needs-causal")
     if not region.site.plain:
@@ -49,7 +51,8 @@ def check_plan(program: Program, plan: Plan) -> None:
 
     A site that is missing beside others that are there is only noted: a model may have attentions no plan was made for.
     """
-    causal = [r.site for r in program.regions if r.site.mask.causal and r.site.mask.offset == 0 and r.site.plain]
+    sites = [r.site for r in program.regions if r.site.heads]
+    causal = [s for s in sites if s.mask.causal and s.mask.offset == 0 and s.plain]
     named = [site for site in causal if site.name in plan.choices]
     plan.check(named or causal, complete=False)
 

@@ -115,7 +115,7 @@ def heads_axis(
     if not shared:
         return (), ()
     if len(scores) < 4:
-        alone = len(shared) == 1 and beside_batch_of_one(space, q, shared[0])
+        alone = len(shared) == 1 and is_head(space, q, shared[0], features)
         return ((), tuple(shared)) if alone else (tuple(shared[:1]), tuple(shared[1:]))
     beside = [a for a in shared if any(a in d and any(f in d for f in features) for d in q.dims)]
     last = next(d for d in reversed(scores) if d and d[0] in shared)
@@ -123,12 +123,15 @@ def heads_axis(
     return tuple(a for a in shared if a not in heads), heads
 
 
-def beside_batch_of_one(space: Space, operand: Operand, atom: Atom) -> bool:
-    """Whether a tensor behind a view has four dimensions, the first of size one and `atom` alone in another."""
+def is_head(space: Space, operand: Operand, atom: Atom, features: tuple[Atom, ...]) -> bool:
+    """Whether a tensor behind a view has four dimensions, the first of size one and `atom` alone in another, or has
+    `atom` and the features in one dimension, as a projection leaves them."""
     node, dims = operand.node, operand.dims
     for _ in range(DEPTH):
         dims = space.resolve(dims)
         if len(dims) >= 4 and not dims[0] and (atom,) in dims:
+            return True
+        if any(atom in d and any(f in d for f in features) for d in dims):
             return True
         step = space.back(node, dims, casts=True)
         if step is None:

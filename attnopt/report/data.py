@@ -151,7 +151,8 @@ def _bare(reason: dict[str, Any], state: str) -> dict[str, Any]:
 
 
 def _pair(one: int, two: int) -> str:
-    return str(one) if one == two else f"{one}/{two}"
+    """A size that K may have fewer of than q; 0 stands for one known at run time only."""
+    return (str(one) if one else "?") if one == two else f"{one}/{two}"
 
 
 # Plan
