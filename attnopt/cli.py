@@ -1,6 +1,7 @@
 """The command line: parse, run one command, turn every known mistake into one message and an exit code.
 
-Exit codes: 0 done; 1 the task could not be done (a model, text, plan or budget at fault); 2 the command line is wrong.
+Exit codes: 0 done; 1 the task could not be done (no plan keeps the budget, a missing package, an interruption); 2 what
+was given is at fault (the command line, a model, text, profile or plan).
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def build_parser() -> Parser:
 
     def with_text(made: Parser) -> None:
         made.add_argument("--text", nargs="+", default=[], metavar="FILE",
-                          help="text files, - for standard input; default: Python's own library source")  # fmt: skip
+                          help="text files, - for standard input; default: Python's own library source; "
+                          "to profile also .jsonl conversations, and probe: for facts asked for late")  # fmt: skip
         made.add_argument("--seed", type=int, default=0)
 
     examine = command("examine")
@@ -131,10 +133,18 @@ def build_parser() -> Parser:
     profile.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096])
     profile.add_argument("--samples", type=count, default=4, help="sequences at each length (default 4)")
     profile.add_argument("--windows", type=whole_numbers, default=None, help="windows observed")
+    profile.add_argument("--labels", choices=("model", "data", "continuation"), default="model",
+                         help="drawn from the model (default), the tokens that follow, or drawn on a text's "
+                         "continuation by the model itself")  # fmt: skip
+    profile.add_argument("--draws", type=count, default=1, help="draws of labels, each a backward pass (default 1)")
+    profile.add_argument("--greedy", action="store_true", help="continue by the most likely token, not by sampling")
+    profile.add_argument("--probe", type=count, default=0, metavar="N",
+                         help="also N documents of key-value lines and late questions at each length")  # fmt: skip
 
     merge = command("merge")
     merge.add_argument("profiles", nargs="+", metavar="PROFILE")
     merge.add_argument("--out", required=True, metavar="FILE")
+    merge.add_argument("--mixed", action="store_true", help="also add profiles whose losses were of something else")
 
     plan = command("plan")
     with_model(plan)
@@ -179,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The model is here; nothing is to be looked up.
         os.environ["HF_HUB_OFFLINE"] = "1"
     from attnopt import commands
-    from attnopt.errors import AttnoptError, OptionError
+    from attnopt.errors import AttnoptError
 
     try:
         if args.command == "demo":
@@ -188,10 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             demo.command(args)
         else:
             commands.run(args)
-    except OptionError as error:
-        return fail(error, 2)
     except AttnoptError as error:
-        return fail(error, 1)
+        return fail(error, error.exit_code)
     except KeyboardInterrupt:
         from attnopt.commands import INTERRUPTED
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class AttnoptError(Exception):
-    """Base of all errors a user can cause or mend; the command line prints it without a traceback."""
+    """Base of all errors a user can cause or mend; the command line prints it without a traceback.
+
+    exit_code: 2 where what was given is at fault (an option, a text, a model, a profile, a plan), 1 where the task
+    could not be done with it.
+    """
+
+    exit_code = 1
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem, self.remedy = problem, remedy
@@ -14,13 +20,19 @@ class AttnoptError(Exception):
 class OptionError(AttnoptError):
     """An option of the backend or of the command line that does not exist or has a wrong value."""
 
+    exit_code = 2
+
 
 class PlanError(AttnoptError):
     """A plan that cannot be read, or that belongs to another model."""
 
+    exit_code = 2
+
 
 class ProfileError(AttnoptError):
-    """A profile that cannot be read, or that belongs to another model."""
+    """A profile that cannot be read, that belongs to another model, or that lacks what is needed of it."""
+
+    exit_code = 2
 
 
 class BudgetError(AttnoptError):
@@ -28,11 +40,15 @@ class BudgetError(AttnoptError):
 
 
 class TextError(AttnoptError):
-    """Text to measure on that is missing, empty or too short."""
+    """Text to measure on that is missing, empty or too short, or of which nothing counts."""
+
+    exit_code = 2
 
 
 class ModelError(AttnoptError):
-    """A model that cannot be found or loaded."""
+    """A model that cannot be found or loaded, or that is no language model."""
+
+    exit_code = 2
 
 
 class DependencyError(AttnoptError):

@@ -20,10 +20,11 @@ from torch import Tensor
 from attnopt.codegen.emit import write_atomically
 from attnopt.errors import DependencyError, ProfileError
 from attnopt.fingerprint import Fingerprint, mismatch
-from attnopt.statistics import Grid, Observation, sum_shapes
+from attnopt.statistics import Grid, Observation, sum_names, sum_shapes
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "attnopt_profile"  # the one metadata key: several would be written in random order
+PLAIN = "model labels on text"
 AGAIN = "write it again with `attnopt profile`"
 
 
@@ -31,7 +32,8 @@ AGAIN = "write it again with `attnopt profile`"
 class Header:
     """Where a profile comes from.
 
-    data: hashes of the text observed, ascending. dtypes: of q, k, v, e.g. ("bfloat16",). held: the names of the sums.
+    data: hashes of the text observed, ascending. supervision: what the loss was of, e.g. "model labels on text"; more
+    than one where so asked for. dtypes: of q, k, v, e.g. ("bfloat16",). held: the names of the sums.
     versions: (package, version), one entry for every version that took part.
     """
 
@@ -41,6 +43,7 @@ class Header:
     dtypes: tuple[str, ...]
     held: tuple[str, ...]
     versions: tuple[tuple[str, str], ...]
+    supervision: tuple[str, ...] = (PLAIN,)
     schema: int = SCHEMA
 
 
@@ -57,19 +60,19 @@ class Profile:
 
     @classmethod
     def empty(
-        cls, fingerprint: Fingerprint, grid: Grid, data: Iterable[str], dtypes: Iterable[str], delta: bool = False
-    ) -> Profile:
+        cls, fingerprint: Fingerprint, grid: Grid, data: Iterable[str], dtypes: Iterable[str], delta: bool = False,
+        backward: bool = True, supervision: Iterable[str] = (PLAIN,),
+    ) -> Profile:  # fmt: skip
         """A profile to which `observation` adds sites. data: hashes of the text; dtypes: of the sites."""
-        held = tuple(sorted(sum_shapes(1, grid, 1, delta)))
-        return cls(
-            Header(fingerprint, grid, tuple(sorted(set(data))), tuple(sorted(set(dtypes))), held, versions_here())
-        )
+        marks, types, of = (tuple(sorted(set(names))) for names in (data, dtypes, supervision))
+        return cls(Header(fingerprint, grid, marks, types, sum_names(delta, backward), versions_here(), of))
 
     def observation(self, site: str, heads: int, length: int) -> Observation:
         """The observation of a site (its name) at a length, to be added to; a new one where there is none."""
         found = self.observations.get((site, length))
         if found is None:
-            found = Observation.zeros(heads, self.header.grid, length, "delta" in self.header.held)
+            held = self.header.held
+            found = Observation.zeros(heads, self.header.grid, length, "delta" in held, "t2" in held)
             self.observations[site, length] = found
         if found.heads != heads:
             raise ProfileError(f"{site} was profiled with {found.heads} heads and has {heads}", AGAIN)
@@ -89,6 +92,12 @@ class Profile:
         return {n: max(o.samples for (_, length), o in self.observations.items() if length == n) for n in self.lengths}
 
     def __iadd__(self, other: Profile) -> Profile:
+        self.add(other)
+        return self
+
+    def add(self, other: Profile, mixed: bool = False) -> None:
+        """Add `other` in place; ProfileError, and nothing changed, if it is of another model, grid or statistics, or,
+        unless `mixed`, if its loss was of something else."""
         mine, theirs = self.header, other.header
         different = mismatch(mine.fingerprint, theirs.fingerprint)
         if different:
@@ -97,6 +106,12 @@ class Profile:
             one, two = getattr(mine, what), getattr(theirs, what)
             if one != two:
                 raise ProfileError(f"these profiles do not add: {what} {one} and {two}", "profile with equal settings")
+        if mine.supervision != theirs.supervision and not mixed:
+            one, two = (" and ".join(header.supervision) for header in (mine, theirs))
+            raise ProfileError(
+                f"these profiles do not add: one has {one}, the other {two}",
+                "plan from each, or merge them on purpose with `attnopt merge --mixed`",
+            )
         for key, theirs_seen in other.observations.items():
             seen = self.observations.get(key)
             if seen is not None and seen.heads != theirs_seen.heads:
@@ -110,20 +125,16 @@ class Profile:
             tuple(sorted({*mine.dtypes, *theirs.dtypes})),
             mine.held,
             tuple(sorted({*mine.versions, *theirs.versions})),
+            tuple(sorted({*mine.supervision, *theirs.supervision})),
         )
         for (site, length), observation in other.observations.items():
             self.observation(site, observation.heads, length).__iadd__(observation)
-        return self
 
     def __add__(self, other: Profile) -> Profile:
         total = Profile(self.header)
         total += self
         total += other
         return total
-
-    def add(self, other: Profile) -> None:
-        """Add `other` in place; ProfileError, and nothing changed, if it is of another model, grid or statistics."""
-        self.__iadd__(other)
 
     def check_model(self, fingerprint: Fingerprint) -> None:
         """ProfileError unless the profile is of the model with this fingerprint."""
@@ -133,17 +144,32 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile; a reader sees the old file or the whole new one. ProfileError if a sum is not finite."""
+        self.check_finite()
+        write_atomically(Path(path), self.to_bytes())
+
+    def check_finite(self) -> None:
+        """ProfileError if a sum is not finite."""
         for (site, length), o in self.observations.items():
             if not all(tensor.isfinite().all() for tensor in o.sums.values()):
                 raise ProfileError(
-                    f"what was observed of {site} at length {length} is not finite",
-                    "check that the model's loss is finite on this text, or profile in float32",
+                    f"What was observed of {site} at length {length} is not finite.",
+                    "Check that the model's loss and gradients are finite on this text, or profile with --dtype fp32.",
                 )
+
+    def to_bytes(self) -> bytes:
+        """The content of the profile's file."""
         save = _safetensors().save
         header = _header_to_json(self.header)
         header["lengths"], header["samples"] = list(self.lengths), {str(n): c for n, c in self.samples.items()}
         header["observations"] = [
-            {"site": site, "length": length, "heads": o.heads, "rows": o.rows, "samples": o.samples}
+            {
+                "site": site,
+                "length": length,
+                "heads": o.heads,
+                "rows": o.rows,
+                "samples": o.samples,
+                "tokens": o.counted,
+            }
             for (site, length), o in self.observations.items()
         ]
         tensors = {
@@ -151,14 +177,18 @@ class Profile:
             for n, o in enumerate(self.observations.values())
             for name in self.header.held
         }
-        metadata = {KEY: json.dumps(header, sort_keys=True)}
-        write_atomically(Path(path), save(tensors, metadata))
+        content: bytes = save(tensors, {KEY: json.dumps(header, sort_keys=True)})
+        return content
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile; ProfileError for anything that `save` would not have written."""
-        path = Path(path)
-        metadata, tensors = _read(path)
+        return cls.from_bytes(_read(Path(path)), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str) -> Profile:
+        """The profile of a file's content; `path` says in errors where that is from."""
+        metadata, tensors = _parse(content, path)
         if KEY not in metadata:
             raise ProfileError(
                 f"{path} is a safetensors file and not a profile", "give a file that `attnopt profile` wrote"
@@ -189,9 +219,10 @@ class Profile:
         return profile
 
 
-def merged(profiles: Iterable[tuple[str, Profile]]) -> Profile:
+def merged(profiles: Iterable[tuple[str, Profile]], mixed: bool = False) -> Profile:
     """One profile of all, each given with its file's name: the numbers are those of one run over all their text, to the
-    last bits of a sum in another order. ProfileError where text is in two of them, or where they do not add."""
+    last bits of a sum in another order. ProfileError where text is in two of them, or where they do not add; `mixed`
+    also adds those whose losses were of something else."""
     seen: dict[str, str] = {}
     total: Profile | None = None
     for name, profile in profiles:
@@ -201,7 +232,9 @@ def merged(profiles: Iterable[tuple[str, Profile]]) -> Profile:
             raise ProfileError(problem, "merge profiles of different text, or of different seeds")
         seen.update(dict.fromkeys(profile.header.data, name))
         try:
-            total = profile if total is None else total + profile
+            if total is None:
+                total = Profile(profile.header)
+            total.add(profile, mixed)
         except ProfileError as error:
             raise ProfileError(f"{name}: {error.problem}", error.remedy) from error
     if total is None:
@@ -215,6 +248,7 @@ def _header_to_json(header: Header) -> dict[str, Any]:
         "fingerprint": header.fingerprint.to_json(),
         "grid": {"sinks": list(header.grid.sinks), "windows": list(header.grid.windows)},
         "data": list(header.data),
+        "supervision": list(header.supervision),
         "dtypes": list(header.dtypes),
         "held": list(header.held),
         "versions": [list(version) for version in header.versions],
@@ -224,7 +258,7 @@ def _header_to_json(header: Header) -> dict[str, Any]:
 def _header_from_json(data: Mapping[str, Any]) -> Header:
     grid = Grid(*(tuple(_count(x) for x in data["grid"][name]) for name in ("sinks", "windows")))
     held = tuple(data["held"])
-    if held not in [tuple(sorted(sum_shapes(1, grid, 1, delta))) for delta in (False, True)]:
+    if held not in [sum_names(delta, backward) for delta in (False, True) for backward in (False, True)]:
         raise ValueError(f"statistics that this attnopt does not know: {', '.join(map(str, held))}")
     return Header(
         Fingerprint.from_json(data["fingerprint"]),
@@ -233,6 +267,7 @@ def _header_from_json(data: Mapping[str, Any]) -> Header:
         tuple(str(x) for x in data["dtypes"]),
         held,
         tuple((str(package), str(version)) for package, version in data["versions"]),
+        tuple(str(x) for x in data["supervision"]),
     )
 
 
@@ -250,10 +285,13 @@ def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict
         raise ValueError(f"observation {n} has no site, length or heads")
     if (site, length) in profile.observations:
         raise ValueError(f"{site} at length {length} is there twice")
+    tokens = entry["tokens"]
+    if tokens is not None and (not isinstance(tokens, float) or not 0 < tokens < float("inf")):
+        raise ValueError(f"{tokens!r} is no sum of weights")
     if rows > samples * length:
         raise ValueError(f"{site} counts {rows} rows in {samples} samples of length {length}")
     sums = {}
-    for name, shape in sum_shapes(heads, header.grid, length, "delta" in header.held).items():
+    for name, shape in sum_shapes(heads, header.grid, length, header.held).items():
         tensor = tensors.pop(f"{n}.{name}", None)
         if tensor is None:
             raise ValueError(f"{name} of {site} at length {length} is missing")
@@ -265,7 +303,7 @@ def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict
         if name in ("t2", "sample_sq", "delta", "ablation_t2") and (tensor < 0).any():
             raise ValueError(f"{name} of {site} is a sum of squares and negative")
         sums[name] = tensor
-    profile.observations[site, length] = Observation(heads, header.grid, length, rows, samples, sums)
+    profile.observations[site, length] = Observation(heads, header.grid, length, rows, samples, sums, tokens)
 
 
 def _safetensors() -> Any:
@@ -277,16 +315,19 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; the tensors are copied, the file is not kept open or mapped."""
-    torch_format = _safetensors()
+def _read(path: Path) -> bytes:
     if not path.is_file():
         problem = f"{path} is a folder" if path.is_dir() else f"there is no profile {path}"
         raise ProfileError(problem, "make one with `attnopt profile`, or correct the path")
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+
+
+def _parse(content: bytes, path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; the tensors are copied, nothing is mapped."""
+    torch_format = _safetensors()
     try:  # 8 bytes of length, so many bytes of JSON, then the tensors; `load` checks lengths and offsets
         tensors = torch_format.load(content)
         size = int.from_bytes(content[:8], "little")

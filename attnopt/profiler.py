@@ -2,17 +2,17 @@
 
 One forward and one backward per sequence and label draw. Labels are drawn from the model's own next-token
 distribution (teacher-forced text), which makes half the sum of squares an estimate of the divergence from the dense
-model in nats; see attnopt/statistics for the formula. Nothing of size N x N is formed.
+model in nats; see attnopt/statistics for the formula, attnopt/supervision for other labels and for what counts. Nothing
+of size N x N is formed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnopt.errors import ProfileError
@@ -21,17 +21,29 @@ from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Site
 from attnopt.profile_file import Profile
 from attnopt.statistics import Grid, Observation, Observe, attention
+from attnopt.supervision import Sample, check_labels, loss_and_gradient
 
 # Half of the smallest window a kernel profits from, up to a quarter of the longest context in steps of two.
 DEFAULT_GRID = Grid((0, 4, 16), (32, 64, 128, 256, 512, 1024, 2048))
-# Rows of logits turned into labels and gradients at a time: 1024 x a 128k vocabulary in float32 is half a gigabyte.
-ROWS = 1024
 Progress = Callable[[int, int], None]
 
 
-def data_hash(ids: Tensor) -> str:
-    """Hash of one sequence of token ids, int64 (1, N)."""
-    return hashlib.sha256(ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Method:
+    """How a sequence is observed. labels: attnopt.supervision; draws: of labels, each a backward pass of its own."""
+
+    seed: int = 0
+    labels: str = "model"
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels, self.draws)
+
+    def marks(self, sample: Sample) -> list[str]:
+        """What names each pass in a profile's header: two equal ones would count the same thing twice."""
+        if self.labels == "data":
+            return [f"{sample.mark}-data"]
+        return [f"{sample.mark}-{self.seed}" + (f".{draw}" if draw else "") for draw in range(self.draws)]
 
 
 class _Recorder:
@@ -59,52 +71,49 @@ def discover(model: nn.Module, ids: Tensor) -> Instrumented:
     return instrumented
 
 
-def observed_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed cross-entropy against labels drawn from the model itself, in nats; logits (1, N, V)."""
-    total = logits.new_zeros((), dtype=torch.float32)
-    for rows in logits[0].split(ROWS):
-        wide = rows.float()
-        labels = torch.multinomial(wide.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(rows.device)
-        total = total + F.cross_entropy(wide, labels, reduction="sum")
-    return total
-
-
 def profile_model(
     model: nn.Module,
-    sequences: Sequence[Tensor],
+    sequences: Sequence[Tensor | Sample],
     grid: Grid = DEFAULT_GRID,
     seed: int = 0,
     progress: Progress | None = None,
     partial: Path | None = None,
+    *,
+    labels: str = "model",
+    draws: int = 1,
 ) -> Profile:
-    """Profile `model` on token sequences, each int64 (1, N); their lengths are the profile's lengths.
+    """Profile `model` on sequences, each a Sample or token ids int64 (1, N); their lengths are the profile's lengths.
 
     progress(done, total) is called after every sequence. partial: a file that holds what is done so far and is taken up
-    again by the next call with the same model, grid and seed; it is left there if the call is interrupted.
+    again by the next call with the same model, grid and seed; it is left there if the call is interrupted. labels,
+    draws: see `Method`.
     """
     if not sequences:
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
+    method, samples = Method(seed, labels, draws), [s if isinstance(s, Sample) else Sample(s) for s in sequences]
     model.eval()
-    instrumented = discover(model, sequences[0][:, : min(64, sequences[0].shape[1])])
+    instrumented = discover(model, samples[0].ids[:, :64])
     recorder = instrumented.observer
     assert isinstance(recorder, _Recorder)
     sites = list(instrumented.sites.values())
-    profile = Profile.empty(fingerprint_of(model, sites), grid, [], [s.dtype for s in sites])
+    profile = Profile.empty(
+        fingerprint_of(model, sites), grid, [], [s.dtype for s in sites],
+        supervision=[s.supervision(labels) for s in samples],
+    )  # fmt: skip
     if partial is not None and partial.exists():
         profile = resumed(profile, partial)
-    for done, ids in enumerate(sequences):
-        mark = f"{data_hash(ids)}-{seed}"
-        if mark not in profile.header.data:
-            profile += one_sequence(instrumented, recorder, profile, ids, mark, seed)
+    for done, sample in enumerate(samples):
+        if not set(method.marks(sample)) <= set(profile.header.data):
+            profile += one_sequence(instrumented, recorder, profile, sample, method)
             if partial is not None:
                 profile.save(partial)
         if progress is not None:
-            progress(done + 1, len(sequences))
+            progress(done + 1, len(samples))
     return profile
 
 
 def resumed(fresh: Profile, partial: Path) -> Profile:
-    """The unfinished profile of an earlier call, if it is of the same model and grid; else the fresh one."""
+    """The unfinished profile of an earlier call, if it is of the same model, grid and supervision; else a fresh one."""
     try:
         return fresh + Profile.load(partial)
     except ProfileError:
@@ -112,15 +121,32 @@ def resumed(fresh: Profile, partial: Path) -> Profile:
 
 
 def one_sequence(
-    instrumented: Instrumented, recorder: _Recorder, profile: Profile, ids: Tensor, mark: str, seed: int
+    instrumented: Instrumented, recorder: _Recorder, profile: Profile, sample: Sample, method: Method
 ) -> Profile:
-    """The profile of one sequence alone; added to the others only when it is complete."""
-    part = Profile.empty(profile.header.fingerprint, profile.header.grid, [mark], profile.header.dtypes)
-    generator = torch.Generator().manual_seed(seed + int(data_hash(ids)[:8], 16))
+    """The profile of one sequence alone, of the passes that `profile` does not hold yet; added only when complete."""
+    marks = [mark for mark in method.marks(sample) if mark not in profile.header.data]
+    header = profile.header
+    part = Profile.empty(header.fingerprint, header.grid, marks, header.dtypes, supervision=header.supervision)
     recorder.target = lambda site, length: part.observation(site.name, site.heads, length)
     try:
         with gradients_through(instrumented.model):
-            observed_loss(instrumented.logits(ids), generator).backward()
+            logits = instrumented.logits(sample.ids)
+            for left, mark in zip(reversed(range(len(marks))), marks, strict=True):
+                _, gradient = loss_and_gradient(
+                    logits, sample, method.labels, _generator(sample, mark, method), not left
+                )
+                logits.backward(gradient, retain_graph=bool(left))
     finally:
         recorder.target = None
+    weight = float(sample.row_weights(method.labels).sum()) * len(marks)
+    for observation in part.observations.values():
+        if sample.weights is not None or method.labels == "data":
+            observation.counted = weight
+    part.check_finite()
     return part
+
+
+def _generator(sample: Sample, mark: str, method: Method) -> torch.Generator:
+    """Where the labels of one pass are drawn from; of the first as if there were no others."""
+    draw = int(mark.rpartition(".")[2]) if "." in mark else 0
+    return torch.Generator().manual_seed(method.seed + int(sample.mark[:8], 16) + 104_729 * draw)

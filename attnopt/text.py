@@ -1,4 +1,8 @@
-"""Text to measure on: files, standard input or the standard library's own source, split in three and cut in lengths."""
+"""Text to measure on: files, standard input or the standard library's own source, split in three and cut in lengths.
+
+A source is a text file, "-" for standard input, a `.jsonl` file of conversations (attnopt/conversations), or "probe:"
+for random key-value lines and late questions (attnopt/probe).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt import conversations
 from attnopt.corpus import library_texts
 from attnopt.errors import TextError
+from attnopt.probe import FILLER_TOKENS, Probe, lines_of
+from attnopt.supervision import Sample
 
+PROBE = "probe:"
+# Tokens that a model goes on with, of a sequence of four times as many or more.
+CONTINUATION = 256
 PARTS = ("calibrate", "verify", "final")
 
 
@@ -48,9 +58,14 @@ def tokens_of(texts: Sequence[str], tokenizer: Any) -> Tensor:
 
 def part(ids: Tensor, which: str) -> Tensor:
     """The tokens of one of the three splits of a stream: the first half calibrates, the rest verifies and decides."""
-    bounds = (0, ids.numel() // 2, 3 * ids.numel() // 4, ids.numel())
+    begin, end = _bounds(ids.numel(), which)
+    return ids[begin:end]
+
+
+def _bounds(size: int, which: str) -> tuple[int, int]:
+    bounds = (0, size // 2, 3 * size // 4, size)
     k = PARTS.index(which)
-    return ids[bounds[k] : bounds[k + 1]]
+    return bounds[k], bounds[k + 1]
 
 
 def stream(sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000) -> Tensor:
@@ -79,3 +94,54 @@ def sequences(ids: Tensor, length: int, samples: int, which: str) -> Tensor:
     count = min(samples, available)
     stride = available // count
     return torch.stack([ids[n * stride * length : n * stride * length + length] for n in range(count)])
+
+
+class Sources:
+    """What `--text` names, for one of the three splits: plain text, conversations and probes apart."""
+
+    def __init__(
+        self, sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000, probes: int = 0
+    ) -> None:
+        if tokenizer is None:
+            raise TextError("This model comes without a tokenizer.", "Use a directory or hub name that has one.")
+        self.tokenizer, self.which, self.probes = tokenizer, which, probes
+        self.asked_to_probe = PROBE in sources or probes > 0
+        chats = [s for s in sources if s.endswith(".jsonl")]
+        plain = [s for s in sources if s != PROBE and s not in chats]
+        self.tokens = stream(plain, tokenizer, which, most) if plain or not sources else None
+        self.turns: list[conversations.Turns] = []
+        for name, text in zip(chats, (read([s])[0] for s in chats), strict=True):
+            found = conversations.parsed(text, name, tokenizer)
+            begin, end = _bounds(len(found), which)
+            self.turns += found[begin:end]
+        if chats and not self.turns:
+            raise TextError(
+                f"The conversations leave none for the {which} split.", "Give at least four; half of them calibrate."
+            )
+
+    def samples(self, length: int, count: int, seed: int) -> list[Sample]:
+        """At most `count` sequences of `length` tokens of each kind there is."""
+        found: list[Sample] = []
+        if self.tokens is not None:
+            found += [Sample(row[None]) for row in sequences(self.tokens, length, count, self.which)]
+        if self.turns:
+            found += conversations.packed(self.turns, length, count)
+        if self.asked_to_probe:
+            own = [] if self.tokens is None else [self.tokenizer.decode(self.tokens[:FILLER_TOKENS].tolist())]
+            probe = Probe(self.tokenizer, filler=lines_of(self.tokenizer, own), split=self.which)
+            documents = probe.documents(length, self.probes or count, f"{self.which} {seed}")
+            found += [document.sample for document in documents]
+        return found
+
+    def prompts(self, length: int, count: int) -> list[Tensor]:
+        """At most `count` prompts int64 (1, P), for the model to go on with up to `length` tokens."""
+        size = length - min(CONTINUATION, length // 4)
+        if self.asked_to_probe:
+            raise TextError("A probe has an answer, which the model is not to write.", "Use --labels model or data.")
+        found: list[Tensor] = []
+        if self.tokens is not None:
+            rows = sequences(self.tokens, length, count, self.which)
+            found += [conversations.as_question(row.tolist(), size, self.tokenizer) for row in rows]
+        if self.turns:
+            found += conversations.prompts_of(self.turns, size, count)
+        return found

@@ -98,7 +98,7 @@ Fails = Callable[..., str]
 def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     """Runs a command that must fail with `code`: its message, which has a remedy and no traceback."""
 
-    def check(command: list[str], code: int = 1) -> str:
+    def check(command: list[str], code: int = 2) -> str:
         capsys.readouterr()
         try:
             found = main(command)
@@ -200,7 +200,7 @@ def test_a_wrong_command_line_ends_with_2(
     line: str, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert WRONG_LINES[line] in fails(line.split(), code=2)
+    assert WRONG_LINES[line] in fails(line.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -290,8 +290,8 @@ def test_truncated_files_are_refused(work: Path, fails: Fails, tmp_path: Path) -
 
 def test_heads_that_are_not_there(work: Path, fails: Fails) -> None:
     command = ["--profile", str(work / "profile")]
-    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), f"{SITE}.4", *command], code=2)
-    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), "model.layers.0.self_atn.1", *command], code=2)
+    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), f"{SITE}.4", *command])
+    assert f"{SITE}.0" in fails(["explain", str(work / "plan.json"), "model.layers.0.self_atn.1", *command])
     assert "no file" in fails(["show", str(work / "none.json")])
 
 
@@ -299,18 +299,18 @@ def test_an_output_that_cannot_be_written_is_found_out_first(work: Path, fails: 
     """Below a regular file no folder can be made, whoever runs the test."""
     (tmp_path / "file").write_text("")
     inside = tmp_path / "file" / "sub" / "out"
-    assert "cannot be written" in fails(plan_command(work, inside))
-    assert "cannot be written" in fails(["profile", "no-such-model", "--out", str(inside)])
-    assert "cannot be written" in fails(["examine", "no-such-model", "--html", str(inside)])
-    assert "cannot be written" in fails(["demo", "--out", str(inside)])
-    assert "is a folder" in fails(["profile", "no-such-model", "--out", str(tmp_path)])
+    assert "cannot be written" in fails(plan_command(work, inside), code=1)
+    assert "cannot be written" in fails(["profile", "no-such-model", "--out", str(inside)], code=1)
+    assert "cannot be written" in fails(["examine", "no-such-model", "--html", str(inside)], code=1)
+    assert "cannot be written" in fails(["demo", "--out", str(inside)], code=1)
+    assert "is a folder" in fails(["profile", "no-such-model", "--out", str(tmp_path)], code=1)
     assert snapshot(tmp_path) == {"file": b""}
 
 
 def test_a_budget_that_no_plan_keeps_writes_nothing(work: Path, fails: Fails, tmp_path: Path) -> None:
     options = plan_command(work, tmp_path / "plan.json")
     at = options.index("--max-loss-increase")
-    assert "budget" in fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]])
+    assert "budget" in fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]], code=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -321,6 +321,64 @@ def test_missing_triton_is_one_message(work: Path, tmp_path: Path) -> None:
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "needs the package triton" in ended.stderr and "pip install triton" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+CHAT = [
+    {"prompt": "def add(a, b):\n    ", "answer": "return a + b\n" * 12},
+    {"prompt": "# the sum of all\n" * 9, "answer": "total = sum(values)\n" * 3},
+]
+
+
+def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(CHAT[n % 2]) for n in range(24)))
+    base = ["profile", str(work / "model"), "--lengths", "128", "--samples", "1", "--json"]
+
+    def header(name: str, *options: str) -> Any:
+        capsys.readouterr()
+        assert main([*base, *options, "--out", str(tmp_path / name)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["supervision"], found["lengths"][0]["tokens"]
+
+    words = ["--text", str(work / "text.py")]
+    assert header("text", *words, "--draws", "2") == (["model labels on text"], 256)
+    assert header("data", *words, "--labels", "data") == (["data labels on text"], 127)
+    assert header("own", *words, "--labels", "continuation") == (["model labels on its own sampled continuation"], 32)
+    supervision, tokens = header("chat", "--text", str(tmp_path / "chat.jsonl"), "--labels", "data")
+    assert supervision == ["data labels on chat answers"] and 10 < tokens < 100
+    supervision, tokens = header("probe", "--text", "probe:")
+    assert supervision == ["model labels on probe answers"] and 4 <= tokens < 40
+    both = header("both", *words, "--probe", "1")
+    assert both == (["model labels on probe answers", "model labels on text"], 128 + tokens)
+    merged = ["merge", str(tmp_path / "text"), str(tmp_path / "chat"), "--out", str(tmp_path / "mixed")]
+    assert "--mixed" in fails(merged) and not (tmp_path / "mixed").exists()
+    assert main([*merged, "--mixed"]) == 0
+
+
+def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "silent.jsonl").write_text('{"prompt": "a", "answer": ""}\n')
+    (tmp_path / "broken.jsonl").write_text(json.dumps(CHAT[0]) + "\n{")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    (tmp_path / "out").write_text("kept")
+    before = snapshot(tmp_path)
+    options = ["--lengths", "64", "--samples", "1", "--out", str(tmp_path / "out"), "--text"]
+    base = ["profile", str(work / "model"), *options]
+    for words, message in {
+        ("silent.jsonl",): "Line 1 of", ("broken.jsonl",): "is not JSON", ("chat.jsonl",): "no chat template",
+        ("probe:", "--labels", "continuation"): "has an answer", ("probe:", "--lengths", "8"): "no room",
+        ("probe:", "--labels", "data", "--draws", "2"): "not drawn",
+    }.items():  # fmt: skip
+        name = str(tmp_path / words[0]) if words[0].endswith("l") else words[0]
+        assert message in fails([*base, name, *words[1:]])
+    broken = tmp_path / "model"
+    save_model(broken)
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite" in fails(["profile", str(broken), *options, str(work / "text.py"), "--dtype", "bf16"])
+    shutil.rmtree(broken)
+    assert snapshot(tmp_path) == before
 
 
 def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from attnopt.errors import ProfileError
 from attnopt.fingerprint import Fingerprint
-from attnopt.profile_file import KEY, Profile
+from attnopt.profile_file import KEY, Profile, merged
+from attnopt.registry import CANDIDATES
 from attnopt.statistics import Grid, Observation, stream
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -101,6 +102,36 @@ def test_profiles_that_do_not_add(other: Callable[[], Profile], problem: str) ->
     assert same(one, profile())
 
 
+def test_profiles_of_other_supervision_add_on_purpose_only(tmp_path: Path) -> None:
+    one, two = profile(0, data="a"), profile(1, data="b")
+    two.header = replace(two.header, supervision=("data labels on chat answers",))
+    two.observations["layers.0.attn", 24].counted = 3.5
+    with pytest.raises(ProfileError, match="model labels on text, the other data labels on chat answers") as caught:
+        merged([("one", one), ("two", two)])
+    assert "--mixed" in caught.value.remedy
+    both = merged([("one", one), ("two", two)], mixed=True)
+    assert both.header.supervision == ("data labels on chat answers", "model labels on text")
+    assert both.observations["layers.0.attn", 24].tokens == one.observations["layers.0.attn", 24].rows + 3.5
+    both.save(tmp_path / "a")
+    assert same(Profile.load(tmp_path / "a"), both)
+    assert Profile.load(tmp_path / "a").observations["layers.0.attn", 24].tokens == 51.5
+
+
+def test_statistics_that_were_not_gathered_are_refused(tmp_path: Path) -> None:
+    """A profile without a backward pass is read, and what needs one says so when it asks."""
+    forward = Profile.empty(PRINT, GRID, ["text"], ["float32"], delta=True, backward=False)
+    qkv = (torch.randn(1, heads, 24, 8) for heads in (4, 2, 2))
+    stream(*qkv, None, 8**-0.5, None, forward.observation("layers.0.attn", 4, 24))
+    forward.save(tmp_path / "a")
+    seen = Profile.load(tmp_path / "a").observations["layers.0.attn", 24]
+    assert (seen.delta > 0).any()
+    with pytest.raises(ProfileError, match="does not hold t2") as caught:
+        CANDIDATES["sink_window"].damage(seen, {"sink": 0, "alpha": 8, "beta": 0.0}, 24)
+    assert "without --forward-only" in caught.value.remedy
+    with pytest.raises(ProfileError, match="held"):
+        profile().add(forward)
+
+
 def test_a_cast_model_is_the_same_model() -> None:
     rounded = replace(PRINT, samples=(0.1255, 0.499))
     assert (profile() + profile(1, fingerprint=rounded)).samples[24] == 4
@@ -160,10 +191,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any],
     "schema": (lambda h, t: h.update(schema=99), "format 99"),
     "no schema": (lambda h, t: h.pop("schema"), "header"),
     "no grid": (lambda h, t: h.pop("grid"), "contradicts itself: no 'grid'"),
-    "grid": (lambda h, t: h["grid"]["windows"].append(64), "t2 of layers.0.attn is"),
+    "grid": (lambda h, t: h["grid"]["windows"].append(64), "mass of layers.0.attn is"),
     "grid descends": (lambda h, t: h["grid"].update(windows=[32, 16, 4]), "ascending"),
     "grid of fractions": (lambda h, t: h["grid"].update(windows=[4.5]), "not a count"),
-    "heads": (lambda h, t: h["observations"][1].update(heads=5), "t2 of layers.1.attn is"),
+    "heads": (lambda h, t: h["observations"][1].update(heads=5), "ablation_t2 of layers.1.attn is"),
     "length": (lambda h, t: h["observations"][0].update(length=99), "mass_by_distance of layers.0.attn"),
     "rows": (lambda h, t: h["observations"][0].update(rows=10**6), "1000000 rows"),
     "samples": (lambda h, t: h["samples"].update({"24": 3}), "numbers of samples"),
@@ -172,6 +203,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any],
     "held": (lambda h, t: h["held"].append("x"), "does not know"),
     "fingerprint": (lambda h, t: h.update(fingerprint=3), "fingerprint"),
     "versions": (lambda h, t: h.update(versions=[["torch"]]), "contradicts itself"),
+    "tokens": (lambda h, t: h["observations"][0].update(tokens=-1.0), "no sum of weights"),
+    "no supervision": (lambda h, t: h.pop("supervision"), "no 'supervision'"),
     "shape": (lambda h, t: t.update({"0.t2": torch.zeros(4, 2, 2, dtype=torch.float64)}), "t2 of layers.0.attn is"),
     "dtype": (lambda h, t: t.update({"0.t2": torch.zeros(4, 2, 3)}), "torch.float32"),
     "nan": (lambda h, t: t["1.mass"].fill_(float("nan")), "mass of layers.1.attn is not finite"),

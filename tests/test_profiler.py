@@ -10,8 +10,9 @@ from models import HEADS, LAYERS, NanoGPT, build, tokens
 from attnopt import profiler
 from attnopt.errors import ModelError, ProfileError
 from attnopt.profile_file import Profile, merged
-from attnopt.profiler import observed_loss, profile_model
+from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
+from attnopt.supervision import Sample, loss_and_gradient
 
 GRID = Grid((0, 2), (4, 8))
 SEQUENCES = [tokens(1, 24, seed=n) for n in range(3)]
@@ -95,15 +96,14 @@ def test_an_interrupted_run_leaves_a_profile_and_resumes(whole, tmp_path, monkey
 def test_an_interruption_within_a_sequence_counts_nothing_of_it(tmp_path, monkeypatch):
     partial, calls = tmp_path / "partial.safetensors", []
 
-    def loss(logits, generator):
+    def loss(logits, *rest):
         calls.append(1)
-        value = observed_loss(logits, generator)
         if len(calls) == 2:
-            value.register_hook(lambda _: (_ for _ in ()).throw(Interrupted()))
-        return value
+            logits.register_hook(lambda _: (_ for _ in ()).throw(Interrupted()))
+        return loss_and_gradient(logits, *rest)
 
     model = build("llama")
-    monkeypatch.setattr(profiler, "observed_loss", loss)
+    monkeypatch.setattr(profiler, "loss_and_gradient", loss)
     with pytest.raises(Interrupted):
         profile_model(model, SEQUENCES, GRID, partial=partial)
     assert Profile.load(partial).samples == {24: 1}
@@ -130,13 +130,99 @@ def test_another_seed_draws_other_labels(whole):
     assert set(again.header.data).isdisjoint(whole.header.data)
 
 
-def test_labels_come_from_the_model_itself():
-    """A distribution that is certain gives its own token and no loss, whatever the text says."""
-    logits = torch.full((1, 2500, 5), -50.0)
-    logits[..., 3] = 50.0
-    assert observed_loss(logits, torch.Generator().manual_seed(0)).item() == 0.0
-    uniform = observed_loss(torch.zeros(1, 2500, 5), torch.Generator().manual_seed(0))
-    assert uniform.item() == pytest.approx(2500 * torch.tensor(5.0).log().item(), rel=1e-4)
+def observed(model, samples, **how):
+    return next(iter(profile_model(model, samples, GRID, **how).observations.values()))
+
+
+def test_several_draws_are_several_samples(whole):
+    three = profile_model(build("llama"), SEQUENCES, GRID, draws=3)
+    assert three.samples == {24: 9} and set(whole.header.data) < set(three.header.data)
+    for key, seen in three.observations.items():
+        assert seen.rows == seen.tokens == 9 * 24
+        first = whole.observations[key]
+        # Each pass over the same text: what does not depend on labels is three times as much.
+        torch.testing.assert_close(seen.mass, 3 * first.mass)
+        assert not torch.allclose(seen.t2, 3 * first.t2, rtol=1e-3)
+
+
+def test_draws_that_are_there_are_not_drawn_again(tmp_path):
+    partial = tmp_path / "partial.safetensors"
+    profile_model(build("llama"), SEQUENCES, GRID, partial=partial)
+    more = profile_model(build("llama"), SEQUENCES, GRID, draws=2, partial=partial)
+    equal(more, profile_model(build("llama"), SEQUENCES, GRID, draws=2), rtol=1e-6)
+
+
+def test_masked_tokens_have_no_loss():
+    """Weights that leave one token to predict give the statistics of that token's loss alone, by autograd."""
+    model, ids = build("llama"), SEQUENCES[0]
+    weights = torch.zeros(24)
+    weights[20] = 1.0
+    seen = observed(model, [Sample(ids, weights)], labels="data")
+    assert (seen.rows, seen.counted) == (24, 1.0)
+    logits = model(ids).logits[0, 19].detach().requires_grad_()
+    gradient = torch.zeros(1, 24, logits.numel())
+    (gradient[0, 19],) = torch.autograd.grad(F.cross_entropy(logits[None], ids[0, 20:21]), logits)
+    found = loss_and_gradient(model(ids).logits, Sample(ids, weights), "data", torch.Generator())[1]
+    torch.testing.assert_close(found, gradient)
+    # Rows after it cannot matter: the same text, cut there.
+    short = observed(model, [Sample(ids[:, :21], weights[:21])], labels="data")
+    torch.testing.assert_close(short.t2, seen.t2, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("labels, power", [("model", 1), ("data", 2)])
+def test_a_weight_weighs_the_divergence_or_the_loss(labels, power):
+    plain, weighed = (
+        observed(build("llama"), [Sample(SEQUENCES[0], torch.full((24,), w))], labels=labels) for w in (1.0, 4.0)
+    )
+    assert (plain.counted, weighed.counted) == (23.0, 92.0)
+    # The labels of model draws are those of another seed: the weights are part of what seeds them.
+    if labels == "data":
+        torch.testing.assert_close(weighed.t2, 4.0**power * plain.t2, rtol=1e-4, atol=1e-12)
+    else:
+        factors = [loss_and_gradient(torch.zeros(1, 24, 61), Sample(SEQUENCES[0], torch.full((24,), w)), "model",
+                                     torch.Generator().manual_seed(0))[1] for w in (1.0, 4.0)]  # fmt: skip
+        torch.testing.assert_close(factors[1], 2.0 * factors[0])
+
+
+def test_profiles_of_other_supervision_do_not_add(whole):
+    data = profile_model(build("llama"), SEQUENCES, GRID, labels="data")
+    assert data.header.supervision == ("data labels on text",) and whole.header.supervision == ("model labels on text",)
+    with pytest.raises(ProfileError, match="the other data labels on text"):
+        whole.add(data)
+    assert merged([("a", whole), ("b", data)], mixed=True).samples == {24: 6}
+    again = profile_model(build("llama"), SEQUENCES, GRID, labels="data", seed=5)
+    with pytest.raises(ProfileError, match="observed the same text"):
+        merged([("a", data), ("b", again)])
+
+
+def test_a_loss_that_is_not_finite_is_refused(tmp_path):
+    model, partial = build("llama"), tmp_path / "partial"
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ProfileError, match="loss of a sequence of 24 tokens is not finite") as caught:
+        profile_model(model, SEQUENCES, GRID, partial=partial)
+    assert "--dtype fp32" in caught.value.remedy and not partial.exists()
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path):
+    """A finite loss whose gradient overflows on its way down."""
+
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    model, partial = build("llama"), tmp_path / "partial"
+    logits = profiler.Instrumented.logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiler.Instrumented, "logits", lambda self, ids: Steep.apply(logits(self, ids)))
+        with pytest.raises(ProfileError, match="self_attn at length 24 is not finite"):
+            profile_model(model, SEQUENCES, GRID, partial=partial)
+    assert not partial.exists()
 
 
 def test_no_text():

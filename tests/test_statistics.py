@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnopt.errors import ProfileError
 from attnopt.statistics import (
     Grid,
     Observation,
@@ -107,7 +108,9 @@ def test_against_the_naive_twin(case: str) -> None:
     for name, size in (("t1", (twin.t2 * twin.rows).sqrt()), ("entropy", twin.entropy.new_tensor(float(twin.rows)))):
         assert ((observation.sums[name] - twin.sums[name]).abs() <= 1e-5 * size + 1e-9).all(), name
     assert ((observation.sample_sq - twin.sample_sq).abs() <= 1e-4 * twin.t2 * twin.rows + 1e-12).all()
-    assert (observation.mass_by_distance - twin.mass_by_distance).abs().max() <= 1e-5 * twin.rows
+    for name in ("mass_by_distance", "mass_at_key"):
+        assert (observation.sums[name] - twin.sums[name]).abs().max() <= 1e-5 * twin.rows, name
+    assert float(observation.mass_at_key[:, 0].min()) > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,7 +205,7 @@ def test_forward_only_measures_what_needs_no_gradient() -> None:
     full, forward = (Observation.zeros(4, GRID, 150, delta=True) for _ in range(2))
     stream(*qkv, grad, scale, pad, full, window)
     measure_forward(*qkv, scale, pad, forward, window)
-    for name in ("mass", "entropy", "mass_by_distance", "delta"):
+    for name in ("mass", "entropy", "mass_by_distance", "mass_at_key", "delta"):
         assert torch.equal(full.sums[name], forward.sums[name]), name
     assert not forward.t2.any() and not forward.ablation_t2.any()
 
@@ -223,8 +226,28 @@ def test_observations_add() -> None:
         first + Observation.zeros(4, Grid((0,), (1,)), 150)
     with pytest.raises(ValueError, match="do not fit"):
         stream(*(x[:, :, :50] for x in (*qkv, grad)), scale, None, both)
-    with pytest.raises(AttributeError, match="delta"):
+    with pytest.raises(ProfileError, match="does not hold delta") as missing:
         _ = first.delta
+    assert "--forward-only" in missing.value.remedy
+    with pytest.raises(AttributeError, match="no 'epsilon'"):
+        _ = first.epsilon
+
+
+def test_what_was_not_gathered_is_not_read_as_zero() -> None:
+    forward = Observation.zeros(4, GRID, 150, delta=True, backward=False)
+    assert "t2" not in forward.held and "delta" in forward.held
+    with pytest.raises(ProfileError, match="does not hold t2") as missing:
+        forward.damage(0, 0, 1)
+    assert "without --forward-only" in missing.value.remedy
+    with pytest.raises(ValueError, match="do not add"):
+        forward + Observation.zeros(4, GRID, 150, delta=True)
+
+
+def test_tokens_counted_by_weight_add_to_rows_that_all_count() -> None:
+    every, some = Observation.zeros(4, GRID, 150), Observation.zeros(4, GRID, 150)
+    every.rows, some.rows, some.counted = 150, 150, 12.5
+    assert every.tokens == 150 and some.tokens == 12.5
+    assert (every + some).tokens == (some + every).tokens == 162.5 and (every + every).counted is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -150,7 +150,7 @@ def candidates_of(held: Plan, seen: Profile, site: str, head: int) -> list[dict[
         damage = 0.0
         for n in seen.lengths:
             sums = seen.observations[site, n]
-            damage = max(damage, float(kind.damage(sums, params, n)[head]) / max(1, sums.rows))
+            damage = max(damage, float(kind.damage(sums, params, n)[head]) / max(1e-9, sums.tokens))
         sink, window = kind.span(params, length)
         share = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
         rows.append({"choice": str(choice), "damage": damage, "cost": share, "chosen": choice == chosen})

@@ -114,7 +114,7 @@ def _damage(
                     f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
                 )
             some = [choices[c] for c in columns]
-            found = CANDIDATES[name].damages(observation, some, length, site.mask.window) / observation.rows
+            found = CANDIDATES[name].damages(observation, some, length, site.mask.window) / observation.tokens
             damage[:, columns] = np.maximum(damage[:, columns], found.numpy())
     return damage
 

@@ -272,20 +272,23 @@ def _list(values: Iterable[int]) -> str:
 
 
 def profile_json(profile: Profile) -> dict[str, Any]:
-    """Damages are per token (query row): t2 / 2 / rows, as [sink][window] in the order of `grid`."""
+    """Damages are per token counted: t2 / 2 / tokens, as [sink][window] in the order of `grid`; None where the profile
+    was made without a backward pass."""
     header, grid = profile.header, profile.header.grid
     sites: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (site, length), observation in profile.observations.items():
         sites.setdefault(site, {})[str(length)] = [_head(observation, head) for head in range(observation.heads)]
     lengths = [
         {"length": n, "samples": profile.samples[n],
-         "rows": max(o.rows for (_, length), o in profile.observations.items() if length == n)}
+         "rows": max(o.rows for (_, length), o in profile.observations.items() if length == n),
+         "tokens": max(o.tokens for (_, length), o in profile.observations.items() if length == n)}
         for n in profile.lengths
     ]  # fmt: skip
     return {
         "fingerprint": header.fingerprint.structure,
         "grid": {"sinks": list(grid.sinks), "windows": list(grid.windows)},
         "data": list(header.data),
+        "supervision": list(header.supervision),
         "dtypes": list(header.dtypes),
         "held": list(header.held),
         "versions": [list(version) for version in header.versions],
@@ -296,14 +299,14 @@ def profile_json(profile: Profile) -> dict[str, Any]:
 
 
 def _head(observation: Observation, head: int) -> dict[str, Any]:
-    rows = max(observation.rows, 1)
+    rows, tokens, backward = max(observation.rows, 1), max(observation.tokens, 1e-9), "t2" in observation.held
     low, high = median_distance(observation, head)
     return {
         "head": head,
         "distance": [low, high],
         "entropy": float(observation.entropy[head]) / rows,
-        "ablation": float(observation.ablation_t2[head]) / 2 / rows,
-        "damage": (observation.t2[head] / 2 / rows).tolist(),
+        "ablation": float(observation.ablation_t2[head]) / 2 / tokens if backward else None,
+        "damage": (observation.t2[head] / 2 / tokens).tolist() if backward else None,
     }
 
 
@@ -329,7 +332,7 @@ def _worst(profile: Profile) -> list[dict[str, Any]]:
     for site, length in longest.items():
         observation = profile.observations[site, length]
         for head in range(observation.heads if window < length else 0):
-            damage = observation.damage(head, sink, window) / max(observation.rows, 1)
+            damage = observation.damage(head, sink, window) / max(observation.tokens, 1e-9)
             found.append({
                 "site": site, "head": head, "length": length, "sink": sink, "window": window,
                 "nats_per_token": damage,

@@ -216,9 +216,11 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
     grid = found["grid"]
     to.print(Text(f"profile of model {found['fingerprint']}", style="bold"))
     to.print(f"windows {_numbers(grid['windows'])}; sinks {_numbers(grid['sinks'])}; {', '.join(found['dtypes'])}")
-    table = _table(["length", "samples", "rows"], ("length", "samples", "rows"))
+    to.print(f"loss of {'; '.join(found['supervision'])}")
+    columns = ("length", "samples", "rows", "tokens")
+    table = _table(columns, columns)
     for row in found["lengths"]:
-        table.add_row(str(row["length"]), str(row["samples"]), str(row["rows"]))
+        table.add_row(*(f"{row[name]:g}" if name == "tokens" else str(row[name]) for name in columns))
     to.print(table)
     if not found["sites"]:
         to.print("The profile holds no site.")

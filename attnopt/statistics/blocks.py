@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.statistics.records import Observation, distance_buckets, sum_shapes
+from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, sum_shapes
 
 # Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
 TINY_MASS = 1e-30
@@ -84,7 +84,7 @@ class _Pass:
         self.at_bucket = [self.edges.index(d) for d in buckets]
         self.sinks = torch.tensor(self.grid.sinks, device=q.device)
         self.distances = torch.tensor(self.edges, device=q.device)
-        shapes = sum_shapes(self.repeat, self.grid, self.length, "delta" in observation.sums)
+        shapes = sum_shapes(self.repeat, self.grid, self.length, observation.held)
         self.sums = {
             name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)
             for name, shape in shapes.items()
@@ -196,6 +196,9 @@ class _Pass:
         values = None
         if "delta" in self.sums:
             values = self._values(weights, self.v[x, low : low + weights.shape[3]], low, start, tile)
+        if low == 0:
+            first = (weights[..., :SINK_KEYS] * valid[..., None]).sum(2)
+            self.sums["mass_at_key"][x, :, : first.shape[-1]] += first
         rows = torch.arange(start, start + weights.shape[2], device=weights.device)
         leading, near, far = self._split(weights, low, start, tile)
         cuts = (rows[:, None] - self.distances + 1).clamp(0, leading.columns)  # (R, edges): first near column
@@ -215,7 +218,7 @@ class _Pass:
             moved = torch.where((kept < 0.5)[..., None], kept_values - kept[..., None] * output, less)
             moved = torch.where(gone[..., None], -output, moved / kept[..., None]) * counts[..., None]
             self.sums["delta"][x] += moved.square().sum((2, 5))
-        if scored is None or dots is None:
+        if scored is None or dots is None or "t2" not in self.sums:
             return
         dots = dots.double()
         leading, near, far = self._split(scored, low, start, tile)
@@ -260,7 +263,8 @@ class _Pass:
         """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""
         unfold = {n: s.reshape(self.batch, self.heads, *s.shape[2:]) for n, s in self.sums.items()}
         total = {name: tensor.sum(0) for name, tensor in unfold.items()}
-        total["sample_sq"] = unfold["t1"].square().sum(0)
+        if "sample_sq" in self.observation.sums:
+            total["sample_sq"] = unfold["t1"].square().sum(0)
         rows = self.batch * self.length if self.pad is None else int(self.pad.sum())
         self.observation._count(rows, self.batch, total)
         if self.grads is None:

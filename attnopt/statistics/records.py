@@ -8,6 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.errors import ProfileError
+
+# Sums that a backward pass yields, and those that any pass does.
+BACKWARD = ("ablation_t2", "sample_sq", "t1", "t2")
+FORWARD = ("entropy", "mass", "mass_at_key", "mass_by_distance")
+KNOWN = frozenset((*BACKWARD, *FORWARD, "delta"))
+# The first keys whose mass is kept one by one: where a model that rests on its first tokens rests.
+SINK_KEYS = 16
+
+
+class MissingStatistic(ProfileError, AttributeError):
+    """A sum that exists and was not gathered."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -30,15 +43,20 @@ def distance_buckets(length: int) -> list[int]:
     return [0] + [1 << n for n in range((length - 1).bit_length())]
 
 
-def sum_shapes(heads: int, grid: Grid, length: int, delta: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of an Observation and their shapes."""
+def sum_names(delta: bool = False, backward: bool = True) -> tuple[str, ...]:
+    """The sums that a pass gathers, ascending."""
+    return tuple(sorted((*FORWARD, *(BACKWARD if backward else ()), *(("delta",) if delta else ()))))
+
+
+def sum_shapes(heads: int, grid: Grid, length: int, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the sums of an Observation, by name."""
     spans = (heads, len(grid.sinks), len(grid.windows))
-    shapes: dict[str, tuple[int, ...]] = {name: spans for name in ("t2", "t1", "sample_sq", "mass")}
-    if delta:
-        shapes["delta"] = spans
-    shapes |= {"ablation_t2": (heads,), "entropy": (heads,)}
-    shapes["mass_by_distance"] = (heads, len(distance_buckets(length)))
-    return shapes
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("t2", "t1", "sample_sq", "mass", "delta"), spans),
+        "ablation_t2": (heads,), "entropy": (heads,),
+        "mass_by_distance": (heads, len(distance_buckets(length))), "mass_at_key": (heads, SINK_KEYS),
+    }  # fmt: skip
+    return {name: shapes[name] for name in names}
 
 
 @dataclass
@@ -47,10 +65,13 @@ class Observation:
 
     sums, by name, over rows i of all samples (H query heads, S sinks, W windows):
         t2 (H, S, W): sum t_i^2; t1: sum t_i; sample_sq: sum over samples of (sum_i t_i)^2; mass: sum of dropped mass
-        delta (H, S, W), optional: sum ||delta O_i||^2
+        delta (H, S, W): sum ||delta O_i W_O||^2, W_O the head's slice of the output projection
         ablation_t2 (H,): sum D_i^2, the t2 of dropping every key; entropy (H,): of A_i, nats
         mass_by_distance (H, buckets): sum of A_ij by i - j, see `distance_buckets`
-    rows: query rows counted (padded ones are not). samples: sequences counted, once per backward pass.
+        mass_at_key (H, 16): sum of A_ij by j, of the first keys
+    Forward-only runs hold neither t2, t1, sample_sq nor ablation_t2; delta is held where it was asked for.
+    rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
+    weights of the tokens whose loss was taken; None where every row's was.
     """
 
     heads: int
@@ -59,36 +80,51 @@ class Observation:
     rows: int
     samples: int
     sums: dict[str, Tensor]
+    counted: float | None = None
 
     @classmethod
-    def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False) -> Observation:
-        shapes = sum_shapes(heads, grid, length, delta)
+    def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False, backward: bool = True) -> Observation:
+        shapes = sum_shapes(heads, grid, length, sum_names(delta, backward))
         return cls(heads, grid, length, 0, 0, {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()})
 
     def __getattr__(self, name: str) -> Tensor:
         sums = self.__dict__.get("sums", {})
-        if name not in sums:
-            raise AttributeError(f"this observation does not hold {name!r}")
-        return sums[name]
+        if name in sums:
+            return sums[name]
+        if name in KNOWN:
+            without = "--forward-only" if name in BACKWARD else "the statistics of `attnopt profile --forward-only`"
+            raise MissingStatistic(
+                f"This profile does not hold {name}, which is needed here; it holds {', '.join(self.held)}.",
+                f"Profile again {'without' if name in BACKWARD else 'with'} {without}.",
+            )
+        raise AttributeError(f"an observation has no {name!r}")
 
     @property
     def held(self) -> tuple[str, ...]:
         return tuple(sorted(self.sums))
 
+    @property
+    def tokens(self) -> float:
+        """Tokens whose loss the sums are about, by weight: what a damage per token is divided by."""
+        return float(self.rows) if self.counted is None else self.counted
+
     def damage(self, head: int, sink: int, window: int) -> float:
         """Estimated KL(dense || dropped) of one head in nats, summed over the rows observed: t2 / 2."""
-        return 0.5 * float(self.sums["t2"][head, *self.grid.index(sink, window)])
+        return 0.5 * float(self.t2[head, *self.grid.index(sink, window)])
 
     def __iadd__(self, other: Observation) -> Observation:
         mine, theirs = ((o.heads, o.grid, o.length, o.held) for o in (self, other))
         if mine != theirs:
             raise ValueError(f"these observations do not add: {mine} and {theirs}")
+        tokens = self.tokens + other.tokens
+        weighted = self.counted is not None or other.counted is not None
         self._count(other.rows, other.samples, other.sums)
+        self.counted = tokens if weighted else None
         return self
 
     def __add__(self, other: Observation) -> Observation:
         sums = {name: tensor.clone() for name, tensor in self.sums.items()}
-        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums)
+        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums, self.counted)
         total += other
         return total
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnopt.statistics.observe import causal_mask
-from attnopt.statistics.records import Grid, Observation, distance_buckets
+from attnopt.statistics.records import SINK_KEYS, Grid, Observation, distance_buckets
 
 
 def naive_observation(
@@ -61,5 +61,7 @@ def naive_observation(
     ends = [*distance_buckets(length), length]
     for n, (begin, end) in enumerate(itertools.pairwise(ends)):
         sums["mass_by_distance"][:, n] = total((weights * ((distance >= begin) & (distance < end))).sum(-1))
+    for n in range(min(SINK_KEYS, length)):
+        sums["mass_at_key"][:, n] = total(weights[..., n])
     result._count(int(counted.expand(q.shape[0], 1, length).sum()), q.shape[0], sums)
     return result
