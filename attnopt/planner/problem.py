@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from attnopt.profile_file import Profile
 
 Tables = Costs | Mapping[str, Costs]
-# What damage is computed from; a profile of forward passes alone does not hold it.
-NEEDED = ("t2", "ablation_t2")
 
 
 def table_of(tables: Tables, site: Site) -> Costs:
@@ -44,7 +42,6 @@ def make_problem(
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
-    need_damage(profile)
     lengths = list(lengths or profile.lengths)
     wanted = [*lengths, target_length]
     grid = profile.header.grid
@@ -77,15 +74,6 @@ def make_problem(
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
     )
     return weighed(problem, objective, tables, sites)
-
-
-def need_damage(profile: Profile) -> None:
-    missing = [name for name in NEEDED if name not in profile.header.held]
-    if missing:
-        raise ProfileError(
-            f"The profile holds no {', '.join(missing)}: forward passes alone do not show the damage to the loss.",
-            "Profile again with a backward pass.",
-        )
 
 
 def key_bytes(site: Site) -> int:
