@@ -73,7 +73,6 @@ class Profile:
         if found is None:
             held = self.header.held
             found = Observation.zeros(heads, self.header.grid, length, "delta" in held, "t2" in held)
-            found.key = " ".join(self.header.data)
             self.observations[site, length] = found
         if found.heads != heads:
             raise ProfileError(f"{site} was profiled with {found.heads} heads and has {heads}", AGAIN)

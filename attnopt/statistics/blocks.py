@@ -84,8 +84,8 @@ class _Pass:
         self.at_bucket = [self.edges.index(d) for d in buckets]
         self.sinks = torch.tensor(self.grid.sinks, device=q.device)
         self.distances = torch.tensor(self.edges, device=q.device)
-        # The pass that is under way: those of another draw of labels have other signs.
-        self.pass_key = f"{observation.key} {observation.samples}"
+        # The signs of this pass are its own, whichever runs it and whatever ran before.
+        self.pass_key = observation.key or str(observation.samples)
         shapes = sum_shapes(self.repeat, self.grid, self.length, observation.held)
         self.sums = {
             name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)

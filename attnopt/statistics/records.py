@@ -94,7 +94,8 @@ class Observation:
         mean of a product of two sketches over k estimates sum t_i t'_i (see `row_signs`); at the most sinks
     Forward-only runs hold neither t2, t1, sample_sq nor ablation_t2; delta is held where it was asked for.
     rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
-    weights of the tokens whose loss was taken; None where every row's was. key: names the passes, see `row_signs`.
+    weights of the tokens whose loss was taken; None where every row's was. key: names the pass that
+    is under way, see `row_signs`; without one their number does.
     """
 
     heads: int
