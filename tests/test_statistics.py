@@ -17,6 +17,8 @@ from attnopt.statistics import (
     Observe,
     attention,
     distance_buckets,
+    drawn_starts,
+    factor_of,
     measure_forward,
     naive_observation,
     stream,
@@ -209,6 +211,49 @@ def test_forward_only_measures_what_needs_no_gradient() -> None:
     for name in ("mass", "entropy", "mass_by_distance", "mass_at_key", "delta"):
         assert torch.equal(full.sums[name], forward.sums[name]), name
     assert not forward.t2.any() and not forward.ablation_t2.any()
+
+
+def test_outputs_move_as_far_as_their_projections_do() -> None:
+    """sum ||delta O W_O||^2 through the Gram matrix, against candidates soft-maxed again and projected."""
+    qkv, _, scale, _, _ = tensors("grouped")
+    heads, width, dim_v = 8, 24, qkv[2].shape[-1]
+    weight = torch.randn(width, heads * dim_v)
+    found = Observation.zeros(heads, GRID, 131, delta=True, backward=False)
+    measure_forward(*qkv, scale, None, found, factor=factor_of(weight, heads))
+    q, k, v = (x.detach().double() for x in qkv)
+    for head in range(heads):
+        through = weight[:, head * dim_v :][:, :dim_v].double()
+        # The same head alone, its values projected: what moves is then the projected output.
+        one = (q[:, head : head + 1], k[:, head // 4][:, None], (v[:, head // 4] @ through.T)[:, None])
+        twin = naive_observation(*one, torch.zeros(1, 1, 131, width), GRID, scale)
+        close(found.delta[head], twin.delta[0], 1e-4)
+
+
+def test_a_part_of_the_rows_estimates_all_of_them() -> None:
+    """Every row is drawn equally often, and what is seen of the rows drawn is what those rows are."""
+    for length, rows, share in ((1000, 32, 8), (70, 32, 4), (20, 32, 16)):
+        seen = torch.zeros(length)
+        for seed in range(600):
+            for start in drawn_starts(length, rows, share, seed):
+                seen[start : start + rows] += 1
+        if length > rows * share:
+            assert (seen / 600 - 1 / share).abs().max() < 0.06
+        assert seen.sum() > 0
+    q, k, v, _ = far_away(3.0)
+    all_rows, some, twin = (Observation.zeros(2, GRID, 180, delta=True, backward=False) for _ in range(3))
+    measure_forward(q, k, v, 8**-0.5, None, all_rows)
+    for seed in range(40):
+        measure_forward(q, k, v, 8**-0.5, None, some, share=2, seed=seed)
+    assert 0.4 < some.rows / (40 * 180) < 0.6
+    ratio = (some.delta / some.rows) / (all_rows.delta / all_rows.rows).clamp(min=1e-9)
+    assert ((ratio - 1).abs() < 0.25)[all_rows.delta > 1e-3].all()
+    starts = drawn_starts(180, 32, 2, 7)
+    stream(q, k, v, None, 8**-0.5, None, twin, rows=32, starts=starts)
+    other = Observation.zeros(2, GRID, 180, delta=True, backward=False)
+    measure_forward(q, k, v, 8**-0.5, None, other, share=2, seed=7)
+    assert torch.equal(other.delta, twin.delta) and other.rows == sum(min(32, 180 - s) for s in starts)
+    with pytest.raises(ValueError, match="every row"):
+        stream(q, k, v, v, 8**-0.5, None, twin, starts=[0])
 
 
 def test_observations_add() -> None:

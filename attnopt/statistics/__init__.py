@@ -12,10 +12,12 @@ KL(dense || dropped) in nats to second order (the Fisher form; the first-order s
     records      the candidates, the sums, how they add
     observe      `Observe`, the attention that gathers the sums in its backward pass
     blocks       how: one pass over blocks of rows
+    deltas       how far outputs move, for runs without a backward pass
     reference    the N x N twin that all is tested against
 """
 
-from attnopt.statistics.blocks import stream
+from attnopt.statistics.blocks import drawn_starts, stream
+from attnopt.statistics.deltas import factor_of
 from attnopt.statistics.observe import Observe, attention, causal_mask, measure_forward
 from attnopt.statistics.records import (
     SINK_KEYS,
@@ -31,5 +33,6 @@ from attnopt.statistics.reference import naive_observation
 
 __all__ = [
     "SINK_KEYS", "SKETCH", "Grid", "Observation", "Observe", "attention", "causal_mask", "distance_buckets",
-    "measure_forward", "naive_observation", "row_signs", "stream", "sum_names", "sum_shapes",
+    "drawn_starts", "factor_of", "measure_forward", "naive_observation", "row_signs", "stream", "sum_names",
+    "sum_shapes",
 ]  # fmt: skip

@@ -137,6 +137,13 @@ class Observation:
         """Estimated KL(dense || dropped) of one head in nats, summed over the rows observed: t2 / 2."""
         return 0.5 * float(self.t2[head, *self.grid.index(sink, window)])
 
+    def scores(self) -> Tensor:
+        """(H, S, W), per row or token: what heads and candidates are ranked by. Damages in nats where held, else
+        how far the outputs move, which ranks worse and says nothing of the loss."""
+        if "t2" in self.sums:
+            return self.t2 / 2 / max(self.tokens, 1e-9)
+        return self.delta / max(self.rows, 1)
+
     def __iadd__(self, other: Observation) -> Observation:
         mine, theirs = ((o.heads, o.grid, o.length, o.held) for o in (self, other))
         if mine != theirs:
