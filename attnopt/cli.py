@@ -137,6 +137,8 @@ def build_parser() -> Parser:
                          help="drawn from the model (default), the tokens that follow, or drawn on a text's "
                          "continuation by the model itself")  # fmt: skip
     profile.add_argument("--draws", type=count, default=1, help="draws of labels, each a backward pass (default 1)")
+    profile.add_argument("--forward-only", action="store_true",
+                         help="no backward pass: how far outputs move, not damages in nats")  # fmt: skip
     profile.add_argument("--greedy", action="store_true", help="continue by the most likely token, not by sampling")
     profile.add_argument("--probe", type=count, default=0, metavar="N",
                          help="also N documents of key-value lines and late questions at each length")  # fmt: skip

@@ -17,6 +17,7 @@ from attnopt.capture.constants import guarded, relied_at
 from attnopt.errors import ModelError
 from attnopt.ir import Miss, Refusal, Region, Site
 from attnopt.passes import OBSERVE, Program
+from attnopt.projection import projection_of
 
 # (q, k, v, pad) -> output, for one site
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -34,6 +35,8 @@ class Instrumented:
         self.model, self.observer = model, observer
         self.sites: dict[str, Site] = {}
         self.left_alone: dict[str, Refusal | Miss] = {}
+        # The weight of each site's output projection, where the graph shows it: (out, H * Dv).
+        self.projections: dict[str, Tensor | None] = {}
         self._attention: dict[str, Attention] = {}
         # fullgraph stays off: a graph break costs a site's neighbours nothing.
         self._compiled = torch.compile(model, backend=self._backend, dynamic=False)
@@ -51,6 +54,10 @@ class Instrumented:
             self.left_alone[f"graph {len(self.left_alone)}"] = captured
             return gm.forward
         program = Program(captured, observer=self._attend).run(OBSERVE)
+        name_of = {attend: name for name, attend in self._attention.items()}
+        for node in program.gm.graph.nodes:
+            if node.op == "call_function" and node.target in name_of:
+                self.projections.setdefault(name_of[node.target], projection_of(node))
         left: list[Refusal | Miss] = [*program.refusals, *program.misses]
         for item in left:
             self.left_alone.setdefault(item.path, item)

@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attnopt.errors import ProfileError
+from attnopt.errors import OptionError, ProfileError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Site
 from attnopt.profile_file import Profile
-from attnopt.statistics import Grid, Observation, Observe, attention
-from attnopt.supervision import Sample, check_labels, loss_and_gradient
+from attnopt.statistics import Grid, Observation, Observe, attention, factor_of, measure_forward
+from attnopt.supervision import Sample, check_labels, loss_and_gradient, not_finite
 
 # Half of the smallest window a kernel profits from, up to a quarter of the longest context in steps of two.
 DEFAULT_GRID = Grid((0, 4, 16), (32, 64, 128, 256, 512, 1024, 2048))
+# Of so many blocks of rows one is looked at without a backward pass, which then costs less than half a forward pass.
+SHARE = 16
+FORWARD = "no loss: forward passes only"
 Progress = Callable[[int, int], None]
 
 
@@ -35,25 +38,37 @@ class Method:
     seed: int = 0
     labels: str = "model"
     draws: int = 1
+    forward_only: bool = False
 
     def __post_init__(self) -> None:
         check_labels(self.labels, self.draws)
+        if self.forward_only and (self.labels, self.draws) != ("model", 1):
+            raise OptionError("Without a backward pass there is no loss, and no labels.", "Leave --forward-only away.")
 
     def marks(self, sample: Sample) -> list[str]:
         """What names each pass in a profile's header: two equal ones would count the same thing twice."""
+        if self.forward_only:
+            return [f"{sample.mark}-forward{self.seed}"]
         if self.labels == "data":
             return [f"{sample.mark}-data"]
         return [f"{sample.mark}-{self.seed}" + (f".{draw}" if draw else "") for draw in range(self.draws)]
 
 
 class _Recorder:
-    """Observers that record into one place per site, chosen before each forward."""
+    """Observers that record into one place per site, chosen before each forward; with a `seed`, without gradients."""
 
     def __init__(self) -> None:
         self.target: Callable[[Site, int], Observation] | None = None
+        self.seed: int | None = None
+        self.factors: dict[str, Tensor] = {}
 
     def __call__(self, site: Site) -> Attention:
         def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            if self.target is not None and self.seed is not None:
+                into = self.target(site, q.shape[2])
+                measure_forward(
+                    q, k, v, site.scale, pad, into, site.mask.window, self.factors.get(site.name), SHARE, self.seed
+                )
             if self.target is None or not torch.is_grad_enabled():
                 return attention(q, k, v, site.scale, pad, site.mask.window)
             into = self.target(site, q.shape[2])
@@ -81,30 +96,39 @@ def profile_model(
     *,
     labels: str = "model",
     draws: int = 1,
+    forward_only: bool = False,
 ) -> Profile:
     """Profile `model` on sequences, each a Sample or token ids int64 (1, N); their lengths are the profile's lengths.
 
     progress(done, total) is called after every sequence. partial: a file that holds what is done so far and is taken up
     again by the next call with the same model, grid and seed; it is left there if the call is interrupted. labels,
-    draws: see `Method`.
+    draws: see `Method`. forward_only: no loss and no backward pass; what is held then is how far heads' outputs move,
+    sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats.
     """
     if not sequences:
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
-    method, samples = Method(seed, labels, draws), [s if isinstance(s, Sample) else Sample(s) for s in sequences]
+    method = Method(seed, labels, draws, forward_only)
+    samples = [s if isinstance(s, Sample) else Sample(s) for s in sequences]
     model.eval()
     instrumented = discover(model, samples[0].ids[:, :64])
     recorder = instrumented.observer
     assert isinstance(recorder, _Recorder)
     sites = list(instrumented.sites.values())
+    supervision = [s.supervision(labels) for s in samples]
+    if forward_only:
+        recorder.factors = factors_of(instrumented)
+        supervision = [
+            FORWARD if recorder.factors else f"{FORWARD}, outputs as they are: not every projection was found"
+        ]
     profile = Profile.empty(
-        fingerprint_of(model, sites), grid, [], [s.dtype for s in sites],
-        supervision=[s.supervision(labels) for s in samples],
-    )  # fmt: skip
+        fingerprint_of(model, sites), grid, [], [s.dtype for s in sites], forward_only, not forward_only, supervision
+    )
     if partial is not None and partial.exists():
         profile = resumed(profile, partial)
     for done, sample in enumerate(samples):
         if not set(method.marks(sample)) <= set(profile.header.data):
-            profile += one_sequence(instrumented, recorder, profile, sample, method)
+            observe = moved_outputs if forward_only else one_sequence
+            profile += observe(instrumented, recorder, profile, sample, method)
             if partial is not None:
                 profile.save(partial)
         if progress is not None:
@@ -135,6 +159,8 @@ def one_sequence(
                 _, gradient = loss_and_gradient(
                     logits, sample, method.labels, _generator(sample, mark, method), not left
                 )
+                for observation in part.observations.values():
+                    observation.key = mark
                 logits.backward(gradient, retain_graph=bool(left))
     finally:
         recorder.target = None
@@ -150,3 +176,37 @@ def _generator(sample: Sample, mark: str, method: Method) -> torch.Generator:
     """Where the labels of one pass are drawn from; of the first as if there were no others."""
     draw = int(mark.rpartition(".")[2]) if "." in mark else 0
     return torch.Generator().manual_seed(method.seed + int(sample.mark[:8], 16) + 104_729 * draw)
+
+
+def factors_of(instrumented: Instrumented) -> dict[str, Tensor]:
+    """What turns a head's delta O into one of the size of delta O W_O, for every site; nothing if one of them has no
+    projection that the graph shows: sites have to be measured alike."""
+    found = {}
+    for name, site in instrumented.sites.items():
+        weight = instrumented.projections.get(name)
+        if weight is None:
+            return {}
+        found[name] = factor_of(weight, site.heads)
+    return found
+
+
+@torch.no_grad()
+def moved_outputs(
+    instrumented: Instrumented, recorder: _Recorder, profile: Profile, sample: Sample, method: Method
+) -> Profile:
+    """`one_sequence` without a backward pass."""
+    header = profile.header
+    part = Profile.empty(
+        header.fingerprint, header.grid, method.marks(sample), header.dtypes, True, False, header.supervision
+    )
+    recorder.target = lambda site, length: part.observation(site.name, site.heads, length)
+    recorder.seed = method.seed + int(sample.mark[:8], 16)
+    try:
+        logits = instrumented.logits(sample.ids)
+    finally:
+        recorder.target = recorder.seed = None
+    # Attention hands what is not finite on to the last token.
+    if not bool(logits[0, -1].isfinite().all()):
+        raise not_finite(sample, sample.length - 1)
+    part.check_finite()
+    return part

@@ -134,7 +134,7 @@ def loss_and_gradient(
 
 def not_finite(sample: Sample, start: int) -> ProfileError:
     return ProfileError(
-        f"The loss of a sequence of {sample.length} tokens is not finite, at token {start} or one of the {ROWS} after.",
+        f"The loss of a sequence of {sample.length} tokens is not finite, at token {start} or one of the next {ROWS}.",
         "Profile with --dtype fp32; if it is not finite there, the model's weights or this text are at fault.",
     )
 

@@ -24,7 +24,7 @@ FLOORS = {
     1: ("masks", "plan", "codegen", "fingerprint", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture"),
-    4: ("passes", "instrument", "measure", "profiler", "cost", "supervision", "probe", "conversations"),
+    4: ("passes", "instrument", "measure", "profiler", "cost", "supervision", "probe", "conversations", "projection"),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
     7: ("cli", "__main__", "__init__"),

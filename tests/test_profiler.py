@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import HEADS, LAYERS, NanoGPT, build, tokens
 
 from attnopt import profiler
-from attnopt.errors import ModelError, ProfileError
+from attnopt.errors import ModelError, OptionError, ProfileError
 from attnopt.profile_file import Profile, merged
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
@@ -193,6 +193,33 @@ def test_profiles_of_other_supervision_do_not_add(whole):
     again = profile_model(build("llama"), SEQUENCES, GRID, labels="data", seed=5)
     with pytest.raises(ProfileError, match="observed the same text"):
         merged([("a", data), ("b", again)])
+
+
+def test_without_a_backward_pass(whole, tmp_path):
+    """How far outputs move ranks heads much as damages do; what needs a loss is refused, not read as nothing."""
+    model = build("llama")
+    seen = profile_model(model, SEQUENCES, GRID, forward_only=True)
+    assert seen.header.supervision == (profiler.FORWARD,) and seen.header.held == (
+        "delta", "entropy", "mass", "mass_at_key", "mass_by_distance",
+    )  # fmt: skip
+    for key, found in seen.observations.items():
+        full = whole.observations[key]
+        assert found.rows == 3 * 24  # one block is all there is at this length
+        torch.testing.assert_close(found.mass, full.mass, rtol=1e-4, atol=1e-4)
+        # The squared size of what moves, projected, with the model's own weights.
+        assert torch.equal(found.scores(), found.delta / found.rows) and (found.delta > 0).all()
+    seen.save(tmp_path / "p")
+    with pytest.raises(ProfileError, match="does not hold t2") as caught:
+        Profile.load(tmp_path / "p").observations[key].damage(0, 0, 4)
+    assert "without --forward-only" in caught.value.remedy
+    with pytest.raises(ProfileError, match="do not add"):
+        whole.add(seen)
+    with pytest.raises(OptionError, match="no labels"):
+        profile_model(model, SEQUENCES, GRID, forward_only=True, labels="data")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ProfileError, match="not finite"):
+        profile_model(model, SEQUENCES, GRID, forward_only=True)
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):

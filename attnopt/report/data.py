@@ -307,6 +307,7 @@ def _head(observation: Observation, head: int) -> dict[str, Any]:
         "entropy": float(observation.entropy[head]) / rows,
         "ablation": float(observation.ablation_t2[head]) / 2 / tokens if backward else None,
         "damage": (observation.t2[head] / 2 / tokens).tolist() if backward else None,
+        "moved": (observation.delta[head] / rows).tolist() if "delta" in observation.held else None,
     }
 
 
@@ -331,8 +332,8 @@ def _worst(profile: Profile) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for site, length in longest.items():
         observation = profile.observations[site, length]
-        for head in range(observation.heads if window < length else 0):
-            damage = observation.damage(head, sink, window) / max(observation.tokens, 1e-9)
+        scores = observation.scores()[:, *grid.index(sink, window)].tolist()
+        for head, damage in enumerate(scores if window < length else []):
             found.append({
                 "site": site, "head": head, "length": length, "sink": sink, "window": window,
                 "nats_per_token": damage,

@@ -227,10 +227,13 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
         return
     heads = {site: by_length[max(by_length, key=int)] for site, by_length in found["sites"].items()}
     _distance_map(to, heads, max(row["length"] for row in found["lengths"]))
-    _ablation_map(to, heads)
+    nats = all(head["ablation"] is not None for row in heads.values() for head in row)
+    if nats:
+        _ablation_map(to, heads)
     if found["worst"]:
         first = found["worst"][0]
-        title = f"Most damaged beyond a window of {first['window']} (sink {first['sink']} kept), nats per token"
+        title = f"Most damaged beyond a window of {first['window']} (sink {first['sink']} kept), "
+        title += "nats per token" if nats else "squared change of the output per row: no backward pass"
         table = _table(["site", "head", "length", "damage"], ("head", "length", "damage"))
         for row in found["worst"]:
             table.add_row(row["site"], str(row["head"]), str(row["length"]), f"{row['nats_per_token']:.3g}")

@@ -7,13 +7,15 @@ a kept mass of 1e-20. Symbols as in the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, sum_shapes
+from attnopt.statistics.deltas import Block, moved_squares
+from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, row_signs, sum_shapes
 
 # Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
 TINY_MASS = 1e-30
@@ -32,18 +34,34 @@ def stream(
     observation: Observation,
     window: int | None = None,
     rows: int = ROWS,
+    factor: Tensor | None = None,
+    starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """One pass over blocks of `rows` query rows: recompute the weights, add the sums, return dq, dk, dv (or None).
 
     Shapes as in `Observe`; grad (B, H, N, Dv). Memory O(N) for the gradients plus one block of at most
-    max(rows * N * H / G, CPU_BLOCK or GPU_BLOCK) weights, float32 (float64 for float64 inputs).
+    max(rows * N * H / G, CPU_BLOCK or GPU_BLOCK) weights, float32 (float64 for float64 inputs). factor (H, Dv, Dv): see
+    `deltas.factor_of`. starts: the first rows of the blocks that are looked at, without `grad`; all of them by default.
     """
+    if starts is not None and grad is not None:
+        raise ValueError("gradients need every row")
+    starts = range(0, q.shape[2], rows) if starts is None else starts
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        work = _Pass(q, k, v, grad, scale, pad, observation, window, rows)
+        work = _Pass(q, k, v, grad, scale, pad, observation, window, rows, factor)
         for first, last in work.groups():
-            for start in range(0, q.shape[2], rows):
+            for start in starts:
                 work.block(first, last, start, min(start + rows, q.shape[2]))
         return work.finish()
+
+
+def drawn_starts(length: int, rows: int, share: int, seed: int) -> list[int]:
+    """The first rows of one block of `rows` in every `share` in turn, drawn: every row is as likely as any other."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = math.ceil(length / rows)
+    drawn = torch.randint(share, (math.ceil(blocks / share),), generator=generator).tolist()
+    # Beyond the end there is nothing; of a text so short that nothing is left, the last block.
+    found = [b for n, at in enumerate(drawn) if (b := n * share + at) < blocks]
+    return [b * rows for b in found or [blocks - 1]]
 
 
 class _Pass:
@@ -61,6 +79,7 @@ class _Pass:
         observation: Observation,
         window: int | None,
         rows: int,
+        factor: Tensor | None,
     ) -> None:
         (self.batch, self.heads, self.length, _), self.kv_heads = q.shape, k.shape[1]
         self.repeat, self.folded = self.heads // self.kv_heads, self.batch * self.kv_heads
@@ -74,6 +93,10 @@ class _Pass:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.grad = self._fold(q), None if grad is None else self._fold(grad)
         self.k, self.v = (x.to(self.wide).reshape(self.folded, self.length, -1) for x in (k, v))
+        self.factor = None
+        if factor is not None:
+            self.factor = factor.view(self.kv_heads, self.repeat, *factor.shape[1:]).repeat(self.batch, 1, 1, 1)
+        self.counted = 0
         self.grads = None
         if grad is not None:
             self.grads = (torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v))
@@ -84,6 +107,8 @@ class _Pass:
         self.at_bucket = [self.edges.index(d) for d in buckets]
         self.sinks = torch.tensor(self.grid.sinks, device=q.device)
         self.distances = torch.tensor(self.edges, device=q.device)
+        # The signs of this pass are its own, whichever runs it and whatever ran before.
+        self.pass_key = observation.key or str(observation.samples)
         shapes = sum_shapes(self.repeat, self.grid, self.length, observation.held)
         self.sums = {
             name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)
@@ -109,6 +134,7 @@ class _Pass:
         key, value = self.k[x, low:stop], self.v[x, low:stop]
         query = self.q[x, :, start:stop].to(self.wide).mul(self.scale).reshape(shape[0], -1, key.shape[-1])
         valid = self._valid(x, start, stop)
+        self.counted += int(valid[-first % self.kv_heads :: self.kv_heads].sum())
 
         scores = query @ key.mT
         self._mask(scores.view(shape), x, low, start)
@@ -193,9 +219,10 @@ class _Pass:
         valid: Tensor,
     ) -> None:
         """Every candidate's t_i and dropped mass from a block's weights and score gradients, both (x, r, R, n)."""
-        values = None
+        # Splitting a block below clears its leading columns.
+        plain = None
         if "delta" in self.sums:
-            values = self._values(weights, self.v[x, low : low + weights.shape[3]], low, start, tile)
+            plain = Block(weights.clone(), self.v[x, low : low + weights.shape[3]], low, start)
         if low == 0:
             first = (weights[..., :SINK_KEYS] * valid[..., None]).sum(2)
             self.sums["mass_at_key"][x, :, : first.shape[-1]] += first
@@ -212,12 +239,10 @@ class _Pass:
         dropped = leading.dropped(sinks, cuts) + _last(far[self.at_window])
         gone, counts = kept < TINY_MASS, valid[..., None, None]
         self.sums["mass"][x] += (dropped.masked_fill(gone, 1.0) * counts).sum(2)
-        if values is not None:
-            kept_values, dropped_values, output = values
-            less = dropped[..., None] * output - dropped_values
-            moved = torch.where((kept < 0.5)[..., None], kept_values - kept[..., None] * output, less)
-            moved = torch.where(gone[..., None], -output, moved / kept[..., None]) * counts[..., None]
-            self.sums["delta"][x] += moved.square().sum((2, 5))
+        if plain is not None:
+            factor = None if self.factor is None else self.factor[x]
+            squares = moved_squares(plain, self.grid, kept, dropped, gone, factor)
+            self.sums["delta"][x] += (squares * counts).sum(2, dtype=torch.float64)
         if scored is None or dots is None or "t2" not in self.sums:
             return
         dots = dots.double()
@@ -228,36 +253,16 @@ class _Pass:
         t = torch.where(gone, -dots[..., None, None], moved / kept) * counts
         self.sums["t1"][x] += t.sum(2)
         self.sums["t2"][x] += t.square().sum(2)
+        if "sketch" in self.sums:
+            self._sketch(t[..., -1, :], x, start)
         self.sums["ablation_t2"][x] += (dots * valid).square().sum(2)
 
-    def _values(self, weights: Tensor, value: Tensor, low: int, start: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of A_ij v_j over the kept and the dropped keys (x, r, R, S, W, Dv) and O_i (x, r, R, 1, 1, Dv).
-
-        Costs one product of the block with v for O, one more by bands of distance, two of the tile per candidate.
-        """
-        rows, keys = weights.shape[2:]
-        value = value[:, None]
-        distance = torch.arange(start, start + rows, device=weights.device)[:, None]
-        distance = distance - torch.arange(low, low + keys, device=weights.device)
-        columns, bands = max(0, tile - low), []
-        for begin, end in zip((0, *self.grid.windows), (*self.grid.windows, self.length), strict=True):
-            right = max(columns, min(keys, start + rows - begin - low))
-            left = min(right, max(columns, start - end + 1 - low))
-            inside = (distance[:, left:right] >= begin) & (distance[:, left:right] < end)
-            bands.append(((weights[..., left:right] * inside) @ value[..., left:right, :]).double())
-        near = torch.stack(bands[:-1], -2).cumsum(-2)
-        far = torch.stack(bands[1:], -2).flip(-2).cumsum(-2).flip(-2)  # both (x, r, R, W, Dv)
-        leading, kept, dropped = weights[..., :columns], [], []
-        for sink in self.grid.sinks:
-            for window in self.grid.windows:
-                drop = distance[:, :columns] >= window
-                drop[:, :sink] = False
-                kept.append((leading * ~drop) @ value[..., :columns, :])
-                dropped.append((leading * drop) @ value[..., :columns, :])
-        shape = (*weights.shape[:3], len(self.grid.sinks), len(self.grid.windows), -1)
-        kept_sum, dropped_sum = (torch.stack(s, -2).double().view(shape) for s in (kept, dropped))
-        output = (weights @ value).double()[..., None, None, :]
-        return kept_sum + near[..., None, :, :], dropped_sum + far[..., None, :, :], output
+    def _sketch(self, t: Tensor, x: slice, start: int) -> None:
+        """Add t (x, r, R, W) times the signs of its rows."""
+        of = torch.arange(x.start, x.stop) // self.kv_heads
+        signs = row_signs(self.pass_key, self.batch, self.length)[of, start : start + t.shape[2]]
+        signs = signs.to(t.device, torch.float32)[:, None]
+        self.sums["sketch"][x] += t.float().transpose(2, 3) @ signs
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""
@@ -265,8 +270,7 @@ class _Pass:
         total = {name: tensor.sum(0) for name, tensor in unfold.items()}
         if "sample_sq" in self.observation.sums:
             total["sample_sq"] = unfold["t1"].square().sum(0)
-        rows = self.batch * self.length if self.pad is None else int(self.pad.sum())
-        self.observation._count(rows, self.batch, total)
+        self.observation._count(self.counted, self.batch, total)
         if self.grads is None:
             return None, None, None
         dq, dk, dv = self.grads

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.statistics.blocks import stream
+from attnopt.statistics.blocks import ROWS, drawn_starts, stream
 from attnopt.statistics.records import Observation
+
+# Rows of a block where only some are looked at: fewer at a time are seen at more places of the text.
+SPARSE_ROWS = 32
 
 
 def causal_mask(length: int, window: int | None, pad: Tensor | None, device: torch.device) -> Tensor:
@@ -71,6 +74,14 @@ def measure_forward(
     pad: Tensor | None,
     observation: Observation,
     window: int | None = None,
+    factor: Tensor | None = None,
+    share: int = 1,
+    seed: int = 0,
 ) -> None:
-    """Add what needs no gradient (mass, entropy, mass_by_distance, delta); t1, t2, sample_sq, ablation_t2 stay."""
-    stream(q, k, v, None, scale, pad, observation, window)
+    """Add what needs no gradient (mass, entropy, mass_by_distance, mass_at_key, delta); the others stay as they are.
+
+    factor (H, Dv, Dv): see `factor_of`. share: one block of rows in so many is looked at, drawn from `seed`.
+    """
+    starts = None if share == 1 else drawn_starts(q.shape[2], SPARSE_ROWS, share, seed)
+    rows = ROWS if share == 1 else SPARSE_ROWS
+    stream(q, k, v, None, scale, pad, observation, window, rows, factor, starts)
