@@ -161,6 +161,8 @@ def one_sequence(
                 _, gradient = loss_and_gradient(
                     logits, sample, method.labels, _generator(sample, mark, method), not left
                 )
+                for observation in part.observations.values():
+                    observation.key = mark
                 logits.backward(gradient, retain_graph=bool(left))
     finally:
         recorder.target = None

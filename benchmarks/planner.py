@@ -30,7 +30,7 @@ from attnopt.codegen.emit import write_atomically
 from attnopt.cost import CostTable
 from attnopt.ir import Choice, Site
 from attnopt.measure import Sequences, Spans
-from attnopt.planner.knapsack import choices_from, front
+from attnopt.planner import choices_from, front
 from attnopt.planner.problem import make_problem
 from attnopt.profiler import profile_model
 from benchmarks.planners import fixed, moa

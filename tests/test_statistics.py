@@ -110,6 +110,7 @@ def test_against_the_naive_twin(case: str) -> None:
     for name, size in (("t1", (twin.t2 * twin.rows).sqrt()), ("entropy", twin.entropy.new_tensor(float(twin.rows)))):
         assert ((observation.sums[name] - twin.sums[name]).abs() <= 1e-5 * size + 1e-9).all(), name
     assert ((observation.sample_sq - twin.sample_sq).abs() <= 1e-4 * twin.t2 * twin.rows + 1e-12).all()
+    assert ((observation.sketch - twin.sketch).abs() <= 1e-4 * twin.t2[:, -1, :, None].sqrt() + 1e-9).all()
     for name in ("mass_by_distance", "mass_at_key"):
         assert (observation.sums[name] - twin.sums[name]).abs().max() <= 1e-5 * twin.rows, name
     assert float(observation.mass_at_key[:, 0].min()) > 0
@@ -264,7 +265,9 @@ def test_observations_add() -> None:
     total = first + second
     assert (total.rows, total.samples) == (both.rows, both.samples) == (300, 2)
     for name in both.sums:
-        close(total.sums[name], both.sums[name], 1e-5)
+        # The signs of a batch are not those of its samples.
+        expected = first.sketch + second.sketch if name == "sketch" else both.sums[name]
+        close(total.sums[name], expected, 1e-5)
     assert first.samples == 1, "adding leaves the terms as they were"
     assert total.damage(1, 4, 8) == 0.5 * float(total.t2[1, 2, 2])
     with pytest.raises(ValueError, match="do not add"):
@@ -387,3 +390,45 @@ def test_damage_is_the_kl_divergence_in_nats() -> None:
     within = ((ratio > 0.7) & (ratio < 1.5)).float().mean()
     assert len(ratio) >= 48 and within >= 0.9
     assert spearman(found, kl) > 0.9
+
+
+def test_products_of_sketches_are_products_of_rows() -> None:
+    """Two sites that share an output gradient: what their dropped keys do together, from sketches and from rows."""
+    together, exact = [], []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        length, grid = 96, Grid((2,), (4, 16))
+        q, k, v = torch.randn(3, 1, 6, length, 8).unbind()
+        base = torch.randn(1, 1, length, 8)
+        grad = base + 0.5 * torch.randn(1, 6, length, 8)
+        v = v + base.flip(2)
+        observation = Observation.zeros(6, grid, length)
+        observation.key = str(seed)
+        stream(q, k, v, grad, 8**-0.5, None, observation)
+        i = torch.arange(length)
+        keep = (i <= i[:, None]) & ((i < 2) | (i[:, None] - i < 4))
+        scores = q @ k.mT * 8**-0.5
+        dense = scores.masked_fill(i > i[:, None], -torch.inf).softmax(-1) @ v
+        moved = scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v - dense
+        t = (grad * moved).sum(-1)[0].double()
+        exact.append(float(t.sum(0).square().sum()))
+        sketch = observation.sketch[:, 0].sum(0)
+        together.append(float(sketch.square().mean()))
+        # One estimate has a relative error of sqrt(2 / 256) = 0.09.
+        assert abs(together[-1] / exact[-1] - 1) < 0.45
+    ratio = sum(together) / sum(exact)
+    assert abs(ratio - 1) < 0.06
+    # Without the products between heads it would be another number.
+    assert abs(float(observation.t2[:, 0, 0].sum()) / exact[-1] - 1) > 0.05
+
+
+def test_sketches_of_two_passes_are_independent() -> None:
+    qkv, grad, scale, pad, window = tensors("plain")
+    observation = Observation.zeros(4, GRID, 150)
+    stream(*qkv, grad, scale, pad, observation, window)
+    once = observation.sketch.clone()
+    stream(*qkv, grad, scale, pad, observation, window)
+    twice, t2 = observation.sketch, observation.t2[:, -1]
+    assert not torch.equal(twice, 2 * once)
+    # The squares of the same rows under other signs add; under the same ones they would be twice as much.
+    assert abs(float(twice.square().mean(-1).sum() / t2.sum()) - 1) < 0.2

@@ -19,11 +19,20 @@ KL(dense || dropped) in nats to second order (the Fisher form; the first-order s
 from attnopt.statistics.blocks import drawn_starts, stream
 from attnopt.statistics.deltas import factor_of
 from attnopt.statistics.observe import Observe, attention, causal_mask, measure_forward
-from attnopt.statistics.records import SINK_KEYS, Grid, Observation, distance_buckets, sum_names, sum_shapes
+from attnopt.statistics.records import (
+    SINK_KEYS,
+    SKETCH,
+    Grid,
+    Observation,
+    distance_buckets,
+    row_signs,
+    sum_names,
+    sum_shapes,
+)
 from attnopt.statistics.reference import naive_observation
 
 __all__ = [
-    "SINK_KEYS", "Grid", "Observation", "Observe", "attention", "causal_mask", "distance_buckets", "drawn_starts",
-    "factor_of", "measure_forward",
-    "naive_observation", "stream", "sum_names", "sum_shapes",
+    "SINK_KEYS", "SKETCH", "Grid", "Observation", "Observe", "attention", "causal_mask", "distance_buckets",
+    "drawn_starts", "factor_of", "measure_forward", "naive_observation", "row_signs", "stream", "sum_names",
+    "sum_shapes",
 ]  # fmt: skip

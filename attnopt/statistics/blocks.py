@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.statistics.deltas import Block, moved_squares
-from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, sum_shapes
+from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, row_signs, sum_shapes
 
 # Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
 TINY_MASS = 1e-30
@@ -107,6 +107,8 @@ class _Pass:
         self.at_bucket = [self.edges.index(d) for d in buckets]
         self.sinks = torch.tensor(self.grid.sinks, device=q.device)
         self.distances = torch.tensor(self.edges, device=q.device)
+        # The signs of this pass are its own, whichever runs it and whatever ran before.
+        self.pass_key = observation.key or str(observation.samples)
         shapes = sum_shapes(self.repeat, self.grid, self.length, observation.held)
         self.sums = {
             name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)
@@ -251,7 +253,16 @@ class _Pass:
         t = torch.where(gone, -dots[..., None, None], moved / kept) * counts
         self.sums["t1"][x] += t.sum(2)
         self.sums["t2"][x] += t.square().sum(2)
+        if "sketch" in self.sums:
+            self._sketch(t[..., -1, :], x, start)
         self.sums["ablation_t2"][x] += (dots * valid).square().sum(2)
+
+    def _sketch(self, t: Tensor, x: slice, start: int) -> None:
+        """Add t (x, r, R, W) times the signs of its rows."""
+        of = torch.arange(x.start, x.stop) // self.kv_heads
+        signs = row_signs(self.pass_key, self.batch, self.length)[of, start : start + t.shape[2]]
+        signs = signs.to(t.device, torch.float32)[:, None]
+        self.sums["sketch"][x] += t.float().transpose(2, 3) @ signs
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,11 +13,14 @@ from torch import Tensor
 from attnopt.errors import ProfileError
 
 # Sums that a backward pass yields, and those that any pass does.
-BACKWARD = ("ablation_t2", "sample_sq", "t1", "t2")
+BACKWARD = ("ablation_t2", "sample_sq", "sketch", "t1", "t2")
 FORWARD = ("entropy", "mass", "mass_at_key", "mass_by_distance")
 KNOWN = frozenset((*BACKWARD, *FORWARD, "delta"))
 # The first keys whose mass is kept one by one: where a model that rests on its first tokens rests.
 SINK_KEYS = 16
+# Signs of the sketch. On the demo model the correlation of two heads is then off by 0.051 (root mean square) from that
+# of their rows, with 1024 signs by 0.026.
+SKETCH = 256
 
 
 class MissingStatistic(ProfileError, AttributeError):
@@ -43,6 +48,21 @@ def distance_buckets(length: int) -> list[int]:
     return [0] + [1 << n for n in range((length - 1).bit_length())]
 
 
+@lru_cache(maxsize=1)
+def row_signs(key: str, batch: int, length: int) -> Tensor:
+    """Random signs (batch, length, SKETCH), int8, of the query rows of one pass; equal for equal arguments.
+
+    A sum of rows times these is a Johnson-Lindenstrauss sketch (Achlioptas, "Database-friendly random projections",
+    2003): products of sketches estimate products of what was summed, without keeping the rows. Sketches of two passes
+    add if their signs are independent, hence the key.
+    """
+    seed = int.from_bytes(hashlib.sha256(f"{key} {length}".encode()).digest()[:7], "little")
+    drawn = torch.randint(
+        0, 2, (batch, length, SKETCH), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
+    return drawn.mul_(2).sub_(1)
+
+
 def sum_names(delta: bool = False, backward: bool = True) -> tuple[str, ...]:
     """The sums that a pass gathers, ascending."""
     return tuple(sorted((*FORWARD, *(BACKWARD if backward else ()), *(("delta",) if delta else ()))))
@@ -55,6 +75,7 @@ def sum_shapes(heads: int, grid: Grid, length: int, names: tuple[str, ...]) -> d
         **dict.fromkeys(("t2", "t1", "sample_sq", "mass", "delta"), spans),
         "ablation_t2": (heads,), "entropy": (heads,),
         "mass_by_distance": (heads, len(distance_buckets(length))), "mass_at_key": (heads, SINK_KEYS),
+        "sketch": (heads, len(grid.windows), SKETCH),
     }  # fmt: skip
     return {name: shapes[name] for name in names}
 
@@ -69,9 +90,12 @@ class Observation:
         ablation_t2 (H,): sum D_i^2, the t2 of dropping every key; entropy (H,): of A_i, nats
         mass_by_distance (H, buckets): sum of A_ij by i - j, see `distance_buckets`
         mass_at_key (H, 16): sum of A_ij by j, of the first keys
+        sketch (H, W, 256): sum r_ik t_i, with signs r that are the same for all heads and sites of a pass, so that the
+        mean of a product of two sketches over k estimates sum t_i t'_i (see `row_signs`); at the most sinks
     Forward-only runs hold neither t2, t1, sample_sq nor ablation_t2; delta is held where it was asked for.
     rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
-    weights of the tokens whose loss was taken; None where every row's was.
+    weights of the tokens whose loss was taken; None where every row's was. key: names the pass that
+    is under way, see `row_signs`; without one their number does.
     """
 
     heads: int
@@ -81,6 +105,7 @@ class Observation:
     samples: int
     sums: dict[str, Tensor]
     counted: float | None = None
+    key: str = ""
 
     @classmethod
     def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False, backward: bool = True) -> Observation:
@@ -131,7 +156,7 @@ class Observation:
 
     def __add__(self, other: Observation) -> Observation:
         sums = {name: tensor.clone() for name, tensor in self.sums.items()}
-        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums, self.counted)
+        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums, self.counted, self.key)
         total += other
         return total
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnopt.statistics.observe import causal_mask
-from attnopt.statistics.records import SINK_KEYS, Grid, Observation, distance_buckets
+from attnopt.statistics.records import SINK_KEYS, Grid, Observation, distance_buckets, row_signs
 
 
 def naive_observation(
@@ -52,6 +52,9 @@ def naive_observation(
             moved = weights_of(mask) @ v - output
             t = (grad * moved).sum(-1)
             sums["t1"][:, a, b], sums["t2"][:, a, b] = total(t), total(t.square())
+            if sink == grid.sinks[-1]:
+                signs = row_signs("0", q.shape[0], length).double()
+                sums["sketch"][:, b] = torch.einsum("bhi,bik->hk", t.masked_fill(~counted, 0.0), signs)
             sums["sample_sq"][:, a, b] = t.masked_fill(~counted, 0.0).sum(2).square().sum(0)
             sums["mass"][:, a, b] = total(weights.masked_fill(mask, 0.0).sum(-1))
             if delta:
