@@ -13,6 +13,6 @@ from attnopt.cost.table import MARGIN, Costs, CostTable, break_even, itemsize, k
 from attnopt.cost.timing import device_key, device_name, load_or_measure, measure, path_of
 
 __all__ = [
-    "MARGIN", "CostTable", "Costs", "Device", "Roofline", "break_even", "device", "device_key", "device_name", "devices",
-    "itemsize", "kept_pairs", "layer_cost", "load_or_measure", "measure", "path_of",
+    "MARGIN", "CostTable", "Costs", "Device", "Roofline", "break_even", "device", "device_key", "device_name",
+    "devices", "itemsize", "kept_pairs", "layer_cost", "load_or_measure", "measure", "path_of",
 ]  # fmt: skip

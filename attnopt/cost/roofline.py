@@ -25,7 +25,7 @@ FIGURES = ("float16", "bfloat16", "float32", "bandwidth", "memory")
 
 @dataclass(frozen=True)
 class Device:
-    """Peak figures: operations a second of dense matrix products by dtype, bytes a second from memory, and its bytes."""
+    """Peak figures: operations a second of dense matrix products by dtype, bytes a second from memory, bytes of it."""
 
     key: str
     name: str

@@ -95,9 +95,14 @@ def refuse_impossible(problem: Problem, limits: Limits, free: Problem) -> None:
         speed = dense.cost / fast.cost[-1] if len(fast) else 1.0
         raise OptionError(
             "The speed-up and the KV memory wanted can each be had, but not together: "
-            f"within the memory, the most is {speed:.2f} times.",
+            f"within the memory, the most found is {speed:.2f} times.",
             "Ask for less of one of them.",
         )
+
+
+def harmless(problem: Problem) -> Problem:
+    """The problem as if nothing did any damage: its front is the one cheapest plan."""
+    return replace(problem, damage=np.where(np.isfinite(problem.damage), 0.0, np.inf))
 
 
 def _short_of(problem: Problem, limits: Limits, free: Problem, memory: bool) -> tuple[str, str] | None:
@@ -107,7 +112,7 @@ def _short_of(problem: Problem, limits: Limits, free: Problem, memory: bool) -> 
         if memory:
             nothing = np.zeros_like(of.group_cost)
             of = replace(of, cost=np.zeros_like(of.cost), group_cost=nothing, key_cost=of.key_bytes)
-        return float(front(of, Limits(spans=spans)).cost[-1])
+        return float(front(harmless(of), Limits(spans=spans)).cost[-1])
 
     wanted = limits.memory if memory else limits.cost
     assert wanted is not None

@@ -91,13 +91,17 @@ def cost_tables(
     for site in sites:
         spec = KernelSpec(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
         if spec not in made:
-            windows = sorted({w for w in grid.windows} | {n // d for n in lengths for d in (2, 4, 8)})
             made[spec] = load_or_measure(
-                spec, lengths, windows, [max(grid.sinks)], device=device, rounds=5,
+                spec, lengths, windows_at(grid.windows, lengths), [max(grid.sinks)], device=device, rounds=5,
                 progress=lambda done, of, what: progress(f"timing kernels at {what}", done, of) if progress else None,
             )  # fmt: skip
         tables[site.name] = made[spec]
     return tables
+
+
+def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Windows to time: those observed, and the larger shares of each length that a rule may ask for."""
+    return sorted({*windows} | {n // d for n in lengths for d in (2, 4, 8)})
 
 
 def check_text(texts: Mapping[int, Tensor], split: str) -> None:
@@ -119,7 +123,7 @@ def make_plan(
     budget: Budget,
     target_length: int,
     *,
-    tables: Tables | None = None,
+    tables: Tables | Callable[[Sequence[Site]], Tables] | None = None,
     objective: str = "prefill",
     constraints: Constraints | None = None,
     exact: float | None = None,
@@ -132,9 +136,10 @@ def make_plan(
     """The cheapest plan for `target_length`, by `objective`, whose measured loss keeps `budget` and the constraints.
 
     verify, final: {length: token ids int64 (samples, length)} of disjoint text; `final` is looked at once. tables:
-    costs, measured here by default. exact: seconds that HiGHS may take over each point tried. probe: asks the plan, and
-    dense, for far lines in `probe_documents` documents of each length. A plan that misses the budget raises BudgetError
-    and is not returned; constraints that contradict each other raise OptionError.
+    costs, or a function from sites to them; measured here by default. exact: seconds that HiGHS may take over each
+    point tried. probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. A plan
+    that misses the budget raises BudgetError and is not returned; constraints that contradict each other raise
+    OptionError.
     """
     from attnopt import settings
 
@@ -149,6 +154,8 @@ def make_plan(
     fingerprint = fingerprint_of(model, sites)
     profile.check_model(fingerprint)
     device = next(model.parameters()).device.type
+    if callable(tables):
+        tables = tables(sites)
     if tables is None:
         lengths = sorted({1024, 2048, 4096, target_length})
         tables = cost_tables(
@@ -170,7 +177,8 @@ def make_plan(
     found = verify_loop(
         problem,
         evaluate,
-        replace(budget, limit=SEARCH_SHARE * budget.limit),
+        budget,
+        share=SEARCH_SHARE,
         seed=seed,
         limits=limits,
         exact=exact,

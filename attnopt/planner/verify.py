@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -224,19 +224,21 @@ class _Search:
 
 
 def verify_loop(
-    problem: Problem, evaluate: Evaluate, budget: Budget, *, seed: int = 0, max_evaluations: int = 8,
-    limits: Limits | None = None, exact: float | None = None, dense_loss: float = TYPICAL_LOSS,
-    report: Callable[[Record], None] | None = None,
+    problem: Problem, evaluate: Evaluate, budget: Budget, *, share: float = 1.0, seed: int = 0,
+    max_evaluations: int = 8, limits: Limits | None = None, exact: float | None = None,
+    dense_loss: float = TYPICAL_LOSS, report: Callable[[Record], None] | None = None,
 ) -> Verified:  # fmt: skip
     """The fastest plan whose measured bound keeps the budget, within `limits`.
 
     `evaluate(choices)` measures on the verify split, at one length or several; each call is a Record, given to
     `report` as it is made. The search starts where the prediction meets the budget (`dense_loss` turns percent into
     nats), closes in between the last point that holds and the first that misses, and at the end takes the latter's
-    worst heads back to dense. exact: seconds that HiGHS may take over each point, None for the front's own.
-    BudgetError if nothing held: the closest plan, by how much it missed, or how much text would decide.
+    worst heads back to dense. share: of the budget that the search keeps to; exact: seconds that HiGHS may take over
+    each point, None for the front's own. BudgetError if nothing held: the closest plan, by how much it missed, or how
+    much text would decide.
     """
-    limits = limits or Limits()
+    limits, asked = limits or Limits(), budget
+    budget = replace(budget, limit=share * budget.limit)
     sweep = front(problem, limits)
     # Dense is no plan; but where the limits leave it out, the mildest point is one.
     lowest = 1 if limits.allow(problem.dense) else 0
@@ -251,7 +253,7 @@ def verify_loop(
     if search.best is None:
         closest = min(search.records, key=lambda r: r.worst.upper_95)
         raise BudgetError(
-            f"No plan was found within the budget of {budget}. The closest of {len(search.records)}: "
+            f"No plan was found within the budget of {asked}. The closest of {len(search.records)} measured: "
             f"{_described(problem, closest)}.",
             undecided or "Ask for a larger budget, or profile with wider windows.",
         )
