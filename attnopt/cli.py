@@ -23,7 +23,7 @@ EXAMPLES = {
     "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json\n"
     "attnopt plan demo --profile p.safetensors --objective memory --max-kv-memory 40% --protect 0 --out plan.json\n"
     "attnopt plan demo --profile p.safetensors --device-preset h100 --tensor-parallel 2 --length 1000000 --out p.json",
-    "show": "attnopt show plan.json\nattnopt show profile.safetensors --json",
+    "show": "attnopt show plan.json\nattnopt show profile profile.safetensors --svg heads.svg",
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
     "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16",
     "env": "attnopt env --json",
@@ -231,7 +231,9 @@ def build_parser() -> Parser:
     calibrate.add_argument("--rounds", type=count, default=5, help="of which medians are kept (default 5)")
 
     show = command("show")
-    show.add_argument("file", metavar="FILE", help="a plan or a profile")
+    show.add_argument("file", nargs="+", metavar="FILE", help="a plan or a profile; its kind may stand before it")
+    show.add_argument("--svg", metavar="FILE", help="also draw a profile's maps (needs matplotlib)")
+    show.add_argument("--png", metavar="FILE", help="the same as PNG")
     show.add_argument("--html", metavar="FILE", help="also write a page")
 
     explain = command("explain")

@@ -67,9 +67,9 @@ def _named(text: str, sites: Sequence[Site]) -> dict[str, Sequence[int]]:
         return {s.name: range(s.heads) for s in layer}
     name, _, head = text.rpartition(".")
     layer = _layer(name, sites)
-    if layer and head.isdecimal() and all(int(head) < s.heads for s in layer):
-        return {s.name: [int(head)] for s in layer}
-    if layer and head.isdecimal():
+    if len(layer) == 1 and head.isdecimal():
+        if int(head) < layer[0].heads:
+            return {layer[0].name: [int(head)]}
         raise OptionError(f"--protect {text}: {name} has heads 0 to {layer[0].heads - 1}.", "Name one of them.")
     names = [s.name for s in sites]
     raise OptionError(f"--protect {text}: there is no such layer or head.", nearest(text, names, "The layers are"))
