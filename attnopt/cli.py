@@ -139,6 +139,8 @@ def build_parser() -> Parser:
     profile.add_argument("--draws", type=count, default=1, help="draws of labels, each a backward pass (default 1)")
     profile.add_argument("--forward-only", action="store_true",
                          help="no backward pass: how far outputs move, not damages in nats")  # fmt: skip
+    profile.add_argument("--recompute", action="store_true",
+                         help="run each layer again in the backward pass: less memory, more time")  # fmt: skip
     profile.add_argument("--greedy", action="store_true", help="continue by the most likely token, not by sampling")
     profile.add_argument("--probe", type=count, default=0, metavar="N",
                          help="also N documents of key-value lines and late questions at each length")  # fmt: skip

@@ -18,6 +18,7 @@ from attnopt.errors import ModelError
 from attnopt.ir import Miss, Refusal, Region, Site
 from attnopt.passes import OBSERVE, Program
 from attnopt.projection import projection_of
+from attnopt.recompute import in_pieces
 
 # (q, k, v, pad) -> output, for one site
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -29,10 +30,12 @@ class Instrumented:
     """`model` with ``observer(site)`` standing in for each site; call it like the model.
 
     After a call, `sites` holds what was recognised (in graph order), `left_alone` what was not and why.
+    recompute: keep only what passes between layers and run each again in the backward pass, for long sequences and
+    large models.
     """
 
-    def __init__(self, model: nn.Module, observer: Callable[[Site], Attention]) -> None:
-        self.model, self.observer = model, observer
+    def __init__(self, model: nn.Module, observer: Callable[[Site], Attention], recompute: bool = False) -> None:
+        self.model, self.observer, self.recompute = model, observer, recompute
         self.sites: dict[str, Site] = {}
         self.left_alone: dict[str, Refusal | Miss] = {}
         # The weight of each site's output projection, where the graph shows it: (out, H * Dv).
@@ -55,14 +58,15 @@ class Instrumented:
             return gm.forward
         program = Program(captured, observer=self._attend).run(OBSERVE)
         name_of = {attend: name for name, attend in self._attention.items()}
-        for node in program.gm.graph.nodes:
-            if node.op == "call_function" and node.target in name_of:
-                self.projections.setdefault(name_of[node.target], projection_of(node))
+        observed = [n for n in program.gm.graph.nodes if n.op == "call_function" and n.target in name_of]
+        for node in observed:
+            self.projections.setdefault(name_of[node.target], projection_of(node))
         left: list[Refusal | Miss] = [*program.refusals, *program.misses]
         for item in left:
             self.left_alone.setdefault(item.path, item)
         constants = relied_at(captured, program.relied_on)
-        return guarded(captured.forward, lambda: changed, constants) if constants else captured.forward
+        run = in_pieces(captured, observed) if self.recompute else captured.forward
+        return guarded(run, lambda: changed, constants) if constants else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         limits = {name: MAX_GRAPHS for name in ("recompile_limit", "accumulated_recompile_limit")}

@@ -25,7 +25,8 @@ from attnopt.strict_json import Place, nearest, parsed, show
 if TYPE_CHECKING:
     from attnopt.fingerprint import Fingerprint
 
-SCHEMA = 1
+SCHEMA = 2
+OBJECTIVES = ("prefill", "decode", "memory", "mixed")
 UNITS = {"loss": "percent of the dense loss", "kl": "nats per token"}
 AGAIN = "Write the plan again with `attnopt plan`, or restore the file."
 _LINE = 116  # a record of numbers up to this width stays on one line of the file
@@ -56,21 +57,43 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Constraints:
+    """What was asked for besides the budget; None where it was not. min_speedup: of what the objective weighs.
+    max_kv_memory: share of the dense cache. max_rules: distinct spans of one layer. protect: sites and heads left
+    dense; protect_top: so many more, those whose ablation damages most. dense_below: the length under which all run
+    dense."""
+
+    min_speedup: float | None = None
+    max_kv_memory: float | None = None
+    max_rules: int | None = None
+    protect: tuple[str, ...] = ()
+    protect_top: int | None = None
+    dense_below: int | None = None
+
+
+@dataclass(frozen=True)
 class Predicted:
-    """What the planner expected at the planned length. `cost` is "measured" (milliseconds of the attention of one
-    sequence, all layers) or "density" (millions of kept query-key pairs, where nothing was measured)."""
+    """What the planner expected at the planned length, of what the objective weighs, in `unit`. `cost` says where the
+    costs come from: "measured" on this device, a "roofline" of a device, "density" (kept query-key pairs) or "bytes"
+    (cached). kv_memory: share of the dense cache. gap: percent by which the front's plan was dearer than the exact one,
+    which was then taken; None where it was not computed."""
 
     kl_nats_per_token: float
     cost: str
+    unit: str
     dense_cost: float
     planned_cost: float
     speedup: float
+    kv_memory: float
+    gap: float | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
     """One end-to-end measurement against the dense model. Losses in nats per token; `increase` and `upper_95` (upper
-    one-sided 95 % paired bootstrap bound) in the budget's unit. `choices` is the `choices_id` that was measured."""
+    one-sided 95 % paired bootstrap bound) in the budget's unit. `choices` is the `choices_id` that was measured.
+    kl: nats per token; top1: share of tokens with the same most likely next token; retrieval: share of questions about
+    far lines answered, dense and planned. None where it was not measured."""
 
     split: str
     length: int
@@ -81,6 +104,10 @@ class Measured:
     increase: float
     upper_95: float
     choices: str
+    kl: float | None = None
+    top1: float | None = None
+    dense_retrieval: float | None = None
+    planned_retrieval: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,8 @@ class Plan:
     choices: Mapping[str, tuple[Choice, ...]]
     predicted: Predicted
     measured: tuple[Measured, ...] = ()
+    objective: str = "prefill"
+    constraints: Constraints = Constraints()
     min_length: int = 0
     cost_table: str = ""
     calibration: str = ""
@@ -156,6 +185,8 @@ class Plan:
             "versions": dict(self.versions),
             "model": {"name": self.model, "fingerprint": self.fingerprint.to_json()},
             "budget": {**asdict(self.budget), "unit": self.budget.unit},
+            "objective": self.objective,
+            "constraints": asdict(self.constraints),
             "lengths": asdict(self.lengths),
             "min_length": self.min_length,
             "predicted": asdict(self.predicted),
@@ -239,8 +270,8 @@ def _text(value: Any, depth: int = 0, used: int = 0) -> str:
 
 
 _KEYS = (
-    "schema", "versions", "model", "budget", "lengths", "min_length", "predicted", "measured", "cost_table",
-    "calibration", "seed", "sites",
+    "schema", "versions", "model", "budget", "objective", "constraints", "lengths", "min_length", "predicted",
+    "measured", "cost_table", "calibration", "seed", "sites",
 )  # fmt: skip
 
 
@@ -269,6 +300,8 @@ def _read_plan(root: Place, data: Any) -> Plan:
         choices=_read_sites(root.at("sites"), data["sites"]),
         predicted=_read_numbers(root.at("predicted"), data["predicted"], Predicted),
         measured=tuple(_read_numbers(p, v, Measured) for p, v in root.at("measured").items(data["measured"])),
+        objective=_read_objective(root.at("objective"), data["objective"]),
+        constraints=_read_numbers(root.at("constraints"), data["constraints"], Constraints),
         min_length=root.at("min_length").number(data["min_length"], int, 0),
         cost_table=root.at("cost_table").string(data["cost_table"]),
         calibration=root.at("calibration").string(data["calibration"]),
@@ -287,16 +320,27 @@ def _read_budget(place: Place, value: Any) -> Budget:
     return budget
 
 
+def _read_objective(place: Place, value: Any) -> str:
+    if value not in OBJECTIVES:
+        place.fail(f"{show(value)} is no objective", f"Use {', '.join(OBJECTIVES)}.")
+    return str(value)
+
+
 def _read_numbers(place: Place, value: Any, kind: type) -> Any:
-    """A flat record of strings, ints and floats, by the annotations of its dataclass."""
+    """A flat record of strings, lists of strings, ints and floats, null where the annotation allows it."""
     value = place.record(value, [f.name for f in fields(kind)])
     read: dict[str, Any] = {}
     for f in fields(kind):
         here = place.at(f.name)
-        if f.type == "str":
-            read[f.name] = here.string(value[f.name])
+        found, wanted = value[f.name], str(f.type)
+        if found is None and wanted.endswith("| None"):
+            read[f.name] = None
+        elif wanted == "str":
+            read[f.name] = here.string(found)
+        elif wanted.startswith("tuple"):
+            read[f.name] = tuple(p.string(v) for p, v in here.items(found))
         else:
-            read[f.name] = here.number(value[f.name], int if f.type == "int" else float)
+            read[f.name] = here.number(found, int if wanted.startswith("int") else float)
     return kind(**read)
 
 

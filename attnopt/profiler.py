@@ -77,9 +77,9 @@ class _Recorder:
         return attend
 
 
-def discover(model: nn.Module, ids: Tensor) -> Instrumented:
+def discover(model: nn.Module, ids: Tensor, recompute: bool = False) -> Instrumented:
     """The model with transparent observers after one short dense run: its `sites` are known then."""
-    instrumented = Instrumented(model, _Recorder())
+    instrumented = Instrumented(model, _Recorder(), recompute)
     with torch.no_grad():
         instrumented.logits(ids)
     instrumented.need_sites()
@@ -97,20 +97,22 @@ def profile_model(
     labels: str = "model",
     draws: int = 1,
     forward_only: bool = False,
+    recompute: bool = False,
 ) -> Profile:
     """Profile `model` on sequences, each a Sample or token ids int64 (1, N); their lengths are the profile's lengths.
 
     progress(done, total) is called after every sequence. partial: a file that holds what is done so far and is taken up
     again by the next call with the same model, grid and seed; it is left there if the call is interrupted. labels,
     draws: see `Method`. forward_only: no loss and no backward pass; what is held then is how far heads' outputs move,
-    sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats.
+    sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats. recompute: less memory for more time, see
+    attnopt/recompute.
     """
     if not sequences:
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
     method = Method(seed, labels, draws, forward_only)
     samples = [s if isinstance(s, Sample) else Sample(s) for s in sequences]
     model.eval()
-    instrumented = discover(model, samples[0].ids[:, :64])
+    instrumented = discover(model, samples[0].ids[:, :64], recompute)
     recorder = instrumented.observer
     assert isinstance(recorder, _Recorder)
     sites = list(instrumented.sites.values())

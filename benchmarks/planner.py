@@ -34,7 +34,7 @@ from torch import Tensor
 from attnopt.codegen.emit import write_atomically
 from attnopt.cost import CostTable
 from attnopt.ir import Choice
-from attnopt.planner.knapsack import choices_from, front
+from attnopt.planner import choices_from, front
 from attnopt.planner.problem import make_problem
 from attnopt.probe import Probe
 from attnopt.profiler import profile_model

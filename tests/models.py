@@ -125,7 +125,7 @@ def make_plan(choices: dict[str, Any], min_length: int = 0, name: str = "tiny") 
         budget=Budget("kl", 1.0),
         lengths=Lengths((64,), 64),
         choices={site: tuple(of_site) for site, of_site in choices.items()},
-        predicted=Predicted(0.0, "density", 1.0, 1.0, 1.0),
+        predicted=Predicted(0.0, "density", "million kept pairs", 1.0, 1.0, 1.0, 1.0),
         min_length=min_length,
     )
 

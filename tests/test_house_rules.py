@@ -19,12 +19,13 @@ PACKAGE = ROOT / "attnopt"
 LINKS = ("passes", "patterns", "codegen")
 
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
+PROFILING = ("profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
     1: ("masks", "plan", "codegen", "fingerprint", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture"),
-    4: ("passes", "instrument", "measure", "profiler", "cost", "supervision", "probe", "conversations", "projection"),
+    4: ("passes", "instrument", "projection", "recompute", "measure", "cost", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
     7: ("cli", "__main__", "__init__"),

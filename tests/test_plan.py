@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attnopt.errors import PlanError
 from attnopt.fingerprint import Fingerprint
 from attnopt.ir import DENSE, Choice, Mask, Site
-from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted, fold
+from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, Predicted, fold
 
 NARROW = Choice.of("sink_window", {"sink": 4, "alpha": 128, "beta": 0.0})
 ELASTIC = Choice.of("sink_window", {"sink": 0, "alpha": -64, "beta": 0.125})
@@ -29,14 +29,15 @@ def make() -> Plan:
         budget=Budget("loss", 1.0),
         lengths=Lengths((512, 1024), 4096, (2048,)),
         choices={"layers.0.attn": FIRST, "layers.1.attn": (DENSE, DENSE)},
-        predicted=Predicted(0.0125, "measured", 12.5, 5.0, 2.5),
+        predicted=Predicted(0.0125, "measured", "ms", 12.5, 5.0, 2.5, 0.375),
+        constraints=Constraints(max_rules=4, protect=("layers.1.attn",)),
         min_length=256,
         cost_table="89abcdef0123",
         calibration="feedfacefeed",
         seed=7,
         versions={"attnopt": "0.1.0", "torch": "2.13.0"},
     )
-    measured = Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, plan.choices_id)
+    measured = Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, plan.choices_id, 0.0125, 0.97)
     return replace(plan, measured=(measured,))
 
 
@@ -114,7 +115,7 @@ BAD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "unknown key": (lambda d: d.update(sties={}), ("unknown key 'sties'", "Did you mean 'sites'?")),
     "unknown inner key": (lambda d: d["budget"].update(limits=1), ("budget: unknown key 'limits'", "'limit'")),
     "missing key": (lambda d: d.pop("seed"), ("'seed' is missing",)),
-    "wrong schema": (lambda d: d.update(schema=2), ("schema 2", "reads schema 1", "attnopt plan")),
+    "wrong schema": (lambda d: d.update(schema=1), ("schema 1", "reads schema 2", "attnopt plan")),
     "schema text": (lambda d: d.update(schema="1"), ("schema '1'",)),
     "head missing": (lambda d: heads_of(d).pop("4-5"), ("no choice for head 4-5 of 8", "dense")),
     "heads overlap": (lambda d: heads_of(d).update({"6-7": heads_of(d).pop("7")}), ("head 6 is chosen twice",)),
@@ -142,6 +143,11 @@ BAD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "predicted text": (lambda d: d["predicted"].update(speedup="2x"), ("predicted.speedup", "'2x'")),
     "fingerprint": (lambda d: d["model"].update(fingerprint="abc"), ("model.fingerprint", "a record")),
     "fingerprint samples": (lambda d: d["model"]["fingerprint"].update(samples=["a"]), ("samples[0]",)),
+    "objective": (lambda d: d.update(objective="speed"), ("'speed' is no objective", "prefill, decode")),
+    "constraint unknown": (lambda d: d["constraints"].update(max_rule=3), ("'max_rule'", "'max_rules'")),
+    "constraint text": (lambda d: d["constraints"].update(max_rules="3"), ("constraints.max_rules", "whole number")),
+    "protect number": (lambda d: d["constraints"].update(protect=[3]), ("constraints.protect[0]", "a string")),
+    "gap null": (lambda d: d["predicted"].update(speedup=None), ("predicted.speedup", "a number")),
     "sites empty": (lambda d: d.update(sites={}), ("a record of sites is needed",)),
     "sites list": (lambda d: d.update(sites=[1]), ("a record of sites is needed",)),
     "version number": (lambda d: d["versions"].update(torch=2), ("versions.torch", "a string")),

@@ -81,6 +81,14 @@ class Candidate(ABC):
     ) -> torch.Tensor:
         """Predicted divergence from the dense model, per head (heads,), in nats summed over the observed rows."""
 
+    def damages(
+        self, observation: Observation, choices: Sequence[Choice], length: int, own_window: int | None = None
+    ) -> torch.Tensor:
+        """`damage` of several choices, (heads, choices); worth writing out where they share work."""
+        import torch
+
+        return torch.stack([self.damage(observation, dict(c.params), length, own_window) for c in choices], -1)
+
     @abstractmethod
     def rule(self, params: Params) -> tuple[int, int, float]:
         """Lowering for prefill and cache: (sink, alpha, beta), which the run-time operator evaluates at any length.

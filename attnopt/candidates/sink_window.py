@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from attnopt.candidates import Candidate, Param, Params, refuse_span
 from attnopt.ir import Choice, Refusal, Site
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
-    import torch
-
     from attnopt.statistics import Grid, Observation
 
 # Powers of two: at a power-of-two length they give the same few windows as constant ones, hence few kernel groups.
@@ -62,19 +63,18 @@ class SinkWindow(Candidate):
         """Half the observed sum of t_i^2. Between two observed windows: linear in log(window), which lies above the
         usual convex decay; 0 where nothing is dropped. Never smaller for a smaller window, whatever the noise."""
         sink, window = self.span(params, length, own_window)
-        reach = _reach(length, sink, own_window)
-        if window >= reach:
-            return observation.t2.new_zeros(observation.t2.shape[0])
-        # Fewer sinks than asked for keep a subset of the keys: the nearest observed number below stands in.
-        grid = observation.grid
-        row = bisect_right(list(grid.sinks), sink) - 1
-        if row < 0:
-            raise ValueError(f"the profile holds no sink of {sink} or fewer tokens, only {list(grid.sinks)}")
-        observed = [(int(w), observation.t2[:, row, c] / 2) for c, w in enumerate(grid.windows) if w < reach]
-        # Window 0 keeps at most the sinks; ablation keeps nothing. It closes the grid below its first window.
-        points = [(1, observation.ablation_t2 / 2)] if not observed or observed[0][0] > 1 else []
-        points += [*observed, (reach, observation.t2.new_zeros(observation.t2.shape[0]))]
-        return _interpolate(points, window)
+        return _curve(observation, sink, length, own_window).at([window])[:, 0]
+
+    def damages(
+        self, observation: Observation, choices: Sequence[Choice], length: int, own_window: int | None = None
+    ) -> torch.Tensor:
+        spans = [self.span(dict(c.params), length, own_window) for c in choices]
+        found = observation.t2.new_empty(observation.t2.shape[0], len(spans))
+        for sink in {s for s, _ in spans}:
+            columns = [c for c, (s, _) in enumerate(spans) if s == sink]
+            windows = [spans[c][1] for c in columns]
+            found[:, columns] = _curve(observation, sink, length, own_window).at(windows)
+        return found
 
 
 def _reach(length: int, sink: int, own_window: int | None) -> int:
@@ -82,17 +82,42 @@ def _reach(length: int, sink: int, own_window: int | None) -> int:
     return max(length - sink, 1) if own_window is None else min(length, own_window)
 
 
-def _interpolate(points: list[tuple[int, torch.Tensor]], window: int) -> torch.Tensor:
-    """Value at `window`, linear in log(window), of the smallest non-increasing curve above `points` (ascending)."""
-    values = [points[-1][1]]
-    for _, value in reversed(points[:-1]):
-        values.append(value.maximum(values[-1]))
-    values.reverse()
-    at = [w for w, _ in points]
-    right = min(bisect_right(at, window), len(at) - 1)
-    left = right - 1
-    share = math.log(window / at[left]) / math.log(at[right] / at[left])
-    return values[left] * (1 - share) + values[right] * share
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Damage over the window: windows (P,) ascending, values (heads, P) not increasing. The last damages nothing."""
+
+    windows: list[int]
+    values: torch.Tensor
+
+    def at(self, windows: Sequence[int]) -> torch.Tensor:
+        """Linear in log(window) between the points, (heads, len(windows))."""
+        last = len(self.windows) - 1
+        right = [min(bisect_right(self.windows, w), last) for w in windows]
+        share = self.values.new_tensor([_share(self.windows, r, w) for r, w in zip(right, windows, strict=True)])
+        return self.values[:, [r - 1 for r in right]] * (1 - share) + self.values[:, right] * share
+
+
+def _share(windows: list[int], right: int, window: int) -> float:
+    return min(math.log(window / windows[right - 1]) / math.log(windows[right] / windows[right - 1]), 1.0)
+
+
+def _curve(observation: Observation, sink: int, length: int, own_window: int | None) -> _Curve:
+    """The smallest non-increasing curve above what was observed with `sink`, up to where no key is dropped."""
+    reach = _reach(length, sink, own_window)
+    nothing = observation.t2.new_zeros(observation.t2.shape[0])
+    if reach == 1:
+        return _Curve([1, 2], observation.t2.new_zeros(observation.t2.shape[0], 2))
+    # Fewer sinks than asked for keep a subset of the keys: the nearest observed number below stands in.
+    grid = observation.grid
+    row = bisect_right(list(grid.sinks), sink) - 1
+    if row < 0:
+        raise ValueError(f"the profile holds no sink of {sink} or fewer tokens, only {list(grid.sinks)}")
+    observed = [(int(w), observation.t2[:, row, c] / 2) for c, w in enumerate(grid.windows) if w < reach]
+    # Window 0 keeps at most the sinks; ablation keeps nothing. It closes the grid below its first window.
+    points = [(1, observation.ablation_t2 / 2)] if not observed or observed[0][0] > 1 else []
+    points += [*observed, (reach, nothing)]
+    values = torch.stack([value for _, value in points], 1)
+    return _Curve([w for w, _ in points], values.flip(1).cummax(1).values.flip(1))
 
 
 CANDIDATES.register("sink_window")(SinkWindow())

@@ -25,7 +25,7 @@ def profile(args: argparse.Namespace) -> None:
         made = profile_model(
             loaded.model, calibration(args, loaded, progress), grid, args.seed,
             lambda done, of: progress("profiling", done, of), partial, labels=args.labels, draws=args.draws,
-            forward_only=args.forward_only,
+            forward_only=args.forward_only, recompute=args.recompute,
         )  # fmt: skip
     made.save(out)
     partial.unlink(missing_ok=True)

@@ -8,16 +8,16 @@
 problem.py makes the knapsack from a profile and a cost table, knapsack.py solves it, verify.py measures.
 """
 
+from attnopt.planner.exact import Compared, compare, solve
+from attnopt.planner.frontier import Front, front
 from attnopt.planner.knapsack import (
     Choices,
-    Front,
+    Limits,
     Problem,
     Solution,
     back_off,
     choices_from,
-    front,
     settle,
-    solve,
 )
 from attnopt.planner.problem import make_problem, min_length_of, predicted_of
 from attnopt.planner.verify import (
@@ -34,14 +34,17 @@ from attnopt.planner.verify import (
 
 __all__ = [
     "Choices",
+    "Compared",
     "Evaluation",
     "Front",
+    "Limits",
     "Problem",
     "Record",
     "Solution",
     "Verified",
     "back_off",
     "choices_from",
+    "compare",
     "final_check",
     "front",
     "holds",

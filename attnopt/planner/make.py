@@ -15,7 +15,7 @@ from attnopt.fingerprint import fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Lengths, Plan, choices_id
-from attnopt.planner.knapsack import Choices, Problem, choices_from
+from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
 from attnopt.planner.problem import make_problem, min_length_of, predicted_of
 from attnopt.planner.verify import LEAST_SEQUENCES, Evaluation, Record, Verified, final_check, verify_loop
 from attnopt.profile_file import versions_here
@@ -147,7 +147,7 @@ def make_plan(
         evaluate,
         replace(budget, limit=SEARCH_SHARE * budget.limit),
         seed=seed,
-        max_spans=max_spans,
+        limits=Limits(spans=max_spans),
         dense_loss=dense_loss,
         report=report,
     )
@@ -161,7 +161,7 @@ def make_plan(
         budget=budget,
         lengths=Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final}))),
         choices=choices,
-        predicted=predicted_of(problem, found.solution),
+        predicted=predicted_of(problem, found.solution, found.gap),
         measured=(*found.measured, *measured),
         min_length=min_length,
         cost_table="+".join(sorted({t.id for t in of_site.values()})),

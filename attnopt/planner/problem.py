@@ -1,99 +1,185 @@
-"""From a profile and measured costs to a knapsack, and from its solution to what a plan file says."""
+"""From a profile and a cost table to a knapsack, and from its solution to what a plan file says.
+
+What is weighed (`OBJECTIVES`): "prefill", the time of every head's own span. "decode" and "memory", the keys that the
+cache keeps: the union over the query heads that share a KV head. "mixed", half of each, as shares of dense.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnopt.cost import MARGIN, CostTable, layer_cost
-from attnopt.errors import ProfileError
+from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
+from attnopt.errors import OptionError, ProfileError
 from attnopt.ir import DENSE, Choice, Site
-from attnopt.plan import Predicted
-from attnopt.planner.knapsack import Array, Choices, Problem, Solution
+from attnopt.plan import OBJECTIVES, Predicted
+from attnopt.planner.extrapolate import carried_on
+from attnopt.planner.knapsack import Array, Choices, Problem, Solution, code_of
 from attnopt.registry import CANDIDATES
+from attnopt.strict_json import nearest
 
 if TYPE_CHECKING:
     from attnopt.profile_file import Profile
+    from attnopt.statistics import Observation
+
+Tables = Costs | Mapping[str, Costs]
+
+
+def table_of(tables: Tables, site: Site) -> Costs:
+    return tables[site.name] if isinstance(tables, Mapping) else tables
 
 
 def make_problem(
-    profile: Profile, tables: CostTable | Mapping[str, CostTable], sites: Sequence[Site], target_length: int,
+    profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
     lengths: Sequence[int] | None = None, protect: Mapping[str, Sequence[int]] | None = None,
+    objective: str = "prefill",
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name; `protect`: heads to leave dense.
 
-    A head's damage is the largest over the profiled `lengths` (default: all): the sum over heads then bounds the
-    predicted damage of the plan at every one of them, and no length is bought at another's expense.
+    A head's damage is the largest over the profiled `lengths` (default: all) and the planned one, if that is longer
+    (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
+    them, and no length is bought at another's expense.
     """
+    if objective not in OBJECTIVES:
+        raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
     lengths = list(lengths or profile.lengths)
     wanted = [*lengths, target_length]
     grid = profile.header.grid
     candidates = [item for _, item in CANDIDATES]
-    spaces = {s.name: [c for k in candidates for c in k.space(grid, wanted, s.mask.window)] for s in sites}
-    choices = (DENSE, *dict.fromkeys(c for space in spaces.values() for c in space if c != DENSE))
-    blocks: list[tuple[Array, Array, Array]] = []
+    own_windows = {s.mask.window for s in sites}
+    spaces = {own: [c for k in candidates for c in k.space(grid, wanted, own)] for own in own_windows}
+    choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
+    damage, cost, span = [], [], []
     for site in sites:
-        table = tables if isinstance(tables, CostTable) else tables[site.name]
-        allowed = set(spaces[site.name])
-        blocks.append(_block(profile, table, site, choices, allowed, lengths, target_length))
+        damage.append(_damage(profile, site, choices, set(spaces[site.mask.window]), lengths, target_length))
         for head in (protect or {}).get(site.name, ()):
-            blocks[-1][0][head, 1:] = np.inf
-    groups = [(tables if isinstance(tables, CostTable) else tables[s.name]).group_cost(target_length) for s in sites]
-    return Problem(
+            damage[-1][head, 1:] = np.inf
+        of_site = _costs(table_of(tables, site), site.mask.window, choices, target_length)
+        cost.append(np.tile(of_site[0], (site.heads, 1)))
+        span.append(np.tile(of_site[1], (site.heads, 1)))
+    sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
+    problem = Problem(
         heads=tuple((s.name, h) for s in sites for h in range(s.heads)),
         choices=choices,
-        damage=np.concatenate([b[0] for b in blocks]),
-        cost=np.concatenate([b[1] for b in blocks]),
-        span=np.concatenate([b[2] for b in blocks]),
+        damage=np.concatenate(damage),
+        cost=np.concatenate(cost),
+        span=np.concatenate(span),
         site=np.repeat(np.arange(len(sites)), [s.heads for s in sites]),
-        group_cost=np.array(groups),
-        measured=all(t.measured for t in ([tables] if isinstance(tables, CostTable) else tables.values())),
+        group_cost=np.array([table_of(tables, s).group_cost(target_length) for s in sites]),
+        kind=kind_of(tables),
+        unit="million kept pairs" if kind_of(tables) == "density" else "ms",
+        length=target_length,
+        kv=np.repeat(np.arange(len(sharing)), sharing),
+        key_cost=np.zeros(len(sharing)),
+        key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
     )
+    return weighed(problem, objective, tables, sites)
 
 
-def _block(
-    profile: Profile, table: CostTable, site: Site, choices: Sequence[Choice], allowed: set[Choice],
-    lengths: Sequence[int], target_length: int,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Damage, cost and span code of one site, each (heads, C)."""
-    shape = (site.heads, len(choices))
-    damage, cost, span = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape, dtype=np.int64)
-    own = site.mask.window
+def key_bytes(site: Site) -> int:
+    """Bytes of K and V that one KV head keeps of a token."""
+    return (site.head_dim + site.head_dim_v) * itemsize(site.dtype)
+
+
+def _damage(
+    profile: Profile, site: Site, choices: Sequence[Choice], allowed: set[Choice], lengths: Sequence[int], target: int
+) -> Array:
+    """Nats per token of every choice, (heads, C): the largest over the lengths; inf where a choice is not allowed."""
+    damage = np.full((site.heads, len(choices)), np.inf)
+    of_kind: dict[str, list[int]] = {}
+    for c, choice in enumerate(choices):
+        if choice in allowed:
+            of_kind.setdefault(choice.candidate, []).append(c)
+    for name, columns in of_kind.items():
+        if CANDIDATES[name].refuse(site) is not None:
+            continue
+        damage[:, columns] = 0.0
+        for observation in observed(profile, site, lengths, target):
+            some = [choices[c] for c in columns]
+            found = (
+                CANDIDATES[name].damages(observation, some, observation.length, site.mask.window) / observation.tokens
+            )
+            damage[:, columns] = np.maximum(damage[:, columns], found.numpy())
+    return damage
+
+
+def observed(profile: Profile, site: Site, lengths: Sequence[int], target: int) -> list[Observation]:
+    """The site's observations at the profiled `lengths`, and one carried on to `target` where that is longer."""
+    found = []
+    for length in lengths:
+        seen = profile.observations.get((site.name, length))
+        if seen is None or seen.heads != site.heads or not seen.rows:
+            raise ProfileError(
+                f"The profile holds nothing of {site.name} ({site.heads} heads) at length {length}.",
+                f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
+            )
+        found.append(seen)
+    longest = max(found, key=lambda o: o.length)
+    return found if target <= longest.length else [*found, carried_on(longest, target)]
+
+
+def _costs(table: Costs, own: int | None, choices: Sequence[Choice], length: int) -> tuple[Array, Array]:
+    """Cost and span code of every choice, each (C,)."""
+    cost, span = np.zeros(len(choices)), np.zeros(len(choices), dtype=np.int64)
     for c, choice in enumerate(choices):
         candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
-        sink, window = candidate.span(params, target_length, own)
-        cost[:, c] = candidate.cost(table, params, target_length, own)
-        span[:, c] = (0 if window >= target_length else sink) << 32 | window
-        if choice not in allowed or candidate.refuse(site) is not None:
-            continue
-        damage[:, c] = 0.0
-        for length in lengths:
-            observation = profile.observations.get((site.name, length))
-            if observation is None or observation.heads != site.heads or not observation.rows:
-                raise ProfileError(
-                    f"The profile holds nothing of {site.name} ({site.heads} heads) at length {length}.",
-                    f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
-                )
-            found = candidate.damage(observation, params, length, own) / observation.tokens
-            damage[:, c] = np.maximum(damage[:, c], found.numpy())
-    return damage, cost, span
+        cost[c] = candidate.cost(table, params, length, own)
+        sink, window = candidate.span(params, length, own)
+        span[c] = code_of(sink, window, length)
+    return cost, span
 
 
-def predicted_of(problem: Problem, solution: Solution) -> Predicted:
-    """What the plan file says was expected."""
-    dense = problem.dense.cost
+def kind_of(tables: Tables) -> str:
+    """Where costs come from; the least certain of several."""
+    kinds = {t.kind for t in (tables.values() if isinstance(tables, Mapping) else [tables])}
+    return next(kind for kind in ("density", "roofline", "measured") if kind in kinds)
+
+
+def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Site]) -> Problem:
+    """The problem with the costs of an objective, from one with those of prefill."""
+    if objective == "prefill":
+        return problem
+    per_kv = [table_of(tables, s).key_time for s in sites for _ in range(s.kv_heads)]
+    times = np.array([t for t in per_kv if t is not None])
+    timed = objective != "memory" and len(times) == len(per_kv)
+    keys = times if timed else problem.key_bytes / 1e6
+    if objective != "mixed":
+        unit = "ms a token" if timed else "MB read a token" if objective == "decode" else "MB of cache"
+        return replace(
+            problem, cost=np.zeros_like(problem.cost), group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
+            kind="roofline" if timed else "bytes", unit=unit,
+        )  # fmt: skip
+    dense = 2 * problem.dense.cost
+    dense_keys = 2 * float((keys * problem.kept(np.zeros(len(problem.heads), dtype=np.int64))).sum())
+    return replace(
+        problem, cost=problem.cost / dense, group_cost=problem.group_cost / dense, key_cost=keys / dense_keys,
+        kind=problem.kind if timed else f"{problem.kind} and bytes", unit="share of dense",
+    )  # fmt: skip
+
+
+def predicted_of(problem: Problem, solution: Solution, gap: float | None = None) -> Predicted:
+    """What the plan file says was expected. gap: see `exact.Compared`, None where nothing was compared."""
+    dense = problem.dense
     return Predicted(
-        solution.damage, "measured" if problem.measured else "density", dense, solution.cost, dense / solution.cost
+        solution.damage,
+        problem.kind,
+        problem.unit,
+        dense.cost,
+        solution.cost,
+        dense.cost / solution.cost,
+        solution.memory / dense.memory if dense.memory else 1.0,
+        gap,
     )
 
 
-def min_length_of(choices: Choices, sites: Sequence[Site], tables: CostTable | Mapping[str, CostTable]) -> int:
+def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables) -> int:
     """The measured length from which on these choices are cheaper than dense, MARGIN included; under it dense runs.
     One more than the longest measured length if they never are; 0 where nothing was measured."""
-    of = {s.name: tables if isinstance(tables, CostTable) else tables[s.name] for s in sites}
-    if not all(t.measured for t in of.values()):
+    of = {s.name: table_of(tables, s) for s in sites}
+    if not all(t.kind == "measured" for t in of.values()):
         return 0
     lengths = sorted(set.intersection(*(set(t.lengths) for t in of.values())))
     if not lengths:

@@ -15,18 +15,9 @@ import numpy as np
 
 from attnopt.errors import BudgetError
 from attnopt.plan import Budget, Measured, choices_id
-from attnopt.planner.knapsack import (
-    Array,
-    Choices,
-    Front,
-    Problem,
-    Solution,
-    back_off,
-    choices_from,
-    front,
-    settle,
-    solve,
-)
+from attnopt.planner.exact import compare
+from attnopt.planner.frontier import Front, front
+from attnopt.planner.knapsack import Array, Choices, Limits, Problem, Solution, back_off, choices_from, settle
 
 LEAST_SEQUENCES = 8  # fewer than these say nothing about their spread
 RESAMPLES = 2000
@@ -185,12 +176,14 @@ class Record:
 @dataclass(frozen=True, eq=False)
 class Verified:
     """The fastest solution found within the budget, its measurements on the verify split, and the whole search.
-    undecided: how much text would tell whether a faster one holds, or an empty string."""
+    undecided: how much text would tell whether a faster one holds, or an empty string; gap: percent by which the
+    front's plan was dearer, where it was compared with an exact one."""
 
     solution: Solution
     measured: tuple[Measured, ...]
     records: tuple[Record, ...]
     undecided: str = ""
+    gap: float | None = None
 
 
 @dataclass(eq=False)
@@ -201,9 +194,11 @@ class _Search:
     seed: int
     most: int
     report: Callable[[Record], None] | None
+    exact: float | None = None
     records: list[Record] = field(default_factory=list)
     best: tuple[Solution, Record] | None = None
     seen: dict[bytes, Record] = field(default_factory=dict)
+    gaps: dict[bytes, float] = field(default_factory=dict)
 
     def try_point(self, solution: Solution, step: str) -> Record:
         """Evaluate a solution (once), remember it if it is the cheapest that holds."""
@@ -223,6 +218,18 @@ class _Search:
             self.best = solution, record
         return record
 
+    def solution(self, sweep: Front, k: int) -> Solution:
+        """About the cheapest within point k's damage; the cheapest, where an exact plan is wanted."""
+        damage = float(sweep.damage[k])
+        if self.exact is None:
+            found = sweep.pick(max_damage=damage)
+            assert found is not None  # point k itself is within
+            return found
+        compared = compare(sweep, max_damage=damage, seconds=self.exact)
+        if compared.gap is not None:
+            self.gaps[compared.solution.index.tobytes()] = compared.gap
+        return compared.solution
+
     @property
     def left(self) -> int:
         return self.most - len(self.records)
@@ -230,47 +237,60 @@ class _Search:
 
 def verify_loop(
     problem: Problem, evaluate: Evaluate, budget: Budget, *, seed: int = 0, max_evaluations: int = 8,
-    max_spans: int | None = None, dense_loss: float = TYPICAL_LOSS, report: Callable[[Record], None] | None = None,
+    limits: Limits | None = None, exact: float | None = None, dense_loss: float = TYPICAL_LOSS,
+    report: Callable[[Record], None] | None = None,
 ) -> Verified:  # fmt: skip
-    """The fastest plan whose measured bound keeps the budget.
+    """The fastest plan whose measured bound keeps the budget, within `limits`.
 
     `evaluate(choices)` measures on the verify split, at one length or several; each call is a Record, given to
     `report` as it is made. The search starts where the prediction meets the budget (`dense_loss` turns percent into
     nats), closes in between the last point that holds and the first that misses, and at the end takes the latter's
-    worst heads back to dense. BudgetError if nothing held: by how much, or how much text would decide.
+    worst heads back to dense. exact: seconds that HiGHS may take over each point, None for the front's own.
+    BudgetError if nothing held: the closest plan, by how much it missed, or how much text would decide.
     """
-    sweep = front(problem)
-    if len(sweep) < 2:
+    limits = limits or Limits()
+    sweep = front(problem, limits)
+    # Dense is no plan; but where the limits leave it out, the mildest point is one.
+    lowest = 1 if limits.allow(problem.dense) else 0
+    if len(sweep) <= lowest:
         raise BudgetError("No replacement of any head is cheaper than dense here.", "Plan for a longer length.")
-    search = _Search(problem, evaluate, budget, seed, max_evaluations, report)
+    search = _Search(problem, evaluate, budget, seed, max_evaluations, report, exact)
     limit = budget.limit if budget.kind == "kl" else budget.limit / 100 * dense_loss
-    missed = _close_in(search, sweep, max_spans, limit)
+    missed = _close_in(search, sweep, limit, lowest)
     if missed is not None:
-        _restore(search, *missed, max_spans)
+        _restore(search, *missed, limits)
     undecided = _more_text([m for r in search.records for m in r.measured if not holds(m, budget)], budget)
     if search.best is None:
-        mildest = min((r.worst for r in search.records), key=lambda m: m.upper_95)
+        closest = min(search.records, key=lambda r: r.worst.upper_95)
         raise BudgetError(
-            f"No plan was found within the budget of {budget}: the mildest of {len(search.records)} measured "
-            f"{mildest.increase:.4g}, at most {mildest.upper_95:.4g}, at length {mildest.length}.",
+            f"No plan was found within the budget of {budget}. The closest of {len(search.records)}: "
+            f"{_described(problem, closest)}.",
             undecided or "Ask for a larger budget, or profile with wider windows.",
         )
     solution, record = search.best
-    return Verified(solution, record.measured, tuple(search.records), undecided)
+    gap = search.gaps.get(solution.index.tobytes())
+    return Verified(solution, record.measured, tuple(search.records), undecided, gap)
 
 
-def _close_in(search: _Search, sweep: Front, max_spans: int | None, first: float) -> tuple[Solution, float] | None:
+def _described(problem: Problem, record: Record) -> str:
+    faster, worst = problem.dense.cost / record.cost, record.worst
+    return (
+        f"{faster:.2f} times as fast as dense by its costs, measured increase {worst.increase:.4g}, "
+        f"at most {worst.upper_95:.4g}, at length {worst.length}"
+    )
+
+
+def _close_in(search: _Search, sweep: Front, first: float, lowest: int) -> tuple[Solution, float] | None:
     """Narrow the front between a point that holds and one that misses; the latter, with its bound over the limit."""
-    low, high = 0, len(sweep)
+    low, high = lowest - 1, len(sweep)
     held: tuple[float, float] | None = None
     missed: tuple[float, float] | None = None
     nearest: tuple[Solution, float] | None = None
     enough = WORTHWHILE * search.problem.dense.cost
-    k = min(max(sweep.within(first), 1), len(sweep) - 1)
+    k = min(max(sweep.within(first), lowest), len(sweep) - 1)
     # The last evaluation is kept for taking heads back, unless nothing holds yet.
     while search.left > (1 if search.best is not None else 0):
-        # Exact, since spans of a layer cost: 1 to 6 % cheaper than the settled front, in a fraction of a second.
-        solution = solve(search.problem, max_damage=float(sweep.damage[k]), max_spans=max_spans, seconds=2.0)
+        solution = search.solution(sweep, k)
         record = search.try_point(solution, f"point {k} of {len(sweep) - 1}")
         limit = search.budget.limit
         ratio = record.worst.upper_95 / limit if limit > 0 else math.inf
@@ -279,7 +299,7 @@ def _close_in(search: _Search, sweep: Front, max_spans: int | None, first: float
             low, held = k, (at, ratio)
         else:
             high, missed, nearest = k, (at, ratio), (solution, ratio)
-        if high - low < 2 or (search.best is not None and sweep.cost[low] - sweep.cost[high - 1] < enough):
+        if high - low < 2 or (search.best is not None and sweep.cost[max(low, 0)] - sweep.cost[high - 1] < enough):
             break
         k = min(max(sweep.within(_aim(held, missed)), low + 1), high - 1)
     return nearest
@@ -299,16 +319,16 @@ def _aim(held: tuple[float, float] | None, missed: tuple[float, float] | None) -
     return math.exp((1 - share) * math.log(held[0]) + share * math.log(missed[0]))
 
 
-def _restore(search: _Search, missed: Solution, ratio: float, max_spans: int | None) -> None:
+def _restore(search: _Search, missed: Solution, ratio: float, limits: Limits) -> None:
     """With what evaluations are left: the point that missed, its worst heads dense again until it should hold."""
     problem, aim = search.problem, 0.9
     replaced = int((missed.index != 0).sum())
     while search.left > 0 and math.isfinite(ratio):
         target = missed.damage * aim / ratio
         n = next((n for n in range(1, replaced) if back_off(problem, missed, n).damage <= target), replaced)
-        solution = settle(problem, back_off(problem, missed, n), max_spans)
+        solution = settle(problem, back_off(problem, missed, n), limits.spans)
         least = search.best[0].cost if search.best is not None else problem.dense.cost
-        if n == replaced or solution.cost > least - WORTHWHILE * problem.dense.cost:
+        if n == replaced or solution.cost > least - WORTHWHILE * problem.dense.cost or not limits.allow(solution):
             return
         if search.try_point(solution, f"{n} heads taken back").holds:
             return

@@ -179,6 +179,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "fingerprint": plan.fingerprint.structure,
         "budget": {**asdict(plan.budget), "unit": plan.budget.unit},
+        "objective": plan.objective,
+        "constraints": {**asdict(plan.constraints), "protect": list(plan.constraints.protect)},
         "lengths": {
             "profiled": list(plan.lengths.profiled),
             "planned": length,
@@ -201,24 +203,56 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+# Where a cost comes from, in words.
+COSTS = {
+    "measured": "measured on this device",
+    "roofline": "a roofline, not measured",
+    "density": "pairs counted, not measured",
+    "bytes": "bytes counted, not measured",
+}
+
+
+def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
+    """What was asked for besides the budget, in words."""
+    words = {
+        "min_speedup": "at least {:g} times as fast",
+        "max_kv_memory": "at most {:.1%} of the KV cache",
+        "max_rules": "at most {} spans a layer",
+        "protect_top": "the {} heads whose removal hurts most stay dense",
+        "dense_below": "dense under {} tokens",
+    }
+    found = [text.format(asked[name]) for name, text in words.items() if asked[name] is not None]
+    return found + ([f"dense: {', '.join(asked['protect'])}"] if asked["protect"] else [])
+
+
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The plan's figures as (label, value), of the data of `plan_json`."""
     predicted, budget = plan["predicted"], plan["budget"]
-    unit = "ms" if predicted["cost"] == "measured" else "million kept pairs"
     lengths = plan["lengths"]
     facts = [
         ("model", f"{plan['model']} ({plan['fingerprint']})"),
         ("budget", f"{budget['limit']:g} {budget['unit']}"),
         ("lengths", f"planned {lengths['planned']}, profiled {_list(lengths['profiled'])}, "
                     f"verified {_list(lengths['verified'])}"),
-        ("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token; attention "
-                      f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {unit}, "
-                      f"{predicted['speedup']:.2f}x"),
+        ("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token; {plan['objective']} "
+                      f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']}, "
+                      f"{predicted['speedup']:.2f}x ({COSTS.get(predicted['cost'], predicted['cost'])})"),
     ]  # fmt: skip
+    if predicted["kv_memory"] < 1:
+        facts.append(("KV cache", f"{100 * predicted['kv_memory']:.1f} % of dense at {lengths['planned']}"))
+    if predicted["gap"] is not None:
+        facts.append(("solved", f"exactly; the front's plan was {predicted['gap']:.2f} % dearer"))
+    asked = constraint_texts(plan["constraints"])
+    if asked:
+        facts.append(("constraints", "; ".join(asked)))
     for m in plan["measured"]:
         facts.append((f"measured ({m['split']}, {m['length']})", (
             f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {budget['unit']}; loss "
             f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+            + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
+            + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
+            + ("" if m["planned_retrieval"] is None else
+               f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %")
         )))  # fmt: skip
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))

@@ -71,7 +71,7 @@ def plan(layers: int = 2, heads: int = 4) -> Plan:
     made = Plan(
         "demo", Fingerprint("0123456789abcdef", (0.125,)), Budget("loss", 1.0), Lengths((512,), 4096, (2048,)),
         {f"layers.{n}.attn": (narrow,) * (heads - 1) + (DENSE,) for n in range(layers)},
-        Predicted(0.012345678, "measured", 12.345678, 5.0, 2.4691), min_length=256,
+        Predicted(0.012345678, "measured", "ms", 12.345678, 5.0, 2.4691, 0.4, 0.25), min_length=256,
     )  # fmt: skip
     return replace(made, measured=(Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.54321, 0.76543, made.choices_id),))
 

@@ -44,7 +44,7 @@ def plan() -> Plan:
     made = Plan(
         "demo", Fingerprint("0123456789abcdef", (0.125,)), Budget("loss", 1.0), Lengths((512,), 4096, (2048,)),
         {"layers.0.attn": (narrow,) * 3 + (DENSE,), "layers.1.attn": (DENSE,) * 4},
-        Predicted(0.0125, "measured", 12.5, 5.0, 2.5), min_length=256,
+        Predicted(0.0125, "measured", "ms", 12.5, 5.0, 2.5, 0.4), min_length=256,
     )  # fmt: skip
     return replace(made, measured=(Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, made.choices_id),))
 

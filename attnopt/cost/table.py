@@ -1,42 +1,48 @@
-"""What one head's attention costs: a table measured on this device, or kept pairs where nothing was measured.
-
-    table = load_or_measure(spec, lengths, windows, sinks)      # the emitted kernel's milliseconds, stored once
-    table.cost(4096, sink=4, window=512)                        # ms of one head's prefill, one sequence
-    layer_cost(table, 4096, [(4, 512)] * 6 + [(0, 4096)] * 2)   # ms of a layer: heads, and a fixed cost per group
-
-The emitted kernels run one group per distinct span of a layer, so a layer costs
-``sum over heads of cost(head) + group_cost * (distinct spans - 1)``.
-"""
+"""A table of prefill times per head, interpolated and stored; and what is computed from any table of costs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import platform
-import random
-import statistics
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
-
-from attnopt import __version__, settings
 from attnopt.errors import AttnoptError
-
-if TYPE_CHECKING:
-    from attnopt.codegen.spec import KernelSpec
 
 SCHEMA = 1
 # A window must save this share of the dense time before it counts as a saving: timings repeat to a few percent.
 MARGIN = 0.05
-# A timed sample repeats a call until it lasts this long.
-SAMPLE_SECONDS = 2e-3
-Prefill = Callable[..., torch.Tensor]
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Costs(Protocol):
+    """What a planner asks of a table. kind: "measured", "roofline" or "density"; key_time: ms that decoding a token
+    spends on one cached key of one KV head, or None where that is not known; lengths: those measured."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def key_time(self) -> float | None: ...
+
+    def cost(self, length: int, sink: int, window: int) -> float: ...
+
+    def group_cost(self, length: int) -> float: ...
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number, by torch's name of its type."""
+    return ITEM_BYTES[dtype]
 
 
 def kept_pairs(length: int, sink: int, window: int) -> int:
@@ -76,6 +82,15 @@ class CostTable:
     def by_density(cls) -> CostTable:
         """A table of kept pairs (in millions), for where nothing can be measured; `unit` says so."""
         return cls((("target", "density"),), (), (), measured=False)
+
+    @property
+    def kind(self) -> str:
+        return "measured" if self.measured else "density"
+
+    @property
+    def key_time(self) -> float | None:
+        """No decoding kernel is emitted, so none was timed."""
+        return None
 
     @property
     def unit(self) -> str:
@@ -169,7 +184,7 @@ def _log_log(x: float, left: tuple[float, float], right: tuple[float, float]) ->
     return math.exp(math.log(left[1]) * (1 - share) + math.log(right[1]) * share)
 
 
-def layer_cost(table: CostTable, length: int, spans: Iterable[tuple[int, int]]) -> float:
+def layer_cost(table: Costs, length: int, spans: Iterable[tuple[int, int]]) -> float:
     """One layer's cost, in the table's unit, with the given (sink, window) per head."""
     clamped = [(s if w < length else 0, min(w, length)) for s, w in spans]
     return sum(table.cost(length, s, w) for s, w in clamped) + table.group_cost(length) * (len(set(clamped)) - 1)
@@ -187,139 +202,3 @@ def break_even(table: CostTable) -> int:
             break
         found = length
     return found
-
-
-# Measuring
-
-
-def measure(
-    prefill: Prefill, heads: int, kv_heads: int, head_dim: int, dtype: str, lengths: Sequence[int],
-    windows: Sequence[int], sinks: Sequence[int], *, target: str = "cpu", device: str = "cpu",
-    threads: int | None = None, rounds: int = 7, progress: Callable[[int, int, str], None] | None = None,
-) -> CostTable:  # fmt: skip
-    """Time `prefill(q, k, v, sinks, windows, scale)` with all heads alike, for every length, sink and window.
-
-    Each length's variants, dense among them, run interleaved in a new order every round, so that what disturbs the
-    machine disturbs all; medians are kept. `progress(done, of, what)` is called as each length is done.
-    """
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        entries: list[tuple[tuple[int, int, int], float]] = []
-        groups: list[tuple[int, float]] = []
-        for done, length in enumerate(sorted(set(lengths))):
-            spans = [(0, length)] + [(s, w) for s in sorted(set(sinks)) for w in sorted(set(windows)) if w < length]
-            times, group = _measure_length(prefill, (heads, kv_heads, head_dim), dtype, device, length, spans, rounds)
-            entries += [((length, s, w), ms / heads) for (s, w), ms in zip(spans, times, strict=True)]
-            groups.append((length, group))
-            if progress is not None:
-                progress(done + 1, len(set(lengths)), f"{length} tokens")
-        return CostTable(device_key(target, dtype, heads, kv_heads, head_dim, device), tuple(entries), tuple(groups))
-    finally:
-        torch.set_num_threads(before)
-
-
-def _measure_length(
-    prefill: Prefill, shape: tuple[int, int, int], dtype: str, device: str, length: int,
-    spans: list[tuple[int, int]], rounds: int,
-) -> tuple[list[float], float]:  # fmt: skip
-    """Median ms of a call for each of `spans` (all heads alike), and the ms of one more group of heads."""
-    heads, kv_heads, dim = shape
-    generator = torch.Generator().manual_seed(0)
-    sizes = (heads, kv_heads, kv_heads)
-    q, k, v = (torch.randn(1, n, length, dim, generator=generator).to(device, getattr(torch, dtype)) for n in sizes)
-    tables = [([s] * heads, [w] * heads) for s, w in spans]
-    # Spans a token apart are equal work and distinct groups; their times against one group's are the fixed cost.
-    narrow = spans[1 + (len(spans) - 1) // 2] if len(spans) > 1 else None
-    split = min(heads, 4)
-    if narrow is not None and split > 1:
-        block = math.ceil(heads / split)
-        tables.append(([narrow[0]] * heads, [max(narrow[1] - h // block, 1) for h in range(heads)]))
-    calls = []
-    for table in tables:
-        sink, window = (torch.tensor(x, device=device) for x in table)
-        calls.append(lambda s=sink, w=window: prefill(q, k, v, s, w, dim**-0.5))
-    times = _interleaved(calls, rounds, device)
-    if len(times) == len(spans) or narrow is None:
-        return times, 0.0
-    distinct = len(set(tables[-1][1]))
-    return times[:-1], max((times[-1] - times[spans.index(narrow)]) / max(distinct - 1, 1), 0.0)
-
-
-def _interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -> list[float]:
-    """Median milliseconds of each call."""
-
-    def timed(call: Callable[[], Any], repeats: int) -> float:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    with torch.no_grad():
-        for call in calls:
-            call()
-        repeats = [max(1, math.ceil(SAMPLE_SECONDS / max(timed(call, 1), 1e-7))) for call in calls]
-        samples: list[list[float]] = [[] for _ in calls]
-        order, rng = list(range(len(calls))), random.Random(0)
-        for _ in range(rounds):
-            rng.shuffle(order)
-            for index in order:
-                samples[index].append(timed(calls[index], repeats[index]))
-    return [1e3 * statistics.median(s) for s in samples]
-
-
-def device_name(device: str = "cpu") -> str:
-    """The device's own name."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_key(
-    target: str, dtype: str, heads: int, kv_heads: int, head_dim: int, device: str = "cpu"
-) -> tuple[tuple[str, str], ...]:
-    """What a measured time depends on; equal keys share one stored table."""
-    key = {
-        "device": device_name(device), "target": target, "dtype": dtype, "heads": heads, "kv_heads": kv_heads,
-        "head_dim": head_dim, "threads": torch.get_num_threads(), "torch": torch.__version__, "attnopt": __version__,
-    }  # fmt: skip
-    return tuple((name, str(value)) for name, value in key.items())
-
-
-def path_of(key: tuple[tuple[str, str], ...]) -> Path:
-    """The file of the table with this key, under the cache folder."""
-    values = dict(key)
-    stem = f"{values['target']}_h{values['heads']}k{values['kv_heads']}d{values['head_dim']}_{values['dtype']}"
-    return settings.cache_dir() / "costs" / f"{stem}_{hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:10]}.json"
-
-
-def load_or_measure(
-    spec: KernelSpec, lengths: Sequence[int], windows: Sequence[int], sinks: Sequence[int], *, device: str = "cpu",
-    rounds: int = 7, progress: Callable[[int, int, str], None] | None = None,
-) -> CostTable:  # fmt: skip
-    """The stored table of `spec`'s emitted kernel on this device if it holds what is asked for, else a new one."""
-    key = device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device)
-    path = path_of(key)
-    wanted = {(n, s, w) for n in lengths for s in sinks for w in windows if w < n} | {(n, 0, n) for n in lengths}
-    if path.exists():
-        table = CostTable.load(path)
-        if wanted <= {entry for entry, _ in table.entries}:
-            return table
-    from attnopt.codegen.emit import load
-
-    table = measure(
-        load(spec).prefill, spec.heads, spec.kv_heads, spec.head_dim, spec.dtype, lengths, windows, sinks,
-        target=spec.target, device=device, rounds=rounds, progress=progress,
-    )  # fmt: skip
-    table.save(path)
-    return table

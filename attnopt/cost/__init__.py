@@ -1,0 +1,17 @@
+"""What one head's attention costs: measured on this device, a roofline of another, or kept pairs where neither is had.
+
+    table = load_or_measure(spec, lengths, windows, sinks)      # the emitted kernel's milliseconds, stored once
+    table.cost(4096, sink=4, window=512)                        # ms of one head's prefill, one sequence
+    layer_cost(table, 4096, [(4, 512)] * 6 + [(0, 4096)] * 2)   # ms of a layer: heads, and a fixed cost per group
+
+The emitted kernels run one group per distinct span of a layer, so a layer costs
+``sum over heads of cost(head) + group_cost * (distinct spans - 1)``.
+"""
+
+from attnopt.cost.table import MARGIN, Costs, CostTable, break_even, itemsize, kept_pairs, layer_cost
+from attnopt.cost.timing import device_key, device_name, load_or_measure, measure, path_of
+
+__all__ = [
+    "MARGIN", "CostTable", "Costs", "break_even", "device_key", "device_name", "itemsize", "kept_pairs", "layer_cost",
+    "load_or_measure", "measure", "path_of",
+]  # fmt: skip
