@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from attnopt import ranks
 from attnopt.errors import OptionError, ProfileError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.instrument import Attention, Instrumented, gradients_through
@@ -101,11 +102,12 @@ def profile_model(
 ) -> Profile:
     """Profile `model` on sequences, each a Sample or token ids int64 (1, N); their lengths are the profile's lengths.
 
-    progress(done, total) is called after every sequence. partial: a file that holds what is done so far and is taken up
-    again by the next call with the same model, grid and seed; it is left there if the call is interrupted. labels,
-    draws: see `Method`. forward_only: no loss and no backward pass; what is held then is how far heads' outputs move,
-    sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats. recompute: less memory for more time, see
-    attnopt/recompute.
+    progress(done, total) is called after every sequence that was not done before. partial: a file that holds what is
+    done so far and is taken up again by the next call with the same model, grid and seed; it is left there if the call
+    is interrupted. labels, draws: see `Method`. forward_only: no loss and no backward pass; what is held then is how
+    far heads' outputs move, sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats. recompute: less
+    memory for more time, see attnopt/recompute. Under torchrun (`ranks.join`) each process takes a part of the
+    sequences and all return the sum; progress and partial are then each process's own.
     """
     if not sequences:
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
@@ -125,23 +127,39 @@ def profile_model(
     profile = Profile.empty(
         fingerprint_of(model, sites), grid, [], [s.dtype for s in sites], forward_only, not forward_only, supervision
     )
-    if partial is not None and partial.exists():
-        profile = resumed(profile, partial)
-    for done, sample in enumerate(samples):
-        if not set(method.marks(sample)) <= set(profile.header.data):
+    # Each is taken up by one process; nobody writes before all have looked.
+    for left in [] if partial is None else ranks.leftovers(partial)[ranks.rank() :: ranks.size()]:
+        profile = resumed(profile, left)
+    done = {mark for marks in ranks.gathered_json(list(profile.header.data)) for mark in marks}
+    # What one process has done already none does again; the rest is dealt out.
+    left_to_do = {s.mark: s for s in samples if not set(method.marks(s)) <= done}
+    own = list(left_to_do.values())[ranks.rank() :: ranks.size()]
+
+    def observe_own() -> Profile:
+        into = None if partial is None else ranks.partial_of(partial)
+        for n, sample in enumerate(own):
             observe = moved_outputs if forward_only else one_sequence
-            profile += observe(instrumented, recorder, profile, sample, method)
-            if partial is not None:
-                profile.save(partial)
-        if progress is not None:
-            progress(done + 1, len(samples))
-    return profile
+            profile.add(observe(instrumented, recorder, profile, sample, method))
+            if into is not None:
+                profile.save(into)
+            if progress is not None:
+                progress(n + 1, len(own))
+        return profile
+
+    if progress is not None and not own:
+        progress(1, 1)
+    made = ranks.together(observe_own)
+    order = {site.name: n for n, site in enumerate(sites)}
+    made.observations = dict(sorted(made.observations.items(), key=lambda item: (item[0][1], order[item[0][0]])))
+    return made
 
 
 def resumed(fresh: Profile, partial: Path) -> Profile:
-    """The unfinished profile of an earlier call, if it is of the same model, grid and supervision; else a fresh one."""
+    """With the unfinished profile of an earlier call, if it is of the same model, grid and supervision, and of text
+    that is not there yet."""
     try:
-        return fresh + Profile.load(partial)
+        left = Profile.load(partial)
+        return fresh if set(left.header.data) & set(fresh.header.data) else fresh + left
     except ProfileError:
         return fresh
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "attnopt"
 LINKS = ("passes", "patterns", "codegen")
 
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
-PROFILING = ("profiler", "supervision", "probe", "conversations")
+PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
     1: ("masks", "plan", "codegen", "fingerprint", "statistics", "profile_file"),

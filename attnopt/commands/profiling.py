@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from attnopt import hf, text
+import torch
+
+from attnopt import hf, ranks, text
 from attnopt.commands.common import Progress, emit, load, stages, writable
 from attnopt.profile_file import Profile, merged
 from attnopt.report import terminal
@@ -18,18 +20,25 @@ def profile(args: argparse.Namespace) -> None:
     from attnopt.statistics import Grid
 
     out = writable(args.out)
+    ranks.join()
+    args.device = ranks.device_of(args.device)
     loaded = load(args)
     grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
     partial = out.with_name(out.name + ".partial")
-    with stages() as progress:
+    with stages() as shown:
+        progress = shown if ranks.rank() == 0 else lambda what, done, of: None
         made = profile_model(
             loaded.model, calibration(args, loaded, progress), grid, args.seed,
             lambda done, of: progress("profiling", done, of), partial, labels=args.labels, draws=args.draws,
             forward_only=args.forward_only, recompute=args.recompute,
         )  # fmt: skip
-    made.save(out)
-    partial.unlink(missing_ok=True)
-    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+    # Every process has the whole sum; one of them writes it.
+    if ranks.rank() == 0:
+        made.save(out)
+        for left in ranks.leftovers(partial):
+            left.unlink(missing_ok=True)
+        emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+    ranks.leave()
 
 
 def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress) -> list[Sample]:
@@ -42,11 +51,17 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
         found = [s for n in args.lengths for s in sources.samples(n, args.samples, args.seed)]
         return [replace(s, ids=s.ids.to(device)) for s in found]
     prompts = [(n, prompt) for n in args.lengths for prompt in sources.prompts(n, args.samples)]
-    written = []
-    for done, (n, prompt) in enumerate(prompts):
-        progress("the model writes", done, len(prompts))
-        written.append(continued(loaded.model, prompt.to(device), n, args.seed + done, args.greedy))
-    return written
+    written: dict[int, Sample] = {}
+    for n in range(ranks.rank(), len(prompts), ranks.size()):
+        progress("the model writes", n, len(prompts))
+        length, prompt = prompts[n]
+        written[n] = continued(loaded.model, prompt.to(device), length, args.seed + n, args.greedy)
+    others = ranks.gathered_json({n: (s.ids.tolist(), s.kind) for n, s in written.items()})
+    for n, (ids, kind) in [(int(key), value) for part in others for key, value in part.items()]:
+        weights = torch.zeros(prompts[n][0])
+        weights[prompts[n][1].shape[1] :] = 1.0
+        written[n] = Sample(torch.tensor(ids, device=device), weights, kind)
+    return [written[n] for n in sorted(written)]
 
 
 def merge(args: argparse.Namespace) -> None:

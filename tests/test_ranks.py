@@ -1,0 +1,115 @@
+"""Two processes under torchrun profile as one does, and one that fails leaves no other waiting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import build, tokens
+from test_profiler import equal
+
+from attnopt import ranks
+from attnopt.errors import ProfileError
+from attnopt.profile_file import Profile
+from attnopt.profiler import profile_model
+from attnopt.statistics import Grid
+from attnopt.supervision import Sample
+
+GRID = Grid((0, 2), (4, 8))
+# Of two lengths and an odd number, so that the parts differ.
+SEQUENCES = [tokens(1, n, seed=seed) for seed, n in enumerate((24, 25, 24, 26, 24))]
+SEQUENCES += SEQUENCES[:2]  # the same text counts once, whichever process it is dealt to
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import test_ranks
+from attnopt import ranks
+from attnopt.errors import ProfileError
+ranks.join()
+assert ranks.size() == 2
+folder = Path(sys.argv[1])
+try:
+    made = test_ranks.{what}(folder)
+    made.save(folder / f"made.{{ranks.rank()}}")
+except ProfileError as error:
+    (folder / f"error.{{ranks.rank()}}").write_text(str(error))
+ranks.leave()
+"""
+
+
+def profiled(folder: Path) -> Profile:
+    return profile_model(build("llama"), SEQUENCES, GRID, partial=folder / "partial")
+
+
+def one_fails(folder: Path) -> Profile:
+    model = build("llama")
+    if ranks.rank() == 1:
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+    return profile_model(model, SEQUENCES, GRID)
+
+
+def torchrun(folder: Path, *command: str) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def script(folder: Path, what: str) -> None:
+    (folder / "run.py").write_text(SCRIPT.format(what=what))
+    torchrun(folder, str(folder / "run.py"), str(folder))
+
+
+def test_two_processes_are_as_one(tmp_path: Path) -> None:
+    script(tmp_path, "profiled")
+    one, other = (Profile.load(tmp_path / f"made.{n}") for n in (0, 1))
+    assert (tmp_path / "made.0").read_bytes() == (tmp_path / "made.1").read_bytes()
+    whole = profile_model(build("llama"), SEQUENCES, GRID)
+    equal(one, whole, rtol=1e-9)
+    equal(other, whole, rtol=1e-9)
+    # Each did a part of it, and one process takes up what two have left.
+    parts = [Profile.load(tmp_path / name).samples for name in ("partial", "partial.1")]
+    assert [sum(samples.values()) for samples in parts] == [3, 2]
+    called: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnopt.profiler.one_sequence", lambda *a: called.append(a))
+        equal(profiled(tmp_path), whole, rtol=1e-9)
+    assert not called
+
+
+def test_a_mistake_in_one_process_is_raised_in_all(tmp_path: Path) -> None:
+    script(tmp_path, "one_fails")
+    for n in (0, 1):
+        assert "Process 1: The loss of a sequence" in (tmp_path / f"error.{n}").read_text()
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    """One process writes and prints; the model's own continuation is the same in both."""
+    from test_cli import save_model
+
+    save_model(tmp_path / "model")
+    command = ["profile", str(tmp_path / "model"), "--lengths", "64", "--samples", "3", "--labels", "continuation"]
+    torchrun(tmp_path, "-m", "attnopt", *command, "--out", str(tmp_path / "two"), "--json")
+    subprocess.run(
+        [sys.executable, "-m", "attnopt", *command, "--out", str(tmp_path / "one")], check=True, cwd=tmp_path
+    )
+    equal(Profile.load(tmp_path / "two"), Profile.load(tmp_path / "one"), rtol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "two"]
+
+
+def test_alone_everything_is_ones_own(tmp_path: Path) -> None:
+    assert (ranks.rank(), ranks.size(), ranks.gathered(b"x"), ranks.device_of("cuda")) == (0, 1, [b"x"], "cuda")
+    assert ranks.gathered_json([1, "a"]) == [[1, "a"]]
+    for name in ("p", "p.1", "p.10", "p.txt"):
+        (tmp_path / name).write_text("")
+    assert [p.name for p in ranks.leftovers(tmp_path / "p")] == ["p", "p.1", "p.10"]
+    with pytest.raises(ProfileError, match="no text"):
+        profile_model(build("llama"), list[Sample](), GRID)
