@@ -19,7 +19,7 @@ EXAMPLES = {
     "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
     "merge": "attnopt merge monday.safetensors tuesday.safetensors --out both.safetensors",
     "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json",
-    "show": "attnopt show plan.json\nattnopt show profile.safetensors --json",
+    "show": "attnopt show plan.json\nattnopt show profile profile.safetensors --svg heads.svg",
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
     "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16",
     "env": "attnopt env --json",
@@ -163,7 +163,9 @@ def build_parser() -> Parser:
     plan.add_argument("--samples", type=count, default=16, help="sequences of each verified length (default 16)")
 
     show = command("show")
-    show.add_argument("file", metavar="FILE", help="a plan or a profile")
+    show.add_argument("file", nargs="+", metavar="FILE", help="a plan or a profile; its kind may stand before it")
+    show.add_argument("--svg", metavar="FILE", help="also draw a profile's maps (needs matplotlib)")
+    show.add_argument("--png", metavar="FILE", help="the same as PNG")
     show.add_argument("--html", metavar="FILE", help="also write a page")
 
     explain = command("explain")

@@ -25,6 +25,7 @@ from attnopt.statistics import Grid, Observation, sum_names, sum_shapes
 SCHEMA = 2
 KEY = "attnopt_profile"  # the one metadata key: several would be written in random order
 PLAIN = "model labels on text"
+MOST_SCALARS = 64
 AGAIN = "write it again with `attnopt profile`"
 
 
@@ -53,10 +54,16 @@ def versions_here() -> tuple[tuple[str, str], ...]:
 
 @dataclass
 class Profile:
-    """observations: (site name, length) -> Observation, in the order in which the sites run."""
+    """observations: (site name, length) -> Observation, in the order in which the sites run.
+
+    scalars: length -> mark of a sample -> site -> sum_i t_i, float32 (H, S, W), of at most MOST_SCALARS samples of a
+    length: what the products of heads' and layers' effects are made of. Those with the smallest marks stay; marks are
+    hashes, so that is a random choice, and the same whatever order profiles are added in.
+    """
 
     header: Header
     observations: dict[tuple[str, int], Observation] = field(default_factory=dict)
+    scalars: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def empty(
@@ -129,6 +136,18 @@ class Profile:
         )
         for (site, length), observation in other.observations.items():
             self.observation(site, observation.heads, length).__iadd__(observation)
+        for length, samples in other.scalars.items():
+            self.keep_scalars(length, samples)
+
+    def keep_scalars(self, length: int, samples: Mapping[str, dict[str, Tensor]]) -> None:
+        """Add samples' scalars, mark -> site -> (H, S, W), as far as there is room for them."""
+        both = {**self.scalars.get(length, {}), **samples}
+        self.scalars[length] = {mark: both[mark] for mark in sorted(both)[:MOST_SCALARS]}
+
+    def sample_t1(self, length: int) -> dict[str, Tensor]:
+        """site -> sum_i t_i of every sample kept at `length`, (samples, H, S, W); samples alike for all sites."""
+        kept = self.scalars.get(length, {})
+        return {site: torch.stack([kept[mark][site] for mark in kept]) for site in next(iter(kept.values()), {})}
 
     def __add__(self, other: Profile) -> Profile:
         total = Profile(self.header)
@@ -177,6 +196,10 @@ class Profile:
             for n, o in enumerate(self.observations.values())
             for name in self.header.held
         }
+        header["sampled"] = {str(length): list(samples) for length, samples in self.scalars.items() if samples}
+        for n, (site, length) in enumerate(self.observations):
+            if self.scalars.get(length):
+                tensors[f"{n}.sample_t1"] = self.sample_t1(length)[site].contiguous()
         content: bytes = save(tensors, {KEY: json.dumps(header, sort_keys=True)})
         return content
 
@@ -207,6 +230,7 @@ class Profile:
             profile = cls(_header_from_json(data))
             for n, entry in enumerate(data["observations"]):
                 _add_entry(profile, n, entry, tensors)
+                _add_scalars(profile, n, entry, data.get("sampled", {}), tensors)
             if tensors:
                 raise ValueError(f"tensors that the header does not name: {sorted(tensors)[0]}")
             if data["lengths"] != list(profile.lengths) or data["samples"] != {
@@ -304,6 +328,24 @@ def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict
             raise ValueError(f"{name} of {site} is a sum of squares and negative")
         sums[name] = tensor
     profile.observations[site, length] = Observation(heads, header.grid, length, rows, samples, sums, tokens)
+
+
+def _add_scalars(
+    profile: Profile, n: int, entry: Mapping[str, Any], sampled: Mapping[str, list[str]], tensors: dict[str, Tensor]
+) -> None:
+    """Move the scalars of observation n from `tensors` into the profile; ValueError where the header disagrees."""
+    length, marks = entry["length"], sampled.get(str(entry["length"]))
+    if marks is None:
+        return
+    grid, tensor = profile.header.grid, tensors.pop(f"{n}.sample_t1", None)
+    shape = (len(marks), entry["heads"], len(grid.sinks), len(grid.windows))
+    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+        raise ValueError(f"sample_t1 of {entry['site']} at length {length} is not {shape} finite float32 numbers")
+    if marks != sorted(set(marks)) or not set(marks) <= set(profile.header.data):
+        raise ValueError(f"the samples of length {length} are not among the text observed")
+    kept = profile.scalars.setdefault(length, {mark: {} for mark in marks})
+    for mark, scalars in zip(marks, tensor, strict=True):
+        kept[mark][entry["site"]] = scalars
 
 
 def _safetensors() -> Any:

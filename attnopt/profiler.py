@@ -175,6 +175,7 @@ def one_sequence(
     try:
         with gradients_through(instrumented.model):
             logits = instrumented.logits(sample.ids)
+            seen: dict[str, Tensor] = {}
             for left, mark in zip(reversed(range(len(marks))), marks, strict=True):
                 _, gradient = loss_and_gradient(
                     logits, sample, method.labels, _generator(sample, mark, method), not left
@@ -182,6 +183,10 @@ def one_sequence(
                 for observation in part.observations.values():
                     observation.key = mark
                 logits.backward(gradient, retain_graph=bool(left))
+                now = {site: o.t1.clone() for (site, _), o in part.observations.items()}
+                scalars = {site: (t1 - seen.get(site, 0.0)).float() for site, t1 in now.items()}
+                part.keep_scalars(sample.length, {mark: scalars})
+                seen = now
     finally:
         recorder.target = None
     weight = float(sample.row_weights(method.labels).sum()) * len(marks)

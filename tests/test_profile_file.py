@@ -31,6 +31,7 @@ def profile(
     torch.manual_seed(seed)
     result = Profile.empty(fingerprint, grid, [data], ["float32"], delta)
     for length in lengths:
+        result.scalars[length] = {data: {site: torch.randn(4, len(grid.sinks), len(grid.windows)) for site in sites}}
         for site in sites:
             q, grad = torch.randn(2, 4, length, 8), torch.randn(2, 4, length, 8)
             k, v = torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
@@ -44,6 +45,8 @@ def same(a: Profile, b: Profile) -> bool:
         a.header == b.header
         and keys == list(b.observations)
         and all(_same_sums(a.observations[key], b.observations[key]) for key in keys)
+        and a.scalars.keys() == b.scalars.keys()
+        and all(torch.equal(t, b.sample_t1(n)[site]) for n in a.scalars for site, t in a.sample_t1(n).items())
     )
 
 
@@ -209,6 +212,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any],
     "dtype": (lambda h, t: t.update({"0.t2": torch.zeros(4, 2, 3)}), "torch.float32"),
     "nan": (lambda h, t: t["1.mass"].fill_(float("nan")), "mass of layers.1.attn is not finite"),
     "negative": (lambda h, t: t["1.t2"].neg_(), "negative"),
+    "sample": (lambda h, t: t["1.sample_t1"].fill_(float("nan")), "sample_t1 of layers.1.attn"),
+    "missing sample": (lambda h, t: t.pop("0.sample_t1"), "sample_t1 of layers.0.attn"),
+    "unknown sample": (lambda h, t: h["sampled"].update({"24": ["x"]}), "not among the text"),
+    "unnamed sample": (lambda h, t: h["sampled"].clear(), "does not name"),
     "missing tensor": (lambda h, t: t.pop("1.entropy"), "entropy of layers.1.attn at length 24 is missing"),
     "foreign tensor": (lambda h, t: t.update(x=torch.zeros(1)), "does not name: x"),
 }

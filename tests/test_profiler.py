@@ -152,6 +152,25 @@ def test_draws_that_are_there_are_not_drawn_again(tmp_path):
     equal(more, profile_model(build("llama"), SEQUENCES, GRID, draws=2), rtol=1e-6)
 
 
+def test_scalars_of_samples_are_their_sums(whole, monkeypatch):
+    """One per draw and sequence, alike for all sites; together they are t1, and few are a choice of marks alone."""
+    draws = profile_model(build("llama"), SEQUENCES, GRID, draws=2)
+    kept = draws.sample_t1(24)
+    assert list(draws.scalars[24]) == list(draws.header.data) and set(kept) == set(draws.sites)
+    for (site, _), seen in draws.observations.items():
+        assert kept[site].shape == (6, HEADS, 2, 2) and kept[site].dtype == torch.float32
+        scale = kept[site].abs().sum(0).double()
+        assert ((kept[site].double().sum(0) - seen.t1).abs() <= 1e-5 * scale + 1e-12).all()
+        assert ((kept[site].double().square().sum(0) / seen.sample_sq - 1).abs() < 1e-3).all()
+    monkeypatch.setattr("attnopt.profile_file.MOST_SCALARS", 2)
+    parts = [profile_model(build("llama"), [ids], GRID) for ids in SEQUENCES]
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        total = parts[order[0]] + parts[order[1]] + parts[order[2]]
+        assert list(total.scalars[24]) == sorted(whole.header.data)[:2]
+        for site, found in total.sample_t1(24).items():
+            torch.testing.assert_close(found, whole.sample_t1(24)[site][:2], rtol=1e-5, atol=1e-9)
+
+
 def test_masked_tokens_have_no_loss():
     """Weights that leave one token to predict give the statistics of that token's loss alone, by autograd."""
     model, ids = build("llama"), SEQUENCES[0]

@@ -28,11 +28,12 @@ from attnopt.cost import device_name, kept_pairs
 from attnopt.ir import GraphReport, Miss, Refusal, Site, page
 from attnopt.plan import Plan, fold
 from attnopt.planner.verify import Record
-from attnopt.profile_file import Profile
 from attnopt.report.cells import fold_rows, short_source
-from attnopt.statistics import Observation, distance_buckets
+from attnopt.report.profile_map import profile_json
 
-WORST = 12  # heads in the list of the largest long-range damage
+__all__ = [
+    "constraint_texts", "environment", "graphs_json", "plan_facts", "plan_json", "profile_json", "records_json",
+]  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
 
 
@@ -266,79 +267,6 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _list(values: Iterable[int]) -> str:
     return ", ".join(map(str, values)) or "none"
-
-
-# Profile
-
-
-def profile_json(profile: Profile) -> dict[str, Any]:
-    """Damages are per token counted: t2 / 2 / tokens, as [sink][window] in the order of `grid`; None where the profile
-    was made without a backward pass."""
-    header, grid = profile.header, profile.header.grid
-    sites: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (site, length), observation in profile.observations.items():
-        sites.setdefault(site, {})[str(length)] = [_head(observation, head) for head in range(observation.heads)]
-    lengths = [
-        {"length": n, "samples": profile.samples[n],
-         "rows": max(o.rows for (_, length), o in profile.observations.items() if length == n),
-         "tokens": max(o.tokens for (_, length), o in profile.observations.items() if length == n)}
-        for n in profile.lengths
-    ]  # fmt: skip
-    return {
-        "fingerprint": header.fingerprint.structure,
-        "grid": {"sinks": list(grid.sinks), "windows": list(grid.windows)},
-        "data": list(header.data),
-        "supervision": list(header.supervision),
-        "dtypes": list(header.dtypes),
-        "held": list(header.held),
-        "versions": [list(version) for version in header.versions],
-        "lengths": lengths,
-        "sites": sites,
-        "worst": _worst(profile),
-    }
-
-
-def _head(observation: Observation, head: int) -> dict[str, Any]:
-    rows, tokens, backward = max(observation.rows, 1), max(observation.tokens, 1e-9), "t2" in observation.held
-    low, high = median_distance(observation, head)
-    return {
-        "head": head,
-        "distance": [low, high],
-        "entropy": float(observation.entropy[head]) / rows,
-        "ablation": float(observation.ablation_t2[head]) / 2 / tokens if backward else None,
-        "damage": (observation.t2[head] / 2 / tokens).tolist() if backward else None,
-        "moved": (observation.delta[head] / rows).tolist() if "delta" in observation.held else None,
-    }
-
-
-def median_distance(observation: Observation, head: int) -> tuple[int, int]:
-    """The bucket of i - j up to which half of the head's mass lies: its first and last distance."""
-    starts = distance_buckets(observation.length)
-    ends = [*(s - 1 for s in starts[1:]), observation.length - 1]
-    mass = observation.mass_by_distance[head].cumsum(0)
-    at = int(torch.searchsorted(mass, float(mass[-1]) / 2)) if float(mass[-1]) > 0 else 0
-    at = min(at, len(starts) - 1)
-    return starts[at], max(ends[at], starts[at])
-
-
-def _worst(profile: Profile) -> list[dict[str, Any]]:
-    """The heads with most to lose beyond the narrowest window, the largest sink kept, so that it is the distance that
-    counts; at the longest length of each site."""
-    grid = profile.header.grid
-    sink, window = grid.sinks[-1], grid.windows[0]
-    longest: dict[str, int] = {}
-    for site, length in profile.observations:
-        longest[site] = max(length, longest.get(site, 0))
-    found: list[dict[str, Any]] = []
-    for site, length in longest.items():
-        observation = profile.observations[site, length]
-        scores = observation.scores()[:, *grid.index(sink, window)].tolist()
-        for head, damage in enumerate(scores if window < length else []):
-            found.append({
-                "site": site, "head": head, "length": length, "sink": sink, "window": window,
-                "nats_per_token": damage,
-            })  # fmt: skip
-    return sorted(found, key=lambda row: -row["nats_per_token"])[:WORST]
 
 
 # Search and environment

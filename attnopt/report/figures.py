@@ -35,7 +35,7 @@ def damage_figures(profile: Mapping[str, Any]) -> dict[str, str]:
     for site, by_length in profile["sites"].items():
         length = max(by_length, key=int)
         kept = [n for n, window in enumerate(windows) if window < int(length)]
-        rows = [(head["head"], [head["damage"][-1][n] for n in kept]) for head in by_length[length]]
+        rows = [(head["head"], [(head["damage"] or head["moved"])[-1][n] for n in kept]) for head in by_length[length]]
         curves[site] = [(f"head {head}", [windows[n] for n in kept], values) for head, values in rows]
     curves = {site: heads for site, heads in curves.items() if any(v > 0 for _, _, values in heads for v in values)}
     if not curves:
@@ -115,6 +115,27 @@ def _draw(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return out.getvalue().replace(INK, "currentColor")
+
+
+def maps(panels: Sequence[tuple[str, Sequence[Sequence[float]], str]], kind: str) -> bytes:
+    """A picture, svg or png, of (title, rows of values, colours); rows are layers, from the top."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "attnopt", "font.size": 8}):
+        figure = Figure(figsize=(10.0, 7.0), layout="constrained")
+        for axes, (title, values, colours) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest")
+            axes.set_title(title)
+            axes.set_ylabel("layer")
+            axes.set_xlabel("layer" if title.startswith("layers") else "head")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.get_major_locator().set_params(integer=True)
+            figure.colorbar(image, ax=axes)
+        out = io.BytesIO()
+        unstamped = {"Date": None, "Creator": None} if kind == "svg" else {}
+        figure.savefig(out, format=kind, dpi=150, metadata=unstamped)
+    return out.getvalue()
 
 
 def inline(svg: str, prefix: str) -> str:

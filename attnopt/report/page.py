@@ -251,6 +251,8 @@ def _distance_cell(site: str, head: Mapping[str, Any], starts: list[int], top: i
 
 def _ablation(heads: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Ranked, since the sizes span many orders: eight classes of as many heads each."""
+    if any(head["ablation"] is None for row in heads.values() for head in row):
+        return _soft("Removing heads was not weighed: the profile was made without a backward pass.")
     values = sorted(head["ablation"] for row in heads.values() for head in row)
     place = {value: n / len(values) for n, value in enumerate(values)}
     rows = {

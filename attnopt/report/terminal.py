@@ -26,6 +26,7 @@ from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import data
 from attnopt.report.cells import bucket, cell_text, is_number, letter, short_labels
+from attnopt.report.profile_map import FIRST_KEYS, MOSTLY, NEAR
 
 WIDTH = 140  # of tables that go to a file or a pipe, where no terminal says how wide it is
 WIDE = 40  # from so many heads on, a cell of a map is one column and not two
@@ -226,7 +227,15 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
         to.print("The profile holds no site.")
         return
     heads = {site: by_length[max(by_length, key=int)] for site, by_length in found["sites"].items()}
+    totals = found["totals"]
+    to.print(
+        f"{totals['heads']} heads: {totals['local_heads']} with {MOSTLY:.0%} of their mass within {NEAR} tokens, "
+        f"{totals['sink_heads']} with half of it on the first {FIRST_KEYS} keys; "
+        f"mean {totals['local']:.0%} and {totals['sink']:.0%}, entropy {totals['entropy']:.2f} nats"
+    )
     _distance_map(to, heads, max(row["length"] for row in found["lengths"]))
+    _share_map(to, f"Share of mass on the first {FIRST_KEYS} keys",
+               {site: [head["sink"] for head in row] for site, row in heads.items()})  # fmt: skip
     nats = all(head["ablation"] is not None for row in heads.values() for head in row)
     if nats:
         _ablation_map(to, heads)
@@ -238,6 +247,25 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
         for row in found["worst"]:
             table.add_row(row["site"], str(row["head"]), str(row["length"]), f"{row['nats_per_token']:.3g}")
         _titled(to, title, table)
+    alike = found["similarity"]
+    if len(alike["sites"]) > 1:
+        rows = dict(zip(alike["sites"], alike["layers"], strict=True))
+        _share_map(to, "How alike layers attend, layers × layers: mean cosine of their heads", rows)
+        for pair in alike["alike"][:3]:
+            to.print(Text(f"{pair['one']} and {pair['other']}: {pair['cosine']:.3f}", style="dim"))
+
+
+def _share_map(to: Console, title: str, rows: Mapping[str, Sequence[float]]) -> None:
+    """Shares of 1 by tenths: a under 0.1, j from 0.9 on."""
+
+    def tenth(share: float) -> int:
+        return min(int(max(share, 0.0) * 10), 9)
+
+    to.print(Text(title, style="bold"))
+    _map(to, {name: [(letter(tenth(x)), _ramp(tenth(x) / 10)) for x in values] for name, values in rows.items()})
+    seen = sorted({tenth(x) for values in rows.values() for x in values})
+    _legend(to, [(letter(n), _ramp(n / 10), f"from {n / 10:g}" if n else "under 0.1") for n in seen])
+    to.print()
 
 
 def _distance_map(to: Console, heads: Mapping[str, Sequence[Mapping[str, Any]]], length: int) -> None:

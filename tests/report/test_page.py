@@ -17,7 +17,7 @@ from attnopt.ir import DENSE, Choice, GraphReport, Mask, Miss, Refusal, Rewrite,
 from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
-from attnopt.report import data, figures, page
+from attnopt.report import data, figures, page, profile_map
 from attnopt.report.cells import cell_text
 from attnopt.statistics import Grid
 
@@ -184,7 +184,7 @@ def test_median_distance_is_the_bucket_where_half_the_mass_is_reached() -> None:
     mass.zero_()
     mass[0, 0], mass[1, 6] = 1.0, 1.0
     mass[2, 0], mass[2, 3] = 0.4, 0.6
-    assert [data.median_distance(seen, h) for h in range(4)] == [(0, 0), (32, 63), (4, 7), (0, 0)]
+    assert [profile_map.median_distance(seen, h) for h in range(4)] == [(0, 0), (32, 63), (4, 7), (0, 0)]
 
 
 def test_counts_and_density_of_a_plan() -> None:
