@@ -1,20 +1,26 @@
 """Planners on equal terms: what each loses at the same share of query-key pairs.
 
-    python -m benchmarks.planner                            # the shipped model
+    python -m benchmarks.planner                            # the shipped model; about half an hour on a core
     python -m benchmarks.planner ./my-llama --lengths 1024,2048 --length 4096 --out planner.json
     python -m benchmarks.planner --quick                    # short and few, to check the script
+    python -m benchmarks.planner --keep                     # also benchmarks/results and docs/figures
 
 Every planner sees the same calibration text. Plans of equal density at `--length` are run on held-out text there: the
-loss against the dense model's, and the divergence from it. attnopt: damage from one profile, Lagrangian optimum. moa:
-benchmarks/planners/moa.py, its Pareto front tried on the verify split and the best kept. uniform: one span for all
-heads. random: the median of five draws.
+loss against the dense model's, the divergence from it, and the share of answers of a retrieval probe that are left.
+
+attnopt                damage from one profile, the Lagrangian optimum
+moa                    benchmarks/planners/moa.py; of its Pareto front the plan that is best on the verify split
+moa, groups            the same with the largest influence of each KV group, where heads share keys
+moa, published groups  the same with the groups that its code takes, which are others
+duo                    benchmarks/planners/duo.py, in the manner of DuoAttention: gates trained on the probe
+uniform                one span for all heads
+random                 the median of five draws
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,32 +31,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnopt import hf, text
 from attnopt.codegen.emit import write_atomically
 from attnopt.cost import CostTable
-from attnopt.ir import Choice, Site
-from attnopt.measure import Sequences, Spans
+from attnopt.ir import Choice
 from attnopt.planner import choices_from, front
 from attnopt.planner.problem import make_problem
+from attnopt.probe import Probe
 from attnopt.profiler import profile_model
-from benchmarks.planners import fixed, moa
+from attnopt.report.data import environment
+from benchmarks.planners import duo, fixed, moa
+from benchmarks.planners.subject import Choices, Outcome, Subject
 
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 DRAWS = 5
-Choices = Mapping[str, Sequence[Choice]]
+DOCUMENTS = 4
 Planner = Callable[[float], list[Choices]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One planner at one density: the density it has, the loss increase in percent, KL in nats per token, and the
-    seconds it took to plan, profile aside."""
+    """One planner at one density: the density it has, the loss increase in percent, KL in nats per token, the share of
+    the probe's answers recalled, and the seconds it took to plan, profile aside."""
 
     planner: str
     wanted: float
     density: float
     increase: float
     kl: float
+    recall: float
     seconds: float
 
 
@@ -58,24 +66,14 @@ class Bench:
     """One model, its text and its profiles."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.seconds = args, {}
-        loaded = hf.load(args.model, hf.dtype_of(args.dtype), "cpu", "sdpa")
-        self.model = loaded.model.eval()
+        self.args, self.seconds = args, dict[str, float]()
+        self.subject = Subject(args.model, args.dtype, args.text)
         self.length: int = args.length
-
-        def split(which: str, length: int, samples: int) -> Tensor:
-            tokens = text.stream(args.text, loaded.tokenizer, which, 2 * samples * length)
-            return text.sequences(tokens, length, samples, which)
-
-        self.calibration = [r[None] for n in args.lengths for r in split("calibrate", n, args.samples)]
-        self.verify = split("verify", self.length, max(2, args.samples // 2))
-        self.final = split("final", self.length, 2 * args.samples)
-        self.spans = Spans(self.model)
-        self.spans.losses(self.final[:1, :64], None)
-        self.spans.instrumented.need_sites()
-        self.sites: list[Site] = list(self.spans.sites.values())
-        self.heads = {s.name: s.heads for s in self.sites}
-        self.dense: Sequences | None = None
+        self.calibration = [r[None] for n in args.lengths for r in self.subject.split("calibrate", n, args.samples)]
+        self.verify = self.subject.split("verify", self.length, max(2, args.samples // 2))
+        self.final = self.subject.split("final", self.length, 2 * args.samples)
+        self.probe = Probe(self.subject.tokenizer, split="final")
+        self._influence: Mapping[str, Mapping[int, Tensor]] | None = None
 
     def timed(self, what: str, run: Callable[[], Any]) -> Any:
         begin = time.perf_counter()
@@ -84,13 +82,11 @@ class Bench:
         return found
 
     def density(self, choices: Choices) -> float:
-        """Share of query-key pairs that a plan keeps at the length, over all heads."""
-        spans = [candidate_span(c, self.length) for heads in choices.values() for c in heads]
-        return statistics.fmean(fixed.density(self.length, s, w) for s, w in spans)
+        return self.subject.density(choices, self.length)
 
     def attnopt(self) -> Planner:
-        profile = self.timed("attnopt profile", lambda: profile_model(self.model, self.calibration))
-        problem = make_problem(profile, CostTable.by_density(), self.sites, self.length)
+        profile = self.timed("attnopt profile", lambda: profile_model(self.subject.model, self.calibration))
+        problem = make_problem(profile, CostTable.by_density(), self.subject.sites, self.length)
         points = front(problem)
 
         def plan(wanted: float) -> list[Choices]:
@@ -99,14 +95,20 @@ class Bench:
 
         return plan
 
-    def moa(self) -> Planner:
+    def moa(self, groups: str = "") -> Planner:
+        """groups: "" scores query heads, "right" and "published" take the largest score of a group."""
         profiled, step = sorted(set(self.args.lengths)), min(self.args.lengths) // 2
-        found = self.timed("moa profile", lambda: moa.profile(self.model, self.calibration))
+        if self._influence is None:
+            self._influence = self.timed("moa profile", lambda: moa.profile(self.subject.model, self.calibration))
+        found = self._influence
         grid = moa.rules(profiled, (self.length,), step)
-        loss = np.array([
-            [torch.stack([moa.dropped(of_site[n], rule, n) for rule in grid], -1).numpy() for of_site in found.values()]
-            for n in profiled
-        ])  # fmt: skip
+        kv_heads = {s.name: s.kv_heads for s in self.subject.sites}
+
+        def of_site(name: str, length: int) -> np.ndarray:
+            values = torch.stack([moa.dropped(found[name][length], rule, length) for rule in grid], -1).numpy()
+            return moa.over_groups(values, kv_heads[name], groups == "published") if groups else values
+
+        loss = np.array([[of_site(name, n) for name in found] for n in profiled])
 
         def choices(plan: np.ndarray) -> Choices:
             rules = [[grid[r] for r in layer] for layer in plan]
@@ -127,57 +129,98 @@ class Bench:
                 # Nothing is feasible under a share of pairs that the narrowest rule has.
                 low, high = (asked, high) if fits or solved is None else (low, asked)
                 best = problem if fits else best
-            plans = moa.pareto(best) if best is not None else []
-            made = [choices(p) for p in plans]
+            made = [choices(p) for p in (moa.pareto(best) if best is not None else [])]
             fitting = [c for c in made if self.density(c) <= 1.01 * wanted]
-            return sorted(fitting, key=lambda c: self.spans.losses(self.verify, c).mean_loss)[:1]
+            return sorted(fitting, key=lambda c: self.subject.spans.losses(self.verify, c).mean_loss)[:1]
 
         return plan
 
+    def duo(self) -> Planner:
+        sink, window = self.args.duo_span
+        body = getattr(self.subject.model, "model", None)
+        if body is None:
+            raise SystemExit("The DuoAttention split needs a model whose body is its attribute `model`; leave duo out.")
+        probe = Probe(self.subject.tokenizer)
+        examples = []
+        for n in range(16):
+            sample = probe.document(max(self.args.lengths), f"gates {n}").sample
+            examples.append((sample.ids, sample.weights > 0))
+        steps = self.args.duo_steps
+        gates = self.timed("duo training", lambda: duo.train(body, examples, sink, window, steps=steps))
+        # Sites are named from the body there, from the whole model here; their order is one.
+        gates = dict(zip(self.subject.heads, gates.values(), strict=True))
+
+        def plan(wanted: float) -> list[Choices]:
+            count = sum(len(g) for g in gates.values())
+            splits = (duo.split(gates, self.subject.heads, n, sink, window) for n in range(count, -1, -1))
+            return next(([s] for s in splits if self.density(s) <= wanted), [])
+
+        return plan
+
+    def outcome(self, choices: Choices | None) -> tuple[Outcome, float]:
+        recalled = self.subject.recalled(choices, self.probe, self.length, self.args.documents).share
+        return self.subject.measure(choices or {}), recalled
+
     def rows(self, planners: Mapping[str, Planner], done: Callable[[Row], None]) -> list[Row]:
-        self.dense = self.timed("dense", lambda: self.spans.losses(self.final, None))
-        rows = []
+        self.timed("dense", lambda: self.subject.hold_out(self.final))
+        dense, recalled = self.outcome(None)
+        rows = [Row("dense", 1.0, 1.0, dense.increase, dense.kl, recalled, 0.0)]
         for name, planner in planners.items():
             for wanted in self.args.densities:
                 begin = time.perf_counter()
                 plans = planner(wanted)
-                seconds = time.perf_counter() - begin
-                seen = [(self.spans.losses(self.final, c, divergence=True), self.density(c)) for c in plans]
+                seconds = round(time.perf_counter() - begin, 2)
+                seen = [(*self.outcome(c), self.density(c)) for c in plans]
                 if not seen:
                     continue
-                seen.sort(key=lambda pair: pair[0].mean_loss)
-                losses, density = seen[len(seen) // 2]
-                increase = 100 * (losses.mean_loss / self.dense.mean_loss - 1)
-                rows.append(Row(name, wanted, density, increase, losses.mean_kl, round(seconds, 2)))
+                seen.sort(key=lambda found: found[0].kl)
+                found, recalled, density = seen[len(seen) // 2]
+                rows.append(Row(name, wanted, density, found.increase, found.kl, recalled, seconds))
                 done(rows[-1])
         return rows
 
 
-def candidate_span(choice: Choice, length: int) -> tuple[int, int]:
-    from attnopt.registry import CANDIDATES
-
-    return CANDIDATES[choice.candidate].span(dict(choice.params), length, None)
-
-
-def table(rows: Sequence[Row]) -> None:
-    from rich.console import Console
+def table(rows: Sequence[Row]) -> Any:
     from rich.table import Table
 
-    shown = Table(title="loss increase over dense, and KL in nats per token, at equal shares of query-key pairs")
-    for column in ("planner", "asked", "density", "loss +%", "KL", "planned in"):
+    shown = Table(title="at equal shares of query-key pairs: loss increase over dense, KL in nats per token, recall")
+    for column in ("planner", "asked", "density", "loss +%", "KL", "recall", "planned in"):
         shown.add_column(column, justify="left" if column == "planner" else "right")
     for r in rows:
-        shown.add_row(
-            r.planner, f"{r.wanted:g}", f"{r.density:.3f}", f"{r.increase:.3f}", f"{r.kl:.5f}", f"{r.seconds} s"
-        )
-    Console().print(shown)
+        cells = (f"{r.density:.3f}", f"{r.increase:.3f}", f"{r.kl:.5f}", f"{r.recall:.0%}", f"{r.seconds} s")
+        shown.add_row(r.planner, f"{r.wanted:g}", *cells)
+    return shown
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """KL and recall over density, one line a planner."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "attnopt"
+    made, axes = pyplot.subplots(1, 2, figsize=(9.0, 3.8))
+    for name in dict.fromkeys(r.planner for r in rows if r.planner != "dense"):
+        points = sorted((r for r in rows if r.planner == name), key=lambda r: r.density)
+        style = {"color": "#1668a8", "lw": 2.2, "zorder": 3} if name == "attnopt" else {"lw": 1.2}
+        axes[0].semilogy([r.density for r in points], [r.kl for r in points], "o-", ms=3, label=name, **style)
+        axes[1].plot([r.density for r in points], [100 * r.recall for r in points], "o-", ms=3, label=name, **style)
+    axes[0].set_ylabel("KL from the dense model, nats per token")
+    axes[1].set_ylabel("answers recalled, %")
+    for axis in axes:
+        axis.set_xlabel("share of query-key pairs kept")
+    axes[0].legend(frameon=False, fontsize=8)
+    made.tight_layout()
+    made.savefig(path, metadata={"Date": None})
+    pyplot.close(made)
 
 
 def whole_numbers(given: str) -> list[int]:
-    return sorted(int(n) for n in given.split(","))
+    return [int(n) for n in given.split(",")]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--text", nargs="*", default=[])
@@ -186,30 +229,59 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="planned for, and measured at")
     parser.add_argument("--samples", type=int, default=4, help="calibration sequences of each length")
     parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
-    parser.add_argument("--planners", nargs="+", default=["attnopt", "moa", "uniform", "random"])
+    parser.add_argument("--planners", nargs="+", default=list(PLANNERS), choices=list(PLANNERS))
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of the retrieval probe, 16 questions each")
+    parser.add_argument("--duo-steps", type=int, default=300, help="training steps of the gates; the paper takes 2000")
+    parser.add_argument("--duo-span", type=whole_numbers, default=[16, 112], help="sink, window of streaming heads")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="write the rows there as JSON")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results and docs/figures")
     args = parser.parse_args()
     if args.quick:
         args.lengths, args.length, args.samples, args.densities = [256, 512], 1024, 2, [0.5, 0.25]
-    bench = Bench(args)
-    windows = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048) if n < args.length]
-    made: dict[str, Callable[[], Planner]] = {
-        "attnopt": bench.attnopt,
-        "moa": bench.moa,
-        "uniform": lambda: lambda wanted: [fixed.uniform(bench.heads, args.length, wanted)],
-        "random": lambda: (
-            lambda wanted: [fixed.drawn(bench.heads, args.length, wanted, windows, seed) for seed in range(DRAWS)]
-        ),
-    }
-    rows = bench.rows({name: made[name]() for name in args.planners}, lambda row: print(row, flush=True))
-    table(rows)
-    print("seconds:", bench.seconds)
-    if args.out is not None:
-        from attnopt.report.data import environment
+        args.documents, args.duo_steps = 1, 10
+    return args
 
-        data = {"rows": [asdict(r) for r in rows], "seconds": bench.seconds, "environment": environment()}
-        write_atomically(args.out, json.dumps(data, indent=1) + "\n")
+
+def uniform(bench: Bench) -> Planner:
+    return lambda wanted: [fixed.uniform(bench.subject.heads, bench.length, wanted)]
+
+
+def drawn(bench: Bench) -> Planner:
+    windows = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048) if n < bench.length]
+    return lambda wanted: [
+        fixed.drawn(bench.subject.heads, bench.length, wanted, windows, seed) for seed in range(DRAWS)
+    ]
+
+
+PLANNERS: dict[str, Callable[[Bench], Planner]] = {
+    "attnopt": Bench.attnopt,
+    "moa": Bench.moa,
+    "moa, groups": lambda bench: bench.moa("right"),
+    "moa, published groups": lambda bench: bench.moa("published"),
+    "duo": Bench.duo,
+    "uniform": uniform,
+    "random": drawn,
+}
+
+
+def main() -> None:
+    from rich.console import Console
+
+    args = arguments()
+    bench, console = Bench(args), Console()
+    rows = bench.rows({name: PLANNERS[name](bench) for name in args.planners}, lambda row: console.print(str(row)))
+    console.print(table(rows))
+    console.print(f"seconds: {bench.seconds}")
+    given = {name: str(value) for name, value in vars(args).items()}
+    data = {
+        "arguments": given, "rows": [asdict(r) for r in rows], "seconds": bench.seconds, "environment": environment()
+    }  # fmt: skip
+    root, stem = Path(__file__).parents[1], f"planner-{Path(args.model).name}"
+    for path in [args.out] * (args.out is not None) + [root / f"benchmarks/results/{stem}.json"] * args.keep:
+        write_atomically(path, json.dumps(data, indent=1) + "\n")
+    if args.keep:
+        figure(rows, root / f"docs/figures/{stem}.svg")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,59 @@
-"""The comparison of planners: every one at the density asked, on the same text."""
+"""The comparisons of planners and of scores: equal densities, the same text, and attnopt's own figures in nats."""
 
 from __future__ import annotations
 
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import planner
+from attnopt.planner.interaction import together
+from benchmarks import planner, prediction
+
+
+def run(module, monkeypatch, out, *line):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "demo", *line, "--out", str(out)])
+    module.main()
+    return json.loads(out.read_text())
 
 
 def test_planners_are_compared_at_one_density(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "rows.json"
-    line = ["planner.py", "demo", "--lengths", "256,512", "--length", "512", "--samples", "1", "--densities", "0.5"]
-    monkeypatch.setattr(sys, "argv", [*line, "--out", str(out)])
-    planner.main()
-    rows = {r["planner"]: r for r in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"attnopt", "moa", "uniform", "random"}
-    assert all(r["wanted"] == 0.5 and r["density"] <= 0.51 for r in rows.values())
-    assert all(r["density"] == pytest.approx(0.5, abs=0.02) for n, r in rows.items() if n != "moa")
-    assert 0 < rows["attnopt"]["kl"] < rows["uniform"]["kl"] and rows["attnopt"]["kl"] < rows["random"]["kl"]
+    names = ["attnopt", "duo", "uniform"]
+    sizes = ["--lengths", "256,512", "--length", "512", "--samples", "1", "--densities", "0.5"]
+    few = ["--documents", "1", "--duo-steps", "2", "--duo-span", "4,60", "--planners", *names]
+    data = run(planner, monkeypatch, tmp_path / "rows.json", *sizes, *few)
+    rows = {r["planner"]: r for r in data["rows"]}
+    assert set(rows) == {"dense", *names}
+    assert rows["dense"]["increase"] == rows["dense"]["kl"] == 0.0 and rows["dense"]["recall"] >= 0.9
+    planned = {n: r for n, r in rows.items() if n != "dense"}
+    assert all(r["wanted"] == 0.5 and r["density"] <= 0.51 for r in planned.values())
+    assert all(rows[n]["density"] == pytest.approx(0.5, abs=0.02) for n in ("attnopt", "uniform"))
+    assert all(0 < rows["attnopt"]["kl"] < rows[n]["kl"] for n in ("duo", "uniform"))
     assert "attnopt" in capsys.readouterr().out
+
+
+def test_scores_are_compared_with_what_is_measured(tmp_path, monkeypatch, capsys):
+    data = run(
+        prediction, monkeypatch, tmp_path / "rows.json",
+        "--length", "192", "--samples", "2", "--draws", "1", "--mixtures", "4",
+    )  # fmt: skip
+    found = data["summary"]["one head"]
+    assert found["plans"] == len([r for r in data["rows"] if r["kind"] == "one head"]) == 48
+    # The sum of first-order terms cancels; what adds up before it is squared does not.
+    assert found["together"]["spearman"] == found["alone"]["spearman"] > 0.75
+    assert found["first order"]["spearman"] < 0.5
+    assert 0.5 < found["together"]["ratio"] < 2.0 and "ratio" not in found["moa"]
+    assert "together" in capsys.readouterr().out
+
+
+def test_heads_that_lose_in_the_same_rows_lose_more_together():
+    rows = np.random.default_rng(0).standard_normal((3, 5000))
+    rows[1] += rows[0]
+    damage, rho = np.square(rows).sum(1) / 2, np.corrcoef(rows)
+    exact = np.square(rows.sum(0)).sum() / 2
+    assert together(damage, rho) == pytest.approx(exact, rel=0.02)
+    assert together(damage, np.eye(3)) == pytest.approx(damage.sum())
+    assert damage.sum() < 0.9 * exact
+    # Losses that cancel in every row leave nothing, and never less than nothing.
+    assert together(np.ones(2), np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0

@@ -16,12 +16,14 @@ from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
 from attnopt.errors import OptionError, ProfileError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.plan import OBJECTIVES, Predicted
+from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.knapsack import Array, Choices, Problem, Solution, code_of
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
 
 if TYPE_CHECKING:
     from attnopt.profile_file import Profile
+    from attnopt.statistics import Observation
 
 Tables = Costs | Mapping[str, Costs]
 
@@ -37,8 +39,9 @@ def make_problem(
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name; `protect`: heads to leave dense.
 
-    A head's damage is the largest over the profiled `lengths` (default: all): the sum over heads then bounds the
-    predicted damage of the plan at every one of them, and no length is bought at another's expense.
+    A head's damage is the largest over the profiled `lengths` (default: all) and the planned one, if that is longer
+    (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
+    them, and no length is bought at another's expense.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -51,7 +54,7 @@ def make_problem(
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
     damage, cost, span = [], [], []
     for site in sites:
-        damage.append(_damage(profile, site, choices, set(spaces[site.mask.window]), lengths))
+        damage.append(_damage(profile, site, choices, set(spaces[site.mask.window]), lengths, target_length))
         for head in (protect or {}).get(site.name, ()):
             damage[-1][head, 1:] = np.inf
         of_site = _costs(table_of(tables, site), site.mask.window, choices, target_length)
@@ -82,7 +85,7 @@ def key_bytes(site: Site) -> int:
 
 
 def _damage(
-    profile: Profile, site: Site, choices: Sequence[Choice], allowed: set[Choice], lengths: Sequence[int]
+    profile: Profile, site: Site, choices: Sequence[Choice], allowed: set[Choice], lengths: Sequence[int], target: int
 ) -> Array:
     """Nats per token of every choice, (heads, C): the largest over the lengths; inf where a choice is not allowed."""
     damage = np.full((site.heads, len(choices)), np.inf)
@@ -94,17 +97,28 @@ def _damage(
         if CANDIDATES[name].refuse(site) is not None:
             continue
         damage[:, columns] = 0.0
-        for length in lengths:
-            observation = profile.observations.get((site.name, length))
-            if observation is None or observation.heads != site.heads or not observation.rows:
-                raise ProfileError(
-                    f"The profile holds nothing of {site.name} ({site.heads} heads) at length {length}.",
-                    f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
-                )
+        for observation in observed(profile, site, lengths, target):
             some = [choices[c] for c in columns]
-            found = CANDIDATES[name].damages(observation, some, length, site.mask.window) / observation.tokens
+            found = (
+                CANDIDATES[name].damages(observation, some, observation.length, site.mask.window) / observation.tokens
+            )
             damage[:, columns] = np.maximum(damage[:, columns], found.numpy())
     return damage
+
+
+def observed(profile: Profile, site: Site, lengths: Sequence[int], target: int) -> list[Observation]:
+    """The site's observations at the profiled `lengths`, and one carried on to `target` where that is longer."""
+    found = []
+    for length in lengths:
+        seen = profile.observations.get((site.name, length))
+        if seen is None or seen.heads != site.heads or not seen.rows:
+            raise ProfileError(
+                f"The profile holds nothing of {site.name} ({site.heads} heads) at length {length}.",
+                f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
+            )
+        found.append(seen)
+    longest = max(found, key=lambda o: o.length)
+    return found if target <= longest.length else [*found, carried_on(longest, target)]
 
 
 def _costs(table: Costs, own: int | None, choices: Sequence[Choice], length: int) -> tuple[Array, Array]:
