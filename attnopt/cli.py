@@ -18,7 +18,11 @@ EXAMPLES = {
     "profile": "attnopt profile demo --out profile.safetensors\n"
     "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
     "merge": "attnopt merge monday.safetensors tuesday.safetensors --out both.safetensors",
-    "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json",
+    "calibrate": "attnopt calibrate --heads 32 --kv-heads 8 --head-dim 128 --dtype bf16\n"
+    "attnopt calibrate --model demo --lengths 2048,8192 --json",
+    "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json\n"
+    "attnopt plan demo --profile p.safetensors --objective memory --max-kv-memory 40% --protect 0 --out plan.json\n"
+    "attnopt plan demo --profile p.safetensors --device-preset h100 --tensor-parallel 2 --length 1000000 --out p.json",
     "show": "attnopt show plan.json\nattnopt show profile profile.safetensors --svg heads.svg",
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
     "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16",
@@ -29,6 +33,7 @@ HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
     "profile": "measure what dropping keys would do to the loss, head by head",
     "merge": "add up profiles of one model over different text",
+    "calibrate": "time the kernels of this device, once, for all plans made here",
     "plan": "choose the fastest spans that keep a loss budget, measured end to end",
     "show": "show a plan or a profile",
     "explain": "the candidates that were weighed for one head, and why the choice won",
@@ -83,6 +88,39 @@ def percent(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive percentage such as 1%")
     return value
+
+
+def budget_percent(text: str) -> float:
+    """A percentage that may be 0, which only dense keeps."""
+    return 0.0 if number(text.removesuffix("%")) == 0 else percent(text)
+
+
+def budget_nats(text: str) -> float:
+    return 0.0 if number(text) == 0 else positive(text)
+
+
+def speedup(text: str) -> float:
+    value = number(text.lower().removesuffix("x"))
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a speed-up of at least 1 such as 2 or 1.5x")
+    return value
+
+
+UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def memory(text: str) -> tuple[str, float]:
+    """("share", of dense), from 40% or 0.4; or ("bytes", of one sequence), from 512MB or a whole number."""
+    lower = text.strip().lower()
+    unit = next((u for u in UNITS if lower.endswith(u)), "")
+    if unit or (lower.isdecimal() and int(lower) > 1):
+        value = number(lower.removesuffix(unit)) * UNITS.get(unit, 1)
+        if 1 <= value < float("inf"):
+            return "bytes", value
+    share = number(lower.removesuffix("%")) / (100 if lower.endswith("%") else 1)
+    if not unit and 0 < share <= 1:
+        return "share", share
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 40% nor an amount such as 512MB")
 
 
 def positive(text: str) -> float:
@@ -156,11 +194,41 @@ def build_parser() -> Parser:
     plan.add_argument("--profile", required=True, metavar="FILE")
     plan.add_argument("--out", required=True, metavar="FILE")
     budget = plan.add_mutually_exclusive_group()
-    budget.add_argument("--max-loss-increase", type=percent, default=1.0, metavar="PERCENT", help="default 1%%")
-    budget.add_argument("--max-kl", type=positive, metavar="NATS", help="nats per token instead")
+    budget.add_argument("--max-loss-increase", type=budget_percent, default=1.0, metavar="PERCENT", help="default 1%%")
+    budget.add_argument("--max-kl", type=budget_nats, metavar="NATS", help="nats per token instead")
     plan.add_argument("--length", type=count, default=8192, help="key length the plan is fastest at (default 8192)")
-    plan.add_argument("--verify-lengths", type=whole_numbers, default=None, help="default: --length")
+    plan.add_argument("--objective", default="prefill", choices=("prefill", "decode", "memory", "mixed"),
+                      help="what costs are weighed: prefill (default), decoding or memory by what the cache keeps, "
+                      "or half of both")  # fmt: skip
+    plan.add_argument("--min-speedup", type=speedup, metavar="X", help="of what the objective weighs, at --length")
+    plan.add_argument("--max-kv-memory", type=memory, metavar="SHARE|BYTES",
+                      help="for example 40%% of dense, or 512MB a sequence")  # fmt: skip
+    plan.add_argument("--max-rules", type=count, metavar="R", help="distinct spans of one layer (prefill: default 4)")
+    plan.add_argument("--protect", action="append", default=[], metavar="LAYER[.HEAD]",
+                      help="leave dense; by name or number, may be repeated")  # fmt: skip
+    plan.add_argument("--protect-top", type=count, metavar="K", help="leave dense the K heads whose removal hurts most")
+    plan.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
+    plan.add_argument("--exact", type=positive, nargs="?", const=10.0, metavar="SECONDS",
+                      help="solve with HiGHS as well, at most so long for each point tried (default 10)")  # fmt: skip
+    plan.add_argument("--device-preset", metavar="NAME",
+                      help="a100, h100, h200, b200 or mi300x: costs by its peak figures, not measured")  # fmt: skip
+    plan.add_argument("--tensor-parallel", type=count, default=1, metavar="D", help="of such devices (default 1)")
+    plan.add_argument("--devices", metavar="FILE", help="figures of devices in place of attnopt's (TOML)")
+    plan.add_argument("--verify-lengths", type=whole_numbers, default=None,
+                      help="default: those profiled, and one beyond them")  # fmt: skip
     plan.add_argument("--samples", type=count, default=16, help="sequences of each verified length (default 16)")
+    plan.add_argument("--probe", type=int, default=4, metavar="N",
+                      help="documents of each length whose far lines are asked for (default 4)")  # fmt: skip
+
+    calibrate = command("calibrate")
+    calibrate.add_argument("--model", metavar="MODEL", help="time the kernels of its attentions")
+    for name in ("--heads", "--kv-heads", "--head-dim", "--head-dim-v"):
+        calibrate.add_argument(name, type=count)
+    calibrate.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16, or several: fp32,bf16 (default fp32)")
+    calibrate.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096, 8192])
+    calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    calibrate.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
+    calibrate.add_argument("--rounds", type=count, default=5, help="of which medians are kept (default 5)")
 
     show = command("show")
     show.add_argument("file", nargs="+", metavar="FILE", help="a plan or a profile; its kind may stand before it")

@@ -18,16 +18,21 @@ from attnopt.ir import DENSE, Choice, Site
 from attnopt.passes.span import tables
 from attnopt.statistics import attention
 
+# Rows of logits in float32 at a time: 1024 x a 128k vocabulary is half a gigabyte.
+ROWS = 1024
 Choices = Mapping[str, Sequence[Choice]]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Per-sequence sums over predicted tokens: `tokens` counted, `loss` in nats, `kl` to the dense model in nats."""
+    """Per-sequence sums over predicted tokens: `tokens` counted, `loss` in nats, `kl` to the dense model in nats; and,
+    where the dense model ran beside, its loss and the tokens whose most likely successor is the same."""
 
     tokens: tuple[int, ...]
     loss: tuple[float, ...]
     kl: tuple[float, ...]
+    dense: tuple[float, ...] = ()
+    agree: tuple[int, ...] = ()
 
     @property
     def mean_loss(self) -> float:
@@ -50,6 +55,10 @@ class Spans:
     def sites(self) -> dict[str, Site]:
         return self.instrumented.sites
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def set(self, choices: Choices | None) -> None:
         """Spans of the sites named; every other site is dense. A head count that does not fit is an error."""
         self._tables = {}
@@ -71,24 +80,42 @@ class Spans:
 
         return attend
 
+    def logits(self, ids: Tensor, choices: Choices | None) -> Tensor:
+        """Logits (B, N, V) of `ids` (B, N) under `choices`, which stay set."""
+        self.set(choices)
+        return self.instrumented.logits(ids)
+
     @torch.no_grad()
     def losses(
         self, ids: Tensor, choices: Choices | None, divergence: bool = False, progress: Callable[[], None] | None = None
     ) -> Sequences:
-        """Next-token losses of `ids` (samples, N) under `choices`; `divergence` also runs dense and fills `kl`."""
-        tokens, losses, kls = [], [], []
+        """Next-token losses of `ids` (samples, N) under `choices`; `divergence` also runs dense and fills `kl`, `dense`
+        and `agree`."""
+        found = []
         for row in ids:
-            self.set(choices)
-            logits = self.instrumented.logits(row[None])[0, :-1].float()
-            losses.append(F.cross_entropy(logits, row[1:], reduction="sum").item())
-            kl = 0.0
-            if divergence:
-                self.set(None)
-                dense = self.instrumented.logits(row[None])[0, :-1].float()
-                kl = F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True).item()
-            kls.append(kl)
-            tokens.append(row.numel() - 1)
+            planned = self.logits(row[None], choices)[0, :-1]
+            dense = self.logits(row[None], None)[0, :-1] if divergence else None
+            found.append(_compared(planned, dense, row[1:]))
             if progress is not None:
                 progress()
         self.set(None)
-        return Sequences(tuple(tokens), tuple(losses), tuple(kls))
+        losses, kls, dense_losses, agree = zip(*found, strict=True) if found else ((), (), (), ())
+        tokens = (ids.shape[1] - 1,) * len(found)
+        return Sequences(tokens, losses, kls, *((dense_losses, agree) if divergence else ()))
+
+
+def _compared(planned: Tensor, dense: Tensor | None, labels: Tensor) -> tuple[float, float, float, int]:
+    """Sums over rows of the planned loss, KL(dense || planned), the dense loss and the agreement of the most likely
+    token; logits (N, V), a few rows in float32 at a time."""
+    loss = kl = dense_loss = 0.0
+    agree = 0
+    for at in range(0, len(labels), ROWS):
+        rows, wanted = planned[at : at + ROWS].float(), labels[at : at + ROWS].to(planned.device)
+        loss += F.cross_entropy(rows, wanted, reduction="sum").item()
+        if dense is None:
+            continue
+        other = dense[at : at + ROWS].float()
+        dense_loss += F.cross_entropy(other, wanted, reduction="sum").item()
+        kl += F.kl_div(rows.log_softmax(-1), other.log_softmax(-1), reduction="sum", log_target=True).item()
+        agree += int((rows.argmax(-1) == other.argmax(-1)).sum())
+    return loss, kl, dense_loss, agree

@@ -59,12 +59,13 @@ class Lengths:
 @dataclass(frozen=True)
 class Constraints:
     """What was asked for besides the budget; None where it was not. min_speedup: of what the objective weighs.
-    max_kv_memory: share of the dense cache. max_rules: distinct spans of one layer. protect: sites and heads left
-    dense; protect_top: so many more, those whose ablation damages most. dense_below: the length under which all run
-    dense."""
+    max_kv_memory, max_kv_bytes: share of the dense cache, and bytes of one sequence at the planned length. max_rules:
+    distinct spans of one layer. protect: sites and heads left dense; protect_top: so many heads, those whose removal
+    damages most. dense_below: the length under which all run dense."""
 
     min_speedup: float | None = None
     max_kv_memory: float | None = None
+    max_kv_bytes: int | None = None
     max_rules: int | None = None
     protect: tuple[str, ...] = ()
     protect_top: int | None = None

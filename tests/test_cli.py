@@ -80,7 +80,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def plan_command(work: Path, out: Path, **changes: str) -> list[str]:
     options = {
         "profile": str(work / "profile"), "text": str(work / "text.py"), "length": str(LENGTH), "samples": "8",
-        "max-loss-increase": "50%", "out": str(out),
+        "max-loss-increase": "50%", "verify-lengths": str(LENGTH), "probe": "1", "out": str(out),
     } | changes  # fmt: skip
     model = options.pop("model", str(work / "model"))
     return ["plan", model, *(part for name, value in options.items() for part in (f"--{name}", value))]
@@ -191,6 +191,15 @@ WRONG_LINES = {
     "profile demo --out x --samples 0": "'0' is not a positive whole number",
     "plan demo --profile p --out x --max-loss-increase none": "'none' is not a positive percentage",
     "plan demo --profile p --out x --max-kl -1": "--max-kl",
+    "plan demo --profile p --out x --min-speedup 0.5": "'0.5' is not a speed-up of at least 1",
+    "plan demo --profile p --out x --max-kv-memory 140%": "'140%' is not a share",
+    "plan demo --profile p --out x --objective speed": "invalid choice: 'speed'",
+    "plan demo --profile p --out x --tensor-parallel 2": "Name it with --device-preset",
+    "plan demo --profile p --out x --device-preset h10": "Did you mean 'h100'?",
+    "plan demo --profile p --out x --device-preset h100 --devices no.toml": "There is no file of devices",
+    "calibrate": "Give --model, or --heads and --head-dim",
+    "calibrate --heads 6 --kv-heads 4 --head-dim 8": "do not share",
+    "calibrate --model demo --heads 6": "--model has sizes of its own",
     "plan demo --out x": "--profile",
 }
 
@@ -312,6 +321,75 @@ def test_a_budget_that_no_plan_keeps_writes_nothing(work: Path, fails: Fails, tm
     at = options.index("--max-loss-increase")
     assert "budget" in fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]], code=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_contradiction_is_refused_with_2_and_leaves_the_old_plan(work: Path, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("the old one")
+    options = plan_command(work, tmp_path / "plan.json", **{"max-loss-increase": "0"})
+    message = fails([*options, "--min-speedup", "1.5"])
+    assert "A budget of 0 percent of the dense loss contradicts a speed-up of 1.5" in message
+    assert "The budget binds" in message and "a speed-up of 1.00" in message
+    message = fails([*options, "--min-speedup", "1000"])
+    assert "A speed-up of 1000 cannot be had" in message and "at the most" in message
+    message = fails([*options, "--protect", "model.layers.7"])
+    assert "--protect model.layers.7: there is no such layer" in message and "Did you mean" in message
+    assert snapshot(tmp_path) == {"plan.json": b"the old one"}
+
+
+def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = {"length": "1000000", "device-preset": "h100", "tensor-parallel": "2", "protect": "0.1", "max-rules": "2"}
+    command = plan_command(work, tmp_path / "plan.json", **wanted)
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predicted"]["cost"] == "roofline" and found["cost_table"].startswith("roofline-h100-tp2-")
+    assert found["constraints"]["protect"] == ["0.1"] and found["sites"][SITE][1]["dense"]
+    final = next(m for m in found["measured"] if m["split"] == "final")
+    assert final["kl"] >= 0 and 0 < final["top1"] <= 1 and 0 <= final["planned_retrieval"] <= 1
+    assert main(["show", str(tmp_path / "plan.json")]) == 0
+    assert "a roofline, not measured" in " ".join(capsys.readouterr().out.split())
+
+
+def test_kernels_are_timed_once_and_after_an_interruption_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTNOPT_TARGET", "reference")
+    from attnopt.cost import timing
+
+    timed: list[list[int]] = []
+    measure = timing.measure
+
+    def counted(*args: Any, **kwargs: Any) -> CostTable:
+        timed.append(list(args[5]))
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "measure", counted)
+    command = ["calibrate", "--heads", "2", "--head-dim", "8", "--lengths", "64,96", "--rounds", "1", "--json"]
+    assert main(command) == 1 and "run the same command again" in capsys.readouterr().err
+    assert main(command) == 0
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert timed == [[64], [96], [96]] and [at["length"] for at in table["lengths"]] == [64, 96]
+    assert Path(table["path"]).is_relative_to(tmp_path) and CostTable.load(Path(table["path"])).id == table["id"]
+    assert main(command[:-1]) == 0 and len(timed) == 3
+    assert table["path"] in capsys.readouterr().out
+
+
+def test_verified_lengths_are_those_profiled_and_one_beyond() -> None:
+    from types import SimpleNamespace
+
+    from attnopt.commands.planning import verified_lengths
+
+    plain: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    assert verified_lengths((256, 1024), 2048, plain) == [256, 1024, 2048]
+    assert verified_lengths((256, 1024), 512, plain) == [256, 1024, 2048]
+    assert verified_lengths((256, 1024), 1_000_000, plain) == [256, 1024, 2048]
+    assert verified_lengths((1024, 4096), 8192, plain) == [1024, 4096]
+    assert verified_lengths((1024, 4096), 8192, SimpleNamespace()) == [1024, 4096, 8192]  # type: ignore[arg-type]
 
 
 def test_missing_triton_is_one_message(work: Path, tmp_path: Path) -> None:

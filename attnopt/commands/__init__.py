@@ -12,19 +12,23 @@ import torch
 
 from attnopt import backend, hf, text
 from attnopt.commands.common import Progress, emit, load, say, stages, token_ids, writable
+from attnopt.commands.planning import calibrate, plan
 from attnopt.commands.profiling import merge, profile
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport
-from attnopt.plan import Budget, Plan
+from attnopt.plan import Plan
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
+from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json
 from attnopt.report.page import write_page
 from attnopt.report.profile_map import draw_profile
 
 __all__ = ["COMMANDS", "Progress", "bench_rows", "emit", "examine_model", "run", "say", "stages", "writable"]
 
-INTERRUPTED = {"profile": "What was profiled so far is kept beside the output; run the same command again to go on."}
+INTERRUPTED = {
+    "profile": "What was profiled so far is kept beside the output; run the same command again to go on.",
+    "calibrate": "The lengths that were timed are kept; run the same command again to go on.",
+}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,36 +84,6 @@ def examine(args: argparse.Namespace) -> None:
     if page is not None:
         write_page(page, {"title": f"attnopt examine {args.model}", "graphs": data, "environment": environment()})
     emit(args, data, lambda: terminal.print_graphs(reports))
-
-
-def plan(args: argparse.Namespace) -> None:
-    from attnopt.planner.make import make_plan
-
-    out = writable(args.out)
-    held = Profile.load(args.profile)
-    loaded = load(args)
-    device = next(loaded.model.parameters()).device
-    lengths = args.verify_lengths or [args.length]
-
-    def split(which: str) -> dict[int, torch.Tensor]:
-        tokens = text.stream(args.text, loaded.tokenizer, which, 2 * args.samples * max(lengths))
-        return {n: text.sequences(tokens, n, args.samples, which).to(device) for n in lengths}
-
-    budget = Budget("kl", args.max_kl) if args.max_kl else Budget("loss", args.max_loss_increase)
-    with stages() as progress:
-        made = make_plan(
-            loaded.model, args.model, held, split("verify"), split("final"), budget, args.length,
-            seed=args.seed, progress=progress,
-        )  # fmt: skip
-    made.plan.save(out)
-    data = {"plan": str(out), **plan_json(made.plan), "search": records_json(made.verified.records)}
-
-    def show() -> None:
-        terminal.print_records(made.verified.records)
-        terminal.print_plan(made.plan)
-        print(f"wrote {out}")
-
-    emit(args, data, show)
 
 
 def is_plan(path: str) -> bool:
@@ -277,6 +251,6 @@ def env(args: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "examine": examine, "profile": profile, "merge": merge, "plan": plan, "show": show,
+    "examine": examine, "profile": profile, "merge": merge, "calibrate": calibrate, "plan": plan, "show": show,
     "explain": explain, "bench": bench, "env": env,
 }  # fmt: skip

@@ -8,10 +8,11 @@ The emitted kernels run one group per distinct span of a layer, so a layer costs
 ``sum over heads of cost(head) + group_cost * (distinct spans - 1)``.
 """
 
+from attnopt.cost.roofline import Device, Roofline, device, devices
 from attnopt.cost.table import MARGIN, Costs, CostTable, break_even, itemsize, kept_pairs, layer_cost
 from attnopt.cost.timing import device_key, device_name, load_or_measure, measure, path_of
 
 __all__ = [
-    "MARGIN", "CostTable", "Costs", "break_even", "device_key", "device_name", "itemsize", "kept_pairs", "layer_cost",
-    "load_or_measure", "measure", "path_of",
+    "MARGIN", "CostTable", "Costs", "Device", "Roofline", "break_even", "device", "device_key", "device_name",
+    "devices", "itemsize", "kept_pairs", "layer_cost", "load_or_measure", "measure", "path_of",
 ]  # fmt: skip

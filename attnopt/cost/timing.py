@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A timed sample repeats a call until it lasts this long.
 SAMPLE_SECONDS = 2e-3
+# Rounds over all spans of a length are fewer where one takes long, but never fewer than these.
+MOST_SECONDS, LEAST_ROUNDS = 60.0, 3
 Prefill = Callable[..., torch.Tensor]
 
 
@@ -98,6 +100,8 @@ def _interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -
             call()
         repeats = [max(1, math.ceil(SAMPLE_SECONDS / max(timed(call, 1), 1e-7))) for call in calls]
         samples: list[list[float]] = [[] for _ in calls]
+        one = sum(timed(call, 1) for call in calls)
+        rounds = max(min(rounds, int(MOST_SECONDS / max(one, 1e-9))), LEAST_ROUNDS)
         order, rng = list(range(len(calls))), random.Random(0)
         for _ in range(rounds):
             rng.shuffle(order)
@@ -140,19 +144,38 @@ def load_or_measure(
     spec: KernelSpec, lengths: Sequence[int], windows: Sequence[int], sinks: Sequence[int], *, device: str = "cpu",
     rounds: int = 7, progress: Callable[[int, int, str], None] | None = None,
 ) -> CostTable:  # fmt: skip
-    """The stored table of `spec`'s emitted kernel on this device if it holds what is asked for, else a new one."""
-    key = device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device)
-    path = path_of(key)
-    wanted = {(n, s, w) for n in lengths for s in sinks for w in windows if w < n} | {(n, 0, n) for n in lengths}
-    if path.exists():
-        table = CostTable.load(path)
-        if wanted <= {entry for entry, _ in table.entries}:
-            return table
-    from attnopt.codegen.emit import load
+    """The table of `spec`'s emitted kernel on this device: what is stored, and what it lacks timed now. Every length is
+    stored when it is done, so that an interrupted run goes on where it was."""
+    path = path_of(device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device))
+    table = CostTable.load(path) if path.exists() else None
+    there = {} if table is None else dict(table.entries)
+    todo = []
+    for n in sorted(set(lengths)):
+        wanted = {(n, s, w) for s in sinks for w in windows if w < n} | {(n, 0, n)}
+        if not wanted <= set(there):
+            todo.append(n)
+    for done, n in enumerate(todo):
+        from attnopt.codegen.emit import load
 
-    table = measure(
-        load(spec).prefill, spec.heads, spec.kv_heads, spec.head_dim, spec.dtype, lengths, windows, sinks,
-        target=spec.target, device=device, rounds=rounds, progress=progress,
-    )  # fmt: skip
-    table.save(path)
+        # What was timed at this length before is timed again: in one run, or times would not compare.
+        more = {w for at, _, w in there if at == n and w < n}, {s for at, s, w in there if at == n and w < n}
+        if progress is not None:
+            progress(done, len(todo), f"{n} tokens")
+        found = measure(
+            load(spec).prefill, spec.heads, spec.kv_heads, spec.head_dim, spec.dtype, [n],
+            sorted({*windows, *more[0]}), sorted({*sinks, *more[1]}), target=spec.target, device=device, rounds=rounds,
+        )  # fmt: skip
+        table = found if table is None else _replaced(table, found, n)
+        there = dict(table.entries)
+        table.save(path)
+        if progress is not None:
+            progress(done + 1, len(todo), f"{n} tokens")
+    assert table is not None
     return table
+
+
+def _replaced(table: CostTable, found: CostTable, length: int) -> CostTable:
+    """`table` with the times of one length from `found`."""
+    entries = [e for e in table.entries if e[0][0] != length] + list(found.entries)
+    groups = [g for g in table.groups if g[0] != length] + list(found.groups)
+    return CostTable(table.key, tuple(sorted(entries, key=lambda e: e[0][0])), tuple(sorted(groups)))

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from attnopt.codegen.spec import KernelSpec
-from attnopt.cost import CostTable, load_or_measure
+from attnopt.cost import Costs, CostTable, load_or_measure
 from attnopt.errors import TextError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
-from attnopt.plan import Budget, Lengths, Plan, choices_id
-from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
-from attnopt.planner.problem import make_problem, min_length_of, predicted_of
-from attnopt.planner.verify import LEAST_SEQUENCES, Evaluation, Record, Verified, final_check, verify_loop
+from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
+from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
+from attnopt.planner.knapsack import Choices, Problem, choices_from
+from attnopt.planner.problem import Tables, make_problem, min_length_of, predicted_of, table_of
+from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
+from attnopt.probe import Probe, recall
 from attnopt.profile_file import versions_here
 
 if TYPE_CHECKING:
     from attnopt.profile_file import Profile
 
+# Of each length, with 16 questions in one that has room for them.
+PROBE_DOCUMENTS = 4
 Progress = Callable[[str, int, int], None]
-# Distinct spans in one layer: each costs the CPU target a group of calls of its own.
-MAX_SPANS = 4
 # The search aims inside the budget: of several plans tried, the one that holds was lucky on the verify split, and the
 # final split is looked at once. On the demo model the final bound was 0.8 to 1.4 times the verify bound.
 SEARCH_SHARE = 0.85
@@ -33,25 +35,28 @@ SEARCH_SHARE = 0.85
 
 @dataclass
 class Made:
-    """A verified plan and how it came about; `dense` and `planned` are the losses on the final split, per length."""
+    """A verified plan and how it came about; `dense` and `planned` are the losses on the final split, per length.
+    notes: what could not be measured."""
 
     plan: Plan
     problem: Problem
     verified: Verified
-    tables: dict[str, CostTable]
+    tables: dict[str, Costs]
     dense: dict[int, Sequences] = field(default_factory=dict)
     planned: dict[int, Sequences] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Evaluator:
-    """Measures choices against dense on fixed sequences (one tensor (samples, N) per length); dense is run once."""
+    """Measures choices against dense on fixed sequences (one tensor (samples, N) per length). Dense is run once; with
+    `divergence` it runs beside every plan instead, for KL and agreement, and `dense` is filled by the first."""
 
     def __init__(
         self, spans: Spans, texts: Mapping[int, Tensor], divergence: bool, progress: Progress | None, what: str
     ) -> None:
         self.spans, self.texts, self.divergence = spans, texts, divergence
         self.progress, self.what = progress, what
-        self.dense = {n: self._run(n, None) for n in texts}
+        self.dense: dict[int, Sequences] = {} if divergence else {n: self._run(n, None) for n in texts}
         self.planned: dict[int, Sequences] = {}
 
     def _run(self, length: int, choices: Choices | None) -> Sequences:
@@ -64,11 +69,16 @@ class Evaluator:
             if self.progress is not None:
                 self.progress(what, done, len(ids))
 
-        return self.spans.losses(ids, choices, self.divergence and choices is not None, step)
+        return self.spans.losses(ids, choices, self.divergence, step)
 
     def __call__(self, choices: Choices) -> list[Evaluation]:
         self.planned = {n: self._run(n, choices) for n in self.texts}
-        return [Evaluation.between(n, self.dense[n], self.planned[n]) for n in self.texts]
+        if self.divergence:
+            self.dense = {n: Sequences(p.tokens, p.dense, (0.0,) * len(p.tokens)) for n, p in self.planned.items()}
+        return [
+            Evaluation(n, p.tokens, self.dense[n].loss, p.loss, p.kl if self.divergence else (), p.agree)
+            for n, p in self.planned.items()
+        ]
 
 
 def cost_tables(
@@ -81,13 +91,17 @@ def cost_tables(
     for site in sites:
         spec = KernelSpec(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
         if spec not in made:
-            windows = sorted({w for w in grid.windows} | {n // d for n in lengths for d in (2, 4, 8)})
             made[spec] = load_or_measure(
-                spec, lengths, windows, [max(grid.sinks)], device=device, rounds=5,
+                spec, lengths, windows_at(grid.windows, lengths), [max(grid.sinks)], device=device, rounds=5,
                 progress=lambda done, of, what: progress(f"timing kernels at {what}", done, of) if progress else None,
             )  # fmt: skip
         tables[site.name] = made[spec]
     return tables
+
+
+def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Windows to time: those observed, and the larger shares of each length that a rule may ask for."""
+    return sorted({*windows} | {n // d for n in lengths for d in (2, 4, 8)})
 
 
 def check_text(texts: Mapping[int, Tensor], split: str) -> None:
@@ -109,16 +123,23 @@ def make_plan(
     budget: Budget,
     target_length: int,
     *,
-    tables: CostTable | Mapping[str, CostTable] | None = None,
+    tables: Tables | Callable[[Sequence[Site]], Tables] | None = None,
+    objective: str = "prefill",
+    constraints: Constraints | None = None,
+    exact: float | None = None,
+    probe: Probe | None = None,
+    probe_documents: int = PROBE_DOCUMENTS,
     seed: int = 0,
-    max_spans: int = MAX_SPANS,
     progress: Progress | None = None,
     report: Callable[[Record], None] | None = None,
 ) -> Made:
-    """The fastest plan for `target_length` whose measured loss keeps `budget`.
+    """The cheapest plan for `target_length`, by `objective`, whose measured loss keeps `budget` and the constraints.
 
-    verify, final: {length: token ids int64 (samples, length)} of disjoint text; `final` is looked at once. A plan that
-    misses the budget raises BudgetError and is not returned.
+    verify, final: {length: token ids int64 (samples, length)} of disjoint text; `final` is looked at once. tables:
+    costs, or a function from sites to them; measured here by default. exact: seconds that HiGHS may take over each
+    point tried. probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. A plan
+    that misses the budget raises BudgetError and is not returned; constraints that contradict each other raise
+    OptionError.
     """
     from attnopt import settings
 
@@ -133,28 +154,45 @@ def make_plan(
     fingerprint = fingerprint_of(model, sites)
     profile.check_model(fingerprint)
     device = next(model.parameters()).device.type
+    if callable(tables):
+        tables = tables(sites)
     if tables is None:
         lengths = sorted({1024, 2048, 4096, target_length})
         tables = cost_tables(
             sites, profile, settings.target(device), device, [n for n in lengths if n <= target_length], progress
         )
-    of_site = {s.name: tables if isinstance(tables, CostTable) else tables[s.name] for s in sites}
-    problem = make_problem(profile, of_site, sites, target_length)
+    of_site = {s.name: table_of(tables, s) for s in sites}
+    asked = constraints or Constraints()
+    protect = protected(sites, asked, profile)
+    notes: tuple[str, ...] = ()
+    free = make_problem(profile, of_site, sites, target_length, objective=objective)
+    problem = free
+    if protect:
+        problem = make_problem(profile, of_site, sites, target_length, protect=protect, objective=objective)
+    limits = limits_of(problem, asked, objective)
+    refuse_impossible(problem, limits, free)
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
-    dense_loss = max(s.mean_loss for s in evaluate.dense.values())
+    dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
+    refuse_contradiction(problem, limits, budget, dense_loss)
     found = verify_loop(
         problem,
         evaluate,
-        replace(budget, limit=SEARCH_SHARE * budget.limit),
+        budget,
+        share=SEARCH_SHARE,
         seed=seed,
-        limits=Limits(spans=max_spans),
+        limits=limits,
+        exact=exact,
         dense_loss=dense_loss,
         report=report,
     )
     choices = choices_from(problem, found.solution)
-    last = Evaluator(spans, final, budget.kind == "kl", progress, "final check")
-    min_length = min_length_of(choices, sites, of_site)
-    measured = final_check(last(choices), budget, choices_id(choices), seed)
+    last = Evaluator(spans, final, True, progress, "final check")
+    min_length = min_length_of(choices, sites, of_site) if objective in ("prefill", "mixed") else 0
+    faster = problem.dense.cost / found.solution.cost
+    described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
+    measured = final_check(last(choices), budget, choices_id(choices), seed, described)
+    if probe is not None:
+        measured, notes = retrieved(spans, choices, probe, measured, probe_documents, seed, progress)
     plan = Plan(
         model=name,
         fingerprint=fingerprint,
@@ -163,13 +201,39 @@ def make_plan(
         choices=choices,
         predicted=predicted_of(problem, found.solution, found.gap),
         measured=(*found.measured, *measured),
-        min_length=min_length,
+        objective=objective,
+        constraints=asked,
+        min_length=max(min_length, asked.dense_below or 0),
         cost_table="+".join(sorted({t.id for t in of_site.values()})),
         calibration=calibration_of(profile),
         seed=seed,
         versions=dict(versions_here()),
     )
-    return Made(plan, problem, found, of_site, last.dense, last.planned)
+    return Made(plan, problem, found, of_site, last.dense, last.planned, notes)
+
+
+def retrieved(
+    spans: Spans, choices: Choices, probe: Probe, measured: tuple[Measured, ...], count: int, seed: int,
+    progress: Progress | None,
+) -> tuple[tuple[Measured, ...], tuple[str, ...]]:  # fmt: skip
+    """The measurements with what dense and planned recall of far lines at each length; and the lengths without room."""
+    found, notes = [], []
+    for done, at in enumerate(measured):
+        if progress is not None:
+            progress("asking for far lines", done, len(measured))
+        try:
+            documents = probe.documents(at.length, count, f"final {seed}")
+        except TextError as error:
+            notes.append(f"No retrieval was measured at {at.length} tokens: {error.problem}")
+            found.append(at)
+            continue
+        shares = [
+            recall(lambda ids, c=c: spans.logits(ids.to(spans.device), c), documents).share  # type: ignore[misc]
+            for c in (None, choices)
+        ]
+        found.append(replace(at, dense_retrieval=shares[0], planned_retrieval=shares[1]))
+    spans.set(None)
+    return tuple(found), tuple(notes)
 
 
 def calibration_of(profile: Profile) -> str:

@@ -147,6 +147,8 @@ def _prices(batch: _Batch, alone: Array, repeats: int) -> list[Array]:
     flat = (batch.heads.size, -1)
     order = hulls(batch.damage.reshape(flat), np.where(np.isfinite(batch.damage), alone, np.inf).reshape(flat))
     slopes = order.slopes.reshape(count, -1)
+    if not slopes.shape[1]:
+        return [np.ones((count, 1, 1))]  # every head has but one choice
     quantiles = np.nan_to_num(np.nanquantile(np.where(np.isfinite(slopes) & (slopes > 0), slopes, np.nan),
                               np.linspace(0, 1, number - 4), axis=1), nan=1.0)  # fmt: skip
     ends = [quantiles[0] / 16, quantiles[0] / 3, quantiles[-1] * 3, quantiles[-1] * 1e3]

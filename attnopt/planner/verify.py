@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,33 +26,18 @@ WORTHWHILE = 0.005
 TYPICAL_LOSS = 2.5  # nats per token, for the first guess only
 
 
-class Losses(Protocol):
-    """Per-sequence sums over predicted tokens, as attnopt.measure returns them: tokens, loss and KL in nats."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-    @property
-    def loss(self) -> Sequence[float]: ...
-
-    @property
-    def kl(self) -> Sequence[float]: ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """One plan against dense on the same sequences of one length: per sequence, predicted tokens, sums of the dense
-    and the planned loss, and, for a budget in KL, sums of KL(dense || planned); all in nats."""
+    """One plan against dense on the same sequences of one length: per sequence, predicted tokens and sums of the dense
+    and the planned loss; where both ran side by side also sums of KL(dense || planned), and the tokens whose most
+    likely successor is the same. Nats."""
 
     length: int
     tokens: tuple[int, ...]
     dense: tuple[float, ...]
     planned: tuple[float, ...]
     kl: tuple[float, ...] = ()
-
-    @classmethod
-    def between(cls, length: int, dense: Losses, planned: Losses) -> Evaluation:
-        return cls(length, tuple(planned.tokens), tuple(dense.loss), tuple(planned.loss), tuple(planned.kl))
+    agree: tuple[int, ...] = ()
 
 
 Evaluate = Callable[[Choices], Evaluation | Sequence[Evaluation]]
@@ -111,7 +96,9 @@ def judge(evaluation: Evaluation, budget: Budget, split: str, choices: str, seed
         differences = [p - d for p, d in zip(evaluation.planned, evaluation.dense, strict=True)]
         increase, upper = (100 * x for x in paired_bound(differences, evaluation.dense, seed))
     dense, planned = sum(evaluation.dense) / tokens, sum(evaluation.planned) / tokens
-    return Measured(split, evaluation.length, count, tokens, dense, planned, increase, upper, choices)
+    kl = sum(evaluation.kl) / tokens if evaluation.kl else None
+    top1 = sum(evaluation.agree) / tokens if evaluation.agree else None
+    return Measured(split, evaluation.length, count, tokens, dense, planned, increase, upper, choices, kl, top1)
 
 
 def holds(measured: Measured, budget: Budget) -> bool:
@@ -128,16 +115,17 @@ def tokens_needed(measured: Measured, budget: Budget) -> int | None:
 
 
 def final_check(
-    evaluations: Evaluation | Sequence[Evaluation], budget: Budget, choices: str, seed: int = 0
+    evaluations: Evaluation | Sequence[Evaluation], budget: Budget, choices: str, seed: int = 0, what: str = "The plan"
 ) -> tuple[Measured, ...]:
-    """The final split, looked at once: its measurements, or BudgetError if one misses the budget."""
+    """The final split, looked at once: its measurements, or BudgetError if one misses the budget. what: the plan, as
+    that error describes it."""
     several = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     found = tuple(judge(e, budget, "final", choices, seed) for e in several)
     for measured in found:
         if not holds(measured, budget):
             raise BudgetError(
                 f"On the final split the increase is at most {measured.upper_95:.4g}, over the budget of {budget} "
-                f"(length {measured.length}, mean {measured.increase:.4g}).",
+                f"(length {measured.length}, mean {measured.increase:.4g}). {what} held on the verify split only.",
                 _more_text([measured], budget) or "Ask for a larger budget, or profile and verify on more text.",
             )
     return found
@@ -236,19 +224,21 @@ class _Search:
 
 
 def verify_loop(
-    problem: Problem, evaluate: Evaluate, budget: Budget, *, seed: int = 0, max_evaluations: int = 8,
-    limits: Limits | None = None, exact: float | None = None, dense_loss: float = TYPICAL_LOSS,
-    report: Callable[[Record], None] | None = None,
+    problem: Problem, evaluate: Evaluate, budget: Budget, *, share: float = 1.0, seed: int = 0,
+    max_evaluations: int = 8, limits: Limits | None = None, exact: float | None = None,
+    dense_loss: float = TYPICAL_LOSS, report: Callable[[Record], None] | None = None,
 ) -> Verified:  # fmt: skip
     """The fastest plan whose measured bound keeps the budget, within `limits`.
 
     `evaluate(choices)` measures on the verify split, at one length or several; each call is a Record, given to
     `report` as it is made. The search starts where the prediction meets the budget (`dense_loss` turns percent into
     nats), closes in between the last point that holds and the first that misses, and at the end takes the latter's
-    worst heads back to dense. exact: seconds that HiGHS may take over each point, None for the front's own.
-    BudgetError if nothing held: the closest plan, by how much it missed, or how much text would decide.
+    worst heads back to dense. share: of the budget that the search keeps to; exact: seconds that HiGHS may take over
+    each point, None for the front's own. BudgetError if nothing held: the closest plan, by how much it missed, or how
+    much text would decide.
     """
-    limits = limits or Limits()
+    limits, asked = limits or Limits(), budget
+    budget = replace(budget, limit=share * budget.limit)
     sweep = front(problem, limits)
     # Dense is no plan; but where the limits leave it out, the mildest point is one.
     lowest = 1 if limits.allow(problem.dense) else 0
@@ -263,7 +253,7 @@ def verify_loop(
     if search.best is None:
         closest = min(search.records, key=lambda r: r.worst.upper_95)
         raise BudgetError(
-            f"No plan was found within the budget of {budget}. The closest of {len(search.records)}: "
+            f"No plan was found within the budget of {asked}. The closest of {len(search.records)} measured: "
             f"{_described(problem, closest)}.",
             undecided or "Ask for a larger budget, or profile with wider windows.",
         )

@@ -218,6 +218,7 @@ def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
     words = {
         "min_speedup": "at least {:g} times as fast",
         "max_kv_memory": "at most {:.1%} of the KV cache",
+        "max_kv_bytes": "at most {} bytes of KV cache",
         "max_rules": "at most {} spans a layer",
         "protect_top": "the {} heads whose removal hurts most stay dense",
         "dense_below": "dense under {} tokens",
