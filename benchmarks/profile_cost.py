@@ -222,10 +222,11 @@ def keep(found: dict[str, Any]) -> None:
     from attnopt.report.data import environment
 
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    rows = {(r["layers"], r["length"]): r for r in [*kept.get("billion", []), *found.get("billion", [])]}
-    kept = {**kept, **found, "environment": environment()}
-    if rows:
-        kept["billion"] = [rows[key] for key in sorted(rows)]
+    together = {}
+    for part in MEMORY:
+        rows = {(r["layers"], r["length"]): r for r in [*kept.get(part, []), *found.get(part, [])]}
+        together[part] = [rows[key] for key in sorted(rows)]
+    kept = {**kept, **found, **together, "environment": environment()}
     write_atomically(KEPT, json.dumps(kept, indent=1) + "\n")
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
@@ -270,7 +271,8 @@ def main() -> None:
     print(table(found))
 
 
-PARTS = ("time", "layer", "model", "billion")
+MEMORY = ("layer", "model", "billion")
+PARTS = ("time", *MEMORY)
 
 if __name__ == "__main__":
     main()

@@ -432,6 +432,21 @@ def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: P
     assert main([*merged, "--mixed"]) == 0
 
 
+def test_a_profile_without_a_backward_pass_is_not_planned_from(
+    work: Path, fails: Fails, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "quick"
+    command = ["profile", str(work / "model"), "--lengths", LENGTHS, "--samples", "1", "--text", str(work / "text.py")]
+    assert main([*command, "--out", str(out), "--forward-only"]) == 0
+    assert "no backward pass" in capsys.readouterr().out
+    monkeypatch.setattr("attnopt.planner.make.load_or_measure", density_as_time)
+    message = fails(plan_command(work, tmp_path / "plan.json", profile=str(out)))
+    assert "does not hold t2" in message and "without --forward-only" in message
+    assert "do not add" in fails(["merge", str(out), str(work / "profile"), "--out", str(tmp_path / "both")])
+    assert "no labels" in fails([*command, "--out", str(out), "--forward-only", "--labels", "data"])
+    assert [p.name for p in tmp_path.iterdir()] == ["quick"]
+
+
 def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "silent.jsonl").write_text('{"prompt": "a", "answer": ""}\n')
     (tmp_path / "broken.jsonl").write_text(json.dumps(CHAT[0]) + "\n{")

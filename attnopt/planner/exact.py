@@ -11,7 +11,7 @@ from attnopt.errors import BudgetError, DependencyError
 from attnopt.planner.frontier import Front, front
 from attnopt.planner.knapsack import Array, Limits, Problem, Solution, kept_keys, within
 
-# Choices of all heads up to which HiGHS solves problems whose costs are shared: 6000 take 5 s, 50000 gave nothing in 30.
+# Choices of all heads up to which HiGHS solves problems of shared costs: 6000 take 5 s, 50000 gave nothing in 30.
 MOST_SHARED = 15_000
 
 
@@ -19,8 +19,8 @@ MOST_SHARED = 15_000
 class Compared:
     """The better of the front's point and HiGHS's. gap: how much more, in percent, the front's point costs (or damages,
     where cost was limited) than the better one; or, where HiGHS found none but proved a bound, how much more at most
-    than the best there is; None where it did neither. bound: how much less, in percent, the best plan of all could be than
-    `solution`, as HiGHS proved; None where it proved nothing."""
+    than the best there is; None where it did neither. bound: how much less, in percent, the best plan of all could be
+    than `solution`, as HiGHS proved; None where it proved nothing."""
 
     solution: Solution
     gap: float | None

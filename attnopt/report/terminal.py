@@ -144,15 +144,15 @@ def _count(n: int, noun: str) -> str:
 # Maps of heads: a letter and a colour per head, so that a map without colour still reads
 
 
-def _map(to: Console, rows: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-    """One line per site, one cell (letter, colour) per head."""
+def _map(to: Console, rows: Mapping[str, Sequence[tuple[str, str]]], columns: str = "heads") -> None:
+    """One line per site, one cell (letter, colour) per head, or of what `columns` are."""
     title, labels = short_labels(list(rows))
     wide = 1 if max(map(len, rows.values()), default=0) > WIDE else 2
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right")
     grid.add_column(overflow="fold")
     if title:
-        to.print(Text(f"{title} × heads", style="dim"))
+        to.print(Text(f"{title} × {columns}", style="dim"))
     for label, cells in zip(labels, rows.values(), strict=True):
         line = Text()
         for sign, colour in cells:
@@ -250,19 +250,21 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
     alike = found["similarity"]
     if len(alike["sites"]) > 1:
         rows = dict(zip(alike["sites"], alike["layers"], strict=True))
-        _share_map(to, "How alike layers attend, layers × layers: mean cosine of their heads", rows)
+        _share_map(to, "How alike layers attend: mean cosine of their heads", rows, "layers")
         for pair in alike["alike"][:3]:
             to.print(Text(f"{pair['one']} and {pair['other']}: {pair['cosine']:.3f}", style="dim"))
 
 
-def _share_map(to: Console, title: str, rows: Mapping[str, Sequence[float]]) -> None:
+def _share_map(to: Console, title: str, rows: Mapping[str, Sequence[float]], columns: str = "heads") -> None:
     """Shares of 1 by tenths: a under 0.1, j from 0.9 on."""
 
     def tenth(share: float) -> int:
         return min(int(max(share, 0.0) * 10), 9)
 
     to.print(Text(title, style="bold"))
-    _map(to, {name: [(letter(tenth(x)), _ramp(tenth(x) / 10)) for x in values] for name, values in rows.items()})
+    _map(
+        to, {name: [(letter(tenth(x)), _ramp(tenth(x) / 10)) for x in values] for name, values in rows.items()}, columns
+    )
     seen = sorted({tenth(x) for values in rows.values() for x in values})
     _legend(to, [(letter(n), _ramp(n / 10), f"from {n / 10:g}" if n else "under 0.1") for n in seen])
     to.print()
