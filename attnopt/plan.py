@@ -77,7 +77,7 @@ class Predicted:
     """What the planner expected at the planned length, of what the objective weighs, in `unit`. `cost` says where the
     costs come from: "measured" on this device, a "roofline" of a device, "density" (kept query-key pairs) or "bytes"
     (cached). kv_memory: share of the dense cache. gap: percent by which the front's plan was dearer than the exact one,
-    which was then taken; None where it was not computed."""
+    which was then taken, or at most was; None where it was not computed."""
 
     kl_nats_per_token: float
     cost: str

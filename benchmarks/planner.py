@@ -9,6 +9,7 @@ Every planner sees the same calibration text. Plans of equal density at `--lengt
 loss against the dense model's, the divergence from it, and the share of answers of a retrieval probe that are left.
 
 attnopt                damage from one profile, the Lagrangian optimum
+attnopt, probe         the same with half as many documents of the probe beside the text
 moa                    benchmarks/planners/moa.py; of its Pareto front the plan that is best on the verify split
 moa, groups            the same with the largest influence of each KV group, where heads share keys
 moa, published groups  the same with the groups that its code takes, which are others
@@ -84,8 +85,13 @@ class Bench:
     def density(self, choices: Choices) -> float:
         return self.subject.density(choices, self.length)
 
-    def attnopt(self) -> Planner:
-        profile = self.timed("attnopt profile", lambda: profile_model(self.subject.model, self.calibration))
+    def attnopt(self, probes: int = 0) -> Planner:
+        """probes: documents of the retrieval probe that are profiled beside the text, of each length."""
+        probe = Probe(self.subject.tokenizer)
+        asked = [d.sample for n in self.args.lengths for d in probe.documents(n, probes, "calibrate")]
+        profile = self.timed(
+            f"attnopt profile, {probes} probes", lambda: profile_model(self.subject.model, [*self.calibration, *asked])
+        )
         problem = make_problem(profile, CostTable.by_density(), self.subject.sites, self.length)
         points = front(problem)
 
@@ -203,7 +209,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     made, axes = pyplot.subplots(1, 2, figsize=(9.0, 3.8))
     for name in dict.fromkeys(r.planner for r in rows if r.planner != "dense"):
         points = sorted((r for r in rows if r.planner == name), key=lambda r: r.density)
-        style = {"color": "#1668a8", "lw": 2.2, "zorder": 3} if name == "attnopt" else {"lw": 1.2}
+        style = {"lw": 2.2, "zorder": 3} if name.startswith("attnopt") else {"lw": 1.2}
         axes[0].semilogy([r.density for r in points], [r.kl for r in points], "o-", ms=3, label=name, **style)
         axes[1].plot([r.density for r in points], [100 * r.recall for r in points], "o-", ms=3, label=name, **style)
     axes[0].set_ylabel("KL from the dense model, nats per token")
@@ -256,6 +262,7 @@ def drawn(bench: Bench) -> Planner:
 
 PLANNERS: dict[str, Callable[[Bench], Planner]] = {
     "attnopt": Bench.attnopt,
+    "attnopt, probe": lambda bench: bench.attnopt(max(1, bench.args.samples // 2)),
     "moa": Bench.moa,
     "moa, groups": lambda bench: bench.moa("right"),
     "moa, published groups": lambda bench: bench.moa("published"),

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 
 from attnopt.codegen.emit import write_atomically
 from attnopt.ir import DENSE
-from attnopt.planner.interaction import correlations, together
+from attnopt.planner.interaction import correlations
 from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from attnopt.statistics import Grid
@@ -68,7 +68,7 @@ class Study:
         self.profile = profile_model(subject.model, calibration, grid, draws=draws)
         names = [s.name for s in subject.sites]
         seen = [self.profile.observations[name, length] for name in names]
-        self.rho = correlations(self.profile, names, length)
+        self.rho = correlations(self.profile, names, [length])
         blocks = moa.profile(subject.model, calibration)
         rules = [moa.Rule(w, 0.0) for w in self.windows]
         influence = [torch.stack([moa.dropped(blocks[n][length], r, length) for r in rules], -1) for n in names]
@@ -90,7 +90,8 @@ class Study:
             for name, table in self.tables.items()
         }
         found = {name: float(values.sum()) for name, values in picked.items()}
-        return {"together": together(picked["alone"], self.rho), **found}
+        z = np.sqrt(picked["alone"])
+        return {"together": float(z @ self.rho @ z), **found}
 
     def choices(self, mixture: Mixture) -> Choices:
         left = iter(mixture)

@@ -106,6 +106,23 @@ def test_the_gap_is_under_a_percent_on_random_problems(seed: int) -> None:
         assert gap is not None and gap <= 1.0
 
 
+def test_where_all_layers_at_once_are_too_many_each_by_itself_bounds_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = front(profile_like(4, 8, 0), Limits(spans=4))
+    for damage in (1e-3, 1e-2, 1e-1):
+        exact = compare(sweep, max_damage=damage, seconds=10)
+        monkeypatch.setattr("attnopt.planner.exact.MOST_SHARED", 0)
+        bounded = compare(sweep, max_damage=damage, seconds=10)
+        monkeypatch.undo()
+        assert exact.gap is not None and bounded.gap is not None
+        assert bounded.solution.cost == pytest.approx(exact.solution.cost * (1 + exact.gap / 100))
+        # At most so much dearer than the best there is: no less than what it really is, and still a small figure.
+        assert exact.gap - 1e-6 <= 100 * (1 / (1 - bounded.gap / 100) - 1) and bounded.gap < 2
+    profile, sites = synthetic_profile(32, 32, 8, (LENGTH,))
+    large = front(make_problem(profile, synthetic_table((1024, LENGTH)), sites, LENGTH), Limits(spans=4))
+    found = compare(large, max_damage=0.01, seconds=32)
+    assert found.gap is not None and 0 <= found.gap <= 1.0
+
+
 def test_a_gap_is_what_the_front_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = front(profile_like(2, 4, 0))
     exact = compare(sweep, max_damage=0.01)

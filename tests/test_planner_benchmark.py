@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
 import pytest
 
-from attnopt.planner.interaction import together
 from benchmarks import planner, prediction
 
 
@@ -45,15 +43,3 @@ def test_scores_are_compared_with_what_is_measured(tmp_path, monkeypatch, capsys
     assert found["first order"]["spearman"] < 0.5
     assert 0.5 < found["together"]["ratio"] < 2.0 and "ratio" not in found["moa"]
     assert "together" in capsys.readouterr().out
-
-
-def test_heads_that_lose_in_the_same_rows_lose_more_together():
-    rows = np.random.default_rng(0).standard_normal((3, 5000))
-    rows[1] += rows[0]
-    damage, rho = np.square(rows).sum(1) / 2, np.corrcoef(rows)
-    exact = np.square(rows.sum(0)).sum() / 2
-    assert together(damage, rho) == pytest.approx(exact, rel=0.02)
-    assert together(damage, np.eye(3)) == pytest.approx(damage.sum())
-    assert damage.sum() < 0.9 * exact
-    # Losses that cancel in every row leave nothing, and never less than nothing.
-    assert together(np.ones(2), np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0

@@ -17,6 +17,7 @@ from attnopt.errors import OptionError, ProfileError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
+from attnopt.planner.interaction import correlations
 from attnopt.planner.knapsack import Array, Choices, Problem, Solution, code_of
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
@@ -75,6 +76,7 @@ def make_problem(
         kv=np.repeat(np.arange(len(sharing)), sharing),
         key_cost=np.zeros(len(sharing)),
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
+        rho=correlations(profile, [s.name for s in sites], lengths),
     )
     return weighed(problem, objective, tables, sites)
 
@@ -164,7 +166,7 @@ def predicted_of(problem: Problem, solution: Solution, gap: float | None = None)
     """What the plan file says was expected. gap: see `exact.Compared`, None where nothing was compared."""
     dense = problem.dense
     return Predicted(
-        solution.damage,
+        problem.expected(solution),
         problem.kind,
         problem.unit,
         dense.cost,

@@ -197,7 +197,9 @@ class _Search:
         result = self.evaluate(choices)
         several = [result] if isinstance(result, Evaluation) else list(result)
         found = tuple(judge(e, self.budget, "verify", choices_id(choices), self.seed) for e in several)
-        record = Record(step, solution.damage, solution.cost, found, all(holds(m, self.budget) for m in found))
+        record = Record(
+            step, self.problem.expected(solution), solution.cost, found, all(holds(m, self.budget) for m in found)
+        )
         self.seen[key] = record
         self.records.append(record)
         if self.report is not None:
@@ -277,7 +279,7 @@ def _close_in(search: _Search, sweep: Front, first: float, lowest: int) -> tuple
     missed: tuple[float, float] | None = None
     nearest: tuple[Solution, float] | None = None
     enough = WORTHWHILE * search.problem.dense.cost
-    k = min(max(sweep.within(first), lowest), len(sweep) - 1)
+    k = min(max(_start(search.problem, sweep, first), lowest), len(sweep) - 1)
     # The last evaluation is kept for taking heads back, unless nothing holds yet.
     while search.left > (1 if search.best is not None else 0):
         solution = search.solution(sweep, k)
@@ -293,6 +295,15 @@ def _close_in(search: _Search, sweep: Front, first: float, lowest: int) -> tuple
             break
         k = min(max(sweep.within(_aim(held, missed)), low + 1), high - 1)
     return nearest
+
+
+def _start(problem: Problem, sweep: Front, limit: float) -> int:
+    """The last point that is expected to keep to `limit` nats per token."""
+    low, high = 0, len(sweep)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if problem.expected(sweep.point(middle)) <= limit else (low, middle)
+    return low
 
 
 def _aim(held: tuple[float, float] | None, missed: tuple[float, float] | None) -> float:

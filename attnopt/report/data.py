@@ -243,7 +243,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if predicted["kv_memory"] < 1:
         facts.append(("KV cache", f"{100 * predicted['kv_memory']:.1f} % of dense at {lengths['planned']}"))
     if predicted["gap"] is not None:
-        facts.append(("solved", f"exactly; the front's plan was {predicted['gap']:.2f} % dearer"))
+        facts.append(("exact plan", f"at most {predicted['gap']:.2f} % cheaper than the front's"))
     asked = constraint_texts(plan["constraints"])
     if asked:
         facts.append(("constraints", "; ".join(asked)))
