@@ -79,6 +79,15 @@ class Recall:
         return f"{self.share:.1%} ({self.right} of {self.asked})"
 
 
+@dataclass(frozen=True)
+class Fact:
+    """Token ids of a binding, of the question for it, and of the answer."""
+
+    binding: tuple[int, ...]
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
 class Probe:
     """Documents for one tokenizer. filler: lines of token ids between bindings and questions; without any, Python's own
     library of the split "calibrate"."""
@@ -102,53 +111,52 @@ class Probe:
         """`length` tokens: bindings above, questions as far below as there is room for. TextError without room."""
         rng = random.Random(f"{seed} {length}")
         zone = min(ZONE, length // 2)
-        bindings: list[tuple[str, list[int]]] = []
-        used: set[str] = set()
-        room = int(0.6 * zone)
-        # Longer than its binding is a question with its answer, and all of them stand in a zone of their own.
-        while len(bindings) < asked + DISTRACTORS:
-            name, value = (self.form.join.join(rng.sample(self.words, 2)) for _ in range(2))
-            if name in used:
-                continue
-            used.add(name)
-            names = {"name": name, "value": value}
-            question, answer = self.encode(self.form.ask.format(**names)), self.encode(self.form.answer.format(**names))
-            room -= len(question) + len(answer)
-            if room < 0 and bindings:
-                break
-            bindings.append((self.form.bind.format(**names), [*question, -1, *answer]))
-        asked = max(1, min(asked, 2 * len(bindings) // 3))
-        return self._written(length, zone, bindings, asked, rng)
+        facts = self._facts(rng, asked + DISTRACTORS, int(0.6 * zone))
+        questions = facts[: max(1, min(asked, 2 * len(facts) // 3))]
+        cut = rng.randrange(len(self.filler))
+        lines = itertools.cycle(self.filler[cut:] + self.filler[:cut])
+        ids, places = list(self.first), dict[Fact, int]()
 
-    def _written(
-        self, length: int, zone: int, bindings: list[tuple[str, list[int]]], asked: int, rng: random.Random
-    ) -> Document:
-        below = [turn for _, turn in bindings[:asked]]
-        tail = sum(len(turn) - 1 for turn in below)
-        lines = itertools.cycle(self.filler[(cut := rng.randrange(len(self.filler))) :] + self.filler[:cut])
-        ids, places = list(self.first), dict[int, int]()
-        order = rng.sample(range(len(bindings)), len(bindings))
-        for n, which in enumerate(order):
+        def fill(until: int) -> None:
+            # Of a line that is too long its end, which ends the line.
+            while len(ids) < until:
+                ids.extend(next(lines)[len(ids) - until :])
+
+        for n, fact in enumerate(rng.sample(facts, len(facts))):
             # Some text before each of them, so that they are not one block.
-            while len(ids) < (below_which := n * (zone // 2) // len(order)):
-                ids += next(lines)[len(ids) - below_which :]
-            places[which] = len(ids)
-            ids += self.encode(bindings[which][0])
-        start = length - tail
+            fill(n * (zone // 2) // len(facts))
+            places[fact] = len(ids)
+            ids.extend(fact.binding)
+        start = length - sum(len(fact.question) + len(fact.answer) for fact in questions)
         if len(ids) > start:
             raise TextError(
                 f"A probe of {length} tokens has no room for a binding and its question.", "Probe at a longer length."
             )
-        while len(ids) < start:
-            # Of a line that is too long its end, which ends the line.
-            ids += next(lines)[len(ids) - start :]
+        fill(start)
         answers, distances = [], []
-        for which, turn in enumerate(below):
-            at = turn.index(-1)
-            distances.append(len(ids) - places[which])
-            ids += turn[:at] + turn[at + 1 :]
-            answers.append(list(range(len(ids) - len(turn) + 1 + at, len(ids))))
+        for fact in questions:
+            distances.append(len(ids) - places[fact])
+            ids.extend(fact.question)
+            answers.append(list(range(len(ids), len(ids) + len(fact.answer))))
+            ids.extend(fact.answer)
         return Document(torch.tensor(ids)[None], answers, distances)
+
+    def _facts(self, rng: random.Random, most: int, room: int) -> list[Fact]:
+        """Facts of different names, at least one, whose questions and answers fit into `room` tokens."""
+        found: list[Fact] = []
+        used: set[str] = set()
+        while len(found) < most:
+            name, value = (self.form.join.join(rng.sample(self.words, 2)) for _ in range(2))
+            if name in used:
+                continue
+            used.add(name)
+            texts = (self.form.bind, self.form.ask, self.form.answer)
+            fact = Fact(*(tuple(self.encode(text.format(name=name, value=value))) for text in texts))
+            room -= len(fact.question) + len(fact.answer)
+            if room < 0 and found:
+                break
+            found.append(fact)
+        return found
 
     def documents(self, length: int, count: int, seed: int | str = 0) -> list[Document]:
         """`count` documents of `length` tokens, all different."""

@@ -20,7 +20,7 @@ from attnopt.errors import TextError
 from attnopt.probe import FILLER_TOKENS, Probe, lines_of
 from attnopt.supervision import Sample
 
-PROBE = "probe:"
+PROBE, CHATS = "probe:", ".jsonl"
 # Tokens that a model goes on with, of a sequence of four times as many or more.
 CONTINUATION = 256
 PARTS = ("calibrate", "verify", "final")
@@ -69,7 +69,10 @@ def _bounds(size: int, which: str) -> tuple[int, int]:
 
 
 def stream(sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000) -> Tensor:
-    """Token ids of one split: of `sources` cut in three, or without sources of the library's own split by path."""
+    """Token ids of one split: of `sources` cut in three, or without sources of the library's own split by path. Of
+    conversations all that is said."""
+    if any(s == PROBE or s.endswith(CHATS) for s in sources):
+        return Sources(sources, tokenizer, which, most).stream()
     if sources:
         return part(tokens_of(read(sources), tokenizer), which)
     texts: list[str] = []
@@ -106,7 +109,7 @@ class Sources:
             raise TextError("This model comes without a tokenizer.", "Use a directory or hub name that has one.")
         self.tokenizer, self.which, self.probes = tokenizer, which, probes
         self.asked_to_probe = PROBE in sources or probes > 0
-        chats = [s for s in sources if s.endswith(".jsonl")]
+        chats = [s for s in sources if s.endswith(CHATS)]
         plain = [s for s in sources if s != PROBE and s not in chats]
         self.tokens = stream(plain, tokenizer, which, most) if plain or not sources else None
         self.turns: list[conversations.Turns] = []
@@ -118,6 +121,13 @@ class Sources:
             raise TextError(
                 f"The conversations leave none for the {which} split.", "Give at least four; half of them calibrate."
             )
+
+    def stream(self) -> Tensor:
+        """All token ids, one after the other. A probe adds none: it is drawn for a length."""
+        said = torch.tensor([token for turns in self.turns for token in turns.ids], dtype=torch.long)
+        if self.tokens is None and not self.turns:
+            raise TextError("A probe is no text to measure a loss on.", "Add text files, or leave --text away.")
+        return said if self.tokens is None else torch.cat((self.tokens, said))
 
     def samples(self, length: int, count: int, seed: int) -> list[Sample]:
         """At most `count` sequences of `length` tokens of each kind there is."""

@@ -18,7 +18,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from attnopt.hf import demo_model_path, load
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.measure import Spans
+from attnopt.probe import Document, Recall, recall
 from attnopt.statistics import Grid, Observation, attention, distance_buckets, measure_forward
 
 CONTEXTS = (2048, 8192)
@@ -50,31 +50,6 @@ LOCAL_SHARE = 0.9
 NARROW = Choice.of("sink_window", {"sink": 4, "alpha": 64, "beta": 0.0})
 ABLATION_DISTANCE = 2048
 Head = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids, and the positions of each answer's tokens in them; `distances` from binding to query, in tokens."""
-
-    ids: Tensor
-    answers: list[list[int]]
-    distances: list[int]
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Answers recalled in full, of how many, and the mean loss of their tokens in nats."""
-
-    right: int
-    asked: int
-    loss: float
-
-    @property
-    def share(self) -> float:
-        return self.right / max(1, self.asked)
-
-    def __str__(self) -> str:
-        return f"{self.share:.1%} ({self.right} of {self.asked})"
 
 
 class HeldOut:
@@ -192,20 +167,6 @@ def bits_per_byte(model: nn.Module, text: HeldOut, length: int, stretches: int) 
         "tokens": counted,
         "bytes": size,
     }
-
-
-@torch.no_grad()
-def recall(logits_of: Callable[[Tensor], Tensor], documents: Sequence[Document]) -> Recall:
-    """An answer counts only if every one of its tokens is the most likely one, given those before it."""
-    right, asked, losses = 0, 0, []
-    for document in documents:
-        logits = logits_of(document.ids)[0]
-        for positions in document.answers:
-            rows, targets = logits[[p - 1 for p in positions]].float(), document.ids[0, positions]
-            right += bool((rows.argmax(-1) == targets).all())
-            asked += 1
-            losses.append(F.cross_entropy(rows, targets).item())
-    return Recall(right, asked, sum(losses) / max(1, len(losses)))
 
 
 def dense_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:

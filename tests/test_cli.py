@@ -425,6 +425,9 @@ def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: P
     assert supervision == ["data labels on chat answers"] and 10 < tokens < 100
     supervision, tokens = header("probe", "--text", "probe:")
     assert supervision == ["model labels on probe answers"] and 4 <= tokens < 40
+    few = ["--text", str(tmp_path / "chat.jsonl"), "--samples", "99", "--out", str(tmp_path / "few")]
+    assert main([*base, *few]) == 0
+    assert "of the 99 sequences of 128 tokens" in capsys.readouterr().err
     both = header("both", *words, "--probe", "1")
     assert both == (["model labels on probe answers", "model labels on text"], 128 + tokens)
     merged = ["merge", str(tmp_path / "text"), str(tmp_path / "chat"), "--out", str(tmp_path / "mixed")]

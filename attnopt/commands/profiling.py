@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -49,6 +51,8 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
     device = next(loaded.model.parameters()).device
     if args.labels != "continuation":
         found = [s for n in args.lengths for s in sources.samples(n, args.samples, args.seed)]
+        if ranks.rank() == 0:
+            tell_shortage(found, args.samples)
         return [replace(s, ids=s.ids.to(device)) for s in found]
     prompts = [(n, prompt) for n in args.lengths for prompt in sources.prompts(n, args.samples)]
     written: dict[int, Sample] = {}
@@ -62,6 +66,15 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
         weights[prompts[n][1].shape[1] :] = 1.0
         written[n] = Sample(torch.tensor(ids, device=device), weights, kind)
     return [written[n] for n in sorted(written)]
+
+
+def tell_shortage(found: list[Sample], wanted: int) -> None:
+    """On standard error, where a text gives fewer sequences than were asked for."""
+    counts = Counter((s.kind, s.length) for s in found if s.kind != "probe")
+    for (kind, length), count in counts.items():
+        if count < wanted:
+            note = f"The {kind} has {count} of the {wanted} sequences of {length} tokens that were asked for."
+            print(note, file=sys.stderr)
 
 
 def merge(args: argparse.Namespace) -> None:
