@@ -29,7 +29,7 @@ def profile_of(rows: dict[str, torch.Tensor], lengths: tuple[int, ...] = (ROWS,)
             signs = row_signs(f"text {length}", 1, lost.shape[1])[0].double()
             for n, share in enumerate((1.0, 0.5)):
                 o.t2[:, 0, n] = (share * lost).square().sum(1)
-                o.sketch[:, n] = share * lost @ signs
+                o.sketch += share * lost @ signs
     return profile
 
 
