@@ -62,7 +62,9 @@ class Study:
 
     def __init__(self, subject: Subject, length: int, samples: int, draws: int) -> None:
         self.subject, self.length = subject, length
-        self.windows = tuple(w for w in (64, 128, 256, 512, 1024, 2048) if w <= length // 2)
+        self.windows = tuple(w for w in (16, 32, 64, 128, 256, 512, 1024, 2048) if w <= length // 2)
+        # The first window that MoA's blocks can tell from narrower ones.
+        self.block = self.windows.index(moa.BLOCK)
         calibration = [row[None] for row in subject.split("calibrate", length, samples)]
         grid = Grid((SINK,), self.windows)
         self.profile = profile_model(subject.model, calibration, grid, draws=draws)
@@ -106,17 +108,18 @@ class Study:
 
     def singles(self) -> list[Mixture]:
         """Every head alone, with the narrowest window and with one in the middle."""
-        picked = sorted({0, len(self.windows) // 2})
+        picked = sorted({self.block, (self.block + len(self.windows)) // 2})
         return [tuple(w if h == head else -1 for h in range(self.heads)) for head in range(self.heads) for w in picked]
 
     def mixtures(self, count: int, seed: int = 0) -> list[Mixture]:
-        """Of a random share of the heads, each with a random window: two of three without some of the narrowest, the
-        third of most heads with the two narrowest alone, which is far from dense."""
+        """Of a random share of the heads, each with a random window of a block or more; every third of most heads with
+        windows of a block or less, which is far from dense and nothing that MoA's blocks can tell apart."""
         rng, found = random.Random(seed), []
         for n in range(count):
-            share, least, most = rng.choice((0.1, 0.2, 0.3, 0.5, 0.7, 0.9)), rng.randrange(len(self.windows)), None
+            share = rng.choice((0.1, 0.2, 0.3, 0.5, 0.7, 0.9))
+            least, most = rng.randrange(self.block, len(self.windows)), len(self.windows)
             if n % 3 == 2:
-                share, least, most = rng.uniform(0.6, 1.0), 0, 2
+                share, least, most = rng.uniform(0.4, 1.0), 0, self.block + 1
             windows = range(len(self.windows))[least:most]
             found.append(tuple(rng.choice(windows) if rng.random() < share else -1 for _ in range(self.heads)))
         return [m for m in found if any(w >= 0 for w in m)]

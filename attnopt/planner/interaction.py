@@ -2,10 +2,10 @@
 
     KL(dense || plan)  ~  1/2 sum_i (sum_h t_hi)^2  =  1/2 sum_h sum_g  rho_hg z_h z_g        z_h = (sum_i t_hi^2)^(1/2)
 
-rho, the correlation of two heads' losses over rows, hardly depends on what the heads are replaced by. So it is
-estimated once, from the sketches of a profile over all observed windows, and the damage of a single head, which is
-known exactly, is kept: a plan costs H^2 products (`Problem.expected`). How much closer that comes to what is measured
-than heads added as if they were independent (rho = 0): `python -m benchmarks.prediction`, docs/planner.md.
+rho, the correlation of two heads' losses over rows, is estimated once, over all pairs of observed windows, from the
+sketches of a profile; the damage of a single head, which is known exactly, is kept. A plan costs H^2 products
+(`Problem.expected`). How much closer that comes to what is measured than heads added as if they were independent
+(rho = 0), and than a correlation of equal windows: docs/planner.md, `python -m benchmarks.prediction`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def correlations(profile: Profile, sites: Sequence[str], lengths: Sequence[int])
     products = sizes = torch.zeros((), dtype=torch.float64)
     for length in lengths:
         seen = [profile.observations[site, length] for site in sites]
-        sketch = torch.cat([o.sketch for o in seen]).permute(1, 0, 2) / SKETCH**0.5
-        size = torch.cat([o.t2[:, -1] for o in seen]).clamp_min(0).sqrt().T
-        products = products + torch.einsum("whk,wgk->hg", sketch, sketch)
-        sizes = sizes + torch.einsum("wh,wg->hg", size, size)
+        sketch = torch.cat([o.sketch for o in seen]) / SKETCH**0.5
+        size = torch.cat([o.t2[:, -1] for o in seen]).clamp_min(0).sqrt().sum(-1)
+        products = products + sketch @ sketch.T
+        sizes = sizes + size[:, None] * size
     # A head that loses nothing is correlated with none.
     rho = torch.where(sizes > 0, products / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), 0.0).clamp(-1.0, 1.0)
     return rho.fill_diagonal_(1.0).numpy()

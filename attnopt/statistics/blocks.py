@@ -254,15 +254,15 @@ class _Pass:
         self.sums["t1"][x] += t.sum(2)
         self.sums["t2"][x] += t.square().sum(2)
         if "sketch" in self.sums:
-            self._sketch(t[..., -1, :], x, start)
+            self._sketch(t[..., -1, :].sum(-1), x, start)
         self.sums["ablation_t2"][x] += (dots * valid).square().sum(2)
 
     def _sketch(self, t: Tensor, x: slice, start: int) -> None:
-        """Add t (x, r, R, W) times the signs of its rows."""
+        """Add t (x, r, R) times the signs of its rows."""
         of = torch.arange(x.start, x.stop) // self.kv_heads
         signs = row_signs(self.pass_key, self.batch, self.length)[of, start : start + t.shape[2]]
         signs = signs.to(t.device, torch.float32)[:, None]
-        self.sums["sketch"][x] += t.float().transpose(2, 3) @ signs
+        self.sums["sketch"][x] += (t.float()[..., None, :] @ signs)[..., 0, :]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""

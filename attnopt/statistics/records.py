@@ -18,8 +18,8 @@ FORWARD = ("entropy", "mass", "mass_at_key", "mass_by_distance")
 KNOWN = frozenset((*BACKWARD, *FORWARD, "delta"))
 # The first keys whose mass is kept one by one: where a model that rests on its first tokens rests.
 SINK_KEYS = 16
-# Signs of the sketch. On the demo model the correlation of two heads is then off by 0.051 (root mean square) from that
-# of their rows, with 1024 signs by 0.026.
+# Signs of the sketch. On the demo model the correlation of two heads, estimated over five windows, is then off by 0.051
+# (root mean square) from that of their rows, with 1024 signs by 0.026.
 SKETCH = 256
 
 
@@ -75,7 +75,7 @@ def sum_shapes(heads: int, grid: Grid, length: int, names: tuple[str, ...]) -> d
         **dict.fromkeys(("t2", "t1", "sample_sq", "mass", "delta"), spans),
         "ablation_t2": (heads,), "entropy": (heads,),
         "mass_by_distance": (heads, len(distance_buckets(length))), "mass_at_key": (heads, SINK_KEYS),
-        "sketch": (heads, len(grid.windows), SKETCH),
+        "sketch": (heads, SKETCH),
     }  # fmt: skip
     return {name: shapes[name] for name in names}
 
@@ -90,8 +90,8 @@ class Observation:
         ablation_t2 (H,): sum D_i^2, the t2 of dropping every key; entropy (H,): of A_i, nats
         mass_by_distance (H, buckets): sum of A_ij by i - j, see `distance_buckets`
         mass_at_key (H, 16): sum of A_ij by j, of the first keys
-        sketch (H, W, 256): sum r_ik t_i, with signs r that are the same for all heads and sites of a pass, so that the
-        mean of a product of two sketches over k estimates sum t_i t'_i (see `row_signs`); at the most sinks
+        sketch (H, 256): sum r_ik t_i, of all windows at the most sinks, with signs r that are the same for all heads
+        and sites of a pass: the mean over k of a product of two sketches estimates sum t_i t'_i (see `row_signs`)
     Forward-only runs hold neither t2, t1, sample_sq nor ablation_t2; delta is held where it was asked for.
     rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
     weights of the tokens whose loss was taken; None where every row's was. key: names the pass that

@@ -54,7 +54,7 @@ def naive_observation(
             sums["t1"][:, a, b], sums["t2"][:, a, b] = total(t), total(t.square())
             if sink == grid.sinks[-1]:
                 signs = row_signs("0", q.shape[0], length).double()
-                sums["sketch"][:, b] = torch.einsum("bhi,bik->hk", t.masked_fill(~counted, 0.0), signs)
+                sums["sketch"] += torch.einsum("bhi,bik->hk", t.masked_fill(~counted, 0.0), signs)
             sums["sample_sq"][:, a, b] = t.masked_fill(~counted, 0.0).sum(2).square().sum(0)
             sums["mass"][:, a, b] = total(weights.masked_fill(mask, 0.0).sum(-1))
             if delta:
