@@ -27,7 +27,7 @@ from attnopt.supervision import Sample, check_labels, loss_and_gradient, not_fin
 # Half of the smallest window a kernel profits from, up to a quarter of the longest context in steps of two.
 DEFAULT_GRID = Grid((0, 4, 16), (32, 64, 128, 256, 512, 1024, 2048))
 # Of so many blocks of rows one is looked at without a backward pass, which then costs less than half a forward pass.
-SHARE = 16
+SHARE = 24
 FORWARD = "no loss: forward passes only"
 Progress = Callable[[int, int], None]
 

@@ -138,14 +138,14 @@ def test_from_statistics_to_the_whole_front_takes_under_a_second() -> None:
     table = synthetic_table((1024, LENGTH))
     profile, sites = synthetic_profile(32, 32, 8, (1024, 2048, 4096, 8192))
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.process_time()
         problem = make_problem(profile, table, sites, LENGTH)
         sweep = front(problem, Limits(spans=4))
         seconds.append(time.process_time() - start)
     assert len(problem.choices) >= 45 and len(problem.heads) == 1024 and len(sweep) > 200
     assert (np.diff(sweep.damage) >= 0).all() and (np.diff(sweep.cost) < 0).all()
-    assert min(seconds) < 1.0  # 0.35 s on a core of a shared machine
+    assert min(seconds) < 1.0  # 0.6 s on a core of a busy machine
 
 
 def test_memory_and_cost_limits_are_kept_and_bind() -> None:

@@ -66,7 +66,7 @@ def test_a_plan_is_expected_to_lose_what_its_rows_lose_together():
     generator = np.random.default_rng(1)
     rows = generator.standard_normal((8, 4000))
     rows[1:4] += rows[0]
-    problem = replace(random_problem(2, 4, 0), rho=np.corrcoef(rows))
+    problem = replace(random_problem(2, 4, 0), correlate=lambda: np.corrcoef(rows))
     damage = np.zeros_like(problem.damage)
     damage[:, 1:] = np.square(rows).sum(1, keepdims=True) / 2
     problem = replace(problem, damage=damage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from models import HEADS, NanoGPT, tokens
 
 from attnopt.cost import CostTable
-from attnopt.errors import BudgetError, TextError
+from attnopt.errors import BudgetError, ModelError, TextError
 from attnopt.plan import Budget
 from attnopt.planner.make import Made, make_plan, uniform_at_cost
 from attnopt.profiler import profile_model
@@ -56,3 +57,11 @@ def test_what_cannot_be_kept_or_decided_is_an_error() -> None:
         made_with(Budget("kl", 1e-300))
     with pytest.raises(TextError, match="are the least"):
         made_with(Budget("loss", 50.0), samples=2)
+
+
+@pytest.mark.parametrize("budget", [Budget("loss", 1.0), Budget("kl", 1.0)], ids=str)
+def test_a_dense_loss_that_is_not_finite_is_refused(budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnopt.measure._compared", lambda *_: (math.nan, 0.0, math.nan, 0))
+    with pytest.raises(ModelError, match="loss is not finite on this text at 64 tokens") as caught:
+        made_with(budget)
+    assert caught.value.exit_code == 2 and "fp32" in caught.value.remedy

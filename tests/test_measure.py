@@ -47,6 +47,7 @@ def test_dense_is_the_plain_model(family):
     found = spans.losses(ids, None, divergence=True)
     assert found.loss == pytest.approx(plain_losses(model, ids)[0], rel=1e-5)
     assert found.tokens == (39,) * 3 and max(map(abs, found.kl)) < 1e-6
+    assert found.agree == (39,) * 3 and found.dense == found.loss
     assert list(spans.sites) == [PATHS[family].format(n) for n in range(LAYERS)]
 
 
@@ -63,6 +64,8 @@ def test_choices_are_the_model_under_explicit_masks(family):
     assert found.loss == pytest.approx(expected, rel=1e-4)
     kl = [F.kl_div(a, b, reduction="sum", log_target=True).item() for a, b in zip(rows, dense_rows, strict=True)]
     assert found.kl == pytest.approx(kl, rel=1e-3) and min(kl) > 0.1
+    same = [int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(rows, dense_rows, strict=True)]
+    assert found.agree == tuple(same) and max(same) < 39 and found.dense == pytest.approx(dense, rel=1e-5)
     assert abs(sum(expected) - sum(dense)) > 1e-3, "the spans change nothing"
     assert len(calls) == 3 and sum(ops.launches.values()) == 3 * LAYERS
     # The choices do not outlive the call.

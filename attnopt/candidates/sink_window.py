@@ -9,7 +9,6 @@ sink is counted outside the window: a window of 128 beside 4 sinks keeps up to 1
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,14 +90,11 @@ class _Curve:
 
     def at(self, windows: Sequence[int]) -> torch.Tensor:
         """Linear in log(window) between the points, (heads, len(windows))."""
-        last = len(self.windows) - 1
-        right = [min(bisect_right(self.windows, w), last) for w in windows]
-        share = self.values.new_tensor([_share(self.windows, r, w) for r, w in zip(right, windows, strict=True)])
-        return self.values[:, [r - 1 for r in right]] * (1 - share) + self.values[:, right] * share
-
-
-def _share(windows: list[int], right: int, window: int) -> float:
-    return min(math.log(window / windows[right - 1]) / math.log(windows[right] / windows[right - 1]), 1.0)
+        here, wanted = (torch.tensor(w, dtype=torch.float64).log2() for w in (self.windows, list(windows)))
+        right = torch.searchsorted(here, wanted, right=True).clamp(1, len(self.windows) - 1)
+        left = right - 1
+        share = ((wanted - here[left]) / (here[right] - here[left])).clamp(max=1.0).to(self.values.dtype)
+        return self.values[:, left] * (1 - share) + self.values[:, right] * share
 
 
 def _curve(observation: Observation, sink: int, length: int, own_window: int | None) -> _Curve:

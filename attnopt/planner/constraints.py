@@ -143,7 +143,7 @@ def refuse_contradiction(problem: Problem, limits: Limits, budget: Budget, dense
     """OptionError where the budget is predicted to be missed hopelessly by all that is within the limits."""
     most = budget.limit if budget.kind == "kl" else budget.limit / 100 * dense_loss
     sweep = front(problem, limits)
-    first = 1 if limits.allow(problem.dense) else 0
+    first = sweep.first
     if first and budget.limit > 0:
         return  # nothing contradicts it: measuring says whether it can be kept
     if len(sweep) <= first or sweep.damage[first] <= HOPELESS * most:

@@ -54,6 +54,11 @@ class Front:
     def __len__(self) -> int:
         return len(self.damage)
 
+    @property
+    def first(self) -> int:
+        """The first point that replaces anything."""
+        return 0 if len(self) and (self.point(0).index != 0).any() else 1
+
     def point(self, k: int) -> Solution:
         return self._solution(self._taken(k))
 

@@ -7,6 +7,7 @@ the whole front in a fraction of a second, `exact.py` one point with a proof.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +63,8 @@ class Problem:
     planned length; span (H, C): `code_of` the choice there; site (H,): index of the head's site; group_cost (sites,):
     cost of every distinct span of a site after the first. kv (H,): index of the head's KV head, ascending; key_cost,
     key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where the cache counts. kind: where costs
-    come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. rho (H, H): how heads' losses are
-    correlated (attnopt/planner/interaction.py); empty where that is not known.
+    come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. correlate() -> (H, H): how heads'
+    losses are correlated (attnopt/planner/interaction.py), empty where that is not known; asked for when it is needed.
     """
 
     heads: tuple[tuple[str, int], ...]
@@ -79,15 +80,16 @@ class Problem:
     kv: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     key_cost: Array = field(default_factory=lambda: np.zeros(0))
     key_bytes: Array = field(default_factory=lambda: np.zeros(0))
-    rho: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    correlate: Callable[[], Array] = lambda: np.zeros((0, 0))
 
     def expected(self, solution: Solution) -> float:
         """Nats per token that a solution is expected to diverge by. Its `damage`, by which plans are searched, adds
         heads as if they were independent; this does not, where their correlation is known."""
-        if not len(self.rho):
+        rho = self.correlate()
+        if not len(rho):
             return solution.damage
         z = np.sqrt(self.damage[np.arange(len(solution.index)), solution.index])
-        return max(float(z @ self.rho @ z), 0.0)
+        return max(float(z @ rho @ z), 0.0)
 
     @property
     def measured(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from attnopt.codegen.spec import KernelSpec
 from attnopt.cost import Costs, CostTable, load_or_measure
-from attnopt.errors import TextError
+from attnopt.errors import ModelError, TextError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
@@ -57,6 +58,7 @@ class Evaluator:
         self.spans, self.texts, self.divergence = spans, texts, divergence
         self.progress, self.what = progress, what
         self.dense: dict[int, Sequences] = {} if divergence else {n: self._run(n, None) for n in texts}
+        check_finite(self.dense)
         self.planned: dict[int, Sequences] = {}
 
     def _run(self, length: int, choices: Choices | None) -> Sequences:
@@ -75,6 +77,7 @@ class Evaluator:
         self.planned = {n: self._run(n, choices) for n in self.texts}
         if self.divergence:
             self.dense = {n: Sequences(p.tokens, p.dense, (0.0,) * len(p.tokens)) for n, p in self.planned.items()}
+            check_finite(self.dense)
         return [
             Evaluation(n, p.tokens, self.dense[n].loss, p.loss, p.kl if self.divergence else (), p.agree)
             for n, p in self.planned.items()
@@ -97,6 +100,15 @@ def cost_tables(
             )  # fmt: skip
         tables[site.name] = made[spec]
     return tables
+
+
+def check_finite(dense: Mapping[int, Sequences]) -> None:
+    for length, found in dense.items():
+        if not all(map(math.isfinite, found.loss)):
+            raise ModelError(
+                f"The dense model's loss is not finite on this text at {length} tokens.",
+                "Plan in float32 (--dtype fp32), or leave out the text that does it.",
+            )
 
 
 def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -187,7 +199,9 @@ def make_plan(
     )
     choices = choices_from(problem, found.solution)
     last = Evaluator(spans, final, True, progress, "final check")
-    min_length = min_length_of(choices, sites, of_site) if objective in ("prefill", "mixed") else 0
+    # A cache asked to be small is so at every length, whether or not that saves time.
+    timed = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
+    min_length = min_length_of(choices, sites, of_site) if timed else 0
     faster = problem.dense.cost / found.solution.cost
     described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
     measured = final_check(last(choices), budget, choices_id(choices), seed, described)

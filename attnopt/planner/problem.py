@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +77,7 @@ def make_problem(
         kv=np.repeat(np.arange(len(sharing)), sharing),
         key_cost=np.zeros(len(sharing)),
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
-        rho=correlations(profile, [s.name for s in sites], lengths),
+        correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
     )
     return weighed(problem, objective, tables, sites)
 

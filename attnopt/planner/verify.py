@@ -242,8 +242,8 @@ def verify_loop(
     limits, asked = limits or Limits(), budget
     budget = replace(budget, limit=share * budget.limit)
     sweep = front(problem, limits)
-    # Dense is no plan; but where the limits leave it out, the mildest point is one.
-    lowest = 1 if limits.allow(problem.dense) else 0
+    # Dense is no plan; but where the limits leave it out, or something does no damage, the mildest point is one.
+    lowest = sweep.first
     if len(sweep) <= lowest:
         raise BudgetError("No replacement of any head is cheaper than dense here.", "Plan for a longer length.")
     search = _Search(problem, evaluate, budget, seed, max_evaluations, report, exact)
