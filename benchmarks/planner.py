@@ -41,6 +41,7 @@ from attnopt.probe import Probe
 from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from benchmarks.planners import duo, fixed, moa
+from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Choices, Outcome, Subject
 
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
@@ -198,6 +199,19 @@ def table(rows: Sequence[Row]) -> Any:
     return shown
 
 
+def described(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+    """The table of the documentation: KL, loss increase and recall of every planner at every density."""
+    wanted = sorted({r.wanted for r in rows if r.planner != "dense"}, reverse=True)
+    found = {(r.planner, r.wanted): r for r in rows}
+    lines = []
+    for name in dict.fromkeys(r.planner for r in rows if r.planner != "dense"):
+        cells = [found.get((name, w)) for w in wanted]
+        lines.append([name, *(f"{c.kl:.4f}; {c.increase:+.2f} %; {c.recall:.0%}" if c else "" for c in cells)])
+    profiled = ", ".join(map(str, args.lengths))
+    what = f"`{args.model}`, profiled at {profiled} tokens, measured at {args.length}; KL, loss increase, recall:"
+    return f"{what}\n\n{markdown(['planner', *(f'{w:g}' for w in wanted)], lines)}"
+
+
 def figure(rows: Sequence[Row], path: Path) -> None:
     """KL and recall over density, one line a planner."""
     import matplotlib
@@ -289,6 +303,7 @@ def main() -> None:
         write_atomically(path, json.dumps(data, indent=1) + "\n")
     if args.keep:
         figure(rows, root / f"docs/figures/{stem}.svg")
+        fill(root / "docs/planner.md", stem, described(args, rows))
 
 
 if __name__ == "__main__":

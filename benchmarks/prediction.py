@@ -36,6 +36,7 @@ from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from attnopt.statistics import Grid
 from benchmarks.planners import fixed, moa
+from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Choices, Subject
 
 # MoA keeps a block of 64 first keys, so that all scores are of one and the same span.
@@ -165,6 +166,23 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
+def described(found: dict[str, Any]) -> str:
+    """The table of the documentation."""
+    header = ["score", *(f"{kind} ({entry['plans']})" for kind, entry in found["summary"].items())]
+    rows = []
+    for name in SCORES:
+        cells = []
+        for entry in found["summary"].values():
+            of = entry[name]
+            ratio = f"; {of['ratio']:.2f} ({of['low']:.2f} to {of['high']:.2f})" if "ratio" in of else ""
+            cells.append(f"{of['spearman']:.3f}{ratio}")
+        rows.append([name, *cells])
+    what = (
+        f"`{found['model']}`, {found['length']} tokens, {found['samples']} sequences and {found['draws']} label draws:"
+    )
+    return f"{what}\n\n{markdown(header, rows)}"
+
+
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Predicted against measured, one panel each for attnopt's prediction, the heads added, and MoA's score."""
     import matplotlib
@@ -229,6 +247,7 @@ def main() -> None:
     if args.keep:
         kept = [Row(**row) for row in found["rows"]]
         figure(kept, root / f"docs/figures/{stem}.svg")
+        fill(root / "docs/planner.md", stem, described(found))
 
 
 if __name__ == "__main__":
