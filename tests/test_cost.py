@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from attnopt.cost import (
     load_or_measure,
     measure,
     path_of,
+    timing,
 )
 from attnopt.errors import AttnoptError
 
@@ -135,27 +135,37 @@ def test_a_damaged_file_is_refused(change, tmp_path: Path) -> None:  # type: ign
     assert "Delete it" in caught.value.remedy
 
 
-def sleeping(q, k, v, sinks, windows, scale, pad=None):  # type: ignore[no-untyped-def]
-    """A kernel of 1 ms per distinct span and 50 us per head and 64 keys of its window."""
-    length = q.shape[2]
-    spans = windows.clamp(max=length).tolist()
-    until = time.perf_counter() + 1e-3 * len(set(spans)) + sum(5e-5 * w / 64 for w in spans)
-    while time.perf_counter() < until:
-        pass
-    return q
+class Clock:
+    """A clock that only its kernel moves: 1 ms for every distinct span and 50 us for every head and 64 keys of its
+    window, so that what is derived from times is exact on a machine of any load."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def kernel(self, q, k, v, sinks, windows, scale, pad=None):  # type: ignore[no-untyped-def]
+        spans = windows.clamp(max=q.shape[2]).tolist()
+        self.now += 1e-3 * len(set(spans)) + sum(5e-5 * w / 64 for w in spans)
+        return q
 
 
-def test_measuring_finds_the_time_per_head_and_per_group() -> None:
+def test_measuring_finds_the_time_per_head_and_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int, str]] = []
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
     table = measure(
-        sleeping, 4, 2, 8, "float32", [128, 256], [64, 128], [0], rounds=3, progress=lambda *a: seen.append(a)
+        clock.kernel, 4, 2, 8, "float32", [128, 256], [64, 128], [0], rounds=3, progress=lambda *a: seen.append(a)
     )
     assert table.lengths == (128, 256) and [s[:2] for s in seen] == [(1, 2), (2, 2)]
     expected = {(128, 0, 128), (128, 0, 64), (256, 0, 256), (256, 0, 64), (256, 0, 128)}
     assert {entry for entry, _ in table.entries} == expected
-    # Bounds are wide: the machine may be busy.
-    assert 0.25 < table.cost(256, 0, 64) < table.cost(256, 0, 256)
-    assert 0.5 < table.group_cost(256) < 3.0
+    # Milliseconds of one head of four that share a span.
+    for length, window in ((256, 64), (256, 128), (256, 256), (128, 64)):
+        assert table.cost(length, 0, window) == pytest.approx(1 / 4 + 0.05 * window / 64, rel=1e-9)
+    # Spans a token apart, three more of them: a token of window is nearly nothing.
+    assert table.group_cost(256) == pytest.approx(1.0, rel=0.01)
     assert dict(table.key)["heads"] == "4" and dict(table.key)["device"]
 
 
