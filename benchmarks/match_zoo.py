@@ -42,6 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each")
     parser.add_argument("--timeout", type=int, default=120, help="seconds of processor time a cell may take")
     parser.add_argument("--fresh", action="store_true", help="forget what was finished before")
+    parser.add_argument("--older", action="store_true", help="count cells that ran under other sources of the matcher")
     parser.add_argument("--inductor", action="store_true", help='run backend="attnopt" with inductor behind it')
     parser.add_argument("--inductor-count", action="store_true", help="count what inductor's own patterns fuse")
     parser.add_argument("--store", type=Path, help="the file of finished cells (runs/match_zoo.jsonl)")
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     classes = chosen(args)
     asked = requests(args, classes)
-    store = Store(args.store or ROOT / "runs" / "match_zoo.jsonl", versions(), args.fresh)
+    store = Store(args.store or ROOT / "runs" / "match_zoo.jsonl", versions(), args.fresh, args.older)
     try:
         run(args, asked, store, {e.name: e for e in classes}, console)
     except KeyboardInterrupt:

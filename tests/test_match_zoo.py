@@ -385,3 +385,17 @@ def test_padding_is_on_the_side_where_generation_puts_it() -> None:
     mask = inputs_of(build("LlamaForCausalLM"), padded=True)["attention_mask"]
     assert mask[0].all() and not mask[1, 0] and mask[1, -1]
     assert all(cell.bound <= (4e-2 if cell.dtype == torch.bfloat16 else 1e-4) for cell in CELLS.values())
+
+
+def test_cells_of_an_older_matcher_stand_in_where_asked(tmp_path):
+    path, new = tmp_path / "cells.jsonl", {"torch": "1", "transformers": "5", "matcher": "b"}
+    for versions, names in ((new, ("X",)), ({**new, "matcher": "a"}, ("X", "Y")), ({**new, "torch": "2"}, ("Z",))):
+        store = Store(path, versions)
+        for name in names:
+            store.add({**record_of(), "class": name})
+    assert {r["class"] for r in Store(path, new).records.values()} == {"X"}
+    found = Store(path, new, older=True).records.values()
+    # Its own cell, though an older one was stored later; nothing of other libraries.
+    assert {r["class"]: r["versions"]["matcher"] for r in found} == {"X": "b", "Y": "a"}
+    assert summary.summarise(list(found), new)["matchers"] == {"b": 1, "a": 1}
+    assert "b (1), a (1)" in summary.document(summary.summarise(list(found), new))

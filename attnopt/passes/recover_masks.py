@@ -92,10 +92,10 @@ def sink_of(match: Match) -> str:
 def site_of(match: Match, meaning: Meaning, ordinal: int, q: Node, k: Node, v: Node) -> Site | Miss:
     shapes = [value(t).shape for t in (q, k, v)]  # type: ignore[union-attr]
     heads, kv_heads, head_dim, head_dim_v = shapes[0][1], shapes[1][1], shapes[0][3], shapes[2][3]
+    sizes = (heads, kv_heads, head_dim, head_dim_v)
     if not match.roles.group and not isinstance(heads, int):
         heads = kv_heads = 0
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim, head_dim_v)):
-        sizes = (heads, kv_heads, head_dim, head_dim_v)
         return Miss(f"head counts and dimensions are {sizes}, expected numbers", code="symbolic-heads")
     sink = sink_of(match)
     dtype = str(value(q).dtype).removeprefix("torch.")  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
-from attnopt.planner.knapsack import Choices, Problem, choices_from
+from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
 from attnopt.planner.problem import Tables, make_problem, min_length_of, predicted_of, table_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
 from attnopt.probe import Probe, recall
@@ -175,14 +175,8 @@ def make_plan(
         )
     of_site = {s.name: table_of(tables, s) for s in sites}
     asked = constraints or Constraints()
-    protect = protected(sites, asked, profile)
+    problem, limits = posed(profile, of_site, sites, target_length, asked, objective)
     notes: tuple[str, ...] = ()
-    free = make_problem(profile, of_site, sites, target_length, objective=objective)
-    problem = free
-    if protect:
-        problem = make_problem(profile, of_site, sites, target_length, protect=protect, objective=objective)
-    limits = limits_of(problem, asked, objective)
-    refuse_impossible(problem, limits, free)
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
@@ -224,6 +218,20 @@ def make_plan(
         versions=dict(versions_here()),
     )
     return Made(plan, problem, found, of_site, last.dense, last.planned, notes)
+
+
+def posed(
+    profile: Profile, tables: Tables, sites: Sequence[Site], length: int, asked: Constraints, objective: str
+) -> tuple[Problem, Limits]:
+    """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
+    protect = protected(sites, asked, profile)
+    free = make_problem(profile, tables, sites, length, objective=objective)
+    problem = free
+    if protect:
+        problem = make_problem(profile, tables, sites, length, protect=protect, objective=objective)
+    limits = limits_of(problem, asked, objective)
+    refuse_impossible(problem, limits, free)
+    return problem, limits
 
 
 def retrieved(

@@ -38,16 +38,22 @@ def versions() -> dict[str, str]:
 
 
 class Store:
-    """The records of one file that were made under `versions`, by (class, cell, inductor)."""
+    """The records of one file that were made under `versions`, by (class, cell, inductor).
 
-    def __init__(self, path: Path, versions: dict[str, str], fresh: bool = False) -> None:
+    older: also those of the same libraries under other sources of the matcher, where there are none of these.
+    """
+
+    def __init__(self, path: Path, versions: dict[str, str], fresh: bool = False, older: bool = False) -> None:
         self.path, self.versions = path, versions
         self.records: dict[Key, Record] = {}
         if fresh:
             path.unlink(missing_ok=True)
-        for record in read(path):
-            if record.get("versions") == versions:
-                self.records[key(record)] = record
+        found = list(read(path))
+        if older:
+            libraries = {**versions, "matcher": ""}
+            same = (r for r in found if {**r.get("versions", {}), "matcher": ""} == libraries)
+            self.records = {key(r): r for r in same}
+        self.records |= {key(r): r for r in found if r.get("versions") == versions}
 
     def __contains__(self, wanted: object) -> bool:
         """Whether a cell is finished; one that ran out of time is tried again."""

@@ -96,6 +96,8 @@ def summarise(records: list[Record], versions: dict[str, str]) -> Record:
 
     return {
         "versions": versions, "built": len(built), "seconds": round(sum(r["seconds"] for r in records), 1),
+        # How many cells ran under which sources of the matcher.
+        "matchers": dict(Counter(r.get("versions", versions).get("matcher", "") for r in records).most_common()),
         "total": row(records), "base": row(r for r in records if r["cell"] in {c.name for c in BASE}),
         "kinds": {k: row(v) for k, v in grouped(records, "kind").items()},
         "cells": {k: row(v) for k, v in grouped(records, "cell").items()}, "realised": dict(realised.most_common()),
@@ -148,6 +150,10 @@ def show(result: Record, console: Console) -> None:
     )
 
 
+def listed(counts: Record) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
 def document(result: Record) -> str:
     """docs/coverage.md."""
     v, total = result["versions"], result["total"]
@@ -165,7 +171,11 @@ def document(result: Record) -> str:
             for where, held in (("static, float32, with and without padding", result["base"]), ("in all cells", total))
         ),
         f"- cells with a wrong mask or output: {total['wrong']}",
-        f"- cells with an exception or an extra graph: {total['broken']}", "",
+        f"- cells with an exception or an extra graph: {total['broken']}",
+        *(
+            [f"- versions of the matcher's sources that cells ran under, by digest: {listed(result['matchers'])}"]
+            if len(result["matchers"]) > 1 else []
+        ), "",
     ]  # fmt: skip
     for title, rows in (("By kind of model", result["kinds"]), ("By cell", result["cells"])):
         lines += [f"## {title}", "", f"| | {' | '.join(HEADER)} |", "|---|" + "---:|" * len(HEADER)]
