@@ -200,7 +200,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append("")
     if found.get("layer") and found.get("model"):
         lines += ["| tokens | one layer, MiB | the shipped model, MiB |", "|---|---|---|"]
-        for one, whole in zip(found["layer"], found["model"], strict=True):
+        measured = {r["length"]: r for r in found["model"]}
+        for one, whole in ((r, measured[r["length"]]) for r in found["layer"] if r["length"] in measured):
             cells = [str(r["peak_mib"] - r["before_mib"]) for r in (one, whole)]
             lines.append(f"| {one['length']} | " + " | ".join(cells) + " |")
         for name in ("layer", "model"):
@@ -213,7 +214,8 @@ def table(found: dict[str, Any]) -> str:
         for row in sorted(found["billion"], key=lambda r: (r["layers"], r["length"])):
             weights = row["parameters"] * 4 / 2**30
             lines.append(f"| {row['layers']} | {row['length']} | {row['parameters'] / 1e9:.2f} billion | "
-                         f"{row['peak_mib'] / 1024:.2f} | {weights:.2f} |")  # fmt: skip
+                         f"{row['peak_mib'] / 1024:.2f}{' *' * ('stopped' in row)} | {weights:.2f} |")  # fmt: skip
+        lines += ["", *(f"\\* {row['stopped']}" for row in found["billion"] if "stopped" in row)]
     return "\n".join(lines)
 
 
