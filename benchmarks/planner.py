@@ -104,7 +104,7 @@ class Bench:
 
     def moa(self, groups: str = "") -> Planner:
         """groups: "" scores query heads, "right" and "published" take the largest score of a group."""
-        profiled, step = sorted(set(self.args.lengths)), min(self.args.lengths) // 2
+        profiled, step = sorted(set(self.args.lengths)), min(self.args.lengths) // 4
         if self._influence is None:
             self._influence = self.timed("moa profile", lambda: moa.profile(self.subject.model, self.calibration))
         found = self._influence
