@@ -135,8 +135,8 @@ class Bench:
                 fits = solved is not None and self.density(choices(solved)) <= wanted
                 # Nothing is feasible under a share of pairs that the narrowest rule has.
                 low, high = (asked, high) if fits or solved is None else (low, asked)
-                best = problem if fits else best
-            made = [choices(p) for p in (moa.pareto(best) if best is not None else [])]
+                best = (problem, solved) if fits and solved is not None else best
+            made = [choices(p) for p in ([best[1], *moa.pareto(best[0])] if best is not None else [])]
             fitting = [c for c in made if self.density(c) <= 1.01 * wanted]
             return sorted(fitting, key=lambda c: self.subject.spans.losses(self.verify, c).mean_loss)[:1]
 
