@@ -478,10 +478,10 @@ def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) ->
 
 
 def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
-    samples, out = 50, tmp_path / "profile"
+    samples, draws, out = 12, 10, tmp_path / "profile"
     partial = tmp_path / "profile.partial"
     command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
-               str(work / "text.py"), "--out", str(out)]  # fmt: skip
+               str(work / "text.py"), "--draws", str(draws), "--out", str(out)]  # fmt: skip
     # A shell runs its background jobs with SIGINT ignored, and children inherit that; a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
@@ -497,9 +497,9 @@ def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     assert "Interrupted." in err and "run the same command again" in err
     assert [p.name for p in tmp_path.iterdir()] == [partial.name]
     done = Profile.load(partial).header.data
-    assert 0 < len(done) < samples
+    assert 0 < len(done) < samples * draws
 
     assert main(command) == 0
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     again = Profile.load(out).header.data
-    assert set(done) < set(again) and len(again) == samples
+    assert set(done) < set(again) and len(again) == samples * draws

