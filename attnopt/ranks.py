@@ -30,7 +30,9 @@ def join() -> None:
 
 
 def leave() -> None:
+    """Part from the other processes, all at once: one that ends while another still talks to it may be aborted."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
