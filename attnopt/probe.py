@@ -167,7 +167,8 @@ def words_of(tokenizer: Any) -> list[str]:
     """Lower-case words of one token each; syllables where the vocabulary has too few of them."""
     try:
         found = single_token_words(tokenizer)
-    except (AttributeError, TypeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):
+        # A tokenizer of one's own need not list its vocabulary.
         found = []
     if len(found) >= LEAST_WORDS:
         return found

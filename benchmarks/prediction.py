@@ -32,6 +32,7 @@ from scipy.stats import spearmanr
 from attnopt.codegen.emit import write_atomically
 from attnopt.ir import DENSE
 from attnopt.planner.interaction import correlations
+from attnopt.planner.knapsack import together
 from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from attnopt.statistics import Grid
@@ -93,8 +94,7 @@ class Study:
             for name, table in self.tables.items()
         }
         found = {name: float(values.sum()) for name, values in picked.items()}
-        z = np.sqrt(picked["alone"])
-        return {"together": float(z @ self.rho @ z), **found}
+        return {"together": together(picked["alone"], self.rho), **found}
 
     def choices(self, mixture: Mixture) -> Choices:
         left = iter(mixture)

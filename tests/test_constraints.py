@@ -13,7 +13,7 @@ from problems import LENGTH, profile_like
 from attnopt.cost import CostTable
 from attnopt.errors import BudgetError, OptionError
 from attnopt.plan import Budget, Constraints
-from attnopt.planner import Limits, Problem, front, make_problem
+from attnopt.planner import Limits, Problem, front, kept_dense, make_problem
 from attnopt.planner.constraints import (
     MAX_SPANS,
     limits_of,
@@ -122,7 +122,7 @@ def test_heads_are_protected_by_name_by_number_and_by_what_their_removal_does() 
             of(wrong)
         assert caught.value.remedy
     table = CostTable.by_density()
-    dense = make_problem(profile, table, sites, LENGTH, protect=of("3.1"))
+    dense = kept_dense(make_problem(profile, table, sites, LENGTH), of("3.1"))
     index = [(s.name, h) for s in sites for h in range(4)].index(("layers.3", 1))
     assert np.isinf(dense.damage[index, 1:]).all() and np.isfinite(dense.damage[index + 1, 1:]).any()
 

@@ -27,6 +27,7 @@ from attnopt.planner import (
     front,
     holds,
     judge,
+    kept_dense,
     make_problem,
     min_length_of,
     paired_bound,
@@ -216,7 +217,7 @@ def test_a_problem_takes_the_worst_length_and_the_planned_lengths_cost() -> None
 
 def test_a_sliding_site_gets_no_sinks_and_protected_heads_stay_dense() -> None:
     profile, sites = small_profile()
-    problem = make_problem(profile, CostTable.by_density(), sites, 1024, protect={"a": [1]})
+    problem = kept_dense(make_problem(profile, CostTable.by_density(), sites, 1024), {"a": [1]})
     sinks = np.array([c.candidate != "dense" and c["sink"] > 0 for c in problem.choices])
     assert np.isinf(problem.damage[4:, sinks]).all()
     assert np.isinf(problem.damage[1, 1:]).all() and np.isfinite(problem.damage[0, 1:]).any()

@@ -19,7 +19,7 @@ from attnopt.planner.knapsack import (
     choices_from,
     settle,
 )
-from attnopt.planner.problem import make_problem, min_length_of, predicted_of
+from attnopt.planner.problem import kept_dense, make_problem, min_length_of, predicted_of
 from attnopt.planner.verify import (
     Evaluation,
     Record,
@@ -49,6 +49,7 @@ __all__ = [
     "front",
     "holds",
     "judge",
+    "kept_dense",
     "make_problem",
     "min_length_of",
     "paired_bound",

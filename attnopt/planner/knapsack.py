@@ -55,6 +55,12 @@ class Limits:
         )
 
 
+def together(damage: Array, rho: Array) -> float:
+    """The damage of all heads at once, from that of each alone (H,) and their correlation (H, H); at least 0."""
+    z = np.sqrt(damage)
+    return max(float(z @ rho @ z), 0.0)
+
+
 @dataclass(frozen=True)
 class Problem:
     """H heads (all sites in order), C choices; ``choices[0]`` is dense.
@@ -86,10 +92,7 @@ class Problem:
         """Nats per token that a solution is expected to diverge by. Its `damage`, by which plans are searched, adds
         heads as if they were independent; this does not, where their correlation is known."""
         rho = self.correlate()
-        if not len(rho):
-            return solution.damage
-        z = np.sqrt(self.damage[np.arange(len(solution.index)), solution.index])
-        return max(float(z @ rho @ z), 0.0)
+        return together(self.damage[np.arange(len(rho)), solution.index], rho) if len(rho) else solution.damage
 
     @property
     def measured(self) -> bool:

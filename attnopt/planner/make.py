@@ -18,9 +18,9 @@ from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
-from attnopt.planner.problem import Tables, make_problem, min_length_of, predicted_of, table_of
+from attnopt.planner.problem import Tables, kept_dense, make_problem, min_length_of, predicted_of, table_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
-from attnopt.probe import Probe, recall
+from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
 
 if TYPE_CHECKING:
@@ -226,12 +226,15 @@ def posed(
     """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
     protect = protected(sites, asked, profile)
     free = make_problem(profile, tables, sites, length, objective=objective)
-    problem = free
-    if protect:
-        problem = make_problem(profile, tables, sites, length, protect=protect, objective=objective)
+    problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)
     return problem, limits
+
+
+def answered(spans: Spans, choices: Choices | None, documents: Sequence[Document]) -> Recall:
+    """What a plan, or dense, recalls of `documents`."""
+    return recall(lambda ids: spans.logits(ids.to(spans.device), choices), documents)
 
 
 def retrieved(
@@ -249,11 +252,8 @@ def retrieved(
             notes.append(f"No retrieval was measured at {at.length} tokens: {error.problem}")
             found.append(at)
             continue
-        shares = [
-            recall(lambda ids, c=c: spans.logits(ids.to(spans.device), c), documents).share  # type: ignore[misc]
-            for c in (None, choices)
-        ]
-        found.append(replace(at, dense_retrieval=shares[0], planned_retrieval=shares[1]))
+        dense, planned = (answered(spans, c, documents).share for c in (None, choices))
+        found.append(replace(at, dense_retrieval=dense, planned_retrieval=planned))
     spans.set(None)
     return tuple(found), tuple(notes)
 

@@ -36,10 +36,9 @@ def table_of(tables: Tables, site: Site) -> Costs:
 
 def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
-    lengths: Sequence[int] | None = None, protect: Mapping[str, Sequence[int]] | None = None,
-    objective: str = "prefill",
+    lengths: Sequence[int] | None = None, objective: str = "prefill",
 ) -> Problem:  # fmt: skip
-    """The knapsack of a profile. `tables`: one cost table, or one per site name; `protect`: heads to leave dense.
+    """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
     A head's damage is the largest over the profiled `lengths` (default: all) and the planned one, if that is longer
     (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
@@ -57,8 +56,6 @@ def make_problem(
     damage, cost, span = [], [], []
     for site in sites:
         damage.append(_damage(profile, site, choices, set(spaces[site.mask.window]), lengths, target_length))
-        for head in (protect or {}).get(site.name, ()):
-            damage[-1][head, 1:] = np.inf
         of_site = _costs(table_of(tables, site), site.mask.window, choices, target_length)
         cost.append(np.tile(of_site[0], (site.heads, 1)))
         span.append(np.tile(of_site[1], (site.heads, 1)))
@@ -80,6 +77,13 @@ def make_problem(
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
     )
     return weighed(problem, objective, tables, sites)
+
+
+def kept_dense(problem: Problem, protect: Mapping[str, Sequence[int]]) -> Problem:
+    """The problem with nothing but dense for the heads of `protect`, by site name."""
+    damage = problem.damage.copy()
+    damage[[head in protect.get(site, ()) for site, head in problem.heads], 1:] = np.inf
+    return replace(problem, damage=damage)
 
 
 def key_bytes(site: Site) -> int:

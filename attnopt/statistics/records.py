@@ -94,8 +94,8 @@ class Observation:
         and sites of a pass: the mean over k of a product of two sketches estimates sum t_i t'_i (see `row_signs`)
     Forward-only runs hold neither t2, t1, sample_sq nor ablation_t2; delta is held where it was asked for.
     rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
-    weights of the tokens whose loss was taken; None where every row's was. key: names the pass that
-    is under way, see `row_signs`; without one their number does.
+    weights of the tokens whose loss was taken; None where every row's was. key: names the pass that is under way, see
+    `row_signs`; without one their number does.
     """
 
     heads: int

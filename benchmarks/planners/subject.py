@@ -12,7 +12,8 @@ from torch import Tensor
 from attnopt import hf, text
 from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
-from attnopt.probe import Probe, Recall, recall
+from attnopt.planner.make import answered
+from attnopt.probe import Probe, Recall
 from attnopt.registry import CANDIDATES
 from benchmarks.planners import fixed
 
@@ -78,10 +79,7 @@ class Subject:
         self, choices: Choices | None, probe: Probe, length: int, documents: int, seed: str = "held out"
     ) -> Recall:
         """What a plan leaves of the model's retrieval: answers of random key-value lines, see attnopt.probe."""
-        self.spans.set(choices)
-        found = recall(self.spans.instrumented.logits, probe.documents(length, documents, seed))
-        self.spans.set(None)
-        return found
+        return answered(self.spans, choices, probe.documents(length, documents, seed))
 
 
 def span_of(choice: Choice, length: int) -> tuple[int, int]:
