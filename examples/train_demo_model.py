@@ -5,6 +5,7 @@ mixed with long-range recall: a name bound far above must be reproduced. Everyth
 
     python examples/train_demo_model.py --out runs/demo --tokens 10_000_000     # hours on two cores
     python examples/train_demo_model.py --out runs/demo                          # resumes where it stopped
+    python examples/train_demo_model.py --out runs/mha --shape mha --context 2048 --tokens 6_000_000
     python examples/train_demo_model.py --out /tmp/t --tokens 20_000 --tiny      # a minute: checks the script
 
 Writes into OUT: tokenizer.json, checkpoint.safetensors (weights and optimiser), state.json, loss.png and, at the
@@ -36,11 +37,16 @@ from attnopt.corpus import bind_line, binding, library_texts, query_line, single
 
 VOCABULARY = 4096
 CONTEXT = 8192
+# Layers, hidden size, query heads, KV heads. The demo model, the one that --tiny takes, and two to compare planners on
+# as well (benchmarks/planner.py): every query head with keys of its own, and more layers with three heads to a KV head.
+SHAPES = {"demo": (6, 256, 8, 4), "tiny": (2, 64, 4, 2), "mha": (4, 256, 8, 8), "deep": (9, 192, 6, 2)}
 # Letters, digits one by one, punctuation runs, indentation: a name's parts stay whole tokens.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+| ?_+|\n+ *|\s+"
 # (until this share of the run, sequence length, sequences a step, largest position): most training is at short
 # lengths. The third stage keeps the cost of 2048 tokens but spreads their positions over the whole context.
 CURRICULUM = ((0.50, 512, 16, 512), (0.70, 2048, 4, 2048), (0.90, 2048, 4, CONTEXT), (1.0, CONTEXT, 1, CONTEXT))
+# Up to a shorter context: the same without the stages that are longer.
+SHORT_CURRICULUM = ((0.60, 512, 16, 512), (1.0, 2048, 4, 2048))
 PEAK_LR = 3e-3
 # Files that --tiny reads.
 TINY_FILES = 40
@@ -167,16 +173,17 @@ class Batches:
         return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows]), torch.tensor(places)
 
 
-def build_model(tiny: bool) -> LlamaForCausalLM:
+def build_model(shape: str, context: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    layers, hidden, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64 if tiny else 256,
-        intermediate_size=160 if tiny else 704,
-        num_hidden_layers=2 if tiny else 6,
-        num_attention_heads=4 if tiny else 8,
-        num_key_value_heads=2 if tiny else 4,
-        max_position_embeddings=CONTEXT,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -259,9 +266,10 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = TINY_FILES if args.tiny else None
+    curriculum = CURRICULUM if args.context == CONTEXT else SHORT_CURRICULUM
     tokenizer = train_tokenizer(args.out / "tokenizer.json", files)
     batches = Batches(encode_library(tokenizer, args.out / "library.npy", files), tokenizer)
-    model = build_model(args.tiny).to(device)
+    model = build_model("tiny" if args.tiny else args.shape, args.context).to(device)
     optimizers = build_optimizers(model)
     state = load_checkpoint(args.out, model, optimizers) or {
         "step": 0,
@@ -285,7 +293,7 @@ def train(args: argparse.Namespace) -> None:
         task = bar.add_task("training", total=state["budget"], completed=state["tokens"])
         while state["tokens"] < state["budget"]:
             progress = state["tokens"] / state["budget"]
-            length, size, reach = next(stage for end, *stage in CURRICULUM if progress < end)
+            length, size, reach = next(stage for end, *stage in curriculum if progress < end)
             started = time.monotonic()
             ids, weights, places = (t.to(device) for t in batches.batch(state["step"], length, size, reach))
             factor = lr_factor(progress)
@@ -342,6 +350,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=None, help="train until this many tokens were seen")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="demo", help="layers, width and heads")
+    parser.add_argument("--context", type=int, choices=(2048, CONTEXT), default=CONTEXT)
     parser.add_argument("--tiny", action="store_true", help="a two-layer model on a few files, to check the script")
     parser.add_argument("--compile", action="store_true", help="compile the training step with inductor")
     parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints")

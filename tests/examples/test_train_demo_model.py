@@ -37,7 +37,9 @@ def script() -> Any:
 
 def options(out: Path) -> argparse.Namespace:
     # A checkpoint after every step.
-    return argparse.Namespace(out=out, tokens=TOKENS, tiny=True, compile=False, save_every=-1.0)
+    return argparse.Namespace(
+        out=out, tokens=TOKENS, shape="demo", context=8192, tiny=True, compile=False, save_every=-1.0
+    )
 
 
 def checkpoint(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
