@@ -18,7 +18,7 @@ from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
-from attnopt.planner.problem import Tables, kept_dense, make_problem, min_length_of, predicted_of, table_of
+from attnopt.planner.problem import RETRIEVAL, Tables, kept_dense, make_problem, min_length_of, predicted_of, table_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
@@ -225,7 +225,8 @@ def posed(
 ) -> tuple[Problem, Limits]:
     """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
     protect = protected(sites, asked, profile)
-    free = make_problem(profile, tables, sites, length, objective=objective)
+    weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
+    free = make_problem(profile, tables, sites, length, objective=objective, retrieval=weight)
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)
