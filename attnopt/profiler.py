@@ -68,12 +68,13 @@ class _Recorder:
             if self.target is not None and self.seed is not None:
                 into = self.target(site, q.shape[2])
                 measure_forward(
-                    q, k, v, site.scale, pad, into, site.mask.window, self.factors.get(site.name), SHARE, self.seed
-                )
+                    q, k, v, site.scale, pad, into, site.mask.window, self.factors.get(site.name), SHARE, self.seed,
+                    site.softcap,
+                )  # fmt: skip
             if self.target is None or not torch.is_grad_enabled():
-                return attention(q, k, v, site.scale, pad, site.mask.window)
+                return attention(q, k, v, site.scale, pad, site.mask.window, site.softcap)
             into = self.target(site, q.shape[2])
-            return Observe.apply(q, k, v, site.scale, pad, into, site.mask.window)
+            return Observe.apply(q, k, v, site.scale, pad, into, site.mask.window, site.softcap)
 
         return attend
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
-from attnopt.errors import OptionError, ProfileError
+from attnopt.errors import ModelError, OptionError, ProfileError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
@@ -85,6 +85,28 @@ def make_problem(
         retrieval=np.concatenate(forgotten),
     )
     return weighed(problem, objective, tables, sites)
+
+
+def left_dense(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Of the sites where no candidate but dense can stand, why; one line for all that share a reason.
+
+    ModelError where that is every site."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        refused = [item.refuse(site) for name, item in CANDIDATES if name != DENSE.candidate]
+        reasons = dict.fromkeys(no.reason for no in refused if no is not None)
+        if all(no is not None for no in refused):
+            found.setdefault("; ".join(reasons), []).append(site.name)
+    if sum(map(len, found.values())) == len(sites):
+        raise ModelError(
+            f"No head of this model can be replaced: at {sites[0].name}, {next(iter(found))}.",
+            "`attnopt profile` shows its heads; there is nothing to plan.",
+        )
+    return tuple(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: every head stays dense, at the cost of "
+        f"plain dense attention: {reason}."
+        for reason, names in found.items()
+    )
 
 
 def kept_dense(problem: Problem, protect: Mapping[str, Sequence[int]]) -> Problem:
