@@ -154,9 +154,14 @@ class Site:
         return self.path if self.ordinal == 0 else f"{self.path}#{self.ordinal}"
 
     @property
+    def simple(self) -> bool:
+        """Nothing but a scale, a soft-cap and a simple mask stands between the products: what the profiler observes."""
+        return self.mask.simple and self.bias is None and not self.sink
+
+    @property
     def plain(self) -> bool:
-        """Nothing but a scale and a simple mask stands between the products: what kernels and candidates serve."""
-        return self.mask.simple and not self.softcap and self.bias is None and not self.sink
+        """Simple and not soft-capped: what kernels and candidates serve."""
+        return self.simple and not self.softcap
 
     @property
     def canonical(self) -> str:

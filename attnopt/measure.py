@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnopt import ops
+from attnopt.errors import PlanError
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.passes.span import tables
@@ -72,7 +73,9 @@ class Spans:
         def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
             held = self._tables.get(site.name)
             if held is None:
-                return attention(q, k, v, site.scale, pad, window)
+                return attention(q, k, v, site.scale, pad, window, site.softcap)
+            if not site.plain or site.head_dim != site.head_dim_v:
+                raise PlanError(f"No kernel runs spans at {site.name}: {site.canonical}.", "Keep its heads dense.")
             windows = ops.windows_at(held["alphas"], held["betas"], q.shape[2], window or 0)
             return ops.prefill(
                 q, k, v, held["sinks"] if not window else torch.zeros_like(held["sinks"]), windows, site.scale, pad

@@ -68,12 +68,13 @@ class _Recorder:
             if self.target is not None and self.seed is not None:
                 into = self.target(site, q.shape[2])
                 measure_forward(
-                    q, k, v, site.scale, pad, into, site.mask.window, self.factors.get(site.name), SHARE, self.seed
-                )
+                    q, k, v, site.scale, pad, into, site.mask.window, self.factors.get(site.name), SHARE, self.seed,
+                    site.softcap,
+                )  # fmt: skip
             if self.target is None or not torch.is_grad_enabled():
-                return attention(q, k, v, site.scale, pad, site.mask.window)
+                return attention(q, k, v, site.scale, pad, site.mask.window, site.softcap)
             into = self.target(site, q.shape[2])
-            return Observe.apply(q, k, v, site.scale, pad, into, site.mask.window)
+            return Observe.apply(q, k, v, site.scale, pad, into, site.mask.window, site.softcap)
 
         return attend
 
@@ -183,6 +184,8 @@ def one_sequence(
                 for observation in part.observations.values():
                     observation.key = mark
                 logits.backward(gradient, retain_graph=bool(left))
+                if sample.kind == "probe":
+                    continue
                 now = {site: o.t1.clone() for (site, _), o in part.observations.items()}
                 scalars = {site: (t1 - seen.get(site, 0.0)).float() for site, t1 in now.items()}
                 part.keep_scalars(sample.length, {mark: scalars})
@@ -193,6 +196,8 @@ def one_sequence(
     for observation in part.observations.values():
         if sample.weights is not None or method.labels == "data":
             observation.counted = weight
+    if sample.kind == "probe":
+        part.observations = {key: o.as_probe() for key, o in part.observations.items()}
     part.check_finite()
     return part
 

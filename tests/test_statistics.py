@@ -15,6 +15,7 @@ from attnopt.statistics import (
     Observation,
     Observe,
     attention,
+    causal_mask,
     distance_buckets,
     drawn_starts,
     factor_of,
@@ -26,18 +27,23 @@ from attnopt.statistics.blocks import ROWS
 
 GRID = Grid((0, 1, 4), (1, 3, 8, 20, 64, 500))
 CASES = {
-    # batch, heads, kv heads, length, head dim, head dim of v, scale of the scores, window, padding
-    "plain": (2, 4, 4, 150, 8, 8, 1.0, None, None),
-    "grouped": (1, 8, 2, 131, 16, 12, 2.0, None, None),
-    "short": (2, 2, 1, 5, 4, 4, 1.0, None, None),
-    "one key": (1, 2, 1, 1, 4, 4, 1.0, None, None),
-    "block edge": (1, 2, 2, 2 * ROWS, 8, 8, 1.0, None, None),
-    "window": (2, 4, 2, 300, 8, 8, 1.0, 40, None),
-    "window, far from key 0": (1, 2, 2, 300, 8, 8, 1.0, 8, None),
-    "padded right": (3, 4, 2, 150, 8, 8, 1.0, None, "right"),
-    "padded left": (3, 4, 2, 150, 8, 8, 1.0, None, "left"),
-    "padded left, window": (2, 4, 2, 200, 8, 8, 1.0, 30, "left"),
-    "peaky": (1, 4, 2, 200, 8, 8, 6.0, None, None),
+    # batch, heads, kv heads, length, head dim, head dim of v, scale of the scores, window, padding, soft-cap
+    "plain": (2, 4, 4, 150, 8, 8, 1.0, None, None, 0.0),
+    "grouped": (1, 8, 2, 131, 16, 12, 2.0, None, None, 0.0),
+    "short": (2, 2, 1, 5, 4, 4, 1.0, None, None, 0.0),
+    "one key": (1, 2, 1, 1, 4, 4, 1.0, None, None, 0.0),
+    "block edge": (1, 2, 2, 2 * ROWS, 8, 8, 1.0, None, None, 0.0),
+    "window": (2, 4, 2, 300, 8, 8, 1.0, 40, None, 0.0),
+    "window, far from key 0": (1, 2, 2, 300, 8, 8, 1.0, 8, None, 0.0),
+    "padded right": (3, 4, 2, 150, 8, 8, 1.0, None, "right", 0.0),
+    "padded left": (3, 4, 2, 150, 8, 8, 1.0, None, "left", 0.0),
+    "padded left, window": (2, 4, 2, 200, 8, 8, 1.0, 30, "left", 0.0),
+    "peaky": (1, 4, 2, 200, 8, 8, 6.0, None, None, 0.0),
+    "capped": (2, 4, 4, 150, 8, 8, 2.0, None, None, 3.0),
+    "capped, grouped, wide v": (1, 8, 2, 131, 12, 20, 2.0, None, None, 1.5),
+    "capped, padded left": (3, 4, 2, 150, 8, 8, 2.0, None, "left", 3.0),
+    "capped, padded right, window": (2, 4, 2, 203, 8, 8, 2.0, 30, "right", 3.0),
+    "capped, saturated": (1, 4, 2, 97, 8, 4, 12.0, None, None, 4.0),
 }
 
 
@@ -66,7 +72,7 @@ def padding(side: str | None, batch: int, length: int) -> Tensor | None:
 def tensors(
     case: str, dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], Tensor, float, Tensor | None, int | None]:
-    batch, heads, kv_heads, length, dim, dim_v, sharp, window, side = CASES[case]
+    batch, heads, kv_heads, length, dim, dim_v, sharp, window, side, _ = CASES[case]
     torch.manual_seed(len(case))
     shapes = ((batch, heads, length, dim), (batch, kv_heads, length, dim), (batch, kv_heads, length, dim_v))
     qkv = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
@@ -77,16 +83,34 @@ def tensors(
     return qkv, grad, sharp * dim**-0.5, pad, window
 
 
+def cap_of(case: str) -> float:
+    return CASES[case][-1]
+
+
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pad: Tensor | None, window: int | None, softcap: float
+) -> Tensor:
+    """Soft-capped attention as a model spells it, N x N."""
+    repeat = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeat, 1).mT * scale
+    keep = causal_mask(q.shape[2], window, pad, q.device)
+    weights = torch.softmax((softcap * torch.tanh(scores / softcap)).masked_fill(~keep, -torch.inf), -1)
+    return weights.masked_fill(~keep.any(-1, keepdim=True), 0.0) @ v.repeat_interleave(repeat, 1)
+
+
 def observe(
     case: str, dtype: torch.dtype = torch.float32, delta: bool = False
 ) -> tuple[Observation, list[Tensor], list[Tensor]]:
-    """The observation, its gradients, and those of SDPA in float64."""
+    """The observation, its gradients, and those of plain attention in float64."""
     qkv, grad, scale, pad, window = tensors(case, dtype)
     observation = Observation.zeros(qkv[0].shape[1], GRID, qkv[0].shape[2], delta)
-    out = Observe.apply(*qkv, scale, pad, observation, window)
+    softcap = cap_of(case)
+    out = Observe.apply(*qkv, scale, pad, observation, window, softcap)
     out.backward(grad)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    attention(*exact, scale, pad, window).backward(grad.double())
+    plain = written_out(*exact, scale, pad, window, softcap) if softcap else attention(*exact, scale, pad, window)
+    assert (out - plain).norm() <= (4e-3 if dtype == torch.bfloat16 else 1e-5) * plain.norm()
+    plain.backward(grad.double())
     return observation, [x.grad for x in qkv], [x.grad for x in exact]
 
 
@@ -101,7 +125,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 def test_against_the_naive_twin(case: str) -> None:
     observation, _, _ = observe(case, delta=True)
     qkv, grad, scale, pad, window = tensors(case)
-    twin = naive_observation(*qkv, grad, GRID, scale, pad, window)
+    twin = naive_observation(*qkv, grad, GRID, scale, pad, window, softcap=cap_of(case))
     assert (observation.rows, observation.samples) == (twin.rows, twin.samples)
     for name in ("t2", "mass", "delta", "ablation_t2"):
         close(observation.sums[name], twin.sums[name], 1e-4)
@@ -122,8 +146,8 @@ def test_gradients_are_those_of_plain_attention(case: str) -> None:
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-12
     qkv, _, scale, pad, window = tensors(case)
     observation = Observation.zeros(qkv[0].shape[1], GRID, qkv[0].shape[2])
-    out = Observe.apply(*qkv, scale, pad, observation, window)
-    assert torch.equal(out, attention(*qkv, scale, pad, window))
+    out = Observe.apply(*qkv, scale, pad, observation, window, cap_of(case))
+    assert torch.equal(out, attention(*qkv, scale, pad, window, cap_of(case)))
 
 
 def far_away(gap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,13 +184,27 @@ def test_no_kept_mass_counts_as_ablated() -> None:
         assert all(tensor.isfinite().all() for tensor in observation.sums.values())
 
 
-def test_half_precision_inputs_with_float32_sums() -> None:
-    qkv, grad, scale, pad, window = tensors("grouped", torch.bfloat16)
-    observation, found, exact = observe("grouped", torch.bfloat16)
+@pytest.mark.parametrize("case", ["grouped", "capped, grouped, wide v"])
+def test_half_precision_inputs_with_float32_sums(case: str) -> None:
+    qkv, grad, scale, pad, window = tensors(case, torch.bfloat16)
+    observation, found, exact = observe(case, torch.bfloat16)
     assert all(g.dtype == torch.bfloat16 for g in found)
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours - theirs).norm() <= 4e-3 * theirs.norm()  # one rounding to bfloat16
-    close(observation.t2, naive_observation(*qkv, grad, GRID, scale, pad, window).t2, 1e-4)
+    twin = naive_observation(*qkv, grad, GRID, scale, pad, window, softcap=cap_of(case))
+    close(observation.t2, twin.t2, 1e-4)
+
+
+def test_a_soft_cap_matters() -> None:
+    """The cases above would see a cap that is left out, in the scores or in their gradient."""
+    for case in (name for name in CASES if cap_of(name)):
+        qkv, grad, scale, pad, window = tensors(case)
+        found, ours, exact = observe(case)
+        without = naive_observation(*qkv, grad, GRID, scale, pad, window)
+        assert ((found.t2 - without.t2).norm() / without.t2.norm()) > 0.05, case
+        straight = [x.detach().double().requires_grad_() for x in qkv]
+        attention(*straight, scale, pad, window).backward(grad.double())
+        assert (straight[0].grad - ours[0]).norm() > 0.05 * exact[0].norm(), case
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
@@ -202,11 +240,12 @@ def test_padded_rows_and_padding_length_do_not_count() -> None:
     assert noisy.rows == short.rows == 200
 
 
-def test_forward_only_measures_what_needs_no_gradient() -> None:
-    qkv, grad, scale, pad, window = tensors("padded right")
+@pytest.mark.parametrize("case", ["padded right", "capped, padded left"])
+def test_forward_only_measures_what_needs_no_gradient(case: str) -> None:
+    qkv, grad, scale, pad, window = tensors(case)
     full, forward = (Observation.zeros(4, GRID, 150, delta=True) for _ in range(2))
-    stream(*qkv, grad, scale, pad, full, window)
-    measure_forward(*qkv, scale, pad, forward, window)
+    stream(*qkv, grad, scale, pad, full, window, softcap=cap_of(case))
+    measure_forward(*qkv, scale, pad, forward, window, softcap=cap_of(case))
     for name in ("mass", "entropy", "mass_by_distance", "mass_at_key", "delta"):
         assert torch.equal(full.sums[name], forward.sums[name]), name
     assert not forward.t2.any() and not forward.ablation_t2.any()

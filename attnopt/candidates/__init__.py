@@ -131,6 +131,9 @@ def refuse_span(site: Site) -> Refusal | None:
     if not site.plain:
         reason = f"spans know a scale and a simple mask only, and this is {site.canonical}"
         return Refusal(reason, site.name, site.source, code="span-needs-plain")
+    if site.head_dim != site.head_dim_v:
+        reason = f"spans need values as wide as keys, these are {site.head_dim_v} and {site.head_dim}"
+        return Refusal(reason, site.name, site.source, code="span-needs-equal-widths")
     wide = [load for load in mask.loads if not set(load.dims) <= {"b", "j"}]
     if wide:
         reason = f"its mask reads {wide[0]}, which is more than padding of keys"

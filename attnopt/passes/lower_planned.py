@@ -21,25 +21,36 @@ if TYPE_CHECKING:
     from attnopt.plan import Plan
 
 
-def refusal(program: Program, region: Region) -> Refusal | None:
-    """Why the span kernel cannot stand in for this region; None if it can."""
+def unlike_spans(region: Region) -> Refusal | None:
+    """Why a span could not be taken from this region by any kernel; None if it could. What the profiler needs too."""
     mask, q, k = region.site.mask, region.q.meta["val"], region.k.meta["val"]
     if not region.site.heads:
         return Refusal("planned spans need a number of heads known when compiling", code="symbolic-heads")
     if not mask.causal or mask.offset != 0:
         return Refusal(f"planned spans need a causal mask, and this one keeps {mask}", code="span-needs-causal")
-    if not region.site.plain:
-        said = f"planned spans know a scale and a simple mask only, and this is {region.site.canonical}"
+    if not region.site.simple:
+        said = f"spans know a scale, a soft-cap and a simple mask only, and this is {region.site.canonical}"
         return Refusal(said, code="span-needs-plain")
     if not same(q.shape[2], k.shape[2]):
         said = "planned spans serve prefill only: the keys are not the queries' own"
         return Refusal(said, code="span-needs-prefill")
-    if region.site.head_dim != region.site.head_dim_v:
-        said = f"{region.site.head_dim_v} and {region.site.head_dim}"
-        return Refusal(f"planned spans need values as wide as keys, these are {said}", code="span-needs-equal-widths")
     if region.site.scale <= 0:
         said = f"planned spans need a positive scale, and this one is {region.site.scale:g}"
         return Refusal(said, code="scale-not-positive")
+    return None
+
+
+def refusal(program: Program, region: Region) -> Refusal | None:
+    """Why the span kernel cannot stand in for this region; None if it can."""
+    no = unlike_spans(region)
+    if no is not None:
+        return no
+    if not region.site.plain:
+        said = f"planned spans know a scale and a simple mask only, and this is {region.site.canonical}"
+        return Refusal(said, code="span-needs-plain")
+    if region.site.head_dim != region.site.head_dim_v:
+        said = f"{region.site.head_dim_v} and {region.site.head_dim}"
+        return Refusal(f"planned spans need values as wide as keys, these are {said}", code="span-needs-equal-widths")
     if program.needs_grad:
         said = "the plan's kernel has no gradient; run under torch.no_grad() to use the plan"
         return Refusal(said, code="span-no-gradient")
@@ -52,7 +63,7 @@ def check_plan(program: Program, plan: Plan) -> None:
     A site that is missing beside others that are there is only noted: a model may have attentions no plan was made for.
     """
     sites = [r.site for r in program.regions if r.site.heads]
-    causal = [s for s in sites if s.mask.causal and s.mask.offset == 0 and s.plain]
+    causal = [s for s in sites if s.mask.causal and s.mask.offset == 0 and s.simple]
     named = [site for site in causal if site.name in plan.choices]
     plan.check(named or causal, complete=False)
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 from torch.fx import Node
 
 from attnopt.ir import Region
-from attnopt.passes.lower_planned import refusal
+from attnopt.passes.lower_planned import unlike_spans
 from attnopt.passes.program import Builder, Program
 from attnopt.passes.span import key_padding
 
 
 def run(program: Program) -> None:
     assert program.observer is not None
-    needs_grad, program.needs_grad = program.needs_grad, False
     for region in program.pending:
-        no = refusal(program, region)
+        no = unlike_spans(region)
         if no is not None:
             program.refuse(region, no)
             continue
         program.replace(region, lambda r: insert(program, r), "observed")
-    program.needs_grad = needs_grad
 
 
 def insert(program: Program, region: Region) -> Node:

@@ -18,7 +18,16 @@ from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
-from attnopt.planner.problem import Tables, kept_dense, make_problem, min_length_of, predicted_of, table_of
+from attnopt.planner.problem import (
+    RETRIEVAL,
+    Tables,
+    kept_dense,
+    left_dense,
+    make_problem,
+    min_length_of,
+    predicted_of,
+    table_of,
+)
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
@@ -37,7 +46,7 @@ SEARCH_SHARE = 0.85
 @dataclass
 class Made:
     """A verified plan and how it came about; `dense` and `planned` are the losses on the final split, per length.
-    notes: what could not be measured."""
+    notes: what no candidate can replace, and what could not be measured."""
 
     plan: Plan
     problem: Problem
@@ -175,8 +184,8 @@ def make_plan(
         )
     of_site = {s.name: table_of(tables, s) for s in sites}
     asked = constraints or Constraints()
+    notes = left_dense(sites)
     problem, limits = posed(profile, of_site, sites, target_length, asked, objective)
-    notes: tuple[str, ...] = ()
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
@@ -200,7 +209,8 @@ def make_plan(
     described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
     measured = final_check(last(choices), budget, choices_id(choices), seed, described)
     if probe is not None:
-        measured, notes = retrieved(spans, choices, probe, measured, probe_documents, seed, progress)
+        measured, unasked = retrieved(spans, choices, probe, measured, probe_documents, seed, progress)
+        notes += unasked
     plan = Plan(
         model=name,
         fingerprint=fingerprint,
@@ -225,7 +235,8 @@ def posed(
 ) -> tuple[Problem, Limits]:
     """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
     protect = protected(sites, asked, profile)
-    free = make_problem(profile, tables, sites, length, objective=objective)
+    weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
+    free = make_problem(profile, tables, sites, length, objective=objective, retrieval=weight)
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)

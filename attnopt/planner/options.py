@@ -149,8 +149,10 @@ def _prices(batch: _Batch, alone: Array, repeats: int) -> list[Array]:
     slopes = order.slopes.reshape(count, -1)
     if not slopes.shape[1]:
         return [np.ones((count, 1, 1))]  # every head has but one choice
-    quantiles = np.nan_to_num(np.nanquantile(np.where(np.isfinite(slopes) & (slopes > 0), slopes, np.nan),
-                              np.linspace(0, 1, number - 4), axis=1), nan=1.0)  # fmt: skip
+    slopes = np.where(np.isfinite(slopes) & (slopes > 0), slopes, np.nan)
+    # Heads with nothing but dense to choose have no slopes.
+    slopes[np.isnan(slopes).all(1)] = 1.0
+    quantiles = np.nanquantile(slopes, np.linspace(0, 1, number - 4), axis=1)
     ends = [quantiles[0] / 16, quantiles[0] / 3, quantiles[-1] * 3, quantiles[-1] * 1e3]
     return list(np.sort(np.stack([*ends, *quantiles]), 0)[:, :, None, None])
 

@@ -1,8 +1,8 @@
 """One streamed pass over blocks of query rows: every candidate's sums, and the gradients, in O(N) memory.
 
-dS_ij = A_ij (g_ij - D_i), the gradient at the scores, is formed for dq and dk anyway, and its rows sum to 0; hence
-t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every cancellation, also at
-a kept mass of 1e-20. Symbols as in the package.
+dS_ij = A_ij (g_ij - D_i), the gradient at the soft-capped scores, is formed for dq and dk anyway, and its rows sum to
+0; hence t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every
+cancellation, also at a kept mass of 1e-20. Symbols as in the package.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def stream(
     rows: int = ROWS,
     factor: Tensor | None = None,
     starts: Sequence[int] | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """One pass over blocks of `rows` query rows: recompute the weights, add the sums, return dq, dk, dv (or None).
 
@@ -47,7 +48,7 @@ def stream(
         raise ValueError("gradients need every row")
     starts = range(0, q.shape[2], rows) if starts is None else starts
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        work = _Pass(q, k, v, grad, scale, pad, observation, window, rows, factor)
+        work = _Pass(q, k, v, grad, scale, pad, observation, window, rows, factor, softcap)
         for first, last in work.groups():
             for start in starts:
                 work.block(first, last, start, min(start + rows, q.shape[2]))
@@ -80,6 +81,7 @@ class _Pass:
         window: int | None,
         rows: int,
         factor: Tensor | None,
+        softcap: float,
     ) -> None:
         (self.batch, self.heads, self.length, _), self.kv_heads = q.shape, k.shape[1]
         self.repeat, self.folded = self.heads // self.kv_heads, self.batch * self.kv_heads
@@ -88,7 +90,7 @@ class _Pass:
                 f"{self.heads} heads of {self.length} rows do not fit an observation "
                 f"of {observation.heads} heads of {observation.length}"
             )
-        self.scale, self.pad, self.window, self.rows = scale, pad, window, rows
+        self.scale, self.pad, self.window, self.rows, self.softcap = scale, pad, window, rows, softcap
         self.observation, self.grid, self.dtypes = observation, observation.grid, (q.dtype, k.dtype, v.dtype)
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.grad = self._fold(q), None if grad is None else self._fold(grad)
@@ -136,7 +138,12 @@ class _Pass:
         valid = self._valid(x, start, stop)
         self.counted += int(valid[-first % self.kv_heads :: self.kv_heads].sum())
 
-        scores = query @ key.mT
+        scores, slope = query @ key.mT, None
+        if self.softcap:
+            # c tanh(s / c), whose derivative is 1 - tanh^2.
+            capped = scores.div_(self.softcap).tanh_()
+            slope = None if self.grad is None else 1 - capped.square()
+            scores = capped.mul_(self.softcap)
         self._mask(scores.view(shape), x, low, start)
         weights = torch.softmax(scores, -1)
         self._entropy(scores.view(shape), weights.view(shape), x, valid)
@@ -150,8 +157,9 @@ class _Pass:
             scored = torch.matmul(upstream, value.mT, out=scores).mul_(weights)
             total = scored.sum(-1, keepdim=True)  # D_i from the weights, not from an output rounded to bfloat16
             scored.addcmul_(weights, total, value=-1)
-            dq[x, :, start:stop] = (scored @ key).mul_(self.scale).view(*shape[:3], -1)
-            dk[x, low:stop].baddbmm_(scored.mT, query)
+            inner = scored if slope is None else slope.mul_(scored)
+            dq[x, :, start:stop] = (inner @ key).mul_(self.scale).view(*shape[:3], -1)
+            dk[x, low:stop].baddbmm_(inner.mT, query)
             scored, dots = scored.view(shape), total.view(shape[:3])
         self._candidates(weights.view(shape), scored, dots, x, low, start, tile, valid)
 

@@ -21,6 +21,7 @@ def naive_observation(
     pad: Tensor | None = None,
     window: int | None = None,
     delta: bool = True,
+    softcap: float = 0.0,
 ) -> Observation:
     """The reference of tests: float64, N x N, every candidate really soft-maxed again over its kept keys.
 
@@ -35,6 +36,8 @@ def naive_observation(
     keep = causal_mask(length, window, pad, q.device)
     counted = torch.ones(q.shape[0], 1, length, dtype=torch.bool, device=q.device) if pad is None else pad[:, None]
     scores = q @ k.mT * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
 
     def weights_of(mask: Tensor) -> Tensor:
         return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1).nan_to_num(0.0)

@@ -61,7 +61,7 @@ CHAT = [
 
 def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(CHAT[n % 2]) for n in range(24)))
-    base = ["profile", str(work / "shallow"), "--lengths", "128", "--samples", "1", "--json"]
+    base = ["profile", str(work / "shallow"), "--lengths", "128", "--samples", "1", "--json", "--probe", "0"]
 
     def header(name: str, *options: str) -> Any:
         capsys.readouterr()
@@ -75,13 +75,11 @@ def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: P
     assert header("own", *words, "--labels", "continuation") == (["model labels on its own sampled continuation"], 32)
     supervision, tokens = header("chat", "--text", str(tmp_path / "chat.jsonl"), "--labels", "data")
     assert supervision == ["data labels on chat answers"] and 10 < tokens < 100
-    supervision, tokens = header("probe", "--text", "probe:")
-    assert supervision == ["model labels on probe answers"] and 4 <= tokens < 40
     few = ["--text", str(tmp_path / "chat.jsonl"), "--samples", "99", "--out", str(tmp_path / "few")]
     assert main([*base, *few]) == 0
     assert "of the 99 sequences of 128 tokens" in capsys.readouterr().err
     both = header("both", *words, "--probe", "1")
-    assert both == (["model labels on probe answers", "model labels on text"], 128 + tokens)
+    assert both == (["model labels on probe answers, softened 4 times", "model labels on text"], 128)
     merged = ["merge", str(tmp_path / "text"), str(tmp_path / "chat"), "--out", str(tmp_path / "mixed")]
     assert "--mixed" in fails(merged) and not (tmp_path / "mixed").exists()
     assert main([*merged, "--mixed"]) == 0
@@ -96,12 +94,17 @@ def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) ->
     options = ["--lengths", "64", "--samples", "1", "--out", str(tmp_path / "out"), "--text"]
     base = ["profile", str(work / "model"), *options]
     for words, message in {
-        ("silent.jsonl",): "Line 1 of", ("broken.jsonl",): "is not JSON", ("chat.jsonl",): "no chat template",
-        ("probe:", "--labels", "continuation"): "has an answer", ("probe:", "--lengths", "8"): "no room",
-        ("probe:", "--labels", "data", "--draws", "2"): "not drawn",
+        ("silent.jsonl",): "Line 1 of",
+        ("broken.jsonl",): "is not JSON",
+        ("chat.jsonl",): "no chat template",
+    }.items():
+        assert message in fails([*base, str(tmp_path / words[0]), *words[1:]])
+    text = str(work / "text.py")
+    for others, message in {
+        ("--lengths", "8", "--probe", "1"): "no room", ("--forward-only", "--probe", "1"): "backward pass",
+        ("--labels", "data", "--draws", "2"): "not drawn",
     }.items():  # fmt: skip
-        name = str(tmp_path / words[0]) if words[0].endswith("l") else words[0]
-        assert message in fails([*base, name, *words[1:]])
+        assert message in fails([*base, text, *others])
     broken = tmp_path / "model"
     save_model(broken)
     import safetensors.torch
@@ -118,7 +121,7 @@ def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     samples, draws, out = 6, 8, tmp_path / "profile"
     partial = tmp_path / "profile.partial"
     command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
-               str(work / "text.py"), "--draws", str(draws), "--out", str(out)]  # fmt: skip
+               str(work / "text.py"), "--draws", str(draws), "--probe", "0", "--out", str(out)]  # fmt: skip
     # A shell runs its background jobs with SIGINT ignored, and children inherit that; a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
