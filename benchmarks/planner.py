@@ -5,10 +5,10 @@
     python -m benchmarks.planner --quick                    # short and few, to check the script
     python -m benchmarks.planner --keep --name mha          # also benchmarks/results and docs/figures
 
-Every planner sees the same calibration text. Plans that cost the same share of dense at `--length` are run on held-out
-text there: the loss against the dense model's, the divergence from it, and the share of answers of a retrieval probe
-that are left. `--equal time` (default) takes the times of the emitted kernels on this machine, and in the end times all
-plans once more, interleaved; `--equal pairs` counts query-key pairs. With `--reach S` also the longest text of which
+Every planner sees the same calibration text. Plans that cost as much as one window for all heads that keeps a share of
+the query-key pairs at `--length` are run on held-out text there: the loss against the dense model's, the divergence from
+it, and the share of answers of a retrieval probe that are left. `--equal time` (default) takes the times of the emitted
+kernels on this machine, and in the end times all plans once more, interleaved; `--equal pairs` counts pairs. With `--reach S` also the longest text of which
 nine tenths of the answers are recalled where heads keep S keys on average (MoA's effective context).
 
 attnopt                damage from one profile, two documents of the probe beside the text; the Lagrangian optimum
@@ -47,7 +47,7 @@ from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Choices, Subject
 from benchmarks.planners.terms import Terms, times
 
-SHARES = (0.75, 0.5, 0.25, 0.125)
+DENSITIES = (0.75, 0.5, 0.25, 0.125)
 DRAWS = 5
 DOCUMENTS = 4
 # Documents of the probe at each length beside the text, as `attnopt profile` takes them.
@@ -59,8 +59,8 @@ Planner = Callable[[Terms, float], list[Choices]]
 
 @dataclass(frozen=True)
 class Row:
-    """One planner at one share: what its plan costs of dense by the terms and as timed in the end, the share of
-    query-key pairs it keeps, the loss increase in percent, KL in nats per token, the share of the probe's answers
+    """One planner at one density: what its plan costs of dense by the terms and as timed in the end, the share of
+    query-key pairs it keeps itself, the loss increase in percent, KL in nats per token, the share of the probe's answers
     recalled, and the seconds it took to plan, profile aside."""
 
     planner: str
@@ -156,6 +156,11 @@ class Bench:
 
         return plan
 
+    def allowed(self, density: float) -> float:
+        """The share of dense's cost that plans may take: that of one window of this density for all heads."""
+        alike = fixed.uniform(self.subject.heads, self.length, density, lambda c: self.subject.density(c, self.length))
+        return density if alike is None else self.terms.share(alike) * (1 + 1e-9)
+
     def recalled(self, choices: Choices | None, length: int) -> float:
         return self.subject.recalled(choices, self.probe, length, self.args.documents).share
 
@@ -164,9 +169,9 @@ class Bench:
         rows = [Row("dense", 1.0, 1.0, 1.0, 0.0, 0.0, self.recalled(None, self.length), 0.0)]
         plans: list[Choices] = [{}]
         for name, planner in planners.items():
-            for wanted in self.args.shares:
+            for wanted in self.args.densities:
                 begin = time.perf_counter()
-                made = planner(self.terms, wanted)
+                made = planner(self.terms, self.allowed(wanted))
                 seconds = round(time.perf_counter() - begin, 2)
                 seen = sorted(((self.subject.measure(c), n) for n, c in enumerate(made)), key=lambda s: s[0].kl)
                 if not seen:
@@ -245,8 +250,9 @@ def described(args: argparse.Namespace, rows: Sequence[Row], reach: Mapping[str,
     profiled = ", ".join(map(str, args.lengths))
     equal = {"time": "measured prefill time", "pairs": "query-key pairs"}[args.equal]
     what = (
-        f"`{args.name}`, profiled at {profiled} tokens, measured at {args.length}, equal shares of {equal}; KL, loss "
-        f"increase, recall, share of the dense time measured (dense recalls {rows[0].recall:.0%}):"
+        f"`{args.name}`, profiled at {profiled} tokens, measured at {args.length}, at the {equal} of one window that "
+        f"keeps such a share of the pairs; KL, loss increase, recall, share of the dense time measured (dense recalls "
+        f"{rows[0].recall:.0%}):"
     )
     text = f"{what}\n\n{markdown(['planner', *(f'{w:g}' for w in wanted)], lines)}"
     if reach:
@@ -292,7 +298,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=whole_numbers, default=[512, 1024, 2048], help="profiled")
     parser.add_argument("--length", type=int, default=4096, help="planned for, and measured at")
     parser.add_argument("--samples", type=int, default=4, help="calibration sequences of each length")
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of what dense costs")
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     parser.add_argument("--equal", choices=("time", "pairs"), default="time", help="what plans are made equal in")
     parser.add_argument("--reach", type=int, metavar="S", help="also the effective context at a mean span of S keys")
     parser.add_argument("--reach-most", type=int, default=4096, metavar="N", help="the longest text asked for there")
@@ -307,7 +313,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.name = args.name or Path(args.model).name
     if args.quick:
-        args.lengths, args.length, args.samples, args.shares = [256, 512], 1024, 2, [0.5, 0.25]
+        args.lengths, args.length, args.samples, args.densities = [256, 512], 1024, 2, [0.5, 0.25]
         args.documents, args.duo_steps = 1, 10
     return args
 
