@@ -6,10 +6,11 @@
     python -m benchmarks.planner --keep --name mha          # also benchmarks/results and docs/figures
 
 Every planner sees the same calibration text. Plans that cost as much as one window for all heads that keeps a share of
-the query-key pairs at `--length` are run on held-out text there: the loss against the dense model's, the divergence from
-it, and the share of answers of a retrieval probe that are left. `--equal time` (default) takes the times of the emitted
-kernels on this machine, and in the end times all plans once more, interleaved; `--equal pairs` counts pairs. With `--reach S` also the longest text of which
-nine tenths of the answers are recalled where heads keep S keys on average (MoA's effective context).
+the query-key pairs at `--length` are run on held-out text there: the loss against the dense model's, the divergence
+from it, and the share of answers of a retrieval probe that are left. `--equal time` (default) takes the times of the
+emitted kernels on this machine, and in the end times all plans once more, interleaved; `--equal pairs` counts pairs.
+With `--reach S` also the longest text of which nine tenths of the answers are recalled where heads keep S keys on
+average (MoA's effective context).
 
 attnopt                damage from one profile, two documents of the probe beside the text; the Lagrangian optimum
 attnopt, text          the same without the probe
@@ -60,8 +61,8 @@ Planner = Callable[[Terms, float], list[Choices]]
 @dataclass(frozen=True)
 class Row:
     """One planner at one density: what its plan costs of dense by the terms and as timed in the end, the share of
-    query-key pairs it keeps itself, the loss increase in percent, KL in nats per token, the share of the probe's answers
-    recalled, and the seconds it took to plan, profile aside."""
+    query-key pairs it keeps itself, the loss increase in percent, KL in nats per token, the share of the probe's
+    answers recalled, and the seconds it took to plan, profile aside."""
 
     planner: str
     wanted: float
