@@ -7,13 +7,16 @@ cancellation, also at a kept mass of 1e-20. Symbols as in the package.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt import settings
 from attnopt.statistics.deltas import Block, moved_squares
 from attnopt.statistics.records import SINK_KEYS, Observation
 from attnopt.statistics.rows import TINY_MASS, Moved, Part, Rows
@@ -42,16 +45,34 @@ def stream(
     Shapes as in `Observe`; grad (B, H, N, Dv). Memory O(N) for the gradients plus one block of at most
     max(rows * N * H / G, CPU_BLOCK or GPU_BLOCK) weights, float32 (float64 for float64 inputs). factor (H, Dv, Dv): see
     `deltas.factor_of`. starts: the first rows of the blocks that are looked at, without `grad`; all of them by default.
+    Where the kernel target is Triton, as on a GPU, `triton_pass` does what it can do of this.
     """
     if starts is not None and grad is not None:
         raise ValueError("gradients need every row")
     starts = range(0, q.shape[2], rows) if starts is None else starts
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        if grad is not None and settings.target(q.device.type) == "triton" and in_triton(q, k, v, observation):
+            from attnopt.statistics import triton_pass
+
+            return triton_pass.stream(q, k, v, grad, scale, pad, observation, window, softcap)
         work = _Pass(q, k, v, grad, scale, pad, observation, window, rows, factor, softcap)
         for first, last in work.groups():
             for start in starts:
                 work.block(first, last, start, min(start + rows, q.shape[2]))
         return work.finish()
+
+
+def in_triton(q: Tensor, k: Tensor, v: Tensor, observation: Observation) -> bool:
+    """Whether Triton's kernels can serve a pass with gradients. Where they were asked for and cannot, a warning."""
+    if importlib.util.find_spec("triton") is None:
+        refused = "the package triton is not installed"
+    else:
+        from attnopt.statistics import triton_pass
+
+        refused = triton_pass.refused(q, k, v, observation)
+    if refused:
+        warnings.warn(f"The profiler's pass runs in PyTorch, not in Triton: {refused}.", RuntimeWarning, stacklevel=3)
+    return not refused
 
 
 def drawn_starts(length: int, rows: int, share: int, seed: int) -> list[int]:
