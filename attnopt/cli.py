@@ -95,8 +95,12 @@ def budget_percent(text: str) -> float:
     return 0.0 if number(text.removesuffix("%")) == 0 else percent(text)
 
 
-def budget_nats(text: str) -> float:
+def not_negative(text: str) -> float:
     return 0.0 if number(text) == 0 else positive(text)
+
+
+def count_or_none(text: str) -> int:
+    return 0 if text == "0" else count(text)
 
 
 def speedup(text: str) -> float:
@@ -155,7 +159,7 @@ def build_parser() -> Parser:
     def with_text(made: Parser) -> None:
         made.add_argument("--text", nargs="+", default=[], metavar="FILE",
                           help="text files, - for standard input; default: Python's own library source; "
-                          "to profile also .jsonl conversations, and probe: for facts asked for late")  # fmt: skip
+                          "to profile also .jsonl conversations")  # fmt: skip
         made.add_argument("--seed", type=int, default=0)
 
     examine = command("examine")
@@ -180,8 +184,9 @@ def build_parser() -> Parser:
     profile.add_argument("--recompute", action="store_true",
                          help="run each layer again in the backward pass: less memory, more time")  # fmt: skip
     profile.add_argument("--greedy", action="store_true", help="continue by the most likely token, not by sampling")
-    profile.add_argument("--probe", type=count, default=0, metavar="N",
-                         help="also N documents of key-value lines and late questions at each length")  # fmt: skip
+    profile.add_argument("--probe", type=count_or_none, metavar="N",
+                         help="beside the text N documents of key-value lines and late questions at each length, for "
+                         "heads that reach far (default 2; none with --forward-only)")  # fmt: skip
 
     merge = command("merge")
     merge.add_argument("profiles", nargs="+", metavar="PROFILE")
@@ -195,7 +200,7 @@ def build_parser() -> Parser:
     plan.add_argument("--out", required=True, metavar="FILE")
     budget = plan.add_mutually_exclusive_group()
     budget.add_argument("--max-loss-increase", type=budget_percent, default=1.0, metavar="PERCENT", help="default 1%%")
-    budget.add_argument("--max-kl", type=budget_nats, metavar="NATS", help="nats per token instead")
+    budget.add_argument("--max-kl", type=not_negative, metavar="NATS", help="nats per token instead")
     plan.add_argument("--length", type=count, default=8192, help="key length the plan is fastest at (default 8192)")
     plan.add_argument("--objective", default="prefill", choices=("prefill", "decode", "memory", "mixed"),
                       help="what costs are weighed: prefill (default), decoding or memory by what the cache keeps, "
@@ -216,8 +221,11 @@ def build_parser() -> Parser:
     plan.add_argument("--devices", metavar="FILE", help="figures of devices in place of attnopt's (TOML)")
     plan.add_argument("--verify-lengths", type=whole_numbers, default=None,
                       help="default: those profiled, and one beyond them")  # fmt: skip
+    plan.add_argument("--retrieval", type=not_negative, metavar="W",
+                      help="what a nat per answer of the profiled probe counts, in nats per token of text "
+                      "(default 0.05; 0: nothing)")  # fmt: skip
     plan.add_argument("--samples", type=count, default=16, help="sequences of each verified length (default 16)")
-    plan.add_argument("--probe", type=int, default=4, metavar="N",
+    plan.add_argument("--probe", type=count_or_none, default=4, metavar="N",
                       help="documents of each length whose far lines are asked for (default 4)")  # fmt: skip
 
     calibrate = command("calibrate")

@@ -25,7 +25,7 @@ from attnopt.strict_json import Place, nearest, parsed, show
 if TYPE_CHECKING:
     from attnopt.fingerprint import Fingerprint
 
-SCHEMA = 2
+SCHEMA = 3
 OBJECTIVES = ("prefill", "decode", "memory", "mixed")
 UNITS = {"loss": "percent of the dense loss", "kl": "nats per token"}
 AGAIN = "Write the plan again with `attnopt plan`, or restore the file."
@@ -61,7 +61,8 @@ class Constraints:
     """What was asked for besides the budget; None where it was not. min_speedup: of what the objective weighs.
     max_kv_memory, max_kv_bytes: share of the dense cache, and bytes of one sequence at the planned length. max_rules:
     distinct spans of one layer. protect: sites and heads left dense; protect_top: so many heads, those whose removal
-    damages most. dense_below: the length under which all run dense."""
+    damages most. dense_below: the length under which all run dense. retrieval: what a nat per answer of the profiled
+    probe counted, in nats per token of text."""
 
     min_speedup: float | None = None
     max_kv_memory: float | None = None
@@ -70,6 +71,7 @@ class Constraints:
     protect: tuple[str, ...] = ()
     protect_top: int | None = None
     dense_below: int | None = None
+    retrieval: float | None = None
 
 
 @dataclass(frozen=True)

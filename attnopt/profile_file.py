@@ -20,9 +20,9 @@ from torch import Tensor
 from attnopt.codegen.emit import write_atomically
 from attnopt.errors import DependencyError, ProfileError
 from attnopt.fingerprint import Fingerprint, mismatch
-from attnopt.statistics import Grid, Observation, sum_names, sum_shapes
+from attnopt.statistics import PROBED, Grid, Observation, sum_names, sum_shapes
 
-SCHEMA = 2
+SCHEMA = 3
 KEY = "attnopt_profile"  # the one metadata key: several would be written in random order
 PLAIN = "model labels on text"
 MOST_SCALARS = 64
@@ -169,7 +169,7 @@ class Profile:
     def check_finite(self) -> None:
         """ProfileError if a sum is not finite."""
         for (site, length), o in self.observations.items():
-            if not all(tensor.isfinite().all() for tensor in o.sums.values()):
+            if not all(tensor.isfinite().all() for tensor in (*o.sums.values(), *o.probe.values())):
                 raise ProfileError(
                     f"What was observed of {site} at length {length} is not finite.",
                     "Check that the model's loss and gradients are finite on this text, or profile with --dtype fp32.",
@@ -188,6 +188,7 @@ class Profile:
                 "rows": o.rows,
                 "samples": o.samples,
                 "tokens": o.counted,
+                "asked": o.asked,
             }
             for (site, length), o in self.observations.items()
         ]
@@ -195,6 +196,11 @@ class Profile:
             f"{n}.{name}": o.sums[name].contiguous()
             for n, o in enumerate(self.observations.values())
             for name in self.header.held
+        }
+        tensors |= {
+            f"{n}.probe.{name}": tensor.contiguous()
+            for n, o in enumerate(self.observations.values())
+            for name, tensor in o.probe.items()
         }
         header["sampled"] = {str(length): list(samples) for length, samples in self.scalars.items() if samples}
         for n, (site, length) in enumerate(self.observations):
@@ -314,8 +320,15 @@ def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict
         raise ValueError(f"{tokens!r} is no sum of weights")
     if rows > samples * length:
         raise ValueError(f"{site} counts {rows} rows in {samples} samples of length {length}")
+    asked = entry["asked"]
+    if not isinstance(asked, float) or not 0 <= asked < float("inf"):
+        raise ValueError(f"{asked!r} is no sum of weights")
+    shapes = sum_shapes(heads, header.grid, length, header.held)
+    if asked:
+        all_shapes = sum_shapes(heads, header.grid, length, PROBED)
+        shapes |= {f"probe.{name}": shape for name, shape in all_shapes.items()}
     sums = {}
-    for name, shape in sum_shapes(heads, header.grid, length, header.held).items():
+    for name, shape in shapes.items():
         tensor = tensors.pop(f"{n}.{name}", None)
         if tensor is None:
             raise ValueError(f"{name} of {site} at length {length} is missing")
@@ -324,10 +337,13 @@ def _add_entry(profile: Profile, n: int, entry: Mapping[str, Any], tensors: dict
             raise ValueError(f"{name} of {site} is {found} where the header has torch.float64 {shape}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} of {site} is not finite")
-        if name in ("t2", "sample_sq", "delta", "ablation_t2") and (tensor < 0).any():
+        if name in ("t2", "sample_sq", "delta", "ablation_t2", "probe.t2", "probe.ablation_t2") and (tensor < 0).any():
             raise ValueError(f"{name} of {site} is a sum of squares and negative")
         sums[name] = tensor
-    profile.observations[site, length] = Observation(heads, header.grid, length, rows, samples, sums, tokens)
+    probe = {name: sums.pop(f"probe.{name}") for name in PROBED if asked}
+    profile.observations[site, length] = Observation(
+        heads, header.grid, length, rows, samples, sums, tokens, probe=probe, asked=asked
+    )
 
 
 def _add_scalars(

@@ -184,6 +184,8 @@ def one_sequence(
                 for observation in part.observations.values():
                     observation.key = mark
                 logits.backward(gradient, retain_graph=bool(left))
+                if sample.kind == "probe":
+                    continue
                 now = {site: o.t1.clone() for (site, _), o in part.observations.items()}
                 scalars = {site: (t1 - seen.get(site, 0.0)).float() for site, t1 in now.items()}
                 part.keep_scalars(sample.length, {mark: scalars})
@@ -194,6 +196,8 @@ def one_sequence(
     for observation in part.observations.values():
         if sample.weights is not None or method.labels == "data":
             observation.counted = weight
+    if sample.kind == "probe":
+        part.observations = {key: o.as_probe() for key, o in part.observations.items()}
     part.check_finite()
     return part
 

@@ -36,11 +36,15 @@ class Sample:
 
     ids: int64 (1, N). weights: float32 (N,), of each token as something to predict, 0 where it does not count (prompts;
     -100 in the labels of transformers); None where every prediction counts alike. kind: what it is, for the header.
+    temperature: logits are divided by it before labels are drawn, and their gradient is not: 1/2 t^2 is then its square
+    times the divergence of the softened distributions (as in Hinton et al., arXiv:1503.02531, section 2). For answers
+    that the model is sure of, whose own divergence is nearly nothing however much the margin shrinks.
     """
 
     ids: Tensor
     weights: Tensor | None = None
     kind: str = "text"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape[0] != 1:
@@ -69,6 +73,8 @@ class Sample:
         content = self.ids.to(torch.int64).cpu().numpy().tobytes()
         if self.weights is not None:
             content += self.weights.float().cpu().numpy().tobytes()
+        if self.temperature != 1.0:
+            content += f"temperature {self.temperature:g}".encode()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def row_weights(self, labels: str) -> Tensor:
@@ -81,7 +87,8 @@ class Sample:
     def supervision(self, labels: str) -> str:
         """What a profile's header says of it."""
         counted = {"text": "text", "chat": "chat answers", "probe": "probe answers"}.get(self.kind, self.kind)
-        return f"{'data' if labels == 'data' else 'model'} labels on {counted}"
+        softened = f", softened {self.temperature:g} times" if self.temperature != 1.0 else ""
+        return f"{'data' if labels == 'data' and not softened else 'model'} labels on {counted}{softened}"
 
 
 def check_labels(labels: str, draws: int) -> None:
@@ -103,7 +110,8 @@ def loss_and_gradient(
     weights = sample.row_weights(labels)
     held = logits.detach()[0]
     gradient = held if overwrite and disposable(logits) else torch.empty_like(held)
-    targets = sample.ids[0].to(held.device).roll(-1) if labels == "data" else None
+    drawn = labels != "data" or sample.temperature != 1.0
+    targets = None if drawn else sample.ids[0].to(held.device).roll(-1)
     total = 0.0
     for start in range(0, sample.length, ROWS):
         rows = slice(start, min(start + ROWS, sample.length))
@@ -113,7 +121,7 @@ def loss_and_gradient(
         gradient[rows] = 0
         if not len(at):
             continue
-        log_p = wide.log_softmax(-1)
+        log_p = (wide / sample.temperature).log_softmax(-1)
         p = log_p.exp()
         if not bool(p.sum(-1).isfinite().all()):
             raise not_finite(sample, start)

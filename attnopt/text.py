@@ -1,13 +1,14 @@
 """Text to measure on: files, standard input or the standard library's own source, split in three and cut in lengths.
 
-A source is a text file, "-" for standard input, a `.jsonl` file of conversations (attnopt/conversations), or "probe:"
-for random key-value lines and late questions (attnopt/probe).
+A source is a text file, "-" for standard input, or a `.jsonl` file of conversations (attnopt/conversations). Random
+key-value lines and late questions (attnopt/probe) are profiled beside any of them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from attnopt.errors import TextError
 from attnopt.probe import FILLER_TOKENS, Probe, lines_of
 from attnopt.supervision import Sample
 
-PROBE, CHATS = "probe:", ".jsonl"
+CHATS = ".jsonl"
 # Tokens that a model goes on with, of a sequence of four times as many or more.
 CONTINUATION = 256
 PARTS = ("calibrate", "verify", "final")
@@ -71,7 +72,7 @@ def _bounds(size: int, which: str) -> tuple[int, int]:
 def stream(sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000) -> Tensor:
     """Token ids of one split: of `sources` cut in three, or without sources of the library's own split by path. Of
     conversations all that is said."""
-    if any(s == PROBE or s.endswith(CHATS) for s in sources):
+    if any(s.endswith(CHATS) for s in sources):
         return Sources(sources, tokenizer, which, most).stream()
     if sources:
         return part(tokens_of(read(sources), tokenizer), which)
@@ -100,17 +101,14 @@ def sequences(ids: Tensor, length: int, samples: int, which: str) -> Tensor:
 
 
 class Sources:
-    """What `--text` names, for one of the three splits: plain text, conversations and probes apart."""
+    """What `--text` names, for one of the three splits: plain text and conversations apart."""
 
-    def __init__(
-        self, sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000, probes: int = 0
-    ) -> None:
+    def __init__(self, sources: Sequence[str], tokenizer: Any, which: str, most: int = 600_000) -> None:
         if tokenizer is None:
             raise TextError("This model comes without a tokenizer.", "Use a directory or hub name that has one.")
-        self.tokenizer, self.which, self.probes = tokenizer, which, probes
-        self.asked_to_probe = PROBE in sources or probes > 0
+        self.tokenizer, self.which = tokenizer, which
         chats = [s for s in sources if s.endswith(CHATS)]
-        plain = [s for s in sources if s != PROBE and s not in chats]
+        plain = [s for s in sources if s not in chats]
         self.tokens = stream(plain, tokenizer, which, most) if plain or not sources else None
         self.turns: list[conversations.Turns] = []
         for name, text in zip(chats, (read([s])[0] for s in chats), strict=True):
@@ -123,31 +121,28 @@ class Sources:
             )
 
     def stream(self) -> Tensor:
-        """All token ids, one after the other. A probe adds none: it is drawn for a length."""
+        """All token ids, one after the other."""
         said = torch.tensor([token for turns in self.turns for token in turns.ids], dtype=torch.long)
-        if self.tokens is None and not self.turns:
-            raise TextError("A probe is no text to measure a loss on.", "Add text files, or leave --text away.")
         return said if self.tokens is None else torch.cat((self.tokens, said))
 
-    def samples(self, length: int, count: int, seed: int) -> list[Sample]:
+    def samples(self, length: int, count: int) -> list[Sample]:
         """At most `count` sequences of `length` tokens of each kind there is."""
         found: list[Sample] = []
         if self.tokens is not None:
             found += [Sample(row[None]) for row in sequences(self.tokens, length, count, self.which)]
         if self.turns:
             found += conversations.packed(self.turns, length, count)
-        if self.asked_to_probe:
-            own = [] if self.tokens is None else [self.tokenizer.decode(self.tokens[:FILLER_TOKENS].tolist())]
-            probe = Probe(self.tokenizer, filler=lines_of(self.tokenizer, own), split=self.which)
-            documents = probe.documents(length, self.probes or count, f"{self.which} {seed}")
-            found += [document.sample for document in documents]
         return found
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Facts hidden in this text; in Python's library where there are conversations alone."""
+        own = [] if self.tokens is None else [self.tokenizer.decode(self.tokens[:FILLER_TOKENS].tolist())]
+        return Probe(self.tokenizer, filler=lines_of(self.tokenizer, own), split=self.which)
 
     def prompts(self, length: int, count: int) -> list[Tensor]:
         """At most `count` prompts int64 (1, P), for the model to go on with up to `length` tokens."""
         size = length - min(CONTINUATION, length // 4)
-        if self.asked_to_probe:
-            raise TextError("A probe has an answer, which the model is not to write.", "Use --labels model or data.")
         found: list[Tensor] = []
         if self.tokens is not None:
             rows = sequences(self.tokens, length, count, self.which)

@@ -46,7 +46,7 @@ SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+| ?_+|\n+ *|\s+"
 # lengths. The third stage keeps the cost of 2048 tokens but spreads their positions over the whole context.
 CURRICULUM = ((0.50, 512, 16, 512), (0.70, 2048, 4, 2048), (0.90, 2048, 4, CONTEXT), (1.0, CONTEXT, 1, CONTEXT))
 # Up to a shorter context: the same without the stages that are longer.
-SHORT_CURRICULUM = ((0.60, 512, 16, 512), (1.0, 2048, 4, 2048))
+SHORT_CURRICULUM = ((0.65, 512, 16, 512), (1.0, 2048, 4, 2048))
 PEAK_LR = 3e-3
 # Files that --tiny reads.
 TINY_FILES = 40

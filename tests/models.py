@@ -6,6 +6,8 @@ Weights are scaled up from their initial ones, so that attention is far from uni
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,3 +165,19 @@ class ExplicitMasks:
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         return self.original(q, k, v, attn_mask=keep, scale=scale)
+
+
+def save_model(folder: Path, seed: int = 0, **changes: Any) -> None:
+    """A random Llama in transformers format with the demo model's tokenizer."""
+    import transformers
+
+    from attnopt.hf import demo_model_path
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2} | changes
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, max_position_embeddings=8192, **sizes
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_path() / name, folder)

@@ -215,6 +215,27 @@ def test_a_problem_takes_the_worst_length_and_the_planned_lengths_cost() -> None
     assert only.damage[2, only.choices.index(problem.choices[c])] == pytest.approx(0.5 * 3 * 256 / 32 * 1e-4)
 
 
+def test_what_is_forgotten_of_the_probe_counts_in_the_search_and_in_no_prediction() -> None:
+    profile, sites = small_profile()
+    sites = sites[:1]
+    plain = make_problem(profile, CostTable.by_density(), sites, 512)
+    for seen in profile.observations.values():
+        # Of the probe, dropping anything costs head 0 alone, two nats for each of ten answers.
+        t2, ablation = torch.zeros_like(seen.t2), torch.zeros_like(seen.ablation_t2)
+        t2[0], ablation[0] = 40.0, 40.0
+        seen.probe, seen.asked = {"t2": t2, "ablation_t2": ablation}, 10.0
+    asked = make_problem(profile, CostTable.by_density(), sites, 512, retrieval=0.25)
+    first = np.array([h == 0 for _, h in asked.heads])
+    narrow = np.array([c.params != () and c["beta"] == 0.0 and c["alpha"] <= 128 for c in asked.choices])
+    more = asked.damage - plain.damage
+    assert narrow.any() and np.allclose(more[np.ix_(first, narrow)], 0.25 * 2.0)
+    assert np.abs(more[~first]).max() == 0.0 and np.allclose(asked.on_text, plain.damage)
+    chosen = asked.of(np.full(len(asked.heads), int(np.flatnonzero(narrow)[0])))
+    assert asked.expected(chosen) == pytest.approx(plain.expected(plain.of(chosen.index)))
+    ignored = make_problem(profile, CostTable.by_density(), sites, 512, retrieval=0.0)
+    assert np.array_equal(ignored.damage, plain.damage)
+
+
 def test_a_sliding_site_gets_no_sinks_and_protected_heads_stay_dense() -> None:
     profile, sites = small_profile()
     problem = kept_dense(make_problem(profile, CostTable.by_density(), sites, 1024), {"a": [1]})

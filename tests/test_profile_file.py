@@ -52,7 +52,39 @@ def same(a: Profile, b: Profile) -> bool:
 
 def _same_sums(a: Observation, b: Observation) -> bool:
     counts = (a.rows, a.samples, a.heads, a.length, a.held) == (b.rows, b.samples, b.heads, b.length, b.held)
-    return counts and all(torch.equal(a.sums[name], b.sums[name]) for name in a.sums)
+    return (
+        counts
+        and (a.asked, a.probe.keys()) == (b.asked, b.probe.keys())
+        and all(torch.equal(a.sums[name], b.sums[name]) for name in a.sums)
+        and all(torch.equal(a.probe[name], b.probe[name]) for name in a.probe)
+    )
+
+
+def with_probe(one: Profile, asked: float = 7.0) -> Profile:
+    """`one`, and as much again of a retrieval probe."""
+    for seen in one.observations.values():
+        seen.counted = asked
+        probe = seen.as_probe()
+        seen.counted = None
+        seen += probe
+    return one
+
+
+def test_a_probe_stands_beside_the_text_and_adds(tmp_path: Path) -> None:
+    plain, one, two = profile(), with_probe(profile()), with_probe(profile(1, data="more"), 3.0)
+    one.save(tmp_path / "a.profile")
+    assert same(one, Profile.load(tmp_path / "a.profile"))
+    for key, seen in one.observations.items():
+        assert seen.of_probe is not None and seen.of_probe.tokens == 7.0
+        assert torch.equal(seen.of_probe.scores(), seen.t2 / 2 / 7.0)
+        # What is known of the text is what it was.
+        assert seen.tokens == plain.observations[key].tokens and torch.equal(seen.t2, plain.observations[key].t2)
+        assert plain.observations[key].of_probe is None
+    key = ("layers.0.attn", 24)
+    both, mixed = (one + two).observations[key], (plain + two).observations[key]
+    assert both.asked == 10.0 and mixed.asked == 3.0
+    assert torch.equal(both.probe["t2"], one.observations[key].t2 + two.observations[key].t2)
+    assert torch.equal(mixed.probe["t2"], two.observations[key].t2)
 
 
 @pytest.mark.parametrize("delta", [False, True])

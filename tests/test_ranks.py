@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, tokens
+from models import NanoGPT, save_model, tokens
 from test_profiler import equal
 
 from attnopt import ranks
+from attnopt.cli import main
 from attnopt.errors import ProfileError
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
@@ -27,7 +28,6 @@ SEQUENCES += SEQUENCES[:2]  # the same text counts once, whichever process it is
 SCRIPT = """
 import sys
 from pathlib import Path
-import torch
 import test_ranks
 from attnopt import ranks
 from attnopt.errors import ProfileError
@@ -35,24 +35,30 @@ ranks.join()
 assert ranks.size() == 2
 folder = Path(sys.argv[1])
 try:
-    made = test_ranks.{what}(folder)
-    made.save(folder / f"made.{{ranks.rank()}}")
+    test_ranks.one_fails()
 except ProfileError as error:
-    (folder / f"error.{{ranks.rank()}}").write_text(str(error))
+    (folder / f"error.{ranks.rank()}").write_text(str(error))
+# In step again after the mistake.
+test_ranks.profiled(folder).save(folder / f"made.{ranks.rank()}")
 ranks.leave()
 """
 
 
+def model() -> NanoGPT:
+    """Without transformers, whose import in each process would take longer than everything else."""
+    return NanoGPT(flash=True).eval()
+
+
 def profiled(folder: Path) -> Profile:
-    return profile_model(build("llama"), SEQUENCES, GRID, partial=folder / "partial")
+    return profile_model(model(), SEQUENCES, GRID, partial=folder / "partial")
 
 
-def one_fails(folder: Path) -> Profile:
-    model = build("llama")
+def one_fails() -> Profile:
+    broken = model()
     if ranks.rank() == 1:
         with torch.no_grad():
-            model.model.norm.weight[0] = float("nan")
-    return profile_model(model, SEQUENCES, GRID)
+            broken.head.weight[0] = float("nan")
+    return profile_model(broken, SEQUENCES, GRID)
 
 
 def torchrun(folder: Path, *command: str) -> None:
@@ -63,44 +69,42 @@ def torchrun(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def script(folder: Path, what: str) -> None:
-    (folder / "run.py").write_text(SCRIPT.format(what=what))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote: of a profile in which one makes a mistake, then of one that both finish."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "run.py").write_text(SCRIPT)
     torchrun(folder, str(folder / "run.py"), str(folder))
+    return folder
 
 
-def test_two_processes_are_as_one(tmp_path: Path) -> None:
-    script(tmp_path, "profiled")
-    one, other = (Profile.load(tmp_path / f"made.{n}") for n in (0, 1))
-    assert (tmp_path / "made.0").read_bytes() == (tmp_path / "made.1").read_bytes()
-    whole = profile_model(build("llama"), SEQUENCES, GRID)
+def test_two_processes_are_as_one(two: Path) -> None:
+    one, other = (Profile.load(two / f"made.{n}") for n in (0, 1))
+    assert (two / "made.0").read_bytes() == (two / "made.1").read_bytes()
+    whole = profile_model(model(), SEQUENCES, GRID)
     equal(one, whole, rtol=1e-9)
     equal(other, whole, rtol=1e-9)
     # Each did a part of it, and one process takes up what two have left.
-    parts = [Profile.load(tmp_path / name).samples for name in ("partial", "partial.1")]
+    parts = [Profile.load(two / name).samples for name in ("partial", "partial.1")]
     assert [sum(samples.values()) for samples in parts] == [3, 2]
     called: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("attnopt.profiler.one_sequence", lambda *a: called.append(a))
-        equal(profiled(tmp_path), whole, rtol=1e-9)
+        equal(profiled(two), whole, rtol=1e-9)
     assert not called
 
 
-def test_a_mistake_in_one_process_is_raised_in_all(tmp_path: Path) -> None:
-    script(tmp_path, "one_fails")
+def test_a_mistake_in_one_process_is_raised_in_all(two: Path) -> None:
     for n in (0, 1):
-        assert "Process 1: The loss of a sequence" in (tmp_path / f"error.{n}").read_text()
+        assert "Process 1: The loss of a sequence" in (two / f"error.{n}").read_text()
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """One process writes and prints; the model's own continuation is the same in both."""
-    from test_cli import save_model
-
     save_model(tmp_path / "model")
     command = ["profile", str(tmp_path / "model"), "--lengths", "64", "--samples", "3", "--labels", "continuation"]
     torchrun(tmp_path, "-m", "attnopt", *command, "--out", str(tmp_path / "two"), "--json")
-    subprocess.run(
-        [sys.executable, "-m", "attnopt", *command, "--out", str(tmp_path / "one")], check=True, cwd=tmp_path
-    )
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
     equal(Profile.load(tmp_path / "two"), Profile.load(tmp_path / "one"), rtol=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "two"]
 
@@ -112,4 +116,4 @@ def test_alone_everything_is_ones_own(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     assert [p.name for p in ranks.leftovers(tmp_path / "p")] == ["p", "p.1", "p.10"]
     with pytest.raises(ProfileError, match="no text"):
-        profile_model(build("llama"), list[Sample](), GRID)
+        profile_model(model(), list[Sample](), GRID)

@@ -51,6 +51,23 @@ def test_drawn_labels_have_the_fisher_information_as_their_mean() -> None:
     torch.testing.assert_close(g[0].mT @ g[0] / (n - 1), expected, rtol=0.15, atol=0.02)
 
 
+def test_softened_labels_keep_the_gradient_of_what_the_model_is_sure_of() -> None:
+    """E[g g^T] is that of the softened distribution; of a certain answer it would be nothing without."""
+    torch.manual_seed(1)
+    n, row = 4000, torch.tensor([12.0, 4.0, 0.0, -3.0])
+    ids, weights = torch.zeros(1, n, dtype=torch.long), torch.ones(n)
+    logits = row.expand(1, n, 4).contiguous()
+    _, g = drawn(logits, Sample(ids, weights, "probe", 4.0))
+    p = (row / 4).softmax(-1)
+    torch.testing.assert_close(g[0].mT @ g[0] / (n - 1), p.diag() - p[:, None] * p, rtol=0.15, atol=0.02)
+    _, hard = drawn(logits, Sample(ids, weights, "probe"))
+    assert float(hard.square().sum()) < 0.02 * float(g.square().sum())
+    # They are drawn also where other text has labels of its own, and the text is another one for the profile.
+    _, own = loss_and_gradient(logits, Sample(ids, weights, "probe", 4.0), "data", torch.Generator().manual_seed(0))
+    assert torch.equal(own, g)
+    assert Sample(ids, weights, "probe", 4.0).mark != Sample(ids, weights, "probe").mark
+
+
 def test_overwriting_the_logits_gives_the_same_gradients() -> None:
     torch.manual_seed(2)
     x, w, sample = torch.randn(1, 300, 8), torch.randn(61, 8), Sample(tokens(1, 300))

@@ -72,6 +72,7 @@ def constraints_of(args: argparse.Namespace) -> Constraints:
         protect=tuple(args.protect),
         protect_top=args.protect_top,
         dense_below=args.dense_below,
+        retrieval=args.retrieval,
     )
 
 

@@ -11,10 +11,14 @@ import torch
 
 from attnopt import hf, ranks, text
 from attnopt.commands.common import Progress, emit, load, stages, writable
+from attnopt.errors import OptionError, TextError
 from attnopt.profile_file import Profile, merged
 from attnopt.report import terminal
 from attnopt.report.data import profile_json
 from attnopt.supervision import Sample, check_labels, continued
+
+# Documents of the retrieval probe at each length, where nothing else is asked for.
+PROBES = 2
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -47,13 +51,14 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
     """The sequences to profile on, on the model's device; with `--labels continuation` the model writes their ends."""
     check_labels(args.labels, args.draws)
     most = 2 * args.samples * max(args.lengths)
-    sources = text.Sources(args.text, loaded.tokenizer, "calibrate", most, args.probe)
+    sources = text.Sources(args.text, loaded.tokenizer, "calibrate", most)
     device = next(loaded.model.parameters()).device
+    probes = [replace(s, ids=s.ids.to(device)) for s in probed(args, sources)]
     if args.labels != "continuation":
-        found = [s for n in args.lengths for s in sources.samples(n, args.samples, args.seed)]
+        found = [s for n in args.lengths for s in sources.samples(n, args.samples)]
         if ranks.rank() == 0:
             tell_shortage(found, args.samples)
-        return [replace(s, ids=s.ids.to(device)) for s in found]
+        return [*(replace(s, ids=s.ids.to(device)) for s in found), *probes]
     prompts = [(n, prompt) for n in args.lengths for prompt in sources.prompts(n, args.samples)]
     written: dict[int, Sample] = {}
     for n in range(ranks.rank(), len(prompts), ranks.size()):
@@ -65,12 +70,31 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
         weights = torch.zeros(prompts[n][0])
         weights[prompts[n][1].shape[1] :] = 1.0
         written[n] = Sample(torch.tensor(ids, device=device), weights, kind)
-    return [written[n] for n in sorted(written)]
+    return [*(written[n] for n in sorted(written)), *probes]
+
+
+def probed(args: argparse.Namespace, sources: text.Sources) -> list[Sample]:
+    """Documents of the retrieval probe at every length that has room for one; TextError where they were asked for and
+    there is none."""
+    if args.forward_only and args.probe:
+        raise OptionError("Without a backward pass nothing is learned from a probe.", "Leave --probe away.")
+    if args.forward_only or args.probe == 0:
+        return []
+    count, found = PROBES if args.probe is None else args.probe, []
+    for length in args.lengths:
+        try:
+            found += [d.sample for d in sources.probe.documents(length, count, f"calibrate {args.seed}")]
+        except TextError as error:
+            if args.probe is not None:
+                raise
+            if ranks.rank() == 0:
+                print(f"Not probed at {length} tokens: {error.problem}", file=sys.stderr)
+    return found
 
 
 def tell_shortage(found: list[Sample], wanted: int) -> None:
     """On standard error, where a text gives fewer sequences than were asked for."""
-    counts = Counter((s.kind, s.length) for s in found if s.kind != "probe")
+    counts = Counter((s.kind, s.length) for s in found)
     for (kind, length), count in counts.items():
         if count < wanted:
             note = f"The {kind} has {count} of the {wanted} sequences of {length} tokens that were asked for."

@@ -71,6 +71,7 @@ class Problem:
     key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where the cache counts. kind: where costs
     come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. correlate() -> (H, H): how heads'
     losses are correlated (attnopt/planner/interaction.py), empty where that is not known; asked for when it is needed.
+    retrieval (H, C): the part of `damage` that is no loss on text, but of the probe's answers, weighed; empty for none.
     """
 
     heads: tuple[tuple[str, int], ...]
@@ -87,12 +88,18 @@ class Problem:
     key_cost: Array = field(default_factory=lambda: np.zeros(0))
     key_bytes: Array = field(default_factory=lambda: np.zeros(0))
     correlate: Callable[[], Array] = lambda: np.zeros((0, 0))
+    retrieval: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def on_text(self) -> Array:
+        """The damage on text alone, (H, C)."""
+        return self.damage - self.retrieval if self.retrieval.size else self.damage
 
     def expected(self, solution: Solution) -> float:
         """Nats per token that a solution is expected to diverge by. Its `damage`, by which plans are searched, adds
         heads as if they were independent; this does not, where their correlation is known."""
-        rho = self.correlate()
-        return together(self.damage[np.arange(len(rho)), solution.index], rho) if len(rho) else solution.damage
+        rho, damage = self.correlate(), self.on_text[np.arange(len(self.heads)), solution.index]
+        return together(damage, rho) if len(rho) else float(damage.sum())
 
     @property
     def measured(self) -> bool:

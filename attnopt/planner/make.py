@@ -19,6 +19,7 @@ from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_i
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
 from attnopt.planner.problem import (
+    RETRIEVAL,
     Tables,
     kept_dense,
     left_dense,
@@ -234,7 +235,8 @@ def posed(
 ) -> tuple[Problem, Limits]:
     """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
     protect = protected(sites, asked, profile)
-    free = make_problem(profile, tables, sites, length, objective=objective)
+    weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
+    free = make_problem(profile, tables, sites, length, objective=objective, retrieval=weight)
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from attnopt.profile_file import Profile
     from attnopt.statistics import Observation
 
+# What a nat per answer of the probe counts, in nats per token of text: docs/planner.md has what others keep.
+RETRIEVAL = 0.05
 Tables = Costs | Mapping[str, Costs]
 
 
@@ -36,13 +38,14 @@ def table_of(tables: Tables, site: Site) -> Costs:
 
 def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
-    lengths: Sequence[int] | None = None, objective: str = "prefill",
+    lengths: Sequence[int] | None = None, objective: str = "prefill", retrieval: float = RETRIEVAL,
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
     A head's damage is the largest over the profiled `lengths` (default: all) and the planned one, if that is longer
     (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
-    them, and no length is bought at another's expense.
+    them, and no length is bought at another's expense. retrieval: how much a nat per answer of the probe counts, in
+    nats per token of text, where the profile holds one.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -53,9 +56,13 @@ def make_problem(
     own_windows = {s.mask.window for s in sites}
     spaces = {own: [c for k in candidates for c in k.space(grid, wanted, own)] for own in own_windows}
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
-    damage, cost, span = [], [], []
+    damage, forgotten, cost, span = [], [], [], []
     for site in sites:
-        damage.append(_damage(profile, site, choices, set(spaces[site.mask.window]), lengths, target_length))
+        seen, allowed = observed(profile, site, lengths), set(spaces[site.mask.window])
+        damage.append(_damage(site, choices, allowed, up_to(seen, target_length)))
+        asked = [probed for o in seen if (probed := o.of_probe) is not None]
+        lost = _damage(site, choices, allowed, up_to(asked, target_length)) if asked and retrieval else 0.0
+        forgotten.append(np.where(np.isfinite(damage[-1]), retrieval * lost, 0.0))
         of_site = _costs(table_of(tables, site), site.mask.window, choices, target_length)
         cost.append(np.tile(of_site[0], (site.heads, 1)))
         span.append(np.tile(of_site[1], (site.heads, 1)))
@@ -63,7 +70,7 @@ def make_problem(
     problem = Problem(
         heads=tuple((s.name, h) for s in sites for h in range(s.heads)),
         choices=choices,
-        damage=np.concatenate(damage),
+        damage=np.concatenate(damage) + np.concatenate(forgotten),
         cost=np.concatenate(cost),
         span=np.concatenate(span),
         site=np.repeat(np.arange(len(sites)), [s.heads for s in sites]),
@@ -75,6 +82,7 @@ def make_problem(
         key_cost=np.zeros(len(sharing)),
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
+        retrieval=np.concatenate(forgotten),
     )
     return weighed(problem, objective, tables, sites)
 
@@ -113,10 +121,8 @@ def key_bytes(site: Site) -> int:
     return (site.head_dim + site.head_dim_v) * itemsize(site.dtype)
 
 
-def _damage(
-    profile: Profile, site: Site, choices: Sequence[Choice], allowed: set[Choice], lengths: Sequence[int], target: int
-) -> Array:
-    """Nats per token of every choice, (heads, C): the largest over the lengths; inf where a choice is not allowed."""
+def _damage(site: Site, choices: Sequence[Choice], allowed: set[Choice], seen: Sequence[Observation]) -> Array:
+    """Nats per token of every choice, (heads, C): the largest over `seen`; inf where a choice is not allowed."""
     damage = np.full((site.heads, len(choices)), np.inf)
     of_kind: dict[str, list[int]] = {}
     for c, choice in enumerate(choices):
@@ -126,7 +132,7 @@ def _damage(
         if CANDIDATES[name].refuse(site) is not None:
             continue
         damage[:, columns] = 0.0
-        for observation in observed(profile, site, lengths, target):
+        for observation in seen:
             some = [choices[c] for c in columns]
             found = (
                 CANDIDATES[name].damages(observation, some, observation.length, site.mask.window) / observation.tokens
@@ -135,8 +141,8 @@ def _damage(
     return damage
 
 
-def observed(profile: Profile, site: Site, lengths: Sequence[int], target: int) -> list[Observation]:
-    """The site's observations at the profiled `lengths`, and one carried on to `target` where that is longer."""
+def observed(profile: Profile, site: Site, lengths: Sequence[int]) -> list[Observation]:
+    """The site's observations at the profiled `lengths`."""
     found = []
     for length in lengths:
         seen = profile.observations.get((site.name, length))
@@ -146,8 +152,13 @@ def observed(profile: Profile, site: Site, lengths: Sequence[int], target: int) 
                 f"Profile this model at length {length}, or plan from lengths {list(profile.lengths)}.",
             )
         found.append(seen)
-    longest = max(found, key=lambda o: o.length)
-    return found if target <= longest.length else [*found, carried_on(longest, target)]
+    return found
+
+
+def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
+    """Observations of one site, and the longest carried on to `target` where that is longer."""
+    longest = max(seen, key=lambda o: o.length)
+    return [*seen, carried_on(longest, target)] if target > longest.length else list(seen)
 
 
 def _costs(table: Costs, own: int | None, choices: Sequence[Choice], length: int) -> tuple[Array, Array]:

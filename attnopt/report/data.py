@@ -222,6 +222,7 @@ def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
         "max_rules": "at most {} spans a layer",
         "protect_top": "the {} heads whose removal hurts most stay dense",
         "dense_below": "dense under {} tokens",
+        "retrieval": "a nat per answer of the probe counts as {:g} nats per token",
     }
     found = [text.format(asked[name]) for name, text in words.items() if asked[name] is not None]
     return found + ([f"dense: {', '.join(asked['protect'])}"] if asked["protect"] else [])

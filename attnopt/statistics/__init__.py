@@ -22,6 +22,7 @@ from attnopt.statistics.blocks import drawn_starts, stream
 from attnopt.statistics.deltas import factor_of
 from attnopt.statistics.observe import Observe, attention, causal_mask, measure_forward
 from attnopt.statistics.records import (
+    PROBED,
     SINK_KEYS,
     SKETCH,
     Grid,
@@ -34,7 +35,7 @@ from attnopt.statistics.records import (
 from attnopt.statistics.reference import naive_observation
 
 __all__ = [
-    "SINK_KEYS", "SKETCH", "Grid", "Observation", "Observe", "attention", "causal_mask", "distance_buckets",
+    "PROBED", "SINK_KEYS", "SKETCH", "Grid", "Observation", "Observe", "attention", "causal_mask", "distance_buckets",
     "drawn_starts", "factor_of", "measure_forward", "naive_observation", "row_signs", "stream", "sum_names",
     "sum_shapes",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +16,8 @@ from attnopt.errors import ProfileError
 BACKWARD = ("ablation_t2", "sample_sq", "sketch", "t1", "t2")
 FORWARD = ("entropy", "mass", "mass_at_key", "mass_by_distance")
 KNOWN = frozenset((*BACKWARD, *FORWARD, "delta"))
+# What is kept of a retrieval probe.
+PROBED = ("ablation_t2", "t2")
 # The first keys whose mass is kept one by one: where a model that rests on its first tokens rests.
 SINK_KEYS = 16
 # Signs of the sketch. On the demo model the correlation of two heads, estimated over five windows, is then off by 0.051
@@ -96,6 +98,8 @@ class Observation:
     rows: query rows seen (padded ones are not). samples: sequences seen, once per backward pass. counted: the summed
     weights of the tokens whose loss was taken; None where every row's was. key: names the pass that is under way, see
     `row_signs`; without one their number does.
+    probe, asked: t2 and ablation_t2 of the retrieval probe (attnopt/probe.py), which counts in nothing else here, and
+    its tokens that were asked for; empty and 0 without one.
     """
 
     heads: int
@@ -106,6 +110,8 @@ class Observation:
     sums: dict[str, Tensor]
     counted: float | None = None
     key: str = ""
+    probe: dict[str, Tensor] = field(default_factory=dict)
+    asked: float = 0.0
 
     @classmethod
     def zeros(cls, heads: int, grid: Grid, length: int, delta: bool = False, backward: bool = True) -> Observation:
@@ -152,13 +158,26 @@ class Observation:
         weighted = self.counted is not None or other.counted is not None
         self._count(other.rows, other.samples, other.sums)
         self.counted = tokens if weighted else None
+        self.probe = {name: tensor + self.probe.get(name, 0.0) for name, tensor in other.probe.items()} or self.probe
+        self.asked += other.asked
         return self
 
     def __add__(self, other: Observation) -> Observation:
         sums = {name: tensor.clone() for name, tensor in self.sums.items()}
-        total = Observation(self.heads, self.grid, self.length, self.rows, self.samples, sums, self.counted, self.key)
+        total = replace(self, sums=sums)
         total += other
         return total
+
+    def as_probe(self) -> Observation:
+        """What was observed of a text that is a probe, to be added to what was of other text."""
+        fresh = {name: torch.zeros_like(tensor) for name, tensor in self.sums.items()}
+        probe = {name: self.sums[name] for name in PROBED}
+        return replace(self, rows=0, samples=0, sums=fresh, counted=None, probe=probe, asked=self.tokens)
+
+    @property
+    def of_probe(self) -> Observation | None:
+        """The probe's sums, about the tokens asked for, as an observation of its own; None without one."""
+        return replace(self, sums=self.probe, counted=self.asked, probe={}, asked=0.0) if self.probe else None
 
     def _count(self, rows: int, samples: int, sums: Mapping[str, Tensor]) -> None:
         self.rows += rows
