@@ -356,7 +356,9 @@ def main() -> None:
 
     args = arguments()
     bench, console = Bench(args), Console()
-    planners = {name: PLANNERS[name](bench) for name in args.planners}
+    # Where no heads share keys, MoA with groups is MoA.
+    grouped = any(s.heads != s.kv_heads for s in bench.subject.sites)
+    planners = {name: PLANNERS[name](bench) for name in args.planners if grouped or "groups" not in name}
     rows = bench.rows(planners, lambda row: console.print(str(row)))
     reach: dict[str, int] = {}
     if args.reach:
