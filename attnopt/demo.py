@@ -18,6 +18,7 @@ from attnopt import backend, hf, settings, text
 from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
 from attnopt.plan import Budget
 from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
+from attnopt.probe import Probe
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.report import terminal
@@ -37,13 +38,17 @@ FULL: dict[str, Any] = {
 # whose library is the text.
 QUICK: dict[str, Any] = {"profile": ((256, 4), (512, 3)), "length": 1024, "verify": 24, "final": 48, "rounds": 2}
 LOSS_INCREASE = 1.0
+# Documents of the retrieval probe, profiled at each length and asked for in the end.
+PROBES = 1
 Say = Callable[[str], None]
 
 
 def profile_demo(loaded: hf.Loaded, sizes: dict[str, Any], progress: Progress) -> Profile:
     tokens = text.stream([], loaded.tokenizer, "calibrate", 60_000)
     rows = [r[None] for n, count in sizes["profile"] for r in text.sequences(tokens, n, count, "calibrate")]
-    return profile_model(loaded.model, rows, progress=lambda done, of: progress("profiling", done, of))
+    probe = Probe(loaded.tokenizer)
+    asked = [d.sample for n, _ in sizes["profile"] for d in probe.documents(n, PROBES, "calibrate")]
+    return profile_model(loaded.model, [*rows, *asked], progress=lambda done, of: progress("profiling", done, of))
 
 
 def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progress: Progress, tell: Say) -> Made:
@@ -55,7 +60,8 @@ def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progre
 
     return make_plan(
         loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
-        Budget("loss", LOSS_INCREASE), length, progress=progress, report=lambda record: tell(f"   {record}"),
+        Budget("loss", LOSS_INCREASE), length, probe=Probe(loaded.tokenizer, split="final"), probe_documents=PROBES,
+        progress=progress, report=lambda record: tell(f"   {record}"),
     )  # fmt: skip
 
 
@@ -101,10 +107,12 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
     made.plan.save(folder / "plan.json")
     final = next(m for m in made.plan.measured if m.split == "final")
     uniform = uniform_increase(loaded, made, sizes, progress)
+    recalled = [final.dense_retrieval or 0.0, final.planned_retrieval or 0.0]
     tell(
         f"5. verified on held-out text at {final.length}: loss {final.dense_loss:.4f} -> {final.planned_loss:.4f}, "
         f"{final.increase:+.2f} % (at most {final.upper_95:.2f} %); "
-        f"one window for all heads at the same cost: {uniform:+.2f} %"
+        f"one window for all heads at the same cost: {uniform:+.2f} %; "
+        f"answers about lines far above: {recalled[0]:.0%} dense, {recalled[1]:.0%} planned"
     )
     tokens = text.stream([], loaded.tokenizer, "final", 2 * length)
     ids = text.sequences(tokens, length, 1, "final")
@@ -120,6 +128,7 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
         "loss_increase_percent": final.increase,
         "loss_increase_upper_95_percent": final.upper_95,
         "uniform_loss_increase_percent": uniform,
+        "retrieval": {"dense": final.dense_retrieval, "planned": final.planned_retrieval},
         "exact_over_inductor": exact["times_inductor"],
         "planned_over_exact": planned["times_exact"],
         "bench": rows,

@@ -39,7 +39,7 @@ HOMES = {
     "transformers": {"hf"},
     "tokenizers": {"hf"},
     "huggingface_hub": {"hf"},
-    "triton": {"codegen"},
+    "triton": {"codegen", "statistics"},
     "sympy": {"masks", "cost"},
     "matplotlib": {"report"},
 }

@@ -10,9 +10,9 @@ The emitted kernels run one group per distinct span of a layer, so a layer costs
 
 from attnopt.cost.roofline import Device, Roofline, device, devices
 from attnopt.cost.table import MARGIN, Costs, CostTable, break_even, itemsize, kept_pairs, layer_cost
-from attnopt.cost.timing import device_key, device_name, load_or_measure, measure, path_of
+from attnopt.cost.timing import device_key, device_name, interleaved, load_or_measure, measure, path_of
 
 __all__ = [
     "MARGIN", "CostTable", "Costs", "Device", "Roofline", "break_even", "device", "device_key", "device_name",
-    "devices", "itemsize", "kept_pairs", "layer_cost", "load_or_measure", "measure", "path_of",
+    "devices", "interleaved", "itemsize", "kept_pairs", "layer_cost", "load_or_measure", "measure", "path_of",
 ]  # fmt: skip

@@ -75,14 +75,14 @@ def _measure_length(
     for table in tables:
         sink, window = (torch.tensor(x, device=device) for x in table)
         calls.append(lambda s=sink, w=window: prefill(q, k, v, s, w, dim**-0.5))
-    times = _interleaved(calls, rounds, device)
+    times = interleaved(calls, rounds, device)
     if len(times) == len(spans) or narrow is None:
         return times, 0.0
     distinct = len(set(tables[-1][1]))
     return times[:-1], max((times[-1] - times[spans.index(narrow)]) / max(distinct - 1, 1), 0.0)
 
 
-def _interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -> list[float]:
+def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -> list[float]:
     """Median milliseconds of each call."""
 
     def timed(call: Callable[[], Any], repeats: int) -> float:

@@ -23,7 +23,8 @@ NEAR, MOSTLY = 64, 0.8  # a head is called local if so much of its mass is neare
 
 def profile_json(profile: Profile) -> dict[str, Any]:
     """Damages are per token counted: t2 / 2 / tokens, as [sink][window] in the order of `grid`; None where the profile
-    was made without a backward pass."""
+    was made without a backward pass. worst: heads by what they lose of the text beyond the narrowest window; recalling:
+    by what they lose of the probe's answers."""
     header, grid = profile.header, profile.header.grid
     sites: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (site, length), observation in profile.observations.items():
@@ -44,7 +45,8 @@ def profile_json(profile: Profile) -> dict[str, Any]:
         "versions": [list(version) for version in header.versions],
         "lengths": lengths,
         "sites": sites,
-        "worst": _worst(profile),
+        "worst": _worst(profile.observations),
+        "recalling": _worst({key: probe for key, o in profile.observations.items() if (probe := o.of_probe)}),
         "totals": _totals(sites),
         "similarity": similarity(profile),
     }
@@ -75,17 +77,17 @@ def median_distance(observation: Observation, head: int) -> tuple[int, int]:
     return starts[at], max(ends[at], starts[at])
 
 
-def _worst(profile: Profile) -> list[dict[str, Any]]:
+def _worst(observations: Mapping[tuple[str, int], Observation]) -> list[dict[str, Any]]:
     """The heads with most to lose beyond the narrowest window, the largest sink kept, so that it is the distance that
-    counts; at the longest length of each site."""
-    grid = profile.header.grid
-    sink, window = grid.sinks[-1], grid.windows[0]
+    counts; at the longest length of each site. Of a probe: per token of its answers."""
     longest: dict[str, int] = {}
-    for site, length in profile.observations:
+    for site, length in observations:
         longest[site] = max(length, longest.get(site, 0))
     found: list[dict[str, Any]] = []
     for site, length in longest.items():
-        observation = profile.observations[site, length]
+        observation = observations[site, length]
+        grid = observation.grid
+        sink, window = grid.sinks[-1], grid.windows[0]
         scores = observation.scores()[:, *grid.index(sink, window)].tolist()
         for head, damage in enumerate(scores if window < length else []):
             found.append({

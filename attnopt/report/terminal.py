@@ -239,20 +239,24 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
     nats = all(head["ablation"] is not None for row in heads.values() for head in row)
     if nats:
         _ablation_map(to, heads)
-    if found["worst"]:
-        first = found["worst"][0]
-        title = f"Most damaged beyond a window of {first['window']} (sink {first['sink']} kept), "
-        title += "nats per token" if nats else "squared change of the output per row: no backward pass"
-        table = _table(["site", "head", "length", "damage"], ("head", "length", "damage"))
-        for row in found["worst"]:
-            table.add_row(row["site"], str(row["head"]), str(row["length"]), f"{row['nats_per_token']:.3g}")
-        _titled(to, title, table)
+    _most_damaged(to, found["worst"], "the text", "nats per token" if nats else "squared change of the output per row")
+    _most_damaged(to, found["recalling"], "answers about lines far above", "nats per token of them, softened")
     alike = found["similarity"]
     if len(alike["sites"]) > 1:
         rows = dict(zip(alike["sites"], alike["layers"], strict=True))
         _share_map(to, "How alike layers attend: mean cosine of their heads", rows, "layers")
         for pair in alike["alike"][:3]:
             to.print(Text(f"{pair['one']} and {pair['other']}: {pair['cosine']:.3f}", style="dim"))
+
+
+def _most_damaged(to: Console, worst: Sequence[Mapping[str, Any]], what: str, unit: str) -> None:
+    if not worst:
+        return
+    table = _table(["site", "head", "length", "damage"], ("head", "length", "damage"))
+    for row in worst:
+        table.add_row(row["site"], str(row["head"]), str(row["length"]), f"{row['nats_per_token']:.3g}")
+    beyond = f"beyond a window of {worst[0]['window']} (sink {worst[0]['sink']} kept)"
+    _titled(to, f"Most damaged {beyond}, of {what}, {unit}", table)
 
 
 def _share_map(to: Console, title: str, rows: Mapping[str, Sequence[float]], columns: str = "heads") -> None:

@@ -12,6 +12,8 @@ KL(dense || dropped) in nats to second order (the Fisher form; the first-order s
     records      the candidates, the sums, how they add
     observe      `Observe`, the attention that gathers the sums in its backward pass
     blocks       how: one pass over blocks of rows
+    triton_pass  the same pass on a GPU
+    rows         what follows from the sums of a row
     deltas       how far outputs move, for runs without a backward pass
     reference    the N x N twin that all is tested against
 """

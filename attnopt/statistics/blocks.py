@@ -1,24 +1,26 @@
 """One streamed pass over blocks of query rows: every candidate's sums, and the gradients, in O(N) memory.
 
 dS_ij = A_ij (g_ij - D_i), the gradient at the soft-capped scores, is formed for dq and dk anyway, and its rows sum to
-0; hence t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A. Taking the side that holds less mass avoids every
+0; hence t_i = sum_K dS / sum_K A = - sum_S dS / sum_K A (rows.py). Taking the side that holds less mass avoids every
 cancellation, also at a kept mass of 1e-20. Symbols as in the package.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt import settings
 from attnopt.statistics.deltas import Block, moved_squares
-from attnopt.statistics.records import SINK_KEYS, Observation, distance_buckets, row_signs, sum_shapes
+from attnopt.statistics.records import SINK_KEYS, Observation
+from attnopt.statistics.rows import TINY_MASS, Moved, Part, Rows
 
-# Below it the float32 weights of the kept keys are denormal; the row then counts as ablated (delta O = -O).
-TINY_MASS = 1e-30
 MASKED = -1e30  # finite, so that weight * score is 0 and not NaN where the weight is 0
 ROWS = 64  # query rows of a block; measured on a CPU at N = 4096: 32 to 128 are alike, 256 takes 1.7 times as long
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26  # elements of one block of weights: a core's L2 cache, a share of GPU memory
@@ -43,16 +45,34 @@ def stream(
     Shapes as in `Observe`; grad (B, H, N, Dv). Memory O(N) for the gradients plus one block of at most
     max(rows * N * H / G, CPU_BLOCK or GPU_BLOCK) weights, float32 (float64 for float64 inputs). factor (H, Dv, Dv): see
     `deltas.factor_of`. starts: the first rows of the blocks that are looked at, without `grad`; all of them by default.
+    Where the kernel target is Triton, as on a GPU, `triton_pass` does what it can do of this.
     """
     if starts is not None and grad is not None:
         raise ValueError("gradients need every row")
     starts = range(0, q.shape[2], rows) if starts is None else starts
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        if grad is not None and settings.target(q.device.type) == "triton" and in_triton(q, k, v, observation):
+            from attnopt.statistics import triton_pass
+
+            return triton_pass.stream(q, k, v, grad, scale, pad, observation, window, softcap)
         work = _Pass(q, k, v, grad, scale, pad, observation, window, rows, factor, softcap)
         for first, last in work.groups():
             for start in starts:
                 work.block(first, last, start, min(start + rows, q.shape[2]))
         return work.finish()
+
+
+def in_triton(q: Tensor, k: Tensor, v: Tensor, observation: Observation) -> bool:
+    """Whether Triton's kernels can serve a pass with gradients. Where they were asked for and cannot, a warning."""
+    if importlib.util.find_spec("triton") is None:
+        refused = "the package triton is not installed"
+    else:
+        from attnopt.statistics import triton_pass
+
+        refused = triton_pass.refused(q, k, v, observation)
+    if refused:
+        warnings.warn(f"The profiler's pass runs in PyTorch, not in Triton: {refused}.", RuntimeWarning, stacklevel=3)
+    return not refused
 
 
 def drawn_starts(length: int, rows: int, share: int, seed: int) -> list[int]:
@@ -83,40 +103,23 @@ class _Pass:
         factor: Tensor | None,
         softcap: float,
     ) -> None:
+        self.found = Rows(q, k.shape[1], pad, observation)
         (self.batch, self.heads, self.length, _), self.kv_heads = q.shape, k.shape[1]
-        self.repeat, self.folded = self.heads // self.kv_heads, self.batch * self.kv_heads
-        if (self.heads, self.length) != (observation.heads, observation.length):
-            raise ValueError(
-                f"{self.heads} heads of {self.length} rows do not fit an observation "
-                f"of {observation.heads} heads of {observation.length}"
-            )
+        self.repeat, self.folded = self.found.repeat, self.found.folded
         self.scale, self.pad, self.window, self.rows, self.softcap = scale, pad, window, rows, softcap
-        self.observation, self.grid, self.dtypes = observation, observation.grid, (q.dtype, k.dtype, v.dtype)
+        self.grid, self.dtypes = observation.grid, (q.dtype, k.dtype, v.dtype)
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.grad = self._fold(q), None if grad is None else self._fold(grad)
         self.k, self.v = (x.to(self.wide).reshape(self.folded, self.length, -1) for x in (k, v))
         self.factor = None
         if factor is not None:
             self.factor = factor.view(self.kv_heads, self.repeat, *factor.shape[1:]).repeat(self.batch, 1, 1, 1)
-        self.counted = 0
         self.grads = None
         if grad is not None:
             self.grads = (torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v))
-        # Every distance at which a candidate or a bucket begins: columns are summed between two of these.
-        buckets = distance_buckets(self.length)
-        self.edges = sorted({0, *self.grid.windows, *buckets})
-        self.at_window = [self.edges.index(w) for w in self.grid.windows]
-        self.at_bucket = [self.edges.index(d) for d in buckets]
+        self.edges = self.found.edges
         self.sinks = torch.tensor(self.grid.sinks, device=q.device)
         self.distances = torch.tensor(self.edges, device=q.device)
-        # The signs of this pass are its own, whichever runs it and whatever ran before.
-        self.pass_key = observation.key or str(observation.samples)
-        shapes = sum_shapes(self.repeat, self.grid, self.length, observation.held)
-        self.sums = {
-            name: torch.zeros((self.folded, *shape), dtype=torch.float64, device=q.device)
-            for name, shape in shapes.items()
-            if name != "sample_sq"
-        }
 
     def _fold(self, x: Tensor) -> Tensor:
         return x.reshape(self.folded, self.repeat, self.length, -1)
@@ -135,8 +138,6 @@ class _Pass:
         x, shape = slice(first, last), (last - first, self.repeat, stop - start, stop - low)
         key, value = self.k[x, low:stop], self.v[x, low:stop]
         query = self.q[x, :, start:stop].to(self.wide).mul(self.scale).reshape(shape[0], -1, key.shape[-1])
-        valid = self._valid(x, start, stop)
-        self.counted += int(valid[-first % self.kv_heads :: self.kv_heads].sum())
 
         scores, slope = query @ key.mT, None
         if self.softcap:
@@ -146,7 +147,7 @@ class _Pass:
             scores = capped.mul_(self.softcap)
         self._mask(scores.view(shape), x, low, start)
         weights = torch.softmax(scores, -1)
-        self._entropy(scores.view(shape), weights.view(shape), x, valid)
+        entropy = _entropy(scores, weights).view(shape[:3])
         if self.pad is not None:
             weights.mul_(scores.amax(-1, keepdim=True) > MASKED / 2)  # a row without any key
         scored, dots = None, None
@@ -161,17 +162,9 @@ class _Pass:
             dq[x, :, start:stop] = (inner @ key).mul_(self.scale).view(*shape[:3], -1)
             dk[x, low:stop].baddbmm_(inner.mT, query)
             scored, dots = scored.view(shape), total.view(shape[:3])
-        self._candidates(weights.view(shape), scored, dots, x, low, start, tile, valid)
-
-    def _valid(self, x: slice, start: int, stop: int) -> Tensor:
-        """bool (x, 1, R): rows that count."""
-        if self.pad is None:
-            return torch.ones(x.stop - x.start, 1, stop - start, dtype=torch.bool, device=self.q.device)
-        return self._pad_of(x)[:, None, start:stop]
-
-    def _pad_of(self, x: slice) -> Tensor:
-        assert self.pad is not None
-        return self.pad[torch.arange(x.start, x.stop, device=self.pad.device) // self.kv_heads]
+        valid = self.found.valid(x, start, stop)
+        part = self._candidates(weights.view(shape), scored, dots, entropy, x, low, start, tile, valid)
+        self.found.add(x, start, valid, part)
 
     def _mask(self, scores: Tensor, x: slice, low: int, start: int) -> None:
         """Mask a block in place; only its last R columns hold keys in a row's future."""
@@ -182,13 +175,7 @@ class _Pass:
             i = torch.arange(start, start + rows, device=scores.device)[:, None]
             scores.masked_fill_(i - torch.arange(low, low + keys, device=scores.device) >= self.window, MASKED)
         if self.pad is not None:
-            scores.masked_fill_(~self._pad_of(x)[:, None, None, low : low + keys], MASKED)
-
-    def _entropy(self, scores: Tensor, weights: Tensor, x: slice, valid: Tensor) -> None:
-        """log sum exp(s) - sum A s; the logarithm comes from the largest entry, where s - log A is most exact."""
-        log_sum = scores.amax(-1).double() - weights.amax(-1).double().log()
-        mean = (weights * scores).sum(-1).double()
-        self.sums["entropy"][x] += ((log_sum - mean) * valid).sum(-1)
+            scores.masked_fill_(~self.found.pad_of(x)[:, None, None, low : low + keys], MASKED)
 
     def _split(self, block: Tensor, low: int, start: int, tile: int) -> tuple[_Tile, Tensor, Tensor]:
         """Sums over a block (x, r, R, n) by column near key 0 and by distance elsewhere.
@@ -220,71 +207,55 @@ class _Pass:
         weights: Tensor,
         scored: Tensor | None,
         dots: Tensor | None,
+        entropy: Tensor,
         x: slice,
         low: int,
         start: int,
         tile: int,
         valid: Tensor,
-    ) -> None:
-        """Every candidate's t_i and dropped mass from a block's weights and score gradients, both (x, r, R, n)."""
+    ) -> Part:
+        """What every candidate keeps and drops of a block's weights and score gradients, both (x, r, R, n)."""
         # Splitting a block below clears its leading columns.
-        plain = None
-        if "delta" in self.sums:
+        plain, at_key, squares, moved = None, None, None, None
+        if "delta" in self.found.sums:
             plain = Block(weights.clone(), self.v[x, low : low + weights.shape[3]], low, start)
         if low == 0:
-            first = (weights[..., :SINK_KEYS] * valid[..., None]).sum(2)
-            self.sums["mass_at_key"][x, :, : first.shape[-1]] += first
+            at_key = (weights[..., :SINK_KEYS] * valid[..., None]).sum(2)
         rows = torch.arange(start, start + weights.shape[2], device=weights.device)
         leading, near, far = self._split(weights, low, start, tile)
         cuts = (rows[:, None] - self.distances + 1).clamp(0, leading.columns)  # (R, edges): first near column
         beyond = leading.below(cuts).permute(3, 0, 1, 2) + far
-        beyond = (beyond[self.at_bucket] * valid).sum(-1).permute(1, 2, 0)  # (x, r, buckets): mass from there on
-        self.sums["mass_by_distance"][x] += beyond - F.pad(beyond[..., 1:], (0, 1))
-
         sinks = self.sinks.clamp(max=leading.columns)
-        cuts = torch.maximum(cuts[:, self.at_window][:, None], sinks[:, None])  # (R, S, W)
-        kept = leading.kept(sinks, cuts) + _last(near[self.at_window])
-        dropped = leading.dropped(sinks, cuts) + _last(far[self.at_window])
-        gone, counts = kept < TINY_MASS, valid[..., None, None]
-        self.sums["mass"][x] += (dropped.masked_fill(gone, 1.0) * counts).sum(2)
+        cuts = torch.maximum(cuts[:, self.found.at_window][:, None], sinks[:, None])  # (R, S, W)
+        kept, dropped = self._kept(leading, near, far, sinks, cuts)
         if plain is not None:
             factor = None if self.factor is None else self.factor[x]
-            squares = moved_squares(plain, self.grid, kept, dropped, gone, factor)
-            self.sums["delta"][x] += (squares * counts).sum(2, dtype=torch.float64)
-        if scored is None or dots is None or "t2" not in self.sums:
-            return
-        dots = dots.double()
-        leading, near, far = self._split(scored, low, start, tile)
-        from_kept = leading.kept(sinks, cuts) + _last(near[self.at_window])
-        from_dropped = leading.dropped(sinks, cuts) + _last(far[self.at_window])
-        moved = torch.where(kept < 0.5, from_kept, -from_dropped)
-        t = torch.where(gone, -dots[..., None, None], moved / kept) * counts
-        self.sums["t1"][x] += t.sum(2)
-        self.sums["t2"][x] += t.square().sum(2)
-        if "sketch" in self.sums:
-            self._sketch(t[..., -1, :].sum(-1), x, start)
-        self.sums["ablation_t2"][x] += (dots * valid).square().sum(2)
+            squares = moved_squares(plain, self.grid, kept, dropped, kept < TINY_MASS, factor)
+        if scored is not None and dots is not None and "t2" in self.found.sums:
+            sides = self._kept(*self._split(scored, low, start, tile), sinks, cuts)
+            moved = Moved(*sides, dots.double())
+        return Part(kept, dropped, beyond[self.found.at_bucket], entropy, at_key, moved, squares)
 
-    def _sketch(self, t: Tensor, x: slice, start: int) -> None:
-        """Add t (x, r, R) times the signs of its rows."""
-        of = torch.arange(x.start, x.stop) // self.kv_heads
-        signs = row_signs(self.pass_key, self.batch, self.length)[of, start : start + t.shape[2]]
-        signs = signs.to(t.device, torch.float32)[:, None]
-        self.sums["sketch"][x] += (t.float()[..., None, :] @ signs)[..., 0, :]
+    def _kept(self, leading: _Tile, near: Tensor, far: Tensor, sinks: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the keys that every candidate keeps, and over those that it drops, (x, r, R, S, W)."""
+        near, far = near[self.found.at_window], far[self.found.at_window]
+        return leading.kept(sinks, cuts) + _last(near), leading.dropped(sinks, cuts) + _last(far)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """Add the pass to the observation; the gradients in the shapes and dtypes of the inputs."""
-        unfold = {n: s.reshape(self.batch, self.heads, *s.shape[2:]) for n, s in self.sums.items()}
-        total = {name: tensor.sum(0) for name, tensor in unfold.items()}
-        if "sample_sq" in self.observation.sums:
-            total["sample_sq"] = unfold["t1"].square().sum(0)
-        self.observation._count(self.counted, self.batch, total)
+        self.found.finish()
         if self.grads is None:
             return None, None, None
         dq, dk, dv = self.grads
         dq = dq.reshape(self.batch, self.heads, self.length, -1)
         dk, dv = (g.reshape(self.batch, self.kv_heads, self.length, -1) for g in (dk, dv))
         return dq.to(self.dtypes[0]), dk.to(self.dtypes[1]), dv.to(self.dtypes[2])
+
+
+def _entropy(scores: Tensor, weights: Tensor) -> Tensor:
+    """log sum exp(s) - sum A s, float64; the logarithm comes from the largest entry, where s - log A is most exact."""
+    log_sum = scores.amax(-1).double() - weights.amax(-1).double().log()
+    return log_sum - (weights * scores).sum(-1).double()
 
 
 class _Tile:

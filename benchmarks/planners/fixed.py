@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from attnopt.cost import kept_pairs
 from attnopt.ir import Choice
@@ -29,10 +29,33 @@ def window_of(length: int, sink: int, wanted: float) -> int:
     return low
 
 
-def uniform(heads: Mapping[str, int], length: int, wanted: float, sink: int = 4) -> Choices:
-    """One span for all heads, in the manner of StreamingLLM; heads: query heads of every site."""
-    choice = span(sink, window_of(length, sink, wanted))
-    return {name: (choice,) * count for name, count in heads.items()}
+def uniform(
+    heads: Mapping[str, int], length: int, wanted: float, share: Callable[[Choices], float], sink: int = 4
+) -> Choices | None:
+    """The widest span for all heads alike, in the manner of StreamingLLM, whose `share` of dense is at most `wanted`;
+    None if none is. heads: query heads of every site."""
+
+    def of(window: int) -> Choices:
+        return {name: (span(sink, window),) * count for name, count in heads.items()}
+
+    low, high = 0, length + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if share(of(middle)) <= wanted else (low, middle)
+    return of(low) if low else None
+
+
+def drawn_within(
+    heads: Mapping[str, int], length: int, wanted: float, share: Callable[[Choices], float], windows: Sequence[int],
+    seed: int,
+) -> Choices | None:  # fmt: skip
+    """`drawn` at about the largest density whose `share` of dense is at most `wanted`; None if none was found."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(8):
+        density = (low + high) / 2
+        made = drawn(heads, length, density, windows, seed)
+        low, high, best = (density, high, made) if share(made) <= wanted else (low, density, best)
+    return best
 
 
 def drawn(

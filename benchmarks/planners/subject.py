@@ -14,8 +14,8 @@ from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
 from attnopt.planner.make import answered
 from attnopt.probe import Probe, Recall
-from attnopt.registry import CANDIDATES
 from benchmarks.planners import fixed
+from benchmarks.planners.terms import span_of
 
 Choices = Mapping[str, Sequence[Choice]]
 
@@ -80,7 +80,3 @@ class Subject:
     ) -> Recall:
         """What a plan leaves of the model's retrieval: answers of random key-value lines, see attnopt.probe."""
         return answered(self.spans, choices, probe.documents(length, documents, seed))
-
-
-def span_of(choice: Choice, length: int) -> tuple[int, int]:
-    return CANDIDATES[choice.candidate].span(dict(choice.params), length, None)

@@ -15,6 +15,7 @@ from attnopt.fingerprint import Fingerprint
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
 from attnopt.report.profile_map import draw_profile, profile_json, similarity
+from attnopt.report.terminal import print_profile
 from attnopt.statistics import Grid, measure_forward, stream
 
 GRID, LENGTH = Grid((0, 4), (8, 64)), 256
@@ -50,6 +51,20 @@ def test_what_heads_look_at() -> None:
     totals = found["totals"]
     assert totals["heads"] == 6 and totals["sink_heads"] == 2
     assert totals["sink"] == pytest.approx(sum(h["sink"] for h in first) / 3)
+
+
+def test_heads_that_recall_are_listed_by_the_probe_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    made = profile()
+    assert profile_json(made)["recalling"] == []
+    for (site, _), seen in made.observations.items():
+        t2 = torch.zeros_like(seen.t2)
+        t2[1] = 6.0 if site == "layers.1.attn" else 3.0
+        seen.probe, seen.asked = {"t2": t2, "ablation_t2": seen.ablation_t2}, 10.0
+    found = profile_json(made)["recalling"]
+    assert [(r["site"], r["head"]) for r in found[:2]] == [("layers.1.attn", 1), ("layers.0.attn", 1)]
+    assert [r["nats_per_token"] for r in found] == pytest.approx([0.3, 0.15, 0, 0, 0, 0])
+    print_profile(made)
+    assert "answers about lines far above" in capsys.readouterr().out
 
 
 def test_heads_that_attend_alike_are_found() -> None:

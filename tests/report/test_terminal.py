@@ -129,7 +129,9 @@ def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
 def test_a_profile_is_shown() -> None:
     text = shown(terminal.print_profile, profile())
     assert "windows 8, 16; sinks 0, 4; float32" in text
-    assert "Damage of removing the head" in text and "Most damaged beyond a window of 8 (sink 4 kept)" in text
+    assert (
+        "Damage of removing the head" in text and "Most damaged beyond a window of 8 (sink 4 kept), of the text" in text
+    )
     empty = Profile.empty(Fingerprint("0", ()), Grid((0,), (8,)), [], [])
     assert "holds no site" in shown(terminal.print_profile, empty)
 

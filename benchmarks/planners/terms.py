@@ -1,0 +1,100 @@
+"""What plans are made equal in: the measured time of prefill, query-key pairs, or keys that a query sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attnopt import ops
+from attnopt.codegen.spec import KernelSpec
+from attnopt.cost import Costs, CostTable, interleaved, layer_cost, load_or_measure
+from attnopt.ir import Choice, Site
+from attnopt.passes.span import tables as tables_of
+from attnopt.planner.make import windows_at
+from attnopt.profiler import DEFAULT_GRID
+from attnopt.registry import CANDIDATES
+
+Choices = Mapping[str, Sequence[Choice]]
+# Sinks that are timed: attnopt's most, and MoA's block.
+SINKS = (max(DEFAULT_GRID.sinks), 64)
+
+
+@dataclass(frozen=True)
+class BySpan:
+    """Costs that are the keys a late query sees: what a cache of one head holds."""
+
+    kind: str = "density"
+    id: str = "span"
+    lengths: tuple[int, ...] = ()
+    key_time: float | None = None
+
+    def cost(self, length: int, sink: int, window: int) -> float:
+        return float(min(sink + window, length))
+
+    def group_cost(self, length: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Plans for `length` tokens, alike in what `tables` count; `tables` by site name, of all `sites`."""
+
+    length: int
+    sites: tuple[Site, ...]
+    tables: Mapping[str, Costs]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], length: int, equal: str) -> Terms:
+        """equal: "time", of the emitted kernels on this machine, timed where not stored yet; "pairs"; "span"."""
+        by: dict[str, Costs] = {"pairs": CostTable.by_density(), "span": BySpan()}
+        return cls(length, tuple(sites), {s.name: by[equal] if equal in by else timed(s, length) for s in sites})
+
+    def cost(self, choices: Choices) -> float:
+        """Of all layers, in the tables' unit; sites not named are dense."""
+        total = 0.0
+        for site in self.sites:
+            of_site = choices.get(site.name, (Choice("dense", ()),) * site.heads)
+            total += layer_cost(self.tables[site.name], self.length, [span_of(c, self.length) for c in of_site])
+        return total
+
+    def share(self, choices: Choices) -> float:
+        """Of what dense costs."""
+        return self.cost(choices) / self.cost({})
+
+
+def span_of(choice: Choice, length: int) -> tuple[int, int]:
+    return CANDIDATES[choice.candidate].span(dict(choice.params), length, None)
+
+
+def spec_of(site: Site) -> KernelSpec:
+    return KernelSpec("cpu", site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
+
+
+def timed(site: Site, length: int) -> CostTable:
+    """The measured table of a site's kernel at `length`; equal sites share the stored one."""
+    return load_or_measure(spec_of(site), [length], windows_at(DEFAULT_GRID.windows, [length]), SINKS, rounds=5)
+
+
+@torch.no_grad()
+def times(sites: Sequence[Site], length: int, plans: Sequence[Choices], rounds: int = 5) -> list[float]:
+    """Milliseconds that the attentions of all `sites` take under each plan, on random numbers, one sequence; all plans
+    interleaved, medians."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        spec_of(s): tuple(
+            torch.randn(1, heads, length, dim, generator=generator).to(getattr(torch, s.dtype))
+            for heads, dim in ((s.heads, s.head_dim), (s.kv_heads, s.head_dim), (s.kv_heads, s.head_dim_v))
+        )
+        for s in sites
+    }
+
+    def run(choices: Choices) -> None:
+        for site in sites:
+            q, k, v = inputs[spec_of(site)]
+            held = tables_of(choices.get(site.name, (Choice("dense", ()),) * site.heads), site.heads)
+            windows = ops.windows_at(held["alphas"], held["betas"], length)
+            ops.prefill(q, k, v, held["sinks"], windows, site.scale, None)
+
+    return interleaved([lambda plan=plan: run(plan) for plan in plans], rounds, "cpu")
