@@ -9,8 +9,8 @@ Every planner sees the same calibration text. Plans that cost as much as one win
 the query-key pairs at `--length` are run on held-out text there: the loss against the dense model's, the divergence
 from it, and the share of answers of a retrieval probe that are left. `--equal time` (default) takes the times of the
 emitted kernels on this machine, and in the end times all plans once more, interleaved; `--equal pairs` counts pairs.
-With `--reach S` also the longest text of which nine tenths of the answers are recalled where heads keep S keys on
-average (MoA's effective context).
+With `--reach S` also the longest text of which nine tenths of what dense recalls are recalled where heads keep S keys
+on average (MoA's effective context, which is measured at nine tenths of all answers).
 
 attnopt                damage from one profile, two documents of the probe beside the text; the Lagrangian optimum
 attnopt, text          the same without the probe
@@ -53,7 +53,7 @@ DRAWS = 5
 DOCUMENTS = 4
 # Documents of the probe at each length beside the text, as `attnopt profile` takes them.
 PROBES = 2
-# Texts, in multiples of the mean span, of which answers are asked for; and the share that counts as reached.
+# Texts, in multiples of the mean span, of which answers are asked for; the share of dense's recall that is reached.
 REACH, REACHED = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), 0.9
 Planner = Callable[[Terms, float], list[Choices]]
 
@@ -193,7 +193,7 @@ class Bench:
             found[name] = 0
             for length in (int(r * span) for r in REACH if r * span <= self.args.reach_most):
                 made = planner(self.terms_at(length, "span"), span / length)
-                if not made or self.recalled(made[0], length) < REACHED:
+                if not made or self.recalled(made[0], length) < REACHED * self.recalled(None, length):
                     break
                 found[name] = length
             done(name, found[name])

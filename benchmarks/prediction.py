@@ -8,7 +8,8 @@
 Every score is computed on calibration text alone and is compared with the divergence from the dense model, KL in nats
 per token, on text it never saw. Columns: `together`, attnopt's prediction, heads' losses correlated over rows;
 `alone`, the same heads added as if independent; `first order`, the sum of t_i; `moa`, MoA's summed |E| (Fu et al.,
-2024; benchmarks/planners/moa.py); `mass`, the attention that is dropped. Only the first two are in nats.
+2024; benchmarks/planners/moa.py); `mass`, the attention that is dropped; `moved`, how far outputs move, the sum of
+||delta O W_O||^2 (`attnopt profile --forward-only`). Only the first two are in nats.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from benchmarks.planners.subject import Choices, Subject
 SINK = moa.BLOCK
 MILD = 5.0
 NATS = ("together", "alone")
-SCORES = (*NATS, "first order", "moa", "mass")
+SCORES = (*NATS, "first order", "moa", "mass", "moved")
+# Passes without gradients, each over other rows: one looks at one block of rows in twenty-four.
+PASSES = 6
 Mixture = tuple[int, ...]
 
 
@@ -73,6 +76,7 @@ class Study:
         names = [s.name for s in subject.sites]
         seen = [self.profile.observations[name, length] for name in names]
         self.rho = correlations(self.profile, names, [length])
+        moved = [profile_model(subject.model, calibration, grid, seed, forward_only=True) for seed in range(PASSES)]
         blocks = moa.profile(subject.model, calibration)
         rules = [moa.Rule(w, 0.0) for w in self.windows]
         influence = [torch.stack([moa.dropped(blocks[n][length], r, length) for r in rules], -1) for n in names]
@@ -82,6 +86,9 @@ class Study:
             "first order": np.concatenate([(o.t1[:, 0] / o.tokens).numpy() for o in seen]),
             "moa": np.concatenate([x.numpy() for x in influence]),
             "mass": np.concatenate([(o.mass[:, 0] / o.tokens).numpy() for o in seen]),
+            "moved": np.concatenate(
+                [sum((p.observations[n, length].scores()[:, 0] for p in moved), torch.zeros(())).numpy() for n in names]
+            ),
         }
 
     @property
