@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/attnopt demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -6,8 +6,10 @@ import gc
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any library reads them.
 for name in [name for name in os.environ if name.startswith("ATTNOPT_")]:
@@ -29,10 +31,21 @@ hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attnopt")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: of files dealt out to processes, the last is waited for."""
+    slow, tests = {item.path for item in items if item.get_closest_marker("slow")}, Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
 def pytest_collection_finish() -> None:
     """What imports left stays: reading it through again and again took a tenth of the time of tests that trace."""
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_unconfigure() -> None:
+    """What stays frozen to the end is not torn down, and Triton says so at length."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,3 +70,18 @@ def fresh_dynamo() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture
+def eagerly(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Inductor replaced by the rewritten graph itself; what it would have been given is recorded."""
+    import torch._inductor.compile_fx
+
+    seen: list[Any] = []
+
+    def compile_fx(gm: Any, inputs: Any, *, config_patches: Any = None, **_: Any) -> Any:
+        seen.append((gm, config_patches))
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    return seen

@@ -1,4 +1,4 @@
-"""The backend from outside: found by name, options checked, results and gradients the model's, nothing raised."""
+"""The backend from outside: found by name, options checked, results the model's, nothing raised."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import sys
 
 import pytest
 import torch
-import torch._inductor.compile_fx
-import torch.nn.functional as F
-from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, make_plan, padding, tokens
+from compiling import close, compiled, rewritten
+from models import LAYERS, NanoGPT, build, tokens
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from attnopt import backend
 from attnopt.errors import OptionError, PlanError
-from attnopt.ir import DENSE, Choice
 from attnopt.passes import lower_exact
-
-SPANS = (DENSE, *(Choice.of("sink_window", {"sink": s, "alpha": w, "beta": 0.0}) for s, w in ((2, 5), (0, 7), (2, 5))))
-LLAMA = {f"model.layers.{n}.self_attn": SPANS for n in range(LAYERS)}
 
 
 @pytest.fixture(autouse=True)
@@ -30,32 +25,7 @@ def no_reports():
     backend.clear_reports()
 
 
-@pytest.fixture
-def eagerly(monkeypatch):
-    """Inductor replaced by the rewritten graph itself; what it would have been given is recorded."""
-    seen = []
-
-    def compile_fx(gm, inputs, *, config_patches=None, **_):
-        seen.append((gm, config_patches))
-        return gm.forward
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
-    return seen
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend=backend.attnopt, options=options or None)
-
-
-def rewritten():
-    return [r.path for report in backend.reports() for r in report.rewrites]
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
-
-
-# --- found by name, through inductor --------------------------------------------------------------------------------
+# --- found by name --------------------------------------------------------------------------------------------------
 
 CHILD = """
 import sys, torch
@@ -84,35 +54,6 @@ def test_the_entry_point_in_a_process_that_never_imports_attnopt(tmp_path):
     command = [sys.executable, "-c", CHILD]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), timeout=300)
     assert ran.returncode == 0 and ran.stdout.strip() == "done", ran.stderr[-3000:]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.slow
-def test_training_through_inductor(family):
-    """Loss and gradients are eager's, exact and with a plan, which a graph that needs gradients refuses."""
-    model, batch, mask = build(family, seed=3), tokens(2, 20), padding(2, 20, "right")
-    arguments = {"input_ids": batch, "attention_mask": mask, "labels": batch, "use_cache": False}
-
-    def gradients(call):
-        model.zero_grad()
-        loss = call(**arguments).loss
-        loss.backward()
-        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    loss, expected = gradients(model)
-    names = list(LLAMA) if family == "llama" else [f"transformer.h.{n}.attn" for n in range(LAYERS)]
-    plan = make_plan(dict.fromkeys(names, SPANS))
-    for options in ({}, {"plan": plan}) if family == "llama" else ({},):
-        torch._dynamo.reset()
-        found_loss, found = gradients(compiled(model, **options))
-        torch.testing.assert_close(found_loss, loss, atol=1e-4, rtol=1e-4)
-        for name, gradient in expected.items():
-            scale = float(gradient.norm()) or 1.0
-            assert float((found[name] - gradient).norm()) < 2e-3 * scale, name
-    assert rewritten() == names * (2 if family == "llama" else 1)
-    if family == "llama":
-        reasons = [r.reason for r in backend.reports()[-1].refusals]
-        assert len(reasons) == LAYERS and all("no gradient" in r and "stays exact" in r for r in reasons)
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -164,75 +105,6 @@ def test_mode_and_inductor_settings_reach_inductor(eagerly):
     # torch.compile's own mode is not swallowed.
     torch.compile(lambda x: x + 1, backend="attnopt", mode="max-autotune-no-cudagraphs")(torch.ones(3))
     assert eagerly.pop()[1]["max_autotune"] is True
-
-
-# --- plans ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_runs(eagerly, tmp_path):
-    model, path = build("llama"), tmp_path / "plan.json"
-    make_plan(LLAMA).save(path)
-    with torch.no_grad():
-        found = compiled(model, plan=str(path), verify=False)(tokens(), use_cache=False).logits
-        with ExplicitMasks([[(0, 2**30), (2, 5), (0, 7), (2, 5)]] * LAYERS) as masks:
-            expected = model(tokens(), use_cache=False).logits
-        dense = model(tokens(), use_cache=False).logits
-    assert masks.calls == LAYERS and rewritten() == list(LLAMA)
-    close(found, expected)
-    assert not torch.allclose(found, dense, atol=0.05)
-
-
-def test_a_plan_below_its_least_length_is_dense(eagerly):
-    model = build("llama")
-    with torch.no_grad():
-        found = compiled(model, plan=make_plan(LLAMA, min_length=21))(tokens(), use_cache=False).logits
-        close(found, model(tokens(), use_cache=False).logits)
-    assert rewritten() == list(LLAMA)
-
-
-def test_a_new_plan_of_equal_shape_emits_nothing(eagerly, cache_folder):
-    model = build("llama")
-    with torch.no_grad():
-        compiled(model, plan=make_plan(LLAMA))(tokens(), use_cache=False)
-        before = sorted((cache_folder / "kernels").iterdir())
-        torch._dynamo.reset()
-        other = {name: (SPANS[1],) * HEADS for name in LLAMA}
-        compiled(model, plan=make_plan(other))(tokens(), use_cache=False)
-    assert sorted((cache_folder / "kernels").iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("choices", "said"),
-    [
-        ({"encoder.0.attn": SPANS}, "holds nothing for"),
-        ({name: SPANS[:2] for name in LLAMA}, "The plan has 2 heads at model.layers.0.self_attn, this model has 4"),
-    ],
-    ids=["other sites", "other heads"],
-)
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_a_plan_for_another_model(eagerly, choices, said, grad):
-    with torch.set_grad_enabled(grad), pytest.raises(BackendCompilerFailed) as caught:
-        compiled(build("llama"), plan=make_plan(choices))(tokens(), use_cache=False)
-    error = caught.value.inner_exception
-    assert isinstance(error, PlanError) and said in str(error) and "attnopt profile" in error.remedy
-
-
-def test_a_site_the_plan_does_not_name_stays_exact(eagerly):
-    model, first = build("llama"), {"model.layers.0.self_attn": SPANS}
-    with torch.no_grad():
-        compiled(model, plan=make_plan(first))(tokens(), use_cache=False)
-    (report,) = backend.reports()
-    assert [r.lowering.split(",")[0] for r in report.rewrites] == ["span kernel", "SDPA is_causal"]
-    assert [(r.path, "does not name" in r.reason) for r in report.refusals] == [("model.layers.1.self_attn", True)]
-
-
-def test_graphs_without_a_planned_site_are_no_mistake(eagerly):
-    """A graph of no attention, of a bidirectional one, or of one decoded token says nothing about the plan."""
-    plan = make_plan(LLAMA)
-    q = torch.randn(1, 2, 9, 8)
-    compiled(lambda x: x + 1, plan=plan)(torch.ones(3))
-    compiled(lambda q: F.scaled_dot_product_attention(q, q, q), plan=plan)(q)
-    compiled(lambda q, k: F.scaled_dot_product_attention(q[:, :, :1], k, k), plan=plan)(q, q.clone())
 
 
 # --- never in the way -----------------------------------------------------------------------------------------------
@@ -291,51 +163,6 @@ def test_a_graph_without_attention_is_given_on_unchanged(eagerly):
     )
 
 
-def test_a_softmax_that_stays_is_kept_from_inductors_patterns(eagerly):
-    def fn(q, k, v):
-        i = torch.arange(q.shape[2])
-        masked = F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= i)
-        return masked + torch.softmax((q @ k.transpose(-1, -2)).tanh(), -1) @ v
-
-    q = torch.randn(2, 2, 9, 8)
-    compiled(fn)(q, q + 1, q - 1)
-    assert set(eagerly[0][1]) == {"joint_custom_pre_pass", "joint_custom_post_pass"}
-    assert "attention patterns are kept from" in "".join(map(str, backend.reports()[0].notes))
-
-
-# Each is matched by one of inductor's patterns and means something else than the pattern.
-LOOKALIKES = {
-    "axis of the queries": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, -2) @ v,
-    "axis of the heads": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, 1) @ v,
-    "by hand": lambda q, k, v: hand_softmax((q @ k.transpose(-1, -2)) * 0.3) @ v,
-}
-
-
-def hand_softmax(x):
-    e = torch.exp(x - x.amax(-2, keepdim=True))
-    return e / e.sum(-2, keepdim=True)
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", LOOKALIKES)
-def test_inductor_fuses_nothing_that_was_left_alone(name, grad):
-    """Through inductor itself, whose other patterns stay on."""
-    fn, (q, k, v) = LOOKALIKES[name], (torch.randn(2, 8, 8, 8, requires_grad=grad) for _ in range(3))
-    found = compiled(fn)(q, k, v)
-    torch.testing.assert_close(found, fn(q, k, v), atol=1e-5, rtol=1e-5)
-    if grad:
-        (ours,), (theirs,) = (torch.autograd.grad(out.square().sum(), q) for out in (found, fn(q, k, v)))
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_a_pass_of_the_users_own_still_runs():
-    seen = []
-    options = {"inductor": {"joint_custom_pre_pass": lambda graph: seen.append(len(graph.nodes))}}
-    q = torch.randn(1, 2, 8, 8)
-    compiled(LOOKALIKES["by hand"], **options)(q, q + 1, q - 1)
-    assert seen
-
-
 @pytest.mark.parametrize("outer", [True, False], ids=["outer", "inner"])
 def test_autocast(eagerly, outer):
     """As near to the truth as eager's own mixed precision, and rewritten all the same."""
@@ -355,92 +182,6 @@ def test_autocast(eagerly, outer):
     error, of_eager = ((out.double() - truth).norm() for out in (found, expected))
     assert 0 < error < 1.2 * of_eager < 0.1 * truth.norm()
     assert len(rewritten()) == LAYERS and not any(report.fallback for report in backend.reports())
-
-
-@pytest.mark.slow
-def test_activation_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    model = NanoGPT(flash=False)
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            x = self.model.wte(ids)
-            for block in self.model.h:
-                x = checkpoint(block, x, use_reentrant=False)
-            return self.model.head(x)
-
-    def gradients(call):
-        model.zero_grad()
-        call(tokens()).square().mean().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    expected = gradients(model)
-    found = gradients(compiled(Checkpointed()))
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-6, name
-    assert "higher-order operator" in backend.reports()[0].fallback
-
-
-def test_a_plan_refuses_what_its_kernel_cannot_do(eagerly):
-    """Each reason by itself; a Refusal is falsy, so it is easily lost."""
-    plan = make_plan({"attention": SPANS[1:3]})
-    q, k, v = torch.randn(3, 1, 2, 9, 8)
-
-    def attend(scale, q, k, v):
-        i, j = torch.arange(q.shape[2]), torch.arange(k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=j <= i[:, None], scale=scale)
-
-    cases = {
-        "serve prefill only": (0.3, q[:, :, :5], k, v),
-        "values as wide as keys": (0.3, q, k, v[..., :4]),
-        "a positive scale": (-0.3, q, k, v),
-        "no gradient": (0.3, q.clone().requires_grad_(), k, v),
-    }
-    for said, (scale, *inputs) in cases.items():
-        torch._dynamo.reset()
-        backend.clear_reports()
-        close(compiled(lambda *x, scale=scale: attend(scale, *x), plan=plan)(*inputs), attend(scale, *inputs))
-        (report,) = backend.reports()
-        assert any(said in r.reason for r in report.refusals), (said, report.lines())
-        assert not any("span" in r.lowering for r in report.rewrites)
-
-
-class Normalised(nn.Module):
-    """A buffer that every training step writes to, beside an attention."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.project = nn.BatchNorm1d(16), nn.Linear(16, 16)
-
-    def forward(self, x):
-        q = self.project(self.norm(x.transpose(1, 2)).transpose(1, 2)).view(2, 9, 2, 8).transpose(1, 2)
-        i = torch.arange(9)
-        return F.scaled_dot_product_attention(q, q, q, attn_mask=i[:, None] >= i)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_a_buffer_that_is_written(training, grad):
-    model = Normalised().train(training)
-    twin, x = copy.deepcopy(model), torch.randn(2, 9, 16)
-    with torch.set_grad_enabled(grad):
-        call = compiled(twin)
-        for _ in range(2):
-            expected, found = model(x), call(x)
-            close(found, expected)
-    close(twin.norm.running_mean, model.norm.running_mean)
-    close(twin.norm.running_var, model.norm.running_var)
-    if grad:
-        expected.square().sum().backward()
-        found.square().sum().backward()
-        close(twin.project.weight.grad, model.project.weight.grad)
-    assert rewritten() == ["attention"]
 
 
 def test_graph_breaks(eagerly):
@@ -481,18 +222,6 @@ def test_as_many_graphs_as_inductor(family, eagerly):
 
     assert graphs(backend.attnopt) == graphs("eager")
     assert len(rewritten()) == LAYERS * len(backend.reports())
-
-
-def test_as_many_graphs_with_a_plan(eagerly):
-    model = build("llama")
-    call = compiled(model, plan=make_plan(LLAMA))
-    counters.clear()
-    for length in (20, 33, 47):
-        with torch.no_grad(), ExplicitMasks([[(0, 2**30), (2, 5), (0, 7), (2, 5)]] * LAYERS):
-            expected = model(tokens(2, length), use_cache=False).logits
-        with torch.no_grad():
-            close(call(tokens(2, length), use_cache=False).logits, expected)
-    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_dynamic_from_the_start(eagerly):
@@ -539,13 +268,3 @@ def test_debug_prints_the_report_and_the_graphs(eagerly, monkeypatch, capsys):
     compiled(NanoGPT(flash=False).eval())(tokens())
     said = capsys.readouterr().err
     assert "h.0: SDPA is_causal" in said and "--- before" in said and "--- after" in said
-
-
-def test_scaled_up_models_attend_unevenly():
-    """The tests above would pass under any mask if attention were uniform."""
-    model = build("llama")
-    with torch.no_grad():
-        dense = model(tokens(), use_cache=False).logits
-        with ExplicitMasks([[(0, 12)] * HEADS] * LAYERS):
-            windowed = model(tokens(), use_cache=False).logits
-    assert float((dense - windowed).abs().max()) > 0.1

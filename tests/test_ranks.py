@@ -78,6 +78,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(two: Path) -> None:
     one, other = (Profile.load(two / f"made.{n}") for n in (0, 1))
     assert (two / "made.0").read_bytes() == (two / "made.1").read_bytes()
@@ -99,6 +100,7 @@ def test_a_mistake_in_one_process_is_raised_in_all(two: Path) -> None:
         assert "Process 1: The loss of a sequence" in (two / f"error.{n}").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """One process writes and prints; the model's own continuation is the same in both."""
     save_model(tmp_path / "model")

@@ -55,6 +55,8 @@ CASES = {
     "window": Case(120, (1, 1), window=30, tiles=(16, 16)),
     "window of one tile, many cells": Case(150, (1, 1), window=90, tiles=(16, 16), grid=Grid((0, 2), (4, 16, 32, 64))),
     "padded left": Case(70, padding="left", batch=3, heads=(2, 1)),
+    # Padded rows that see keys: they count in no sum, and pass gradients on.
+    "padded right": Case(40, padding="right", batch=2),
     "padded right, window": Case(70, padding="right", batch=2, window=12),
     "capped": Case(70, softcap=2.0, sharp=3.0),
     "capped, padded, grouped": Case(67, (4, 2), (12, 20), None, "left", 1.5, sharp=2.0, batch=2),

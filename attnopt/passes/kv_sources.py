@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import Region
-from attnopt.passes.lineage import MADE, Place, Walk, Write, start
+from attnopt.passes.lineage import MADE, Walk, start
 from attnopt.passes.program import Program
+from attnopt.passes.writes import Place, Write
 from attnopt.patterns import value
 from attnopt.patterns.layout import Space
 

@@ -135,16 +135,19 @@ class _Pass:
         tile = min(max(self.rows, self.grid.sinks[-1]), stop)  # leading columns, summed apart: see _split
         low = 0 if self.window is None else max(0, start - self.window + 1)
         low = 0 if low < tile else low
+        # Scores in units of the soft-cap; c stands in the slope then.
+        scale = self.scale / (self.softcap or 1.0)
         x, shape = slice(first, last), (last - first, self.repeat, stop - start, stop - low)
         key, value = self.k[x, low:stop], self.v[x, low:stop]
-        query = self.q[x, :, start:stop].to(self.wide).mul(self.scale).reshape(shape[0], -1, key.shape[-1])
+        query = self.q[x, :, start:stop].to(self.wide).mul(scale).reshape(shape[0], -1, key.shape[-1])
 
         scores, slope = query @ key.mT, None
         if self.softcap:
-            # c tanh(s / c), whose derivative is 1 - tanh^2.
-            capped = scores.div_(self.softcap).tanh_()
-            slope = None if self.grad is None else 1 - capped.square()
-            scores = capped.mul_(self.softcap)
+            # c tanh(s / c), whose derivative by s / c is c - c tanh^2.
+            scores.tanh_()
+            if self.grad is not None:
+                slope = torch.addcmul(scores.new_tensor(self.softcap), scores, scores, value=-self.softcap)
+            scores.mul_(self.softcap)
         self._mask(scores.view(shape), x, low, start)
         weights = torch.softmax(scores, -1)
         entropy = _entropy(scores, weights).view(shape[:3])
@@ -159,7 +162,7 @@ class _Pass:
             total = scored.sum(-1, keepdim=True)  # D_i from the weights, not from an output rounded to bfloat16
             scored.addcmul_(weights, total, value=-1)
             inner = scored if slope is None else slope.mul_(scored)
-            dq[x, :, start:stop] = (inner @ key).mul_(self.scale).view(*shape[:3], -1)
+            dq[x, :, start:stop] = (inner @ key).mul_(scale).view(*shape[:3], -1)
             dk[x, low:stop].baddbmm_(inner.mT, query)
             scored, dots = scored.view(shape), total.view(shape[:3])
         valid = self.found.valid(x, start, stop)

@@ -18,6 +18,7 @@ from attnopt.cost import CostTable
 from .lines import LENGTH, LENGTHS, SITE, Fails, bench_command, plan_command, snapshot
 
 
+@pytest.mark.slow
 def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(*command: str) -> Any:
         capsys.readouterr()

@@ -59,6 +59,7 @@ CHAT = [
 ]
 
 
+@pytest.mark.slow
 def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(CHAT[n % 2]) for n in range(24)))
     base = ["profile", str(work / "shallow"), "--lengths", "128", "--samples", "1", "--json", "--probe", "0"]
@@ -117,6 +118,7 @@ def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) ->
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     samples, draws, out = 6, 8, tmp_path / "profile"
     partial = tmp_path / "profile.partial"

@@ -1,4 +1,4 @@
-"""More spellings: masks, biases, soft-caps and sinks, and the ways a KV head is shared by several query heads."""
+"""More spellings: causal masks, padding, windows, chunks, prefixes, documents, offsets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .spellings import (
     CACHED,
-    CAP,
     DIM,
-    GROUP,
     HEADS,
     INF,
-    KV_HEADS,
     PREFIX,
-    REACH,
     SCALE,
     WINDOW,
     columns,
@@ -26,6 +21,7 @@ from .spellings import (
     rows,
     scores,
     sdpa,
+    softmax_of,
     spelling,
     swapped,
     swapped_back,
@@ -159,120 +155,6 @@ def sdpa_additive(q, k, v):
 @spelling("causal", layout=swapped, restore=swapped_back)
 def sdpa_transposed(q, k, v):
     return sdpa(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
-
-
-# --- key and value heads shared by groups of query heads --------------------------------------------------------------
-
-
-def softmax_of(s: Tensor, keep: Tensor) -> Tensor:
-    return F.softmax((s * SCALE).masked_fill(~keep, -INF), -1)
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return softmax_of(scores(q, k), lower(q, k)) @ v
-
-
-def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.softmax(scores(q, k) * SCALE, -1) @ v
-
-
-@spelling("causal grouped", "causal one key head")
-def sdpa_grouped(q, k, v):
-    return sdpa(q, k, v, is_causal=True, enable_gqa=True)
-
-
-@spelling("causal grouped")
-def repeat_interleave(q, k, v):
-    return causal(q, *(t.repeat_interleave(GROUP, dim=1) for t in (k, v)))
-
-
-@spelling("grouped")
-def repeat_interleave_counted_from_the_end(q, k, v):
-    return unmasked(q, *(torch.repeat_interleave(t, GROUP, -3) for t in (k, v)))
-
-
-def repeated(t: Tensor) -> Tensor:
-    """transformers' repeat_kv."""
-    b, g, n, d = t.shape
-    return t[:, :, None, :, :].expand(b, g, GROUP, n, d).reshape(b, g * GROUP, n, d)
-
-
-@spelling("causal grouped")
-def repeat_kv(q, k, v):
-    return causal(q, repeated(k), repeated(v))
-
-
-@spelling("causal grouped")
-def sdpa_repeat_kv(q, k, v):
-    return sdpa(q, repeated(k), repeated(v), attn_mask=lower(q, k), scale=SCALE)
-
-
-@spelling("grouped")
-def repeated_by_copies(q, k, v):
-    return unmasked(q, *(t[:, :, None].repeat(1, 1, GROUP, 1, 1).flatten(1, 2) for t in (k, v)))
-
-
-@spelling("grouped")
-def repeated_by_a_stack(q, k, v):
-    return unmasked(q, *(torch.stack([t] * GROUP, 2).flatten(1, 2) for t in (k, v)))
-
-
-@spelling("grouped")
-def repeated_by_an_index(q, k, v):
-    group = torch.arange(HEADS) // GROUP
-    return unmasked(q, k[:, group], v[:, group])
-
-
-@spelling("grouped")
-def five_dimensional_einsum(q, k, v):
-    s = torch.einsum("bgrid,bgjd->bgrij", q.unflatten(1, (KV_HEADS, GROUP)), k)
-    return torch.einsum("bgrij,bgjd->bgrid", F.softmax(s * SCALE, -1), v).flatten(1, 2)
-
-
-@spelling("causal grouped", layout=swapped, restore=swapped_back)
-def five_dimensional_einsum_of_rows(q, k, v):
-    q = q.view(*q.shape[:2], KV_HEADS, GROUP, DIM)
-    s = torch.einsum("btkgh,bskh->bkgts", q, k) * SCALE
-    n = q.shape[1]
-    s = torch.where(torch.ones(n, n, dtype=torch.bool).tril(), s, torch.finfo(s.dtype).min)
-    return torch.einsum("bkgts,bskh->btkgh", F.softmax(s, -1), v).reshape(*q.shape[:2], HEADS, DIM)
-
-
-@spelling("causal grouped")
-def five_dimensional_product(q, k, v):
-    q = q.reshape(q.shape[0], KV_HEADS, GROUP, *q.shape[2:])
-    return causal(q, k[:, :, None], v[:, :, None]).flatten(1, 2)
-
-
-@spelling("grouped")
-def five_dimensional_sdpa(q, k, v):
-    q = q.unflatten(1, (KV_HEADS, GROUP))
-    return sdpa(q, *(t.unsqueeze(2).expand(-1, -1, GROUP, -1, -1) for t in (k, v))).flatten(1, 2)
-
-
-@spelling("causal one key head")
-def broadcast(q, k, v):
-    return causal(q, k, v)
-
-
-@spelling("causal one key head")
-def sdpa_broadcast(q, k, v):
-    return sdpa(q, k.expand(-1, HEADS, -1, -1), v.expand(-1, HEADS, -1, -1), is_causal=True)
-
-
-@spelling("causal one key head")
-def einsum_without_key_heads(q, k, v):
-    weights = softmax_of(torch.einsum("bhid,bjd->bhij", q, k[:, 0]), lower(q, k))
-    return torch.einsum("bhij,bjd->bhid", weights, v.squeeze(1))
-
-
-@spelling("causal one key head")
-def rows_of_all_heads(q, k, v):
-    """GPT-BigCode: the queries of all heads are rows of one product."""
-    b, n = q.shape[0], q.shape[2]
-    s = torch.bmm(q.transpose(1, 2).reshape(b, n * HEADS, DIM), k[:, 0].mT).view(b, n, HEADS, n)
-    weights = softmax_of(s, lower(q, k)[:, None, :]).view(b, n * HEADS, n)
-    return torch.bmm(weights, v[:, 0]).view(b, n, HEADS, DIM).transpose(1, 2)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -454,132 +336,3 @@ def offset_rows_of_a_square(q, k, v):
 def sdpa_offset(q, k, v):
     at = torch.arange(q.shape[2]) + CACHED
     return sdpa(q, k, v, attn_mask=columns(k) <= at[:, None])
-
-
-# --- soft-cap, biases, sinks ------------------------------------------------------------------------------------------
-
-
-@spelling("capped")
-def cap_by_three_steps(q, k, v):
-    """Gemma 2."""
-    s = scores(q, k) * SCALE
-    s = s / CAP
-    s = torch.tanh(s)
-    s = s * CAP
-    return F.softmax(s + torch.full(s.shape[-2:], torch.finfo(s.dtype).min, dtype=s.dtype).triu(1), -1) @ v
-
-
-@spelling("capped")
-def cap_folded_into_the_scale(q, k, v):
-    s = CAP * (scores(q, k) * (SCALE / CAP)).tanh()
-    return F.softmax(s.masked_fill(~lower(q, k), -INF), -1) @ v
-
-
-@spelling("capped")
-def cap_of_scaled_queries(q, k, v):
-    s = torch.tanh(torch.einsum("bhid,bhjd->bhij", q * SCALE, k) / CAP) * CAP
-    return F.softmax(torch.where(lower(q, k), s, -INF), -1) @ v
-
-
-@spelling("alibi")
-def alibi_added(q, k, v, slopes):
-    bias = slopes[:, None, None] * (columns(k) - rows(q))
-    return F.softmax((scores(q, k) * SCALE + bias).masked_fill(~lower(q, k), -INF), -1) @ v
-
-
-@spelling("alibi")
-def alibi_subtracted(q, k, v, slopes):
-    bias = (rows(q) - columns(k)).to(q.dtype) * slopes.view(1, HEADS, 1, 1)
-    return F.softmax((scores(q, k) * SCALE - bias).masked_fill(~lower(q, k), -INF), -1) @ v
-
-
-@spelling("alibi")
-def sdpa_alibi(q, k, v, slopes):
-    bias = (columns(k) - rows(q)) * slopes[:, None, None]
-    return sdpa(q, k, v, attn_mask=bias.masked_fill(columns(k) > rows(q), -INF).to(q.dtype)[None])
-
-
-@spelling("alibi")
-def alibi_baddbmm(q, k, v, slopes):
-    b, n = q.shape[0], q.shape[2]
-    bias = (slopes[:, None, None] * (columns(k) - rows(q))).expand(b, -1, -1, -1).flatten(0, 1)
-    s = torch.baddbmm(bias, flat(q), flat(k).mT, beta=1.0, alpha=SCALE).view(b, HEADS, n, n)
-    return F.softmax(s.masked_fill(~lower(q, k), -INF), -1) @ v
-
-
-@spelling("relative")
-def table_looked_up(q, k, v, table):
-    bias = table[columns(k) - rows(q) + REACH].permute(2, 0, 1)
-    return F.softmax(scores(q, k) * SCALE + bias.unsqueeze(0), -1) @ v
-
-
-@spelling("relative")
-def table_embedded(q, k, v, table):
-    """T5: an embedding read at the distance."""
-    bias = F.embedding(columns(k) - rows(q) + REACH, table).permute(2, 0, 1)[None]
-    return F.softmax(scores(q, k) * SCALE + bias, -1) @ v
-
-
-@spelling("relative")
-def sdpa_table(q, k, v, table):
-    at = (columns(k) - rows(q) + REACH).view(-1)
-    bias = table[at].view(q.shape[2], k.shape[2], HEADS).permute(2, 0, 1).contiguous()
-    return sdpa(q, k, v, attn_mask=bias[None])
-
-
-@spelling("biased")
-def bias_added(q, k, v, bias):
-    return F.softmax(scores(q, k) * SCALE + bias, -1) @ v
-
-
-@spelling("biased")
-def bias_added_before_the_scale(q, k, v, bias):
-    return F.softmax((bias / SCALE + scores(q, k)) * SCALE, -1) @ v
-
-
-@spelling("biased")
-def sdpa_bias(q, k, v, bias):
-    return sdpa(q, k, v, attn_mask=bias)
-
-
-@spelling("sink")
-def sink_column(q, k, v, sink):
-    """GPT-OSS: one more column, dropped after the soft-max."""
-    s = (scores(q, k) * SCALE).masked_fill(~lower(q, k), -INF)
-    column = sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
-    s = torch.cat([s, column], dim=-1)
-    s = s - s.max(dim=-1, keepdim=True).values
-    return F.softmax(s, dim=-1)[..., :-1] @ v
-
-
-@spelling("sink")
-def sink_in_the_sum(q, k, v, sink):
-    s = (scores(q, k) * SCALE).masked_fill(~lower(q, k), -INF)
-    e = torch.exp(s)
-    return (e / (e.sum(-1, keepdim=True) + sink.exp()[None, :, None, None])) @ v
-
-
-@spelling("sink")
-def sink_column_first(q, k, v, sink):
-    s = (scores(q, k) * SCALE).masked_fill(~lower(q, k), -INF)
-    s = torch.cat([sink[None, :, None, None].expand(*s.shape[:3], 1), s], -1)
-    return F.softmax(s, -1)[:, :, :, 1:] @ v
-
-
-@spelling("off by one")
-def one_in_the_sum(q, k, v):
-    e = torch.exp(scores(q, k) * SCALE)
-    return (e / (1 + e.sum(-1, keepdim=True))) @ v
-
-
-@spelling("off by one")
-def column_of_zeros(q, k, v):
-    s = scores(q, k) * SCALE
-    return F.softmax(F.pad(s, (0, 1)), -1)[..., :-1] @ v
-
-
-@spelling("zero key")
-def key_and_value_of_zeros(q, k, v):
-    """add_zero_attn: one more key and value, both zero."""
-    k, v = (torch.cat([t, torch.zeros_like(t[:, :, :1])], 2) for t in (k, v))
-    return F.softmax(scores(q, k) * SCALE, -1) @ v

@@ -9,7 +9,7 @@ from tracing import qkv, trace
 
 from attnopt.ir import Mask
 
-from .test_written_out import CAUSAL, SCALE, scores, triangle
+from .written import CAUSAL, SCALE, scores, triangle
 
 
 def tempered(q, k, v, t):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tracing import qkv, trace
 
-from . import tempered_spellings  # noqa: F401  (registers its near misses)
+from . import near_misses_of_masks, near_misses_of_scores, tempered_spellings  # noqa: F401  (register theirs)
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import normalised
 
@@ -55,14 +55,11 @@ def permuted(q, k, v):
     return F.softmax(q @ k.permute(0, 2, 3, 1) / 8**0.5, dim=-1) @ v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [over_queries, over_heads, permuted], ids=lambda fn: fn.__name__)
-def test_the_compiled_near_miss_is_right(fn: Any, record_property: Any) -> None:
-    """Through inductor to the end. torch 2.13 alone gets these wrong: how wrong is recorded, not required."""
+def test_the_compiled_near_miss_is_right(fn: Any) -> None:
+    """Through inductor to the end, which alone (torch 2.13) gets these wrong."""
     inputs = qkv(heads=8, length=8)
-    expected = fn(*inputs)
     with torch.no_grad():
         found = torch.compile(fn, backend="attnopt")(*inputs)
-        torch._dynamo.reset()
-        alone = torch.compile(fn)(*inputs)
-    record_property("error of torch.compile alone", float((alone - expected).abs().max()))
-    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(found, fn(*inputs), atol=5e-5, rtol=1e-4)

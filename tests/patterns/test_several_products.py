@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tracing import qkv, trace
 
-from .test_written_out import CAUSAL, SCALE, scores, triangle
+from .written import CAUSAL, SCALE, scores, triangle
 
 
 def weighted(q, k, causal=True):

@@ -20,7 +20,14 @@ from attnopt.capture import capture, needs_grad
 from attnopt.ir import Refusal
 from attnopt.passes import PIPELINE, Program
 
-from . import masked_spellings, tempered_spellings  # noqa: F401  (register their spellings)
+# Each registers its spellings.
+from . import (  # noqa: F401
+    biased_spellings,
+    grouped_spellings,
+    masked_spellings,
+    plain_spellings,
+    tempered_spellings,
+)
 from .spellings import FAMILIES, SPELLINGS, Spelling, normalised
 
 LENGTHS = (13, 17)
