@@ -5,7 +5,7 @@ mixed with long-range recall: a name bound far above must be reproduced. Everyth
 
     python examples/train_demo_model.py --out runs/demo --tokens 10_000_000     # hours on two cores
     python examples/train_demo_model.py --out runs/demo                          # resumes where it stopped
-    python examples/train_demo_model.py --out runs/mha --shape mha --context 2048 --tokens 6_000_000
+    python examples/train_demo_model.py --out runs/mha --shape mha --context 2048 --tokens 8_000_000
     python examples/train_demo_model.py --out /tmp/t --tokens 20_000 --tiny      # a minute: checks the script
 
 Writes into OUT: tokenizer.json, checkpoint.safetensors (weights and optimiser), state.json, loss.png and, at the
