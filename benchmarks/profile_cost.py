@@ -214,8 +214,7 @@ def table(found: dict[str, Any]) -> str:
         for row in sorted(found["billion"], key=lambda r: (r["layers"], r["length"])):
             weights = row["parameters"] * 4 / 2**30
             lines.append(f"| {row['layers']} | {row['length']} | {row['parameters'] / 1e9:.2f} billion | "
-                         f"{row['peak_mib'] / 1024:.2f}{' *' * ('stopped' in row)} | {weights:.2f} |")  # fmt: skip
-        lines += ["", *(f"\\* {row['stopped']}" for row in found["billion"] if "stopped" in row)]
+                         f"{row['peak_mib'] / 1024:.2f} | {weights:.2f} |")  # fmt: skip
     return "\n".join(lines)
 
 
