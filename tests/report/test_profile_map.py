@@ -64,7 +64,7 @@ def test_heads_that_recall_are_listed_by_the_probe_alone(capsys: pytest.CaptureF
     assert [(r["site"], r["head"]) for r in found[:2]] == [("layers.1.attn", 1), ("layers.0.attn", 1)]
     assert [r["nats_per_token"] for r in found] == pytest.approx([0.3, 0.15, 0, 0, 0, 0])
     print_profile(made)
-    assert "answers about lines far above" in capsys.readouterr().out
+    assert "answers about lines far above" in " ".join(capsys.readouterr().out.split())
 
 
 def test_heads_that_attend_alike_are_found() -> None:
@@ -95,7 +95,7 @@ def test_the_picture_and_the_terminal(backward: bool, tmp_path: Path, capsys: py
         str(tmp_path / "a.png"),
     ]
     assert main(command) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "first 4 keys" in out and "How alike layers attend" in out and "layers.0.attn.0 and" in out
     assert ("squared change of the output" in out) is not backward
     drawn = (tmp_path / "a.svg").read_bytes()
