@@ -203,6 +203,28 @@ def test_a_weight_weighs_the_divergence_or_the_loss(labels, power):
         torch.testing.assert_close(factors[1], 2.0 * factors[0])
 
 
+def test_a_probe_is_observed_beside_the_text(whole, tmp_path):
+    weights = torch.zeros(24)
+    weights[20:] = 1.0
+    asked = Sample(tokens(1, 24, seed=9), weights, "probe", 4.0)
+    made = profile_model(build("llama"), [*SEQUENCES, asked, asked], GRID, draws=1)
+    assert len(made.header.data) == 4 and "model labels on probe answers, softened 4 times" in made.header.supervision
+    assert made.samples == whole.samples and list(made.scalars[24]) == list(whole.scalars[24])
+    alone = profile_model(build("llama"), [Sample(asked.ids, asked.weights, "chat", 4.0)], GRID)
+    for key, seen in made.observations.items():
+        # What is known of the text is what it is without a probe.
+        assert all(torch.equal(seen.sums[name], tensor) for name, tensor in whole.observations[key].sums.items())
+        assert seen.tokens == whole.observations[key].tokens and seen.of_probe.tokens == 4.0
+        assert (seen.probe["t2"] > 0).all() and seen.probe["t2"].shape == seen.t2.shape
+        torch.testing.assert_close(alone.observations[key].tokens, seen.of_probe.tokens)
+    # A process, or a part of a run, may have seen nothing else.
+    only = profile_model(build("llama"), [asked], GRID)
+    only.save(tmp_path / "probe")
+    again = Profile.load(tmp_path / "probe")
+    assert all(o.rows == o.samples == 0 and o.asked == 4.0 for o in again.observations.values())
+    equal(merged([("text", whole), ("probe", again)], mixed=True), made, rtol=1e-12)
+
+
 def test_profiles_of_other_supervision_do_not_add(whole):
     data = profile_model(build("llama"), SEQUENCES, GRID, labels="data")
     assert data.header.supervision == ("data labels on text",) and whole.header.supervision == ("model labels on text",)

@@ -109,6 +109,7 @@ def _site(problem: Problem, site: int, price: float) -> Problem:
         kv=np.searchsorted(of_kv, problem.kv[heads]) if len(problem.kv) else problem.kv,
         key_cost=problem.key_cost[of_kv],
         key_bytes=problem.key_bytes[of_kv],
+        retrieval=problem.retrieval[heads] if problem.retrieval.size else problem.retrieval,
     )
 
 
