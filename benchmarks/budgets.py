@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnopt import hf, text
 from attnopt.codegen.emit import write_atomically
+from attnopt.commands.profiling import PROBES
 from attnopt.errors import BudgetError
 from attnopt.measure import Spans
 from attnopt.plan import Budget
@@ -33,8 +34,6 @@ from attnopt.probe import Probe
 from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from benchmarks.planners.page import fill, markdown
-
-PROBES = 2
 
 
 @dataclass(frozen=True)

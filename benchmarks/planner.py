@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.emit import write_atomically
+from attnopt.commands.profiling import PROBES
 from attnopt.ir import Choice
 from attnopt.planner import choices_from, front
 from attnopt.planner.problem import make_problem
@@ -45,14 +46,12 @@ from attnopt.profiler import profile_model
 from attnopt.report.data import environment
 from benchmarks.planners import duo, fixed, moa
 from benchmarks.planners.page import fill, markdown
-from benchmarks.planners.subject import Choices, Subject
-from benchmarks.planners.terms import Terms, times
+from benchmarks.planners.subject import Subject
+from benchmarks.planners.terms import Choices, Terms, times
 
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 DRAWS = 5
 DOCUMENTS = 4
-# Documents of the probe at each length beside the text, as `attnopt profile` takes them.
-PROBES = 2
 # Texts, in multiples of the mean span, of which answers are asked for; the share of dense's recall that is reached.
 REACH, REACHED = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), 0.9
 Planner = Callable[[Terms, float], list[Choices]]
@@ -189,11 +188,15 @@ class Bench:
     def reach(self, planners: Mapping[str, Planner], span: int, done: Callable[[str, int], None]) -> dict[str, int]:
         """The longest text of which answers are recalled, all shorter ones too, with `span` keys kept on average."""
         found = {}
+        enough = {
+            length: REACHED * self.recalled(None, length)
+            for length in (int(r * span) for r in REACH if r * span <= self.args.reach_most)
+        }
         for name, planner in planners.items():
             found[name] = 0
-            for length in (int(r * span) for r in REACH if r * span <= self.args.reach_most):
+            for length, wanted in enough.items():
                 made = planner(self.terms_at(length, "span"), span / length)
-                if not made or self.recalled(made[0], length) < REACHED * self.recalled(None, length):
+                if not made or self.recalled(made[0], length) < wanted:
                     break
                 found[name] = length
             done(name, found[name])

@@ -158,32 +158,30 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def cells_of(found: dict[str, dict[str, Any]], name: str) -> list[str]:
+    """One score in a row of a table, a cell for each kind of plan."""
+    cells = []
+    for entry in found.values():
+        of = entry[name]
+        ratio = f"; {of['ratio']:.2f} ({of['low']:.2f} to {of['high']:.2f})" if "ratio" in of else ""
+        cells.append(f"{of['spearman']:.3f}{ratio}")
+    return cells
+
+
 def table(found: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title="rank correlation with the measured divergence; predicted over measured, median (10 % to 90 %)")
     shown.add_column("score")
     for kind, entry in found.items():
         shown.add_column(f"{kind} ({entry['plans']})", justify="right")
     for name in SCORES:
-        cells = []
-        for entry in found.values():
-            of = entry[name]
-            ratio = f"  {of['ratio']:.2f} ({of['low']:.2f} to {of['high']:.2f})" if "ratio" in of else ""
-            cells.append(f"{of['spearman']:.3f}{ratio}")
-        shown.add_row(name, *cells)
+        shown.add_row(name, *cells_of(found, name))
     return shown
 
 
 def described(found: dict[str, Any]) -> str:
     """The table of the documentation."""
     header = ["score", *(f"{kind} ({entry['plans']})" for kind, entry in found["summary"].items())]
-    rows = []
-    for name in SCORES:
-        cells = []
-        for entry in found["summary"].values():
-            of = entry[name]
-            ratio = f"; {of['ratio']:.2f} ({of['low']:.2f} to {of['high']:.2f})" if "ratio" in of else ""
-            cells.append(f"{of['spearman']:.3f}{ratio}")
-        rows.append([name, *cells])
+    rows = [[name, *cells_of(found["summary"], name)] for name in SCORES]
     what = (
         f"`{found['model']}`, {found['length']} tokens, {found['samples']} sequences and {found['draws']} label draws:"
     )

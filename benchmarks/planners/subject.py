@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt import hf, text
-from attnopt.ir import Choice, Site
+from attnopt.ir import Site
 from attnopt.measure import Spans
 from attnopt.planner.make import answered
 from attnopt.probe import Probe, Recall
 from benchmarks.planners import fixed
-from benchmarks.planners.terms import span_of
-
-Choices = Mapping[str, Sequence[Choice]]
+from benchmarks.planners.terms import Choices, span_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from attnopt import ops
 from attnopt.codegen.spec import KernelSpec
 from attnopt.cost import Costs, CostTable, interleaved, layer_cost, load_or_measure
-from attnopt.ir import Choice, Site
+from attnopt.ir import DENSE, Choice, Site
 from attnopt.passes.span import tables as tables_of
 from attnopt.planner.make import windows_at
 from attnopt.profiler import DEFAULT_GRID
@@ -55,7 +55,7 @@ class Terms:
         """Of all layers, in the tables' unit; sites not named are dense."""
         total = 0.0
         for site in self.sites:
-            of_site = choices.get(site.name, (Choice("dense", ()),) * site.heads)
+            of_site = choices.get(site.name, (DENSE,) * site.heads)
             total += layer_cost(self.tables[site.name], self.length, [span_of(c, self.length) for c in of_site])
         return total
 
@@ -93,7 +93,7 @@ def times(sites: Sequence[Site], length: int, plans: Sequence[Choices], rounds: 
     def run(choices: Choices) -> None:
         for site in sites:
             q, k, v = inputs[spec_of(site)]
-            held = tables_of(choices.get(site.name, (Choice("dense", ()),) * site.heads), site.heads)
+            held = tables_of(choices.get(site.name), site.heads)
             windows = ops.windows_at(held["alphas"], held["betas"], length)
             ops.prefill(q, k, v, held["sinks"], windows, site.scale, None)
 
