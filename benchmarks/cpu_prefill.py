@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from attnopt.codegen import span_cpu
 from attnopt.codegen.emit import load
-from attnopt.codegen.reference import prefill as reference
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.spec import SpanPrefill
 
 HEADS, KV_HEADS = 8, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -89,7 +89,7 @@ def inputs(case: Case, length: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
 
 
 def prefill_of(case: Case, padded: bool = False) -> Callable[..., torch.Tensor]:
-    return load(KernelSpec("cpu", case.dtype, HEADS, KV_HEADS, case.dim, case.dim, padded)).prefill
+    return load(SpanPrefill("cpu", case.dtype, HEADS, KV_HEADS, case.dim, case.dim, padded)).prefill
 
 
 def error(case: Case, length: int) -> float:

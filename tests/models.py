@@ -153,7 +153,7 @@ class ExplicitMasks:
     def masked(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, scale: Any = None, **kw: Any
     ) -> Tensor:
-        from attnopt.codegen.reference import span_mask
+        from attnopt.codegen.reference_prefill import span_mask
 
         sinks, windows = (
             torch.tensor(column) for column in zip(*self.layers[self.calls % len(self.layers)], strict=True)

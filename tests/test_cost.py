@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnopt.codegen.reference import prefill, span_mask
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.reference_prefill import prefill, span_mask
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import (
     CostTable,
     break_even,
@@ -177,7 +177,7 @@ def test_measuring_restores_the_number_of_threads() -> None:
 
 def test_a_measured_table_is_stored_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
-    spec = KernelSpec("reference", "float32", 2, 1, 8, 8, False)
+    spec = SpanPrefill("reference", "float32", 2, 1, 8, 8, False)
     table = load_or_measure(spec, [32, 64], [8], [0], rounds=1)
     path = path_of(table.key)
     assert path.parent == tmp_path / "costs" and path.exists()

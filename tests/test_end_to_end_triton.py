@@ -76,10 +76,10 @@ def check(found: dict, target: str, folder: Path) -> None:
         assert result["effect"] > 0.5, "the spans change nothing: the comparison would prove nothing"
         assert result["error"] < 2e-3, (side, result)
         (key,) = result["kernels"]
-        assert key.startswith(f"span_{target}_h{HEADS}k{KV_HEADS}d{HEAD_DIM}_float32"), key
+        assert key.startswith(f"span_prefill_{target}_h{HEADS}k{KV_HEADS}d{HEAD_DIM}_float32"), key
         assert result["kernels"][key] == LAYERS
         emitted = (folder / f"{key}.py").read_text()
-        assert ("@triton.jit" in emitted) == (target == "triton") and "codegen.reference" not in emitted
+        assert ("@triton.jit" in emitted) == (target == "triton") and "codegen.reference_prefill" not in emitted
     assert found["lowerings"] == ["span kernel, 3 spans", "span kernel, 4 spans"] * 2
 
 

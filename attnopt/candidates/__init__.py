@@ -112,7 +112,7 @@ class Candidate(ABC):
         """Plain PyTorch: q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv) -> (B, H, N, Dv), all heads alike."""
         import torch
 
-        from attnopt.codegen.reference import prefill
+        from attnopt.codegen.reference_prefill import prefill
 
         sink, window = self.span(params, q.shape[2], own_window)
         sinks = torch.full((q.shape[1],), sink, device=q.device)

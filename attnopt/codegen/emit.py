@@ -40,9 +40,12 @@ def kernel_folder() -> Path:
 def load(spec: KernelSpec) -> ModuleType:
     """The emitted module of `spec`: source from its target, written if it is not there already, imported once.
 
-    The module has ``prefill(q, k, v, sinks, windows, scale, pad=None) -> out``; see docs/add-a-target.md.
+    What the module has is the family's contract (docs/add-a-target.md); a prefill has
+    ``prefill(q, k, v, sinks, windows, scale, pad=None) -> out``. ValueError where the target has no such kernel.
     """
-    source = TARGETS[spec.target].emit(spec)
+    if f"{spec.target} {spec.kernel}" not in TARGETS:
+        raise ValueError(f"the {spec.target} target has no {spec.kernel.replace('_', ' ')} kernel")
+    source = TARGETS[f"{spec.target} {spec.kernel}"].emit(spec)
     folder = kernel_folder()
     cached = _loaded.get((str(folder), spec.key()))
     if cached is not None:

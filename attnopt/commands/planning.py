@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnopt import hf, settings, text
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import Progress, emit, load, stages, token_ids, writable
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import OptionError
@@ -145,7 +145,7 @@ def named(progress: Progress, what: str) -> Callable[[int, int, str], None]:
     return lambda done, of, at: progress(what, done, of)
 
 
-def calibrated(spec: KernelSpec, table: CostTable, seconds: float) -> dict[str, Any]:
+def calibrated(spec: SpanPrefill, table: CostTable, seconds: float) -> dict[str, Any]:
     """What was measured, as JSON."""
     lengths = [
         {
@@ -163,7 +163,7 @@ def calibrated(spec: KernelSpec, table: CostTable, seconds: float) -> dict[str, 
     }  # fmt: skip
 
 
-def specs_of(args: argparse.Namespace) -> list[KernelSpec]:
+def specs_of(args: argparse.Namespace) -> list[SpanPrefill]:
     """The kernels to time: those of a model's sites, or of the sizes given; once for every dtype."""
     dtypes = [str(hf.dtype_of(name)).removeprefix("torch.") for name in args.dtype.split(",")]
     target = settings.target(args.device.split(":")[0])
@@ -174,16 +174,16 @@ def specs_of(args: argparse.Namespace) -> list[KernelSpec]:
         if args.heads % kv_heads:
             raise OptionError(f"{args.heads} heads do not share {kv_heads} KV heads evenly.", "Use a divisor.")
         wide = args.head_dim_v or args.head_dim
-        return [KernelSpec(target, d, args.heads, kv_heads, args.head_dim, wide, False) for d in dtypes]
+        return [SpanPrefill(target, d, args.heads, kv_heads, args.head_dim, wide, False) for d in dtypes]
     if any(size is not None for size in (args.heads, args.kv_heads, args.head_dim, args.head_dim_v)):
         raise OptionError("--model has sizes of its own.", "Give either --model, or --heads and --head-dim.")
     return list(dict.fromkeys(spec for d in dtypes for spec in model_specs(args, d, target)))
 
 
-def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[KernelSpec]:
+def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[SpanPrefill]:
     from attnopt.profiler import discover
 
     loaded = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
     ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
     sites = discover(loaded.model, ids).sites.values()
-    return [KernelSpec(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]
+    return [SpanPrefill(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]

@@ -18,7 +18,7 @@ from attnopt import __version__, settings
 from attnopt.cost.table import CostTable
 
 if TYPE_CHECKING:
-    from attnopt.codegen.spec import KernelSpec
+    from attnopt.codegen.spec import SpanPrefill
 
 # A timed sample repeats a call until it lasts this long.
 SAMPLE_SECONDS = 2e-3
@@ -141,7 +141,7 @@ def path_of(key: tuple[tuple[str, str], ...]) -> Path:
 
 
 def load_or_measure(
-    spec: KernelSpec, lengths: Sequence[int], windows: Sequence[int], sinks: Sequence[int], *, device: str = "cpu",
+    spec: SpanPrefill, lengths: Sequence[int], windows: Sequence[int], sinks: Sequence[int], *, device: str = "cpu",
     rounds: int = 7, progress: Callable[[int, int, str], None] | None = None,
 ) -> CostTable:  # fmt: skip
     """The table of `spec`'s emitted kernel on this device: what is stored, and what it lacks timed now. Every length is

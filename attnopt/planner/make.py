@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, load_or_measure
 from attnopt.errors import ModelError, TextError
 from attnopt.fingerprint import fingerprint_of
@@ -97,11 +97,11 @@ def cost_tables(
     sites: Sequence[Site], profile: Profile, target: str, device: str, lengths: Sequence[int], progress: Progress | None
 ) -> dict[str, CostTable]:
     """One measured table per site; sites of equal shape share it. Stored on this machine, so measured once."""
-    made: dict[KernelSpec, CostTable] = {}
+    made: dict[SpanPrefill, CostTable] = {}
     grid = profile.header.grid
     tables: dict[str, CostTable] = {}
     for site in sites:
-        spec = KernelSpec(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
+        spec = SpanPrefill(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
         if spec not in made:
             made[spec] = load_or_measure(
                 spec, lengths, windows_at(grid.windows, lengths), [max(grid.sinks)], device=device, rounds=5,

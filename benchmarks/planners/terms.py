@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attnopt import ops
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, interleaved, layer_cost, load_or_measure
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.passes.span import tables as tables_of
@@ -68,8 +68,8 @@ def span_of(choice: Choice, length: int) -> tuple[int, int]:
     return CANDIDATES[choice.candidate].span(dict(choice.params), length, None)
 
 
-def spec_of(site: Site) -> KernelSpec:
-    return KernelSpec("cpu", site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
+def spec_of(site: Site) -> SpanPrefill:
+    return SpanPrefill("cpu", site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
 
 
 def timed(site: Site, length: int) -> CostTable:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnopt.codegen import work_list
-from attnopt.codegen.reference import span_mask
+from attnopt.codegen.reference_prefill import span_mask
 from attnopt.codegen.work_list import OVERHEAD, WORKERS, build, live_blocks, work_lists
 
 TILES = ((128, 64), (64, 64))

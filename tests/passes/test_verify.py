@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import NanoGPT, padding, tokens
 from tracing import qkv, trace
 
-from attnopt.codegen.reference import prefill as reference
+from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.errors import VerificationError
 from attnopt.masks.predicates import TRUE
 from attnopt.masks.values import Sum

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from attnopt.codegen.emit import load
-from attnopt.codegen.reference import prefill, span_mask
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.reference_prefill import prefill, span_mask
+from attnopt.codegen.spec import SpanPrefill
 
 DENSE = 2**30
 
@@ -84,10 +84,10 @@ def test_scores_are_wide_whatever_the_dtype(dtype):
 
 
 def test_the_emitted_module_is_the_reference():
-    spec = KernelSpec("reference", "float64", 4, 2, 3, 5, False)
+    spec = SpanPrefill("reference", "float64", 4, 2, 3, 5, False)
     assert load(spec).prefill is prefill
 
 
 def test_heads_must_divide():
     with pytest.raises(ValueError, match="do not divide"):
-        KernelSpec("reference", "float32", 3, 2, 8, 8, False)
+        SpanPrefill("reference", "float32", 3, 2, 8, 8, False)

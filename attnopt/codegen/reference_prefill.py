@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.registry import TARGETS
 
 
@@ -41,8 +41,8 @@ def prefill(
     return (weights @ values).to(q.dtype)
 
 
-@TARGETS.register("reference")
+@TARGETS.register("reference span_prefill")
 class Reference:
     @staticmethod
-    def emit(spec: KernelSpec) -> str:
-        return f'"""{spec}."""\n\nfrom attnopt.codegen.reference import prefill\n\n__all__ = ["prefill"]\n'
+    def emit(spec: SpanPrefill) -> str:
+        return f'"""{spec}."""\n\nfrom attnopt.codegen.reference_prefill import prefill\n\n__all__ = ["prefill"]\n'

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from attnopt.codegen import emit
-from attnopt.codegen.spec import KernelSpec
-from attnopt.codegen.triton import launches
+from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.triton_prefill import launches
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
     sass: str
 
 
-def compiled(spec: KernelSpec, launch: int, capability: int, folder: Path) -> Compiled:
+def compiled(spec: SpanPrefill, launch: int, capability: int, folder: Path) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -66,8 +66,8 @@ def compiled(spec: KernelSpec, launch: int, capability: int, folder: Path) -> Co
     return Compiled(max(registers), max(spills), kernel.metadata.shared, kernel.asm["sass"])
 
 
-def spec_of(dim: int, dtype: str = "bfloat16", padded: bool = False) -> KernelSpec:
-    return KernelSpec("triton", dtype, 32, 8, dim, dim, padded)
+def spec_of(dim: int, dtype: str = "bfloat16", padded: bool = False) -> SpanPrefill:
+    return SpanPrefill("triton", dtype, 32, 8, dim, dim, padded)
 
 
 GATES = [
@@ -84,7 +84,7 @@ GATES = [
     GATES,
     ids=[f"{s.dtype} D{s.head_dim}{' padded' if s.padded else ''} {launches(s)[i][0]} sm_{c}" for s, i, c in GATES],
 )
-def test_compiles_within_its_limits(spec: KernelSpec, launch: int, capability: int, tmp_path: Path) -> None:
+def test_compiles_within_its_limits(spec: SpanPrefill, launch: int, capability: int, tmp_path: Path) -> None:
     made = compiled(spec, launch, capability, tmp_path)
     recent = tuple(int(n) for n in version("triton").split(".")[:2]) >= (3, 9)
     assert made.spilled <= (SPILLED if recent else SPILLED_BEFORE_3_9)[capability]

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from attnopt.codegen import emit, work_list
-from attnopt.codegen.reference import prefill as reference
-from attnopt.codegen.spec import KernelSpec
-from attnopt.codegen.triton import launches, source
+from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.triton_prefill import launches, source
 from attnopt.errors import DependencyError
 from attnopt.registry import TARGETS
 
@@ -82,9 +82,9 @@ CASES = {
 }
 
 
-def spec_of(case: Case) -> KernelSpec:
+def spec_of(case: Case) -> SpanPrefill:
     padded = case.padding is not None
-    return KernelSpec("triton", case.dtype, len(case.sinks), case.kv_heads, *case.dims, padded)
+    return SpanPrefill("triton", case.dtype, len(case.sinks), case.kv_heads, *case.dims, padded)
 
 
 def tensor(case: Case, heads: int, dim: int) -> torch.Tensor:
@@ -196,12 +196,12 @@ def test_both_tile_classes_were_run(interpreted: dict[str, dict[str, Any]]) -> N
     assert interpreted["padded middle"]["classes"] == [0, 1]
 
 
-SPEC = KernelSpec("triton", "bfloat16", 32, 8, 128, 128, False)
+SPEC = SpanPrefill("triton", "bfloat16", 32, 8, 128, 128, False)
 ODD = [
     SPEC,
-    KernelSpec("triton", "bfloat16", 32, 8, 128, 128, True),
-    KernelSpec("triton", "float16", 16, 16, 192, 128, False),
-    KernelSpec("triton", "float32", 6, 2, 96, 80, True),
+    SpanPrefill("triton", "bfloat16", 32, 8, 128, 128, True),
+    SpanPrefill("triton", "float16", 16, 16, 192, 128, False),
+    SpanPrefill("triton", "float32", 6, 2, 96, 80, True),
 ]
 
 
@@ -214,7 +214,7 @@ def test_golden_text() -> None:
 
 
 @pytest.mark.parametrize("spec", ODD, ids=str)
-def test_emitted_text_is_clean(spec: KernelSpec, tmp_path: Path) -> None:
+def test_emitted_text_is_clean(spec: SpanPrefill, tmp_path: Path) -> None:
     ruff = pytest.importorskip("ruff").find_ruff_bin()
     path = tmp_path / "kernel.py"
     path.write_text(source(spec), encoding="utf-8")
@@ -225,7 +225,7 @@ def test_emitted_text_is_clean(spec: KernelSpec, tmp_path: Path) -> None:
 
 
 def test_constants_are_literals() -> None:
-    text = source(KernelSpec("triton", "float16", 6, 2, 96, 80, False))
+    text = source(SpanPrefill("triton", "float16", 6, 2, 96, 80, False))
     for literal in (
         "item // tiles % 6",
         "head // 3",
@@ -239,9 +239,9 @@ def test_constants_are_literals() -> None:
 
 def test_unsupported_specs_are_refused() -> None:
     with pytest.raises(ValueError, match="no float64"):
-        source(KernelSpec("triton", "float64", 4, 4, 64, 64, False))
+        source(SpanPrefill("triton", "float64", 4, 4, 64, 64, False))
     with pytest.raises(ValueError, match="exceed 256"):
-        source(KernelSpec("triton", "float16", 4, 4, 320, 64, False))
+        source(SpanPrefill("triton", "float16", 4, 4, 320, 64, False))
 
 
 def test_every_tile_is_a_multiple_of_its_blocks() -> None:
@@ -257,8 +257,8 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    module = emit.load(KernelSpec("triton", "float16", 4, 2, 16, 16, False))
-    padded = emit.load(KernelSpec("triton", "float16", 4, 2, 16, 16, True))
+    module = emit.load(SpanPrefill("triton", "float16", 4, 2, 16, 16, False))
+    padded = emit.load(SpanPrefill("triton", "float16", 4, 2, 16, 16, True))
     q, k = torch.zeros(1, 4, 8, 16).half(), torch.zeros(1, 2, 8, 16).half()
     tables = torch.ones(4, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="shapes"):
@@ -286,7 +286,7 @@ def test_agrees_on_a_gpu(dtype: str, dim: int, padded: bool, monkeypatch: pytest
     q, k, v = (tensor(case, heads, dim).cuda() for heads in (4, 2, 2))
     sinks, windows = (torch.tensor(t, dtype=torch.int32, device="cuda") for t in (case.sinks, case.windows))
     pad = torch.rand(2, 2500, device="cuda") > 0.2 if padded else None
-    module = emit.load(KernelSpec("triton", dtype, 4, 2, dim, dim, padded))
+    module = emit.load(SpanPrefill("triton", dtype, 4, 2, dim, dim, padded))
     empty = torch.empty
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")))
@@ -297,7 +297,7 @@ def test_agrees_on_a_gpu(dtype: str, dim: int, padded: bool, monkeypatch: pytest
 
 def test_is_a_registered_target() -> None:
     pytest.importorskip("triton")
-    assert TARGETS["triton"].emit(SPEC) == source(SPEC)
+    assert TARGETS["triton span_prefill"].emit(SPEC) == source(SPEC)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """The Triton target: a fused prefill in which every head keeps its own sinks and window, in one or two launches.
 
 Loads go through pointers, not tensor descriptors: one kernel then serves every GPU and layout without spilling on sm_90
-(tests/codegen/test_triton_aot.py). Nothing here has been timed on a GPU.
+(tests/codegen/test_triton_prefill_aot.py). Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
-
-from attnopt.codegen.spec import KernelSpec
-from attnopt.errors import DependencyError
+from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.triton_text import (
+    TRITON_DTYPES,
+    check,
+    dim_mask,
+    load_text,
+    mask_argument,
+    need_triton,
+    padded_dim,
+)
 from attnopt.registry import TARGETS
 
 # (query rows, keys per block, warps, pipeline stages), long tiles first.
@@ -23,16 +29,8 @@ LAUNCHES_HALF_256: tuple[Launch, ...] = ((64, 32, 4, 2),)
 LAUNCHES_FLOAT: tuple[Launch, ...] = ((32, 32, 8, 1),)
 LAUNCHES_FLOAT_128: tuple[Launch, ...] = ((32, 16, 8, 1),)
 
-TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-MAX_DIM = 256
 
-
-def padded_dim(dim: int) -> int:
-    """Triton's tiles have power-of-two sides and tl.dot wants at least 16."""
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def launches(spec: KernelSpec) -> tuple[Launch, ...]:
+def launches(spec: SpanPrefill) -> tuple[Launch, ...]:
     """The shipped launch configurations of `spec`; tests compile each ahead of time and check its spills."""
     dim = padded_dim(max(spec.head_dim, spec.head_dim_v))
     if spec.dtype == "float32":
@@ -40,20 +38,7 @@ def launches(spec: KernelSpec) -> tuple[Launch, ...]:
     return LAUNCHES_HALF if dim <= 128 else LAUNCHES_HALF_256
 
 
-def _and(*conditions: str) -> str:
-    """A mask of those conditions that are needed, or nothing: as an argument of tl.load or tl.store."""
-    needed = [c for c in conditions if c]
-    if len(needed) > 1:
-        needed = [f"({c})" for c in needed]
-    return f", mask={' & '.join(needed)}" if needed else ""
-
-
-def _load(pointer: str, *conditions: str) -> str:
-    mask = _and(*conditions)
-    return f"tl.load({pointer}{mask}{', other=0.0' if mask else ''})"
-
-
-def _header(spec: KernelSpec) -> str:
+def _header(spec: SpanPrefill) -> str:
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     rows = ["{" + ", ".join(f'"{n}": {x}' for n, x in zip(names, row, strict=True)) + "}" for row in launches(spec)]
     configs = "".join(f"\n    {row}," for row in rows) + "\n" if len(rows) > 1 else f"{rows[0]},"
@@ -76,9 +61,9 @@ TILES = tuple((config["BLOCK_M"], config["BLOCK_N"]) for config in LAUNCHES)
 '''
 
 
-def _kernel_start(spec: KernelSpec) -> str:
+def _kernel_start(spec: SpanPrefill) -> str:
     pad_pointer = "\n    pad," if spec.padded else ""
-    q_mask = "rows[:, None] < length", _dim_mask(spec.head_dim, "dims[None, :]")
+    q_mask = "rows[:, None] < length", dim_mask(spec.head_dim, "dims[None, :]")
     return f'''
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -131,7 +116,7 @@ def span_prefill(
     k_tile = local[None, :] * k_row + dims[:, None]
     v_tile = local[:, None] * v_row + dims_v[None, :]
     q_tile = inner[:, None] * q_row + dims[None, :]
-    queries = {_load("q + q_tile", *q_mask)}
+    queries = {load_text("q + q_tile", *q_mask)}
 
     # Per row: the largest score in base 2, the sum of weights relative to it, and the weighted sum of values.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -140,18 +125,14 @@ def span_prefill(
 '''
 
 
-def _dim_mask(dim: int, index: str) -> str:
-    return "" if dim == padded_dim(dim) else f"{index} < {dim}"
-
-
-def _dots(spec: KernelSpec) -> tuple[str, str]:
+def _dots(spec: SpanPrefill) -> tuple[str, str]:
     exact = ', input_precision="ieee"' if spec.dtype == "float32" else ""
     return f"tl.dot(queries, keys{exact})", f"tl.dot(weights.to(values.dtype), values, acc{exact})"
 
 
-def _full_loop(spec: KernelSpec) -> str:
-    k_load = _load("k_block + k_tile", _dim_mask(spec.head_dim, "dims[:, None]"))
-    v_load = _load("v_block + v_tile", _dim_mask(spec.head_dim_v, "dims_v[None, :]"))
+def _full_loop(spec: SpanPrefill) -> str:
+    k_load = load_text("k_block + k_tile", dim_mask(spec.head_dim, "dims[:, None]"))
+    v_load = load_text("v_block + v_tile", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
     score_dot, value_dot = _dots(spec)
     return f"""
     # Every row of the tile keeps every key in [0, full_sink) and in [full_left, first); these ranges do not overlap.
@@ -204,18 +185,18 @@ def _padded_loop() -> str:
 """
 
 
-def _masked_body(spec: KernelSpec) -> str:
-    k_mask = "cols[None, :] < length", _dim_mask(spec.head_dim, "dims[:, None]")
-    v_mask = "cols[:, None] < length", _dim_mask(spec.head_dim_v, "dims_v[None, :]")
+def _masked_body(spec: SpanPrefill) -> str:
+    k_mask = "cols[None, :] < length", dim_mask(spec.head_dim, "dims[:, None]")
+    v_mask = "cols[:, None] < length", dim_mask(spec.head_dim_v, "dims_v[None, :]")
     score_dot, value_dot = _dots(spec)
     pad_line = ""
     if spec.padded:
         pad_line = "\n        keep = keep & (tl.load(pad + cols, mask=cols < length, other=0) != 0)[None, :]"
-    out_mask = "rows[:, None] < length", _dim_mask(spec.head_dim_v, "dims_v[None, :]")
+    out_mask = "rows[:, None] < length", dim_mask(spec.head_dim_v, "dims_v[None, :]")
     return f"""        cols = start + local
         k_block = k + start.to(tl.int64) * k_row
         v_block = v + start.to(tl.int64) * v_row
-        keys = {_load("k_block + k_tile", *k_mask)}
+        keys = {load_text("k_block + k_tile", *k_mask)}
         scores = {score_dot}
         span = (cols[None, :] < sink) | (rows[:, None] - cols[None, :] < window)
         keep = span & (cols[None, :] <= rows[:, None]){pad_line}
@@ -227,18 +208,18 @@ def _masked_body(spec: KernelSpec) -> str:
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        values = {_load("v_block + v_tile", *v_mask)}
+        values = {load_text("v_block + v_tile", *v_mask)}
         acc = {value_dot}
         top = new_top
 
     # A row without a kept key is 0.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_tile = inner[:, None] * out_row + dims_v[None, :]
-    tl.store(out + out_tile, acc.to(out.dtype.element_ty){_and(*out_mask)})
+    tl.store(out + out_tile, acc.to(out.dtype.element_ty){mask_argument(*out_mask)})
 """
 
 
-def _launcher(spec: KernelSpec) -> str:
+def _launcher(spec: SpanPrefill) -> str:
     heads, kv_heads, dim, dim_v = spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v
     wanted, pad_argument, pad_doc = (
         ("padded inputs; pass pad", ", pad", "bool (B, N)")
@@ -305,7 +286,7 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
 '''
 
 
-def _launches(spec: KernelSpec) -> str:
+def _launches(spec: SpanPrefill) -> str:
     if len(launches(spec)) == 1:
         return """        for work in works:
             _launch(work, *rest)
@@ -324,7 +305,7 @@ def _launches(spec: KernelSpec) -> str:
 """
 
 
-def _aot(spec: KernelSpec) -> str:
+def _aot(spec: SpanPrefill) -> str:
     pad_line = '\n        "pad": "*u8",' if spec.padded else ""
     return f'''
 
@@ -348,21 +329,17 @@ def aot_signatures():
 '''
 
 
-def source(spec: KernelSpec) -> str:
+def source(spec: SpanPrefill) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
-    if spec.dtype not in TRITON_DTYPES:
-        raise ValueError(f"the triton target has no {spec.dtype}; it has {', '.join(TRITON_DTYPES)}")
-    if max(spec.head_dim, spec.head_dim_v) > MAX_DIM:
-        raise ValueError(f"head dimensions {spec.head_dim}/{spec.head_dim_v} exceed {MAX_DIM}, the most one tile holds")
+    check(spec)
     loop = _padded_loop() if spec.padded else _full_loop(spec)
     kernel = _kernel_start(spec) + loop + _masked_body(spec)
     return _header(spec) + kernel + _launcher(spec) + _aot(spec)
 
 
-@TARGETS.register("triton")
+@TARGETS.register("triton span_prefill")
 class Triton:
     @staticmethod
-    def emit(spec: KernelSpec) -> str:
-        if importlib.util.find_spec("triton") is None:
-            raise DependencyError("The triton target needs the package triton.", "Run: pip install triton")
+    def emit(spec: SpanPrefill) -> str:
+        need_triton()
         return source(spec)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from attnopt.codegen import span_cpu
-from attnopt.codegen.cpu import Cpu
+from attnopt.codegen.cpu_prefill import Cpu
 from attnopt.codegen.emit import load
-from attnopt.codegen.reference import prefill as reference
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.spec import SpanPrefill
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 HEADS = 8
@@ -183,11 +183,11 @@ def test_emitted_module(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
     q, k, v = inputs(100)
     sinks, windows = tables(SPANS["mixed"])
-    module = load(KernelSpec("cpu", "float32", HEADS, 4, 16, 16, padded=False))
+    module = load(SpanPrefill("cpu", "float32", HEADS, 4, 16, 16, padded=False))
     assert relative(module.prefill(q, k, v, sinks, windows, 0.3), q, k, v, sinks, windows, 0.3) < 1e-5
     with pytest.raises(ValueError, match="padding"):
         module.prefill(q, k, v, sinks, windows, 0.3, torch.ones(2, 100, dtype=torch.bool))
     with pytest.raises(ValueError, match="emitted for"):
         module.prefill(q.bfloat16(), k, v, sinks, windows, 0.3)
-    padded = Cpu.emit(KernelSpec("cpu", "float32", HEADS, 4, 16, 16, padded=True))
+    padded = Cpu.emit(SpanPrefill("cpu", "float32", HEADS, 4, 16, 16, padded=True))
     assert "scale, pad, TUNING" in padded and max(map(len, padded.splitlines())) <= 120

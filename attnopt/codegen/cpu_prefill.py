@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnopt.codegen.span_cpu import tuning
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 from attnopt.registry import TARGETS
 
 TEMPLATE = '''"""{spec}.
@@ -35,11 +35,11 @@ UNPADDED = """    if pad is not None:
 """
 
 
-@TARGETS.register("cpu")
+@TARGETS.register("cpu span_prefill")
 class Cpu:
     @staticmethod
-    def emit(spec: KernelSpec) -> str:
-        """Source of a module with ``prefill`` (attnopt/codegen/reference.py has its contract)."""
+    def emit(spec: SpanPrefill) -> str:
+        """Source of a module with ``prefill`` (attnopt/codegen/reference_prefill.py has its contract)."""
         return TEMPLATE.format(
             spec=spec,
             heads=spec.heads,

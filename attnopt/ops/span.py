@@ -1,6 +1,6 @@
-"""The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing.
+"""`attnopt::span_attention`: causal prefill whose heads keep spans of their own.
 
-`span_attention` has no gradient: passes never insert it into a graph that needs one.
+It has no gradient: passes never insert it into a graph that needs one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen.emit import load
-from attnopt.codegen.spec import KernelSpec
+from attnopt.codegen.spec import SpanPrefill
 
 # Calls per emitted kernel, so that a test or a report can tell which kernel really ran.
 launches: Counter[str] = Counter()
@@ -29,7 +29,7 @@ def prefill(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, windows: Tensor, scale: float, pad: Tensor | None
 ) -> Tensor:
     """Run the emitted kernel of the current target on q (B, H, N, D), k and v (B, G, N, ·)."""
-    spec = KernelSpec(
+    spec = SpanPrefill(
         target=settings.target(q.device.type),
         dtype=str(q.dtype).removeprefix("torch."),
         heads=q.shape[1],
