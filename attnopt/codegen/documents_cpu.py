@@ -96,7 +96,7 @@ def prefill(
     ``i - j < window`` if there is a window. A row with no kept key is 0. The result is laid out as (B, N, H, Dv).
     sums (B, H, N, 1), what `gradients` is given: the logarithm of the soft-max's sum where a document took no mask.
     """
-    batch, heads, length, _ = q.shape
+    heads, length = q.shape[1], q.shape[2]
     rule, parts = Rule(causal, window, scale), cut(ids)
     pad = None if pad is None or bool(pad.all()) else pad
     sums = by_tokens(q, heads, 1, torch.promote_types(q.dtype, torch.float32)).zero_()
