@@ -64,3 +64,16 @@ class SpanPrefill(KernelSpec):
     @property
     def flags(self) -> str:
         return "padded" if self.padded else ""
+
+
+@dataclass(frozen=True)
+class SpanBackward(KernelSpec):
+    """The gradients of a `SpanPrefill` at q, k and v, from its output and the logsumexp of its rows."""
+
+    kernel: ClassVar[str] = "span_backward"
+
+    padded: bool
+
+    @property
+    def flags(self) -> str:
+        return "padded" if self.padded else ""
