@@ -8,6 +8,7 @@ Triton itself is imported by the emitted files alone.
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_text import (
     TRITON_DTYPES,
@@ -72,6 +73,7 @@ def span_prefill(
     k,
     v,
     out,
+    lse,
     sinks,
     windows,{pad_pointer}
     work,
@@ -93,7 +95,10 @@ def span_prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M."""
+    """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M.
+
+    lse: float32 (batch, {spec.heads}, length), contiguous, or None where it is not wanted.
+    """
     # Which tile: ((batch * {spec.heads} heads) + head) * tiles + tile, longest first over the grid.
     item = tl.load(work + tl.program_id(0))
     first = item % tiles * BLOCK_M
@@ -212,8 +217,13 @@ def _masked_body(spec: SpanPrefill) -> str:
         acc = {value_dot}
         top = new_top
 
-    # A row without a kept key is 0.
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    # A row without a kept key is 0, and its logarithm -inf.
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
+    if lse is not None:
+        # From base 2 to the natural logarithm.
+        lse += (batch * {spec.heads} + head) * length
+        tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < length)
     out_tile = inner[:, None] * out_row + dims_v[None, :]
     tl.store(out + out_tile, acc.to(out.dtype.element_ty){mask_argument(*out_mask)})
 """
@@ -270,6 +280,19 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
     All {spec.dtype}; sinks, windows int32 ({heads},); pad {pad_doc}.
     The result is laid out as (B, N, {heads}, {dim_v}).
     """
+    return _prefill(q, k, v, sinks, windows, scale, pad, None)
+
+
+def prefill_lse(q, k, v, sinks, windows, scale, pad=None):
+    """As prefill -> (out, lse): the natural logarithm of each row's soft-max sum, float32 (B, {heads}, N).
+
+    A row without a kept key has -inf.
+    """
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _prefill(q, k, v, sinks, windows, scale, pad, lse), lse
+
+
+def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     _check(q, k, v, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast if spec.dtype == "bfloat16" else ""}{pad_view}
     if scale < 0:
@@ -277,7 +300,7 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, {heads}, {dim_v}), dtype=q.dtype, device=q.device).transpose(1, 2)
-    tensors = (q, k, v, out, sinks, windows{pad_argument})
+    tensors = (q, k, v, out, lse, sinks, windows{pad_argument})
     strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
     rest = (tensors, length, scale * 1.4426950408889634, strides)
     with torch.cuda.device_of(q):
@@ -310,9 +333,10 @@ def _aot(spec: SpanPrefill) -> str:
     return f'''
 
 def aot_signatures():
-    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors."""
+    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors, without LSE."""
     signature = {{
         **dict.fromkeys(("q", "k", "v", "out"), "*{TRITON_DTYPES[spec.dtype]}"),
+        "lse": "constexpr",
         **dict.fromkeys(("sinks", "windows"), "*i32"),{pad_line}
         "work": "*i32",
         **dict.fromkeys(("length", "tiles"), "i32"),
@@ -320,10 +344,10 @@ def aot_signatures():
         **{{f"{{tensor}}_{{step}}": "i32" for tensor in ("q", "k", "v", "out") for step in ("batch", "head", "row")}},
         **dict.fromkeys(("BLOCK_M", "BLOCK_N"), "constexpr"),
     }}
-    unaligned = ("length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
+    unaligned = ("lse", "length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
     attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unaligned}}
     for config in LAUNCHES:
-        constexprs = {{name: config[name] for name in ("BLOCK_M", "BLOCK_N")}}
+        constexprs = {{"lse": None, **{{name: config[name] for name in ("BLOCK_M", "BLOCK_N")}}}}
         options = {{"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}}
         yield {{"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}}
 '''
@@ -334,7 +358,8 @@ def source(spec: SpanPrefill) -> str:
     check(spec)
     loop = _padded_loop() if spec.padded else _full_loop(spec)
     kernel = _kernel_start(spec) + loop + _masked_body(spec)
-    return _header(spec) + kernel + _launcher(spec) + _aot(spec)
+    last = footer(spec, "self_check_prefill", "prefill, prefill_lse")
+    return _header(spec) + kernel + _launcher(spec) + _aot(spec) + last
 
 
 @TARGETS.register("triton span_prefill")

@@ -1,5 +1,6 @@
 """The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing."""
 
+from attnopt.ops.decode import span_decode
 from attnopt.ops.span import launches, prefill, span_attention, windows_at
 
-__all__ = ["launches", "prefill", "span_attention", "windows_at"]
+__all__ = ["launches", "prefill", "span_attention", "span_decode", "windows_at"]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"  # stands for the page's text colour while drawing
+# A picture of its own cannot know what page it stands on: this grey has a contrast of 4.2 to white and of 4.5 to black.
+NEUTRAL = "#767c85"
+SERIES = ("#1f83a6", "#c2632f", "#4f9a53", "#a45fb5", "#b0892a", "#c4507a")
 MOST_LAYERS = 12  # layers with a chart of their own; each takes some 20 kB
 Curve = tuple[str, Sequence[float], Sequence[float]]
 
@@ -94,7 +97,31 @@ def _lines(curves: Sequence[Curve], size: tuple[float, float], legend: bool) -> 
     return _draw(draw, size)
 
 
-def _draw(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
+def ratio_figure(
+    labels: Sequence[str],
+    marks: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    axis: str = "times as fast, up to its lower 95 % bound",
+) -> str:
+    """A picture of its own: a row for each label, in it each series' (value, lower bound); None is left out."""
+
+    def draw(axes: Axes) -> None:
+        for n, (name, values) in enumerate(marks.items()):
+            colour = SERIES[n % len(SERIES)]
+            shift = 0.6 * ((n + 0.5) / len(marks) - 0.5)
+            points = [(at + shift, value, low) for at, (value, low) in enumerate(values) if value is not None]
+            axes.hlines([p[0] for p in points], [p[2] or p[1] for p in points], [p[1] for p in points], color=colour)
+            axes.plot([p[1] for p in points], [p[0] for p in points], "o", color=colour, markersize=3, label=name)
+        axes.axvline(1.0, color=INK, linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(axis)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.legend(fontsize=7, frameon=False, labelcolor=INK, loc="best")
+
+    return _draw(draw, (7.0, 0.9 + 0.17 * max(4, len(labels))), rows=labels).replace("currentColor", NEUTRAL)
+
+
+def _draw(draw: Callable[[Axes], None], size: tuple[float, float], rows: Sequence[str] | None = None) -> str:
+    """An SVG in the page's colour. rows: names of the places 0, 1, … of the y axis, where that is no number."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -112,6 +139,8 @@ def _draw(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda x, _: f"{x:g}")
             axis.set_minor_formatter(lambda x, _: "")
+        if rows is not None:
+            axes.set_yticks(range(len(rows)), rows, fontsize=6)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return out.getvalue().replace(INK, "currentColor")

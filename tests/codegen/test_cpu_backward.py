@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cpu_prefill import HEADS, SMALL, SPANS, inputs, poisoned, tables  # noqa: F401
+from spanning import HEADS, SMALL, SPANS, inputs, poisoned, tables  # noqa: F401  (poisoned is a fixture)
 
 from attnopt.codegen import reference_backward, reference_prefill, span_cpu, span_cpu_backward
 from attnopt.codegen.emit import load
@@ -29,36 +29,44 @@ def both(q, k, v, sinks, windows, scale=SCALE, pad=None, tune=None, spans=None):
     dout = torch.randn(q.shape[0], q.shape[2], HEADS, v.shape[3], generator=torch.Generator().manual_seed(3))
     dout = dout.to(q.dtype).transpose(1, 2)
     out, lse = span_cpu.prefill_lse(q, k, v, sinks, windows, scale, pad, tune)
-    assert torch.equal(out, span_cpu.prefill(q, k, v, sinks, windows, scale, pad, tune))
     wide = [x.double() for x in (q, k, v)]
     sinks_, windows_ = spans or (sinks, windows)
     exact, sums = reference_prefill.prefill_lse(*wide, sinks_, windows_, scale, pad)
     assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
     if spans is None:
         torch.testing.assert_close(lse.double(), sums, rtol=0, atol=0.03 if q.element_size() == 2 else 1e-5)
+        assert float((out.double() - exact).norm()) <= TOLERANCE[q.dtype] * float(exact.norm())
     found = span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, pad, tune)
     return found, reference_backward.backward(dout.double(), *wide, exact, sums, sinks_, windows_, scale, pad)
 
 
 @pytest.mark.parametrize("tune", [None, SMALL], ids=["measured", "small"])
-@pytest.mark.parametrize("length", [0, 1, 100, 401])
+@pytest.mark.parametrize("length", [0, 1, 301])
 @pytest.mark.parametrize("name", SPANS)
 def test_matches_reference(name, length, tune, poisoned):  # noqa: F811
     q, k, v = inputs(length)
     assert max(errors(*both(q, k, v, *tables(SPANS[name]), tune=tune))) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("kv_heads", "dims"), [(8, (32, 32)), (4, (16, 24)), (2, (24, 16))], ids=str)
+CASES = [
+    (torch.float64, 8, (16, 16)),
+    (torch.float32, 4, (16, 24)),
+    (torch.float32, 2, (24, 16)),
+    (torch.bfloat16, 4, (32, 32)),
+    (torch.bfloat16, 2, (16, 24)),
+    (torch.float16, 8, (24, 16)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kv_heads", "dims"), CASES, ids=str)
 def test_dtypes_head_sharing_and_padding(dtype, kv_heads, dims, poisoned):  # noqa: F811
-    q, k, v = inputs(257, dtype, kv_heads=kv_heads, dim=dims[0], dim_v=dims[1])
-    pad = torch.rand(2, 257, generator=torch.Generator().manual_seed(1)) > 0.3
-    pad[0, :40], pad[1, 100:180] = False, False
-    for name in ("mixed", "split", "dense"):
-        for mask in (None, pad):
-            found, expected = both(q, k, v, *tables(SPANS[name]), pad=mask, tune=SMALL)
-            assert all(x.dtype == dtype for x in found)
-            assert max(errors(found, expected)) < TOLERANCE[dtype], (name, mask is None)
+    q, k, v = inputs(157, dtype, kv_heads=kv_heads, dim=dims[0], dim_v=dims[1])
+    pad = torch.rand(2, 157, generator=torch.Generator().manual_seed(1)) > 0.3
+    pad[0, :40], pad[1, 70:150] = False, False
+    for name, mask in (("mixed", None), ("split", pad), ("mixed", pad), ("dense", pad)):
+        found, expected = both(q, k, v, *tables(SPANS[name]), pad=mask, tune=SMALL)
+        assert all(x.dtype == dtype for x in found)
+        assert max(errors(found, expected)) < TOLERANCE[dtype], (name, mask is None)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.0, -0.25])

@@ -6,10 +6,13 @@ script with TRITON_INTERPRET=1, which prints one JSON object per case.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,9 @@ import pytest
 import torch
 
 from attnopt.codegen import emit, work_list
+from attnopt.codegen.emit import write_atomically
 from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.reference_prefill import span_mask
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_prefill import launches, source
 from attnopt.errors import DependencyError
@@ -27,8 +32,9 @@ from attnopt.registry import TARGETS
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-# Relative Frobenius norms against float64.
+# Relative Frobenius norms against float64, and the largest error of a logarithm, which stays in float32.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+TOLERANCE_LSE = 1e-5
 DENSE = 2**31 - 1
 
 
@@ -99,6 +105,28 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+def lse_of(
+    q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor, windows: torch.Tensor, scale: float, pad: torch.Tensor | None
+) -> torch.Tensor:
+    """Natural logarithm of each row's soft-max sum: q (B, H, N, D), k (B, G, N, D) -> float64 (B, H, N)."""
+    keep = (
+        span_mask(q.shape[2], sinks, windows)
+        if pad is None
+        else span_mask(q.shape[2], sinks, windows) & pad[:, None, None]
+    )
+    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * scale
+    return scores.masked_fill(~keep, float("-inf")).logsumexp(-1)
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Infinite where one of the two is -inf and the other is not."""
+    return (
+        float(torch.where(found == expected, 0.0, (found.double() - expected).abs()).nan_to_num(1e9).max())
+        if found.numel()
+        else 0.0
+    )
+
+
 def run(case: Case) -> dict[str, Any]:
     """In the interpreter: the case's error, and what else the tests ask."""
     torch.manual_seed(0)
@@ -130,15 +158,20 @@ def run(case: Case) -> dict[str, Any]:
         module.LAUNCHES = ({"BLOCK_M": 128, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
         module.TILES = ((128, 64), (64, 64))
     try:
-        out = module.prefill(q, k, v, sinks, windows, case.scale, pad)
+        out, lse = module.prefill_lse(q, k, v, sinks, windows, case.scale, pad)
+        alone = module.prefill(q, k, v, sinks, windows, case.scale, pad) if case.length == 100 else out
         works = work_list.work_lists(sinks, windows, case.kv_heads, case.length, case.batch, module.TILES)
     finally:
         torch.empty, module.span_prefill = empty, kernel
         module.LAUNCHES, module.TILES = own
     exact = functools.partial(reference, q.double(), k.double(), v.double(), scale=case.scale, pad=pad)
     expected = exact(sinks, windows)
+    expected_lse = lse_of(q, k, sinks, windows, case.scale, pad)
     return {
         "error": error(out, expected),
+        "error of lse": largest_difference(lse, expected_lse),
+        "lse": lse.dtype == torch.float32 and lse.is_contiguous() and lse.shape == out.shape[:3],
+        "same without lse": torch.equal(alone, out),
         "finite": bool(out.isfinite().all()),
         "zero where nothing is kept": bool((out[expected.abs().sum(-1) == 0] == 0).all()),
         "shape": list(out.shape) == [case.batch, heads, case.length, case.dims[1]],
@@ -146,13 +179,30 @@ def run(case: Case) -> dict[str, Any]:
         "layout": out.transpose(1, 2).is_contiguous(),
         "error of a longer window": error(out, exact(sinks, windows.clamp(max=2**20) + 1)),
         "error of a longer sink": error(out, exact(sinks + 1, windows)),
+        "lse of a longer window": largest_difference(
+            lse, lse_of(q, k, sinks, windows.clamp(max=2**20) + 1, case.scale, pad)
+        ),
         "seen": sorted(set(seen)),
         "classes": [work.tile_class for work in works],
     }
 
 
+def run_file(spec: SpanPrefill) -> dict[str, Any]:
+    """In the interpreter: the emitted file run as a script."""
+    told = io.StringIO()
+    path = emit.kernel_folder() / f"{spec.key()}.py"
+    write_atomically(path, source(spec))
+    try:
+        with contextlib.redirect_stdout(told):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as done:
+        return {"code": done.code, "told": told.getvalue()}
+    return {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(json.dumps({"case": "as a script", **run_file(SpanPrefill("triton", "float16", 4, 2, 16, 16, True))}))
     # So that these short inputs meet both tile classes.
     work_list.SHORT_SPAN, work_list.LONGEST_SHARE = 120, float("inf")
     for name, case in CASES.items():
@@ -177,6 +227,7 @@ def test_agrees_with_the_reference(name: str, interpreted: dict[str, dict[str, A
     assert row["finite"], "a row was left unwritten or became NaN"
     assert row["error"] <= TOLERANCE[CASES[name].dtype]
     assert row["zero where nothing is kept"] and row["shape"] and row["dtype"] and row["layout"]
+    assert row["error of lse"] <= TOLERANCE_LSE and row["lse"] and row["same without lse"]
 
 
 @pytest.mark.parametrize("name", ["length 200", "float16", "bfloat16", "padded middle", "windows around a block"])
@@ -184,11 +235,18 @@ def test_the_tolerance_rejects_a_span_off_by_one(name: str, interpreted: dict[st
     row = interpreted[name]
     assert row["error of a longer window"] > 5 * TOLERANCE[CASES[name].dtype]
     assert row["error of a longer sink"] > 5 * TOLERANCE[CASES[name].dtype]
+    assert row["lse of a longer window"] > 1000 * TOLERANCE_LSE
 
 
 def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
     assert "torch.float16" in interpreted["float16"]["seen"]
     assert interpreted["bfloat16"]["seen"] == ["torch.float32", "torch.int32"]
+
+
+def test_the_file_checks_itself_in_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
+    row = interpreted["as a script"]
+    assert row["code"] == 0
+    assert row["told"].count("  agrees  ") == 5 and "Not timed" in row["told"]
 
 
 def test_both_tile_classes_were_run(interpreted: dict[str, dict[str, Any]]) -> None:
@@ -290,7 +348,8 @@ def test_agrees_on_a_gpu(dtype: str, dim: int, padded: bool, monkeypatch: pytest
     empty = torch.empty
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")))
-        out = module.prefill(q, k, v, sinks, windows, dim**-0.5, pad)
+        out, lse = module.prefill_lse(q, k, v, sinks, windows, dim**-0.5, pad)
+    assert largest_difference(lse, lse_of(q, k, sinks, windows, dim**-0.5, pad)) <= 1e-3
     expected = reference(q.double(), k.double(), v.double(), sinks, windows, dim**-0.5, pad)
     assert error(out, expected) <= TOLERANCE[dtype]
 

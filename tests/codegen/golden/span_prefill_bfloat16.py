@@ -23,6 +23,7 @@ def span_prefill(
     k,
     v,
     out,
+    lse,
     sinks,
     windows,
     work,
@@ -44,7 +45,10 @@ def span_prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M."""
+    """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M.
+
+    lse: float32 (batch, 32, length), contiguous, or None where it is not wanted.
+    """
     # Which tile: ((batch * 32 heads) + head) * tiles + tile, longest first over the grid.
     item = tl.load(work + tl.program_id(0))
     first = item % tiles * BLOCK_M
@@ -127,8 +131,13 @@ def span_prefill(
         acc = tl.dot(weights.to(values.dtype), values, acc)
         top = new_top
 
-    # A row without a kept key is 0.
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    # A row without a kept key is 0, and its logarithm -inf.
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
+    if lse is not None:
+        # From base 2 to the natural logarithm.
+        lse += (batch * 32 + head) * length
+        tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < length)
     out_tile = inner[:, None] * out_row + dims_v[None, :]
     tl.store(out + out_tile, acc.to(out.dtype.element_ty), mask=rows[:, None] < length)
 
@@ -170,6 +179,19 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
     All bfloat16; sinks, windows int32 (32,); pad None.
     The result is laid out as (B, N, 32, 128).
     """
+    return _prefill(q, k, v, sinks, windows, scale, pad, None)
+
+
+def prefill_lse(q, k, v, sinks, windows, scale, pad=None):
+    """As prefill -> (out, lse): the natural logarithm of each row's soft-max sum, float32 (B, 32, N).
+
+    A row without a kept key has -inf.
+    """
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _prefill(q, k, v, sinks, windows, scale, pad, lse), lse
+
+
+def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     _check(q, k, v, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype
     if INTERPRETED:
@@ -180,7 +202,7 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
-    tensors = (q, k, v, out, sinks, windows)
+    tensors = (q, k, v, out, lse, sinks, windows)
     strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
     rest = (tensors, length, scale * 1.4426950408889634, strides)
     with torch.cuda.device_of(q):
@@ -200,9 +222,10 @@ def prefill(q, k, v, sinks, windows, scale, pad=None):
 
 
 def aot_signatures():
-    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors."""
+    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors, without LSE."""
     signature = {
         **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+        "lse": "constexpr",
         **dict.fromkeys(("sinks", "windows"), "*i32"),
         "work": "*i32",
         **dict.fromkeys(("length", "tiles"), "i32"),
@@ -210,9 +233,16 @@ def aot_signatures():
         **{f"{tensor}_{step}": "i32" for tensor in ("q", "k", "v", "out") for step in ("batch", "head", "row")},
         **dict.fromkeys(("BLOCK_M", "BLOCK_N"), "constexpr"),
     }
-    unaligned = ("length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
+    unaligned = ("lse", "length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unaligned}
     for config in LAUNCHES:
-        constexprs = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+        constexprs = {"lse": None, **{name: config[name] for name in ("BLOCK_M", "BLOCK_N")}}
         options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}
         yield {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
+
+
+if __name__ == "__main__":
+    from attnopt.codegen.self_check_prefill import check
+    from attnopt.codegen.spec import SpanPrefill
+
+    check(SpanPrefill("triton", "bfloat16", 32, 8, 128, 128, False), prefill, prefill_lse)

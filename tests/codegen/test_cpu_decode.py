@@ -1,0 +1,169 @@
+"""The CPU's decoding against the reference in float64: lengths, layouts of segments, head sharing, spans, threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from attnopt.codegen import decode_cpu
+from attnopt.codegen.decode_cpu import Call, Run, calls, runs
+from attnopt.codegen.emit import load
+from attnopt.codegen.reference_decode import decode as reference
+from attnopt.codegen.spec import SpanDecode
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DENSE = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """Capacities of the KV heads and, for each batch entry, how many slots are filled (None: all)."""
+
+    capacities: list[int]
+    share: int = 2
+    filled: list[list[int]] | None = None
+    tokens: int = 1
+    dims: tuple[int, int] = (16, 16)
+    batch: int = 2
+    windows: list[int] = field(default_factory=list)
+    shared_positions: bool = False
+    scale: float = 0.25
+
+
+CASES = {
+    "equal": Case([100] * 4),
+    "one slot": Case([1, 1]),
+    "one dense head of four": Case([300, 40, 40, 40]),
+    "dense heads apart": Case([300, 40, 300, 40]),
+    "uneven": Case([7, 300, 40, 7, 40, 90]),
+    "many heads, one KV head": Case([65], share=8, batch=1),
+    "as many KV heads": Case([65, 10, 65], share=1),
+    "left padding": Case([300, 40, 40, 40], filled=[[300, 40, 40, 40], [123, 40, 40, 40], [7, 7, 7, 7]], batch=3),
+    "unequal in a run": Case([40, 40, 40], filled=[[1, 40, 7], [1, 40, 7]]),
+    "nothing filled": Case([40, 40], filled=[[0, 0], [0, 3]]),
+    "a head without slots": Case([40, 0, 40]),
+    "counts beyond the segments": Case([40, 50], filled=[[41, 99], [40, 50]]),
+    "values of another size": Case([90, 40], dims=(16, 24)),
+    "several tokens": Case([90, 40, 40], tokens=3),
+    "empty batch": Case([40, 40], batch=0),
+    "spans": Case([300, 40, 40], windows=[DENSE, 100, 30, 30, 20, DENSE]),
+    "spans, several tokens": Case([300, 40, 40], tokens=4, windows=[DENSE, 100, 30, 30, 20, 1]),
+    "spans, positions for all": Case([300, 40], windows=[50, 100, 30, 33], shared_positions=True),
+    "nothing in the window": Case([40, 40], windows=[5, 0, 0, 5]),
+    "scale zero": Case([40, 90], windows=[5, 9, 50, 99], scale=0.0),
+    "negative scale": Case([40, 90], windows=[5, 9, 50, 99], scale=-0.3),
+}
+
+
+def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """q, k, v, starts, filled, and where the case has windows also sinks, windows, positions and at."""
+    generator = torch.Generator().manual_seed(sum(case.capacities) + case.share)
+    groups, slots = len(case.capacities), sum(case.capacities)
+    starts = torch.tensor([0, *case.capacities], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    counts = case.filled or [case.capacities] * case.batch
+    filled = torch.tensor(counts, dtype=torch.int32).view(case.batch, groups)
+    dim, dim_v = case.dims
+    q, k, v = (
+        torch.randn(case.batch, *sizes, generator=generator).to(dtype)
+        for sizes in ((groups * case.share, case.tokens, dim), (slots, dim), (slots, dim_v))
+    )
+    for entry, row in enumerate(counts if case.batch else []):
+        for start, end, count in zip(starts.tolist(), starts.tolist()[1:], row, strict=False):
+            k[entry, min(start + count, end) : end] = float("nan")
+            v[entry, min(start + count, end) : end] = float("nan")
+    if not case.windows:
+        return q, k, v, starts, filled
+    # Each segment holds its last keys before token 400, in an order of its own, and two of the first.
+    held = torch.cat([torch.randperm(size, generator=generator) + 400 - size for size in case.capacities])
+    held[starts[:-1].long()[torch.tensor(case.capacities) > 2]] = 1
+    positions = held.int() if case.shared_positions else held.int().repeat(case.batch, 1)
+    sinks = torch.tensor([2, 0] * (len(case.windows) // 2), dtype=torch.int32)
+    at = torch.full((case.batch,), 400 - case.tokens, dtype=torch.int32)
+    return q, k, v, starts, filled, sinks, torch.tensor(case.windows, dtype=torch.int32), positions, at
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape and torch.isfinite(found).all()
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def run(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the target gives and what is right, in float64."""
+    q, k, v, starts, filled, *spans = arguments(case, dtype)
+    found = decode_cpu.decode(q, k, v, starts, filled, case.scale, *spans)
+    assert found.dtype == dtype
+    return found, reference(q.double(), k.double(), v.double(), starts, filled, case.scale, *spans)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
+    found, expected = run(CASES[name], dtype)
+    assert relative(found, expected) < TOLERANCE[dtype]
+    assert (found[expected.abs().sum(-1) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["one dense head of four", "spans", "left padding"])
+def test_one_slot_more_or_less_is_out_of_tolerance(name: str) -> None:
+    case = CASES[name]
+    q, k, v, starts, filled, *spans = arguments(case, torch.float32)
+    expected = reference(q.double(), k.double(), v.double(), starts, filled, case.scale, *spans)
+    if spans:
+        spans[1] = spans[1] - 1
+    else:
+        filled = filled - 1
+    assert relative(decode_cpu.decode(q, k, v, starts, filled, case.scale, *spans), expected) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("threads,used", [(2, 33), (2, 34), (3, 100), (8, 77)])
+def test_a_head_shared_among_threads(threads: int, used: int, dtype: torch.dtype, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(decode_cpu, "SPLIT_FROM", 33)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    split, parts = decode_cpu._split, []
+    monkeypatch.setattr(decode_cpu, "_split", lambda *a: parts.append(a[-1]) or split(*a))
+    case = Case([120, 8, 8], batch=1, filled=[[used, 8, 8]], share=4)
+    found, expected = run(case, dtype)
+    assert parts == [threads] and relative(found, expected) < TOLERANCE[dtype]
+
+
+def test_heads_are_grouped_by_capacity_and_distance() -> None:
+    assert runs((0, 9, 18, 27)) == (Run(0, 1, 3, 0, 9, 9),)
+    # one dense head of four, twice: the dense ones are four heads apart
+    dense, short = Run(0, 4, 2, 0, 36, 30), Run(1, 1, 3, 30, 2, 2)
+    assert runs((0, 30, 32, 34, 36, 66, 68, 70, 72)) == (dense, short, Run(5, 1, 3, 66, 2, 2))
+
+
+def test_one_call_for_heads_and_entries_of_one_length() -> None:
+    starts = (0, 30, 32, 34)
+    long, short = runs(starts)
+    assert calls(starts, ((30, 2, 2), (30, 2, 2))) == (Call(0, 2, long, 30), Call(0, 2, short, 2))
+    assert calls(starts, ((30, 2, 2), (21, 2, 2))) == (
+        Call(0, 1, long, 30), Call(1, 1, long, 21), Call(0, 2, short, 2)
+    )  # fmt: skip
+
+
+def test_nothing_of_the_cache_is_copied(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Keys and values reach SDPA as views of the cache, whatever the segments."""
+    q, k, v, starts, filled = arguments(CASES["left padding"])
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **kw: seen.append(a[1:3]) or sdpa(*a, **kw)
+    )
+    decode_cpu.decode(q, k, v, starts, filled, 0.25)
+    assert seen and all(x._base is k and y._base is v for x, y in seen)
+
+
+def test_emitted_module(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
+    for name in ("uneven", "spans"):
+        case = CASES[name]
+        q, k, v, starts, filled, *spans = arguments(case)
+        spec = SpanDecode("cpu", "float32", q.shape[1], len(case.capacities), 16, 16, 1, bool(spans))
+        module = load(spec)
+        found = module.decode(q, k, v, starts, filled, 0.25, *spans)
+        assert torch.equal(found, decode_cpu.decode(q, k, v, starts, filled, 0.25, *spans))
+        with pytest.raises(ValueError, match="emitted for"):
+            module.decode(q[:, :1], k, v, starts, filled, 0.25, *spans)
