@@ -71,8 +71,6 @@ def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) ->
             split.append(group)
             partials += count
     items.sort(key=lambda item: -item[0])
-    if max(code for _, code in items) >= 2**31:
-        raise ValueError(f"{capacities} slots do not fit the int32 codes of a list")
     lists = [code for _, code in items], parts, split
     first, second, third = (torch.tensor(codes, dtype=torch.int32) for codes in lists)
     return DecodeList(first, second, third, chunk, partials)

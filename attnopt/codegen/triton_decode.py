@@ -10,6 +10,7 @@ Triton itself is imported by the emitted files alone.
 from __future__ import annotations
 
 from attnopt.codegen.decode_list import BLOCK
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanDecode
 from attnopt.codegen.triton_text import (
     TRITON_DTYPES,
@@ -57,7 +58,8 @@ def _header(spec: SpanDecode) -> str:
         else "reads those slots"
     )
     who = "Query head h at position i" if spec.positioned else "Every query head"
-    return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}. Emitted by attnopt; edits are overwritten.
+    return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}.
+Emitted by attnopt; edits are overwritten.
 
 KV head g has the slots starts[g] up to starts[g + 1], of which the first filled[b, g] hold a key.
 {who} {kept}.
@@ -245,11 +247,12 @@ def _kernel_end(spec: SpanDecode) -> str:
     return f"""    if part < 0:
         # Query heads and tokens of a KV head are {rows} consecutive rows of out.
         first = (entry * {spec.kv_heads} + group) * {rows}
-        out_tile = out + (first + row)[:, None] * {dim_v} + dims_v[None, :]
-        tl.store(out_tile, acc.to(out.dtype.element_ty){mask})
+        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(out + places, acc.to(out.dtype.element_ty){mask})
     else:
         first = (entry * partials + part + item // {spec.kv_heads}) * {rows}
-        tl.store(partial + (first + row)[:, None] * {dim_v} + dims_v[None, :], acc{mask})
+        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(partial + places, acc{mask})
         tl.store(partial_lse + first + row, top + tl.log2(total){lse_mask})
 """
 
@@ -278,9 +281,8 @@ def merge(
     entry = (tl.program_id(0) % batch).to(tl.int64)
     group = tl.load(split + item // {rows})
     row = item % {rows}
-    used = tl.minimum(
-        tl.load(filled + entry * {groups} + group), tl.load(starts + group + 1) - tl.load(starts + group)
-    )
+    capacity = tl.load(starts + group + 1) - tl.load(starts + group)
+    used = tl.minimum(tl.load(filled + entry * {groups} + group), capacity)
     chunks = tl.cdiv(tl.maximum(used, 0), chunk)
     first = (entry * partials + tl.load(parts + group)) * {rows} + row
     dims_v = tl.arange(0, {padded_dim(dim_v)})
@@ -297,7 +299,8 @@ def merge(
         weights = tl.exp2(lse - base)
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 0)
-        part = tl.load(partial + place[:, None] * {dim_v} + dims_v[None, :]{part_mask}, other=0.0)
+        places = place[:, None] * {dim_v} + dims_v[None, :]
+        part = tl.load(partial + places{part_mask}, other=0.0)
         acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
         top = new_top
     acc = acc / tl.where(total == 0.0, 1.0, total)
@@ -340,13 +343,8 @@ INTERPRETED = not isinstance(span_decode, triton.JITFunction)
 def _check(q, k, v, tables):
     batch, slots = q.shape[0], k.shape[1]
     shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(tables[0].shape), tuple(tables[1].shape)
-    wanted = (
-        (batch, {heads}, {tokens}, {dim}),
-        (batch, slots, {dim}),
-        (batch, slots, {dim_v}),
-        ({groups + 1},),
-        (batch, {groups}),
-    )
+    caches = (batch, slots, {dim}), (batch, slots, {dim_v})
+    wanted = (batch, {heads}, {tokens}, {dim}), *caches, ({groups + 1},), (batch, {groups})
     if shapes != wanted:
         raise ValueError(f"q, k, v, starts, filled have shapes {{shapes}}; this kernel wants {{wanted}}")
     if not q.dtype == k.dtype == v.dtype == torch.{spec.dtype}:
@@ -485,7 +483,8 @@ def source(spec: SpanDecode) -> str:
     check_spec(spec)
     loop = _positioned_loop(spec) if spec.positioned else _full_loop(spec)
     kernel = _kernel_start(spec) + loop + _masked_body(spec) + _kernel_end(spec)
-    return _header(spec) + kernel + _merge(spec) + _launcher(spec) + _aot(spec)
+    check_itself = footer(spec, "self_check_decode", "decode")
+    return _header(spec) + kernel + _merge(spec) + _launcher(spec) + _aot(spec) + check_itself
 
 
 @TARGETS.register("triton span_decode")
