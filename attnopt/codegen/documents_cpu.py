@@ -29,6 +29,7 @@ TOGETHER = 512
 # From here on a feature that hides padding is cheaper than a mask (attnopt/passes/pays.py).
 FEATURE_FROM = 1024
 
+# Both read features one after the other, whatever the strides say.
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -218,7 +219,7 @@ def attend(
     if pad is not None and rule.causal and not windowed and length >= FEATURE_FROM:
         return span_cpu.causal_padded(q, k, v, pad, rule.scale), None
     mask, dead = additive(q, pad, where, rule) if windowed or pad is not None else (None, None)
-    q, k, v, scale = span_cpu._widen(q, k, v, rule.scale, None, 0)
+    q, k, v, scale = span_cpu._widen(in_a_row(q), in_a_row(k), in_a_row(v), rule.scale, None, 0)
     out, sums = flash(q, k, v, 0.0, rule.causal and mask is None, attn_mask=mask, scale=scale)
     out = out[..., :width]
     if mask is None:
@@ -236,7 +237,8 @@ def attend_backward(tensors: list[Any], rule: Rule) -> tuple[Tensor, ...]:
     heads, groups, dims = q.shape[1], k.shape[1], (q.shape[3], k.shape[3], v.shape[3])
     pad = None if pad is None or bool(pad.all()) else pad
     windowed = rule.window > 0 and (where is not None or rule.window < q.shape[2])
-    q, k, v, scale = span_cpu._widen(q, k, v, rule.scale, None, 0)
+    q, k, v, scale = span_cpu._widen(in_a_row(q), in_a_row(k), in_a_row(v), rule.scale, None, 0)
+    grad = in_a_row(grad)
     grad, out = (F.pad(x, (0, v.shape[3] - dims[2])) if x.shape[3] < v.shape[3] else x for x in (grad, out))
     k, v = (x if heads == groups else x.repeat_interleave(heads // groups, 1) for x in (k, v))
     mask = None
@@ -250,6 +252,11 @@ def attend_backward(tensors: list[Any], rule: Rule) -> tuple[Tensor, ...]:
     made = flash_backward(grad, q, k, v, out, sums, 0.0, rule.causal and mask is None, attn_mask=mask, scale=scale)
     dq, dk, dv = (x[..., :dim] for x, dim in zip(made, dims, strict=True))
     return (dq, *(x if heads == groups else x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv)))
+
+
+def in_a_row(x: Tensor) -> Tensor:
+    """The tensor with features that are neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def additive(q: Tensor, pad: Tensor | None, where: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor | None]:

@@ -64,3 +64,41 @@ class SpanPrefill(KernelSpec):
     @property
     def flags(self) -> str:
         return "padded" if self.padded else ""
+
+
+@dataclass(frozen=True)
+class SpanBackward(KernelSpec):
+    """The gradients of a `SpanPrefill` at q, k and v, from its output and the logsumexp of its rows."""
+
+    kernel: ClassVar[str] = "span_backward"
+
+    padded: bool
+
+    @property
+    def flags(self) -> str:
+        return "padded" if self.padded else ""
+
+
+@dataclass(frozen=True)
+class SpanDecode(KernelSpec):
+    """A few new queries against a ragged cache, in which every KV head has a segment of slots of its own.
+
+    Every query head of KV head g reads the first ``filled[b, g]`` slots of the segment; which token a slot holds does
+    not matter to soft-max. tokens: queries of a head, usually 1. positioned: slots have positions, and query head h at
+    position i keeps the key at position p where ``p <= i and (p < sinks[h] or i - p < windows[h])``.
+    """
+
+    kernel: ClassVar[str] = "span_decode"
+
+    tokens: int = 1
+    positioned: bool = False
+
+    @property
+    def share(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def flags(self) -> str:
+        counted = f"{self.tokens} tokens" if self.tokens != 1 else ""
+        return ", ".join(filter(None, (counted, "positioned" if self.positioned else "")))

@@ -8,6 +8,7 @@ Triton itself is imported by the emitted files alone.
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_text import (
     TRITON_DTYPES,
@@ -357,7 +358,8 @@ def source(spec: SpanPrefill) -> str:
     check(spec)
     loop = _padded_loop() if spec.padded else _full_loop(spec)
     kernel = _kernel_start(spec) + loop + _masked_body(spec)
-    return _header(spec) + kernel + _launcher(spec) + _aot(spec)
+    last = footer(spec, "self_check_prefill", "prefill, prefill_lse")
+    return _header(spec) + kernel + _launcher(spec) + _aot(spec) + last
 
 
 @TARGETS.register("triton span_prefill")

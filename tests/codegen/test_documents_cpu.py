@@ -98,6 +98,18 @@ def test_empty_and_single_tokens(batch, length):
     assert [x.shape for x in made] == [x.shape for x in inputs]
 
 
+def test_features_that_are_no_neighbours_in_memory():
+    """A gradient that is one number for all, as `sum` gives it, and operands that lie across."""
+    ids = torch.tensor([0] * 30 + [1] * 11)[None, None].expand(1, 2, -1)
+    inputs = [x.mT.contiguous().mT.requires_grad_() for x in tensors()]
+    expected, _ = reference_documents.prefill(*inputs, ids, None, 0.4, True, 0)
+    found, _ = document_attention(*inputs, ids, None, 0.4, True, 0)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad(expected.sum(), inputs)
+    for a, b in zip(torch.autograd.grad(found.sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_documents_are_views_where_they_lie_together():
     ids = torch.tensor([[5] * 200 + [2] * 300 + [9] * 150])[None]
     parts = documents_cpu.cut(ids)

@@ -6,10 +6,13 @@ script with TRITON_INTERPRET=1, which prints one JSON object per case.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 import torch
 
 from attnopt.codegen import emit, work_list
+from attnopt.codegen.emit import write_atomically
 from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.codegen.reference_prefill import span_mask
 from attnopt.codegen.spec import SpanPrefill
@@ -183,8 +187,22 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
+def run_file(spec: SpanPrefill) -> dict[str, Any]:
+    """In the interpreter: the emitted file run as a script."""
+    told = io.StringIO()
+    path = emit.kernel_folder() / f"{spec.key()}.py"
+    write_atomically(path, source(spec))
+    try:
+        with contextlib.redirect_stdout(told):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as done:
+        return {"code": done.code, "told": told.getvalue()}
+    return {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(json.dumps({"case": "as a script", **run_file(SpanPrefill("triton", "float16", 4, 2, 16, 16, True))}))
     # So that these short inputs meet both tile classes.
     work_list.SHORT_SPAN, work_list.LONGEST_SHARE = 120, float("inf")
     for name, case in CASES.items():
@@ -223,6 +241,12 @@ def test_the_tolerance_rejects_a_span_off_by_one(name: str, interpreted: dict[st
 def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
     assert "torch.float16" in interpreted["float16"]["seen"]
     assert interpreted["bfloat16"]["seen"] == ["torch.float32", "torch.int32"]
+
+
+def test_the_file_checks_itself_in_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
+    row = interpreted["as a script"]
+    assert row["code"] == 0
+    assert row["told"].count("  agrees  ") == 5 and "Not timed" in row["told"]
 
 
 def test_both_tile_classes_were_run(interpreted: dict[str, dict[str, Any]]) -> None:

@@ -239,3 +239,10 @@ def aot_signatures():
         constexprs = {"lse": None, **{name: config[name] for name in ("BLOCK_M", "BLOCK_N")}}
         options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}
         yield {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
+
+
+if __name__ == "__main__":
+    from attnopt.codegen.self_check_prefill import check
+    from attnopt.codegen.spec import SpanPrefill
+
+    check(SpanPrefill("triton", "bfloat16", 32, 8, 128, 128, False), prefill, prefill_lse)

@@ -1,0 +1,48 @@
+"""The CPU target for decoding: a module that binds the library functions of `decode_cpu` to the spec."""
+
+from __future__ import annotations
+
+from attnopt.codegen.self_check import footer
+from attnopt.codegen.spec import SpanDecode
+from attnopt.registry import TARGETS
+
+TEMPLATE = '''"""{spec}.
+
+KV heads of equal length are one SDPA call on views of the cache, the query heads of a KV head packed into rows.
+attnopt/codegen/decode_cpu.py has the functions.
+"""
+
+import torch
+
+from attnopt.codegen import decode_cpu
+
+# Query heads, KV heads, queries of a head, dim of q and k, dim of v.
+SHAPE = ({heads}, {kv_heads}, {tokens}, {head_dim}, {head_dim_v})
+DTYPE = torch.{dtype}
+
+
+def decode({arguments}):
+    """Arguments and result as those of decode_cpu.decode."""
+    shape = (q.shape[1], filled.shape[1], q.shape[2], k.shape[2], v.shape[2])
+    if shape != SHAPE or q.dtype != DTYPE:
+        raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
+    return decode_cpu.decode({arguments})
+'''
+
+
+@TARGETS.register("cpu span_decode")
+class Cpu:
+    @staticmethod
+    def emit(spec: SpanDecode) -> str:
+        """Source of a module with ``decode`` (attnopt/codegen/reference_decode.py has its contract)."""
+        text = TEMPLATE.format(
+            spec=spec,
+            heads=spec.heads,
+            tokens=spec.tokens,
+            head_dim=spec.head_dim,
+            head_dim_v=spec.head_dim_v,
+            kv_heads=spec.kv_heads,
+            dtype=spec.dtype,
+            arguments="q, k, v, starts, filled, scale" + (", sinks, windows, positions, at" if spec.positioned else ""),
+        )
+        return text + footer(spec, "self_check_decode", "decode")

@@ -1,0 +1,96 @@
+"""How an emitted span prefill checks and times itself: ``check(spec, prefill, prefill_lse)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.codegen import self_check
+from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.reference_prefill import span_mask
+from attnopt.codegen.self_check import TOLERANCE, Check, Race, Results
+from attnopt.codegen.spec import SpanPrefill
+
+SCALE = 0.2
+# Tokens that are timed, by type of device.
+TIMED = {"cuda": 16384, "cpu": 2048}
+# Sinks and windows that the heads take in turn: none, inside a block, a block, and more than there is.
+SINKS, WINDOWS = (0, 5, 64, 100), (2**30, 1, 40, 130)
+
+
+def check(spec: SpanPrefill, prefill: Callable[..., Tensor], prefill_lse: Callable[..., Results]) -> NoReturn:
+    """Compare both functions of an emitted file with the reference, time the first against dense SDPA, and exit."""
+    device = self_check.device_of(spec.target)
+    self_check.run(spec, device, _checks(spec, prefill, prefill_lse, device), _races(spec, prefill, device))
+
+
+def _inputs(spec: SpanPrefill, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as a model's projections lay them out: (B, heads, N, dim), physically (B, N, heads, dim)."""
+    torch.manual_seed(0)
+    sizes = (spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.head_dim_v)
+    made = [torch.randn(batch, length, *size, device=device).to(getattr(torch, spec.dtype)) for size in sizes]
+    q, k, v = (t.transpose(1, 2) for t in made)
+    return q, k, v
+
+
+def _checks(
+    spec: SpanPrefill, prefill: Callable[..., Tensor], prefill_lse: Callable[..., Results], device: torch.device
+) -> Iterator[Check]:
+    sinks, windows = (
+        torch.tensor([values[h % 4] for h in range(spec.heads)], dtype=torch.int32, device=device)
+        for values in (SINKS, WINDOWS)
+    )
+    tolerance = TOLERANCE[spec.dtype]
+    for length in (1, 65, 200):
+        q, k, v = _inputs(spec, 2, length, device)
+        wide = q.double(), k.double(), v.double()
+        pad = torch.arange(length, device=device) >= torch.tensor([[length // 3], [0]], device=device)
+        rest = SCALE, pad if spec.padded else None
+        expected = partial(reference, *wide, sinks, windows, *rest)
+        wrong = partial(reference, *wide, sinks, windows + 1, *rest) if length > 1 else None
+        found = partial(prefill, q, k, v, sinks, windows, *rest)
+        yield Check(f"out, N = {length}", found, expected, tolerance, wrong)
+    with_lse = partial(prefill_lse, q, k, v, sinks, windows, *rest)
+    yield Check("out beside LSE", lambda: with_lse()[0], expected, tolerance, wrong)
+    lse, wrong_lse = (partial(_lse, *wide[:2], sinks, windows + more, *rest) for more in (0, 1))
+    # It is kept in float32 whatever the dtype.
+    yield Check("LSE", lambda: with_lse()[1], lse, TOLERANCE["float32"], wrong_lse)
+
+
+def _lse(q: Tensor, k: Tensor, sinks: Tensor, windows: Tensor, scale: float, pad: Tensor | None) -> Tensor:
+    """Natural logarithm of each row's soft-max sum, (B, H, N); -inf in a row without a kept key."""
+    keep = span_mask(q.shape[2], sinks, windows)
+    keep = keep if pad is None else keep & pad[:, None, None, :]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * scale
+    return scores.masked_fill(~keep, float("-inf")).logsumexp(-1)
+
+
+def _races(spec: SpanPrefill, prefill: Callable[..., Tensor], device: torch.device) -> Iterator[Race]:
+    """A mixture: an eighth of the heads dense, an eighth with an eighth of the keys, a quarter 1/16, the rest 1/64."""
+    if spec.target == "reference":
+        return
+    length = TIMED[device.type]
+    q, k, v = _inputs(spec, 1, length, device)
+    share = [(h + 0.5) / spec.heads for h in range(spec.heads)]
+    parts = [1 if s < 1 / 8 else 8 if s < 1 / 4 else 16 if s < 1 / 2 else 64 for s in share]
+    windows = torch.tensor([length // part for part in parts], dtype=torch.int32, device=device)
+    sinks = torch.full_like(windows, 16)
+    pad = torch.ones(1, length, dtype=torch.bool, device=device) if spec.padded else None
+    mask = None
+    if pad is not None:
+        # What a padded model is run with: the mask, written out.
+        pad[:, : length // 100] = False
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_() & pad[:, None, None, :]
+    dense = partial(
+        F.scaled_dot_product_attention, q, k, v, attn_mask=mask, is_causal=mask is None, scale=SCALE, enable_gqa=True
+    )
+    rows = torch.arange(1, length + 1, device=device)[:, None]
+    kept = torch.minimum(rows, windows + sinks).sum().item()
+    ideal = spec.heads * length * (length + 1) / 2 / kept
+    own = partial(prefill, q, k, v, sinks, windows, SCALE, pad)
+    yield Race(f"N = {length}, {ideal:.1f}× fewer pairs", {"this kernel": own, "dense SDPA": dense})
