@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.emit import load
+from attnopt.codegen.reference_backward import backward as backward_reference
 from attnopt.codegen.reference_decode import decode as decode_reference
 from attnopt.codegen.reference_prefill import prefill as reference
-from attnopt.codegen.reference_prefill import span_mask
+from attnopt.codegen.reference_prefill import prefill_lse, span_mask
 from attnopt.codegen.self_check import TOLERANCE, Results, error
-from attnopt.codegen.spec import SpanDecode, SpanPrefill
+from attnopt.codegen.spec import SpanBackward, SpanDecode, SpanPrefill
+from attnopt.registry import TARGETS
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.spans import Sizes
 from benchmarks.record import Row
@@ -82,7 +84,7 @@ def prefill_checks(sizes: Sizes, device: Device) -> Iterator[Check]:
                     "prefill", what, lambda spec=spec, x=(q, k, v), g=given: load(spec).prefill(*x, *g),
                     lambda x=(q, k, v), g=given: reference(*(t.double() for t in x), *g), TOLERANCE[dtype],
                 )  # fmt: skip
-                if not padded and dtype != "float16" and hasattr(load(spec), "prefill_lse"):
+                if not padded and dtype != "float16":
                     yield Check(
                         "prefill", f"{what}, LSE", lambda spec=spec, x=(q, k, v), g=given: lse_found(spec, x, g),
                         lambda q=q, k=k, s=given[2]: lse_of(q.double(), k.double(), sinks, windows, s),
@@ -123,7 +125,35 @@ def decode_checks(sizes: Sizes, device: Device) -> Iterator[Check]:
             )  # fmt: skip
 
 
-CHECKS: tuple[Callable[[Sizes, Device], Iterator[Check]], ...] = (prefill_checks, decode_checks)
+def backward_checks(sizes: Sizes, device: Device) -> Iterator[Check]:
+    """All three gradients, from the output and logsumexp that float64 gives."""
+    sinks, windows = span_tables(sizes, device)
+    for dtype, dim in forms(sizes):
+        for length in sizes.checked:
+            q, k, v = prefill_inputs(sizes, dim, length, dtype, device)
+            dout = random(device, dtype, *q.shape)
+            wide = [x.double() for x in (dout, q, k, v)]
+            given = sinks, windows, dim**-0.5
+            out, lse = prefill_lse(*wide[1:], *given)
+            spec = SpanBackward(device.target, dtype, sizes.heads, sizes.kv_heads, dim, dim, False)
+            held = dout, q, k, v, out.to(q.dtype), lse.float(), *given
+            yield Check(
+                "backward", f"D = {dim}, {dtype}, {length} tokens",
+                lambda spec=spec, held=held: gradients(load(spec).backward(*held)),
+                lambda held=(*wide, out, lse, *given): gradients(backward_reference(*held)), TOLERANCE[dtype],
+            )  # fmt: skip
+
+
+def gradients(found: tuple[Tensor, ...]) -> Results:
+    """Each by itself; of one token together, since those of q and k are exactly 0 then."""
+    return torch.cat([x.flatten() for x in found]) if found[0].shape[2] == 1 else found
+
+
+CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
+    "span_prefill": prefill_checks,
+    "span_decode": decode_checks,
+    "span_backward": backward_checks,
+}
 
 
 def row_of(check: Check) -> Row:
@@ -142,7 +172,10 @@ def row_of(check: Check) -> Row:
 def section(device: Device, sizes: Sizes, budget: Budget) -> list[Row]:
     """Every check there is time for; wrong ones are printed, and the rest as one line a kernel."""
     rows: list[Row] = []
-    for family in CHECKS:
+    for kernel, family in CHECKS.items():
+        if f"{device.target} {kernel}" not in TARGETS:
+            budget.notes.append(f"{kernel}: the {device.target} target has no such kernel yet")
+            continue
         torch.manual_seed(0)
         for check in family(sizes, device):
             if not budget.allows(f"{check.kernel}, {check.what}"):
