@@ -3,9 +3,9 @@
     sdpa(q, repeat(k), repeat(v), mask=bool N x N)  ->  sdpa(q, k, v, is_causal=True, enable_gqa=True)
     softmax(q @ k.T * s + mask) @ v                 ->  the same
     softmax(q @ k.T * s + any mask or bias) @ v     ->  sdpa(q, k, v, mask as it was), where no closed form helps
-    causal and pad[b, j]                            ->  attnopt::span_attention, all heads dense: sdpa of each sample's run
-                                                        of real tokens; under gradients, and on a GPU, sdpa on q, k, v
-                                                        with one more feature that hides padded keys
+    causal and pad[b, j]                            ->  attnopt::span_attention, all heads dense: sdpa is_causal on each
+                                                        sample's run of real tokens. Under gradients and on a GPU: sdpa
+                                                        on q, k, v with one more feature that hides padded keys
     causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing

@@ -67,8 +67,8 @@ LOSSES = (
     Loss(FEATURE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys one more feature costs more than a mask"),
     # Over a boolean N x N mask, 8 over 2 heads of 64, a batch of 1 and of 4. float32: 128 keys 0.47 0.80, 256 keys 0.79
     # 1.11, 512 keys 1.02 1.32, 1024 keys 1.50 1.96, 2048 keys 2.17 2.57. bfloat16: 256 keys 0.61 0.86, 512 keys 1.03
-    # 1.19, 1024 keys 1.36 1.78, 2048 keys 2.15 2.67. The feature, in the same run: 512 keys 0.78 to 0.91, 1024 keys 1.23
-    # to 1.35, 2048 keys 1.70 to 1.96.
+    # 1.19, 1024 keys 1.36 1.78, 2048 keys 2.15 2.67. The feature, in the same run: 512 keys 0.78 to 0.91, 1024 keys
+    # 1.23 to 1.35, 2048 keys 1.70 to 1.96.
     Loss(RUNS, "cpu", ANY, lambda f: f.keys < 512, "below 512 keys cutting it into runs costs more than a mask"),
     # Over a grouped call, one query of 2048 keys, 8 over 2 heads: bfloat16 0.96 to 1.04; float32 1.5.
     Loss(PACKED, "cpu", LOW, lambda f: not f.written, "in half precision a grouped call is as fast"),
