@@ -8,6 +8,7 @@
                                                         on q, k, v with one more feature that hides padded keys
     causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
+    causal, doc[b, i] == doc[b, j]                  ->  attnopt::document_attention (each document by itself)
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from attnopt.ir import Mask, Refusal, Region
-from attnopt.passes import pays
+from attnopt.passes import documents, pays
 from attnopt.passes.exact_forms import (
     Build,
     lower_causal_padding,
@@ -132,6 +133,8 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0
     if spanned and not program.needs_grad:
         yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+    if documents.numbers_of(region) and documents.unlike_documents(program, region) is None:
+        yield documents.lower_documents(program), documents.lowering(region)
     yield from general(program, region)
 
 
@@ -171,7 +174,7 @@ def choose(program: Program, region: Region) -> Form | Refusal:
         return no
     against = []
     for build, lowering in forms(program, region):
-        reason = pays.against(lowering, program.device, region)
+        reason = pays.against(lowering, program.device, region, program.needs_grad)
         if not reason:
             return build, lowering
         against.append(f"{lowering} does not pay here, {reason}")
@@ -180,6 +183,8 @@ def choose(program: Program, region: Region) -> Form | Refusal:
     mask: Mask = region.site.mask
     if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
         return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
+    if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
+        return no
     reason = f"already a single attention call, and none is cheaper for keys {mask}"
     return Refusal(reason, code="already-one-call")
 
