@@ -3,7 +3,9 @@
     sdpa(q, repeat(k), repeat(v), mask=bool N x N)  ->  sdpa(q, k, v, is_causal=True, enable_gqa=True)
     softmax(q @ k.T * s + mask) @ v                 ->  the same
     softmax(q @ k.T * s + any mask or bias) @ v     ->  sdpa(q, k, v, mask as it was), where no closed form helps
-    causal and pad[b, j]                            ->  sdpa on q, k, v with one more feature that hides padded keys
+    causal and pad[b, j]                            ->  attnopt::span_attention, all heads dense: sdpa is_causal on each
+                                                        sample's run of real tokens. Under gradients and on a GPU: sdpa
+                                                        on q, k, v with one more feature that hides padded keys
     causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
     causal, doc[b, i] == doc[b, j]                  ->  attnopt::document_attention (each document by itself)
@@ -82,6 +84,11 @@ def packable(program: Program, region: Region) -> bool:
     return program.device == "cpu" and grouped and one_query(region) and "h" not in varies_over(region)
 
 
+def on_runs(program: Program, region: Region) -> bool:
+    """Whether the span operator, which looks at the padding when it runs, may stand for causal attention."""
+    return program.device == "cpu" and not program.needs_grad and region.site.heads > 0 and region.site.scale > 0
+
+
 def in_chunks(region: Region) -> bool:
     """Nothing but chunks of equal size, whole ones, known while compiling."""
     site, mask = region.site, region.site.mask
@@ -119,6 +126,8 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
         if not mask.padded:
             yield lower_plain(program, True), "SDPA is_causal"
             return
+        if square and on_runs(program, region):
+            yield insert_span(program, None), pays.RUNS
         if square:
             yield lower_causal_padding(program), pays.FEATURE
     spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0

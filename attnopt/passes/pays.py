@@ -50,6 +50,7 @@ class Loss:
 # SPAN, FEATURE, ...: what lowerings are called in reports, their parameters aside.
 SPAN = "span kernel"
 FEATURE = "SDPA is_causal, padding folded into a feature"
+RUNS = "SDPA is_causal on each sample's run of real tokens"
 PACKED = "SDPA, query heads packed into rows"
 PADDING = "SDPA with a broadcast padding mask"
 AS_IT_WAS = "SDPA with the mask as it was"
@@ -79,6 +80,11 @@ LOSSES = (
     # Over a boolean N x N mask. float32: 64 keys 0.62, 128 0.72, 256 0.77, 512 0.99, 1024 1.31, 2048 1.84. bfloat16:
     # 512 keys 0.75, 1024 1.10, 2048 1.78.
     Loss(FEATURE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys one more feature costs more than a mask"),
+    # Over a boolean N x N mask, 8 over 2 heads of 64, a batch of 1 and of 4. float32: 128 keys 0.47 0.80, 256 keys 0.79
+    # 1.11, 512 keys 1.02 1.32, 1024 keys 1.50 1.96, 2048 keys 2.17 2.57. bfloat16: 256 keys 0.61 0.86, 512 keys 1.03
+    # 1.19, 1024 keys 1.36 1.78, 2048 keys 2.15 2.67. The feature, in the same run: 512 keys 0.78 to 0.91, 1024 keys
+    # 1.23 to 1.35, 2048 keys 1.70 to 1.96.
+    Loss(RUNS, "cpu", ANY, lambda f: f.keys < 512, "below 512 keys cutting it into runs costs more than a mask"),
     # Over a grouped call, which reads keys and values once a query head; one query, 8 over 2 heads. float32, 2048 keys,
     # 1.5. float16 1.8 to 2.6 for 8 keys, 3.1 to 4.2 from 512 on. bfloat16, by what the keys and values of a KV head
     # take: up to 1 MiB 1.02 to 1.15 (heads of 256: 0.90), 2 MiB 1.10 to 1.21, 4 MiB 1.5 to 1.6, 8 MiB 1.6.
