@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen.padding_cpu import Run, after_run, real_runs
+
 # Score of a padded key: minus the square of this, times the scale. Finite in float16; exp of it is 0.
 PENALTY = 2.0**15
 
@@ -88,9 +90,11 @@ def prefill(
     A row with no kept key is 0. The result is laid out as (B, N, H, Dv), as SDPA's own result is.
     """
     batch, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    if pad is not None and bool(pad.all()):
-        pad = None
     tune = tune or tuning(q.dtype, q.shape[3])
+    if pad is not None:
+        runs = real_runs(pad) if pad.numel() else []
+        if runs is not None:
+            return _in_runs(q, k, v, sinks, windows, scale, runs, tune)
     groups = group_heads(sinks.tolist(), windows.tolist(), k.shape[1], length)
     if len(groups) == 1 and groups[0].window == length and batch and length:
         return _all_dense(q, k, v, scale, pad, tune)
@@ -107,6 +111,32 @@ def prefill(
             target.masked_fill_(~live_rows(pad, group.sink, group.window)[:, None, :, None], 0.0)
         if not whole:
             out.index_copy_(1, torch.tensor(group.heads), target)
+    return out
+
+
+def _in_runs(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, windows: Tensor, scale: float, runs: list[Run], tune: Tuning
+) -> Tensor:
+    """`prefill` where the real tokens of every sample are one run: each run is attention of its own, on views."""
+    batch, heads, length, _ = q.shape
+    if [run[1:] for run in runs] == [(batch, 0, length)]:
+        return prefill(q, k, v, sinks, windows, scale, None, tune)
+    out = torch.zeros(batch, length, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+    for first, last, start, stop in runs:
+        if start == stop:
+            continue
+        here = [x[first:last] for x in (q, k, v, out)]
+        rows, keys, values, target = (x[:, :, start:stop] for x in here)
+        kept = (sinks - start).clamp(min=0)
+        target.copy_(prefill(rows, keys, values, kept, windows, scale, None, tune))
+        if stop == length:
+            continue
+        for group in group_heads(kept.tolist(), windows.tolist(), k.shape[1], length - start):
+            late = _take(here[0][:, :, stop:], group.heads)
+            held, given = (_take(x, group.kv_heads) for x in (keys, values))
+            index = torch.tensor(group.heads)
+            for row, result in after_run(late, held, given, group.sink, group.window, scale):
+                here[3][:, :, stop + row : stop + row + result.shape[2]].index_copy_(1, index, result)
     return out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnopt.codegen import span_cpu
+from attnopt.codegen import padding_cpu, span_cpu
 from attnopt.codegen.cpu_prefill import Cpu
 from attnopt.codegen.emit import load
 from attnopt.codegen.reference_prefill import prefill as reference
@@ -111,6 +111,42 @@ def test_padding(name, spans, dtype, poisoned):
         dead = reference(q, k, v, sinks, windows, 0.25, pad) == 0
         assert (found[dead] == 0).all()
         assert found.stride() == (130 * HEADS * 16, 16, HEADS * 16, 1)
+
+
+@pytest.mark.parametrize("spans", ["dense", "mixed", "split", "sink beyond window", "no sink", "window 1"])
+def test_one_run_of_real_tokens_anywhere(spans, poisoned):
+    """Every place of the run, against spans that end before, in and after it; other runs in the rest of the batch."""
+    places = [
+        (0, 1),
+        (0, 12),
+        (1, 300),
+        (7, 8),
+        (40, 41),
+        (90, 200),
+        (0, 299),
+        (299, 300),
+        (150, 150),
+        (0, 300),
+        (0, 300),
+    ]
+    q, k, v = inputs(300, batch=len(places), kv_heads=2)
+    column = torch.arange(300)
+    pad = torch.stack([(column >= low) & (column < high) for low, high in places])
+    assert padding_cpu.real_runs(pad)[-1] == (9, 11, 0, 300)
+    sinks, windows = tables(SPANS[spans])
+    found = span_cpu.prefill(q, k, v, sinks, windows, 0.25, pad)
+    assert relative(found, q, k, v, sinks, windows, 0.25, pad) < 1e-5
+    moved = pad.roll(1, 1)
+    assert relative(found, q, k, v, sinks, windows, 0.25, moved) > 1e-3
+
+
+def test_runs_of_real_tokens():
+    def runs(*rows):
+        return padding_cpu.real_runs(torch.tensor(rows, dtype=torch.bool))
+
+    assert runs([0, 1, 1], [0, 1, 1], [1, 1, 1]) == [(0, 2, 1, 3), (2, 3, 0, 3)]
+    assert runs([0, 0, 0], [1, 0, 0]) == [(0, 1, 0, 0), (1, 2, 0, 1)]
+    assert runs([1, 0, 1], [1, 1, 1]) is None and runs([1, 1, 1], [0, 1, 0]) is not None
 
 
 @pytest.mark.parametrize("sink,window", [(0, 1), (5, 3), (0, 9), (40, 2)])
