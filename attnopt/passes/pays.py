@@ -51,6 +51,8 @@ FEATURE = "SDPA is_causal, padding folded into a feature"
 PACKED = "SDPA, query heads packed into rows"
 PADDING = "SDPA with a broadcast padding mask"
 AS_IT_WAS = "SDPA with the mask as it was"
+# Nothing is known against it: it has not been timed on a GPU, and no other device takes it.
+PRINTED = "kernel with the mask printed into it"
 
 LOSSES = (
     # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys.
