@@ -115,7 +115,8 @@ def masked_prefill(
     out += b * out_batch + h * out_head + first.to(tl.int64) * out_row
     k_tile = local[None, :] * k_row + dims[:, None]
     v_tile = local[:, None] * v_row + dims_v[None, :]
-    q_block = {load_text("q + inner[:, None] * q_row + dims[None, :]", *q_mask)}
+    q_tile = inner[:, None] * q_row + dims[None, :]
+    q_block = {load_text("q + q_tile", *q_mask)}
 {reads}
     # Per row: the largest score in base 2, the sum of weights relative to it, and the weighted sum of values.
 {indented(text.sink_lines, 4)}    acc = tl.zeros([BLOCK_M, {padded_dim(spec.head_dim_v)}], tl.float32)
@@ -127,16 +128,18 @@ def _body(spec: MaskedPrefill, text: FormText, masked: bool) -> str:
     """One key block: of the first loop, whose blocks are kept whole, or of the second."""
     exact = ', input_precision="ieee"' if spec.dtype == "float32" else ""
     inside = ("cols[None, :] < keys", "cols[:, None] < keys") if masked else ("", "")
-    k_load = load_text("k + start.to(tl.int64) * k_row + k_tile", inside[0], dim_mask(spec.head_dim, "dims[:, None]"))
-    v_load = load_text(
-        "v + start.to(tl.int64) * v_row + v_tile", inside[1], dim_mask(spec.head_dim_v, "dims_v[None, :]")
-    )
+    k_load = load_text("k_start + k_tile", inside[0], dim_mask(spec.head_dim, "dims[:, None]"))
+    v_load = load_text("v_start + v_tile", inside[1], dim_mask(spec.head_dim_v, "dims_v[None, :]"))
     lines = []
     if masked or text.uses("j", masked):
         lines.append("cols = start + local")
     if text.uses("j", masked) or masked:
         lines.append("j = cols[None, :]")
-    lines += [f"k_block = {k_load}", f"scores = tl.dot(q_block, k_block{exact})"]
+    lines += [
+        "k_start = k + start.to(tl.int64) * k_row",
+        f"k_block = {k_load}",
+        f"scores = tl.dot(q_block, k_block{exact})",
+    ]
     lines += text.column_lines(masked)
     plain = not masked and not text.form.softcap and not text.form.added.terms
     if not plain:
@@ -159,6 +162,7 @@ def _body(spec: MaskedPrefill, text: FormText, masked: bool) -> str:
     lines += [
         "total = total * shrink + tl.sum(weights, 1)",
         "acc = acc * shrink[:, None]",
+        "v_start = v + start.to(tl.int64) * v_row",
         f"v_block = {v_load}",
         f"acc = tl.dot(weights.to(v_block.dtype), v_block, acc{exact})",
         "top = new_top",

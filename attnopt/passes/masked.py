@@ -1,4 +1,4 @@
-"""Insert ``attnopt::masked_attention`` for a region: its mask, bias, soft-cap and sink as a form, its data as arguments.
+"""Insert ``attnopt::masked_attention`` for a region: mask, bias, soft-cap and sink as a form, its data as arguments.
 
 causal, doc[b, i] == doc[b, j]  ->  masked_attention(q, k, v, [doc], [], None, "{... t0[b, i] == t0[b, j] ...}", scale)
 """
