@@ -1,7 +1,16 @@
 """The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing."""
 
 from attnopt.ops.decode import span_decode
+from attnopt.ops.documents import document_attention
 from attnopt.ops.masked import masked_attention
 from attnopt.ops.span import launches, prefill, span_attention, windows_at
 
-__all__ = ["launches", "masked_attention", "prefill", "span_attention", "span_decode", "windows_at"]
+__all__ = [
+    "document_attention",
+    "launches",
+    "masked_attention",
+    "prefill",
+    "span_attention",
+    "span_decode",
+    "windows_at",
+]

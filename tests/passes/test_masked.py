@@ -130,7 +130,7 @@ def test_what_takes_no_mask_stays_with_sdpa() -> None:
         return written(q, k, v, j <= i)
 
     assert trace(causal, *qkv()).rewrites == ["SDPA is_causal"]
-    assert trace(padded(written, True), *qkv(length=15), flags(2, 15)).rewrites == [pays.FEATURE]
+    assert trace(padded(written, True), *qkv(length=15), flags(2, 15)).rewrites == [pays.RUNS]
     assert trace(written, *qkv()).rewrites == ["SDPA without a mask"]
 
 
