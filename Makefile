@@ -1,7 +1,7 @@
 # make demo    the whole path on the model that ships with attnopt; installs into .venv first
 # make test    the tests
 # make check   linter, types, house rules, sizes
-# make bench   the table of benchmarks/
+# make bench   the table of the README on this machine; ARGS=list shows every benchmark, ARGS="run NAME" runs one
 # make clean   removes .venv and what the tools left behind
 #
 # PYTHON=python3.12 names another interpreter, ARGS="..." passes arguments on (make test ARGS="-k sdpa").
@@ -35,7 +35,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/python tools/sizes.py
 
 bench: $(VENV)/.demo
-	$(VENV)/bin/python benchmarks/end_to_end.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks $(or $(ARGS),run end_to_end)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -32,8 +32,11 @@ from attnopt.planner import judge
 from attnopt.planner.make import Evaluator, make_plan
 from attnopt.probe import Probe
 from attnopt.profiler import profile_model
-from attnopt.report.data import environment
 from benchmarks.planners.page import fill, markdown
+from benchmarks.record import environment
+
+TAKES = "15 min"
+QUICK = ("--budgets", "5", "--seeds", "1", "--lengths", "256", "--length", "512", "--samples", "2", "--sequences", "4")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from attnopt.profiler import profile_model
 from attnopt.report import terminal
 from attnopt.report.data import environment, plan_json
 
+TAKES = "10 min"
+QUICK = ("--quick",)
+
 Progress = Any
 
 
@@ -156,7 +159,9 @@ def main() -> None:
     terminal.print_bench(verdicts(rows), "Ratios: above 1 is faster")
     terminal.print_bench(fixed, "Loss increase at the plan's cost")
     if args.out is not None:
-        data = {"rows": rows, "ratios": verdicts(rows), "uniform": fixed, "plans": plans, "environment": environment(),
+        # Without variables: one is a folder of this machine.
+        machine = {k: v for k, v in environment().items() if k != "variables"}
+        data = {"rows": rows, "ratios": verdicts(rows), "uniform": fixed, "plans": plans, "environment": machine,
                 "threads": torch.get_num_threads()}  # fmt: skip
         write_atomically(args.out, json.dumps(data, indent=1) + "\n")
         print(f"wrote {args.out}")

@@ -33,6 +33,9 @@ import torch
 
 from benchmarks.prefill_models import CLASSES, inputs_of, model_of
 
+TAKES = "3 h"
+QUICK = ("--quick",)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative error (Frobenius) against the uncompiled model, four layers deep.
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
@@ -199,7 +202,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    from attnopt.report.data import environment as machine
+    from benchmarks.record import environment as machine
 
     return {**machine(), "threads": 1}
 

@@ -25,6 +25,9 @@ from torch import Tensor
 from attnopt import ops  # noqa: F401  (registers the operator)
 from attnopt.codegen.span_cpu import causal_padded
 
+TAKES = "1 h"
+QUICK = ("--quick",)
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -30,6 +30,9 @@ from benchmarks.zoo.classes import FAST, FULL, Entry, entries
 from benchmarks.zoo.pool import run_all
 from benchmarks.zoo.store import Record, Store, versions
 
+TAKES = "1 h"
+QUICK = ("--classes", "LlamaForCausalLM", "--jobs", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 

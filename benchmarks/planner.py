@@ -43,11 +43,14 @@ from attnopt.planner import choices_from, front
 from attnopt.planner.problem import make_problem
 from attnopt.probe import Probe
 from attnopt.profiler import profile_model
-from attnopt.report.data import environment
 from benchmarks.planners import duo, fixed, moa
 from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Subject
 from benchmarks.planners.terms import Choices, Terms, times
+from benchmarks.record import environment
+
+TAKES = "30 min"
+QUICK = ("--quick",)
 
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 DRAWS = 5

@@ -22,6 +22,9 @@ from attnopt.planner import Limits, compare, front, make_problem
 from attnopt.profile_file import Profile
 from attnopt.statistics import Grid
 
+TAKES = "1 min"
+QUICK = ("--layers", "4")
+
 SINKS = (0, 4, 16)
 WINDOWS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 

@@ -35,11 +35,14 @@ from attnopt.ir import DENSE
 from attnopt.planner.interaction import correlations
 from attnopt.planner.knapsack import together
 from attnopt.profiler import profile_model
-from attnopt.report.data import environment
 from attnopt.statistics import Grid
 from benchmarks.planners import fixed, moa
 from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Choices, Subject
+from benchmarks.record import environment
+
+TAKES = "10 min"
+QUICK = ("--quick",)
 
 # MoA keeps a block of 64 first keys, so that all scores are of one and the same span.
 SINK = moa.BLOCK

@@ -36,6 +36,9 @@ from attnopt.profiler import DEFAULT_GRID, Method, _Recorder, discover, factors_
 from attnopt.statistics import Observation, Observe
 from attnopt.supervision import Sample
 
+TAKES = "15 min"
+QUICK = ("--parts", "time", "--times", "512", "--rounds", "2")
+
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "benchmarks/results/profile_cost-cpu.json", ROOT / "docs/profile.md"
 BEGIN, END = "<!-- profile_cost: begin -->", "<!-- profile_cost: end -->"
@@ -220,7 +223,7 @@ def table(found: dict[str, Any]) -> str:
 
 def keep(found: dict[str, Any]) -> None:
     """Into the results, beside what other parts left there, and the table into the documentation."""
-    from attnopt.report.data import environment
+    from benchmarks.record import environment
 
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     together = {}

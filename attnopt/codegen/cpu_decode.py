@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanDecode
 from attnopt.registry import TARGETS
 
@@ -34,7 +35,7 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanDecode) -> str:
         """Source of a module with ``decode`` (attnopt/codegen/reference_decode.py has its contract)."""
-        return TEMPLATE.format(
+        text = TEMPLATE.format(
             spec=spec,
             heads=spec.heads,
             tokens=spec.tokens,
@@ -44,3 +45,4 @@ class Cpu:
             dtype=spec.dtype,
             arguments="q, k, v, starts, filled, scale" + (", sinks, windows, positions, at" if spec.positioned else ""),
         )
+        return text + footer(spec, "self_check_decode", "decode")

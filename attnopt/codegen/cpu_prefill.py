@@ -25,11 +25,21 @@ TUNING = span_cpu.{tuning}
 
 def prefill(q, k, v, sinks, windows, scale, pad=None):
     """Arguments and result as those of span_cpu.prefill."""
+    _check(q, k, v, pad)
+    return span_cpu.prefill(q, k, v, sinks, windows, scale, {pad}, TUNING)
+
+
+def prefill_lse(q, k, v, sinks, windows, scale, pad=None):
+    """Arguments and results as those of span_cpu.prefill_lse."""
+    _check(q, k, v, pad)
+    return span_cpu.prefill_lse(q, k, v, sinks, windows, scale, {pad}, TUNING)
+
+
+def _check(q, k, v, pad):
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     if shape != SHAPE or q.dtype != DTYPE:
         raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
-{check}    return span_cpu.prefill(q, k, v, sinks, windows, scale, {pad}, TUNING)
-'''
+{check}'''
 UNPADDED = """    if pad is not None:
         raise ValueError("emitted without a padding mask, called with one")
 """
@@ -39,7 +49,7 @@ UNPADDED = """    if pad is not None:
 class Cpu:
     @staticmethod
     def emit(spec: SpanPrefill) -> str:
-        """Source of a module with ``prefill`` (attnopt/codegen/reference_prefill.py has its contract)."""
+        """Source of a module with ``prefill`` and ``prefill_lse`` (contract: attnopt/codegen/reference_prefill.py)."""
         return TEMPLATE.format(
             spec=spec,
             heads=spec.heads,

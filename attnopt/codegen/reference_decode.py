@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanDecode
 from attnopt.registry import TARGETS
 
@@ -61,4 +62,5 @@ def decode(
 class Reference:
     @staticmethod
     def emit(spec: SpanDecode) -> str:
-        return f'"""{spec}."""\n\nfrom attnopt.codegen.reference_decode import decode\n\n__all__ = ["decode"]\n'
+        text = f'"""{spec}."""\n\nfrom attnopt.codegen.reference_decode import decode\n\n__all__ = ["decode"]\n'
+        return text + footer(spec, "self_check_decode", "decode")

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen.padding_cpu import Run, after_run, real_runs
+
 # Score of a padded key: minus the square of this, times the scale. Finite in float16; exp of it is 0.
 PENALTY = 2.0**15
 
@@ -87,26 +89,97 @@ def prefill(
     Key j is kept by query i of head h where ``j <= i and (j < sinks[h] or i - j < windows[h])`` and ``pad[b, j]``.
     A row with no kept key is 0. The result is laid out as (B, N, H, Dv), as SDPA's own result is.
     """
+    return _prefill(q, k, v, sinks, windows, scale, pad, tune, None)
+
+
+def prefill_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    windows: Tensor,
+    scale: float,
+    pad: Tensor | None = None,
+    tune: Tuning | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `prefill`, and the logsumexp of each row's kept scores: natural, (B, H, N) in float32 (float64 for float64
+    inputs), -inf where no key is kept.
+    """
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return _prefill(q, k, v, sinks, windows, scale, pad, tune, lse), lse
+
+
+def _prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    windows: Tensor,
+    scale: float,
+    pad: Tensor | None,
+    tune: Tuning | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The output; logsumexps are written to `lse` (B, H, N) if it is given."""
     batch, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    if pad is not None and bool(pad.all()):
-        pad = None
     tune = tune or tuning(q.dtype, q.shape[3])
+    if pad is not None and lse is not None:
+        pad = None if bool(pad.all()) else pad
+    elif pad is not None:
+        runs = real_runs(pad) if pad.numel() else []
+        if runs is not None:
+            return _in_runs(q, k, v, sinks, windows, scale, runs, tune)
     groups = group_heads(sinks.tolist(), windows.tolist(), k.shape[1], length)
-    if len(groups) == 1 and groups[0].window == length and batch and length:
+    if len(groups) == 1 and groups[0].window == length and batch and length and lse is None:
         return _all_dense(q, k, v, scale, pad, tune)
     if batch and length:
         q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
+        # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     if not out.numel():
         return out
     for group in groups:
         whole = len(groups) == 1
         target = out if whole else out.new_empty(batch, length, len(group.heads), width).transpose(1, 2)
-        _group(_take(q, group.heads), _take(k, group.kv_heads), _take(v, group.kv_heads), target, group, scale, tune)
+        sums = None if lse is None else lse.new_empty(batch, len(group.heads), length)
+        taken = _take(q, group.heads), _take(k, group.kv_heads), _take(v, group.kv_heads)
+        _group(*taken, target, sums, group, scale, tune)
         if pad is not None:
-            target.masked_fill_(~live_rows(pad, group.sink, group.window)[:, None, :, None], 0.0)
+            dead = ~live_rows(pad, group.sink, group.window)[:, None, :]
+            target.masked_fill_(dead[..., None], 0.0)
+            if sums is not None:
+                sums.masked_fill_(dead, float("-inf"))
         if not whole:
             out.index_copy_(1, torch.tensor(group.heads), target)
+        if lse is not None and sums is not None:
+            lse.index_copy_(1, torch.tensor(group.heads), sums)
+    return out
+
+
+def _in_runs(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, windows: Tensor, scale: float, runs: list[Run], tune: Tuning
+) -> Tensor:
+    """`prefill` where the real tokens of every sample are one run: each run is attention of its own, on views."""
+    batch, heads, length, _ = q.shape
+    if [run[1:] for run in runs] == [(batch, 0, length)]:
+        return prefill(q, k, v, sinks, windows, scale, None, tune)
+    out = torch.zeros(batch, length, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+    for first, last, start, stop in runs:
+        if start == stop:
+            continue
+        here = [x[first:last] for x in (q, k, v, out)]
+        rows, keys, values, target = (x[:, :, start:stop] for x in here)
+        kept = (sinks - start).clamp(min=0)
+        target.copy_(prefill(rows, keys, values, kept, windows, scale, None, tune))
+        if stop == length:
+            continue
+        for group in group_heads(kept.tolist(), windows.tolist(), k.shape[1], length - start):
+            late = _take(here[0][:, :, stop:], group.heads)
+            held, given = (_take(x, group.kv_heads) for x in (keys, values))
+            index = torch.tensor(group.heads)
+            for row, result in after_run(late, held, given, group.sink, group.window, scale):
+                here[3][:, :, stop + row : stop + row + result.shape[2]].index_copy_(1, index, result)
     return out
 
 
@@ -187,28 +260,36 @@ def _widen(
     return q, k, F.pad(v, (0, width - dim_v)) if dim_v < width else v, scale
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q (b, h, R, D), k and v (b, h, L, D), mask (R, L) in q's dtype -> out (b, h, R, D), logsumexp (b, h, R)."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q (b, h, R, D), k and v (b, g, L, D), mask (R, L) in q's dtype -> out (b, h, R, D), logsumexp (b, h, R)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=causal, attn_mask=mask, scale=scale
+    )
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-    """Plain causal attention of q (B, H, n, D) and k, v (B, G, n, D) into out (B, H, n, Dv)."""
-    result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    out.copy_(result[..., : out.shape[3]])
-
-
-def _group(q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: Group, scale: float, tune: Tuning) -> None:
-    """One span: q (B, kv * share, N, D), k and v (B, kv, N, D) into out (B, kv * share, N, Dv)."""
+def _group(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, group: Group, scale: float, tune: Tuning
+) -> None:
+    """One span: q (B, kv * share, N, D), k and v (B, kv, N, D) into out (B, kv * share, N, Dv) and lse, if it is given,
+    (B, kv * share, N).
+    """
     length, start = q.shape[2], group.sink + group.window
     if start == 0:
         out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
         return
-    _causal(q[:, :, :start], k[:, :, :start], v[:, :, :start], out[:, :, :start], scale)
+    result, sums = _flash(q[:, :, :start], k[:, :, :start], v[:, :, :start], scale, causal=True)
+    out[:, :, :start].copy_(result[..., : out.shape[3]])
+    if lse is not None:
+        lse[:, :, :start].copy_(sums)
     if start == length:
         return
     packed = (len(group.kv_heads), group.share)
     q, out = q.unflatten(1, packed), out.unflatten(1, packed)
+    lse = None if lse is None else lse.unflatten(1, packed)[..., None]
     rows = max(1, min(tune.rows // group.share, length - start))
     split = group.window >= tune.split_from and group.window > rows
     copied = group.sink + (2 * rows if split else group.window + rows)
@@ -217,9 +298,12 @@ def _group(q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: Group, scale: fl
         chunk_q = _chunks(q, first, count, rows, rows)  # (B, count, kv, share, rows, D)
         flat_q = chunk_q.reshape(-1, packed[0], group.share * rows, q.shape[-1])
         attend = _split if split else _whole
-        result = attend(flat_q, k, v, first, count, rows, group, scale)[..., : out.shape[-1]]
-        result = result.unflatten(0, (-1, count)).unflatten(3, (group.share, rows))
+        result, sums = attend(flat_q, k, v, first, count, rows, group, scale)
+        result = result[..., : out.shape[-1]].unflatten(0, (-1, count)).unflatten(3, (group.share, rows))
         _chunks(out, first, count, rows, rows).copy_(result)
+        if lse is not None:
+            sums = sums.unflatten(0, (-1, count)).unflatten(3, (group.share, rows))
+            _chunks(lse, first, count, rows, rows).copy_(sums[..., None])
 
 
 def _runs(start: int, length: int, rows: int, step: int) -> Iterator[tuple[int, int]]:
@@ -239,15 +323,21 @@ def _chunks(x: Tensor, first: int, count: int, stride: int, size: int) -> Tensor
     return x.as_strided(shape, strides, x.storage_offset() + first * row)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, first: int, count: int, rows: int, group: Group, scale: float) -> Tensor:
-    """Chunks against [sinks | window] under one mask: q (B * count, kv, share * rows, D) -> the same shape."""
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, first: int, count: int, rows: int, group: Group, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Chunks against [sinks | window] under one mask: q (B * count, kv, share * rows, D) -> the same shape, and the
+    rows' logsumexp.
+    """
     sink, window = group.sink, group.window
     pieces = ((first - window, window + rows),)
     keys, values = (_gather(x, sink, pieces, count, rows) for x in (k, v))
-    return _flash(q, keys, values, scale, band_mask(sink, window, rows, group.share, False, q.dtype))[0]
+    return _flash(q, keys, values, scale, band_mask(sink, window, rows, group.share, False, q.dtype))
 
 
-def _split(q: Tensor, k: Tensor, v: Tensor, first: int, count: int, rows: int, group: Group, scale: float) -> Tensor:
+def _split(
+    q: Tensor, k: Tensor, v: Tensor, first: int, count: int, rows: int, group: Group, scale: float
+) -> tuple[Tensor, Tensor]:
     """As `_whole`, the keys that all rows keep without a mask, then merged with [sinks | both edges] by logsumexp."""
     sink, window = group.sink, group.window
     keys, values = (_chunks(x, first - window + rows, count, rows, window - rows).flatten(0, 1) for x in (k, v))
@@ -255,7 +345,7 @@ def _split(q: Tensor, k: Tensor, v: Tensor, first: int, count: int, rows: int, g
     keys, values = (_gather(x, sink, ((first - window, rows), (first, rows)), count, rows) for x in (k, v))
     outer, outer_lse = _flash(q, keys, values, scale, band_mask(sink, window, rows, group.share, True, q.dtype))
     share = torch.sigmoid(outer_lse - inner_lse).to(q.dtype).unsqueeze(-1)
-    return torch.lerp(inner, outer, share)
+    return torch.lerp(inner, outer, share), torch.logaddexp(inner_lse, outer_lse)
 
 
 def _gather(x: Tensor, sink: int, pieces: tuple[tuple[int, int], ...], count: int, rows: int) -> Tensor:

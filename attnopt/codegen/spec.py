@@ -67,6 +67,19 @@ class SpanPrefill(KernelSpec):
 
 
 @dataclass(frozen=True)
+class SpanBackward(KernelSpec):
+    """The gradients of a `SpanPrefill` at q, k and v, from its output and the logsumexp of its rows."""
+
+    kernel: ClassVar[str] = "span_backward"
+
+    padded: bool
+
+    @property
+    def flags(self) -> str:
+        return "padded" if self.padded else ""
+
+
+@dataclass(frozen=True)
 class SpanDecode(KernelSpec):
     """A few new queries against a ragged cache, in which every KV head has a segment of slots of its own.
 

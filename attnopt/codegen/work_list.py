@@ -124,7 +124,7 @@ _values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # table -> (versio
 _lists: OrderedDict[tuple, list[WorkList]] = OrderedDict()
 
 
-def _read(table: torch.Tensor) -> tuple[int, ...]:
+def read_table(table: torch.Tensor) -> tuple[int, ...]:
     """Values of a table. Reading a CUDA tensor waits for the device, so it is done once per tensor and version."""
     version = 0 if table.is_inference() else table._version
     known = _values.get(table)
@@ -139,7 +139,7 @@ def work_lists(
 ) -> list[WorkList]:
     """`build` for tables int (H,) on any device, where the lists then lie too; kept per table values and shape."""
     device = sinks.device
-    key = (_read(sinks), _read(windows), kv_heads, length, batch, tuple(tiles), device)
+    key = (read_table(sinks), read_table(windows), kv_heads, length, batch, tuple(tiles), device)
     found = _lists.get(key)
     if found is None:
         workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else WORKERS

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attnopt import ops
+from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, interleaved, layer_cost, load_or_measure
 from attnopt.ir import DENSE, Choice, Site
@@ -15,8 +16,12 @@ from attnopt.passes.span import tables as tables_of
 from attnopt.planner.make import windows_at
 from attnopt.profiler import DEFAULT_GRID
 from attnopt.registry import CANDIDATES
+from benchmarks.record import relative_error
 
 Choices = Mapping[str, Sequence[Choice]]
+# Relative Frobenius error of a kernel against the reference in float64, and the tokens it is taken on.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CHECKED = 384
 # Sinks that are timed: attnopt's most, and MoA's block.
 SINKS = (max(DEFAULT_GRID.sinks), 64)
 
@@ -80,7 +85,7 @@ def timed(site: Site, length: int) -> CostTable:
 @torch.no_grad()
 def times(sites: Sequence[Site], length: int, plans: Sequence[Choices], rounds: int = 5) -> list[float]:
     """Milliseconds that the attentions of all `sites` take under each plan, on random numbers, one sequence; all plans
-    interleaved, medians."""
+    interleaved, medians. SystemExit where a plan's kernel does not compute what the plan says."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         spec_of(s): tuple(
@@ -97,4 +102,18 @@ def times(sites: Sequence[Site], length: int, plans: Sequence[Choices], rounds: 
             windows = ops.windows_at(held["alphas"], held["betas"], length)
             ops.prefill(q, k, v, held["sinks"], windows, site.scale, None)
 
+    for plan in plans:
+        for site in sites:
+            check(site, plan, [x[:, :, :CHECKED] for x in inputs[spec_of(site)]])
     return interleaved([lambda plan=plan: run(plan) for plan in plans], rounds, "cpu")
+
+
+def check(site: Site, choices: Choices, inputs: Sequence[torch.Tensor]) -> None:
+    """SystemExit where the emitted kernel differs from the reference in float64 on q, k, v of `inputs`."""
+    held = tables_of(choices.get(site.name), site.heads)
+    windows = ops.windows_at(held["alphas"], held["betas"], inputs[0].shape[2])
+    found = ops.prefill(*inputs, held["sinks"], windows, site.scale, None)
+    expected = reference(*(x.double() for x in inputs), held["sinks"], windows, site.scale)
+    error = relative_error(found, expected)
+    if not error <= TOLERANCE[inputs[0].dtype]:
+        raise SystemExit(f"{site.name}: the kernel of {choices.get(site.name)} is off by {error:.2e}")

@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from ragged import CASES, TOLERANCE, Case, arguments, relative
 
 from attnopt.codegen import decode_cpu
 from attnopt.codegen.decode_cpu import Call, Run, calls, runs
 from attnopt.codegen.emit import load
 from attnopt.codegen.reference_decode import decode as reference
 from attnopt.codegen.spec import SpanDecode
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-DENSE = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """Capacities of the KV heads and, for each batch entry, how many slots are filled (None: all)."""
-
-    capacities: list[int]
-    share: int = 2
-    filled: list[list[int]] | None = None
-    tokens: int = 1
-    dims: tuple[int, int] = (16, 16)
-    batch: int = 2
-    windows: list[int] = field(default_factory=list)
-    shared_positions: bool = False
-    scale: float = 0.25
-
-
-CASES = {
-    "equal": Case([100] * 4),
-    "one slot": Case([1, 1]),
-    "one dense head of four": Case([300, 40, 40, 40]),
-    "dense heads apart": Case([300, 40, 300, 40]),
-    "uneven": Case([7, 300, 40, 7, 40, 90]),
-    "many heads, one KV head": Case([65], share=8, batch=1),
-    "as many KV heads": Case([65, 10, 65], share=1),
-    "left padding": Case([300, 40, 40, 40], filled=[[300, 40, 40, 40], [123, 40, 40, 40], [7, 7, 7, 7]], batch=3),
-    "unequal in a run": Case([40, 40, 40], filled=[[1, 40, 7], [1, 40, 7]]),
-    "nothing filled": Case([40, 40], filled=[[0, 0], [0, 3]]),
-    "a head without slots": Case([40, 0, 40]),
-    "counts beyond the segments": Case([40, 50], filled=[[41, 99], [40, 50]]),
-    "values of another size": Case([90, 40], dims=(16, 24)),
-    "several tokens": Case([90, 40, 40], tokens=3),
-    "empty batch": Case([40, 40], batch=0),
-    "spans": Case([300, 40, 40], windows=[DENSE, 100, 30, 30, 20, DENSE]),
-    "spans, several tokens": Case([300, 40, 40], tokens=4, windows=[DENSE, 100, 30, 30, 20, 1]),
-    "spans, positions for all": Case([300, 40], windows=[50, 100, 30, 33], shared_positions=True),
-    "nothing in the window": Case([40, 40], windows=[5, 0, 0, 5]),
-    "scale zero": Case([40, 90], windows=[5, 9, 50, 99], scale=0.0),
-    "negative scale": Case([40, 90], windows=[5, 9, 50, 99], scale=-0.3),
-}
-
-
-def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """q, k, v, starts, filled, and where the case has windows also sinks, windows, positions and at."""
-    generator = torch.Generator().manual_seed(sum(case.capacities) + case.share)
-    groups, slots = len(case.capacities), sum(case.capacities)
-    starts = torch.tensor([0, *case.capacities], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    counts = case.filled or [case.capacities] * case.batch
-    filled = torch.tensor(counts, dtype=torch.int32).view(case.batch, groups)
-    dim, dim_v = case.dims
-    q, k, v = (
-        torch.randn(case.batch, *sizes, generator=generator).to(dtype)
-        for sizes in ((groups * case.share, case.tokens, dim), (slots, dim), (slots, dim_v))
-    )
-    for entry, row in enumerate(counts if case.batch else []):
-        for start, end, count in zip(starts.tolist(), starts.tolist()[1:], row, strict=False):
-            k[entry, min(start + count, end) : end] = float("nan")
-            v[entry, min(start + count, end) : end] = float("nan")
-    if not case.windows:
-        return q, k, v, starts, filled
-    # Each segment holds its last keys before token 400, in an order of its own, and two of the first.
-    held = torch.cat([torch.randperm(size, generator=generator) + 400 - size for size in case.capacities])
-    held[starts[:-1].long()[torch.tensor(case.capacities) > 2]] = 1
-    positions = held.int() if case.shared_positions else held.int().repeat(case.batch, 1)
-    sinks = torch.tensor([2, 0] * (len(case.windows) // 2), dtype=torch.int32)
-    at = torch.full((case.batch,), 400 - case.tokens, dtype=torch.int32)
-    return q, k, v, starts, filled, sinks, torch.tensor(case.windows, dtype=torch.int32), positions, at
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape and torch.isfinite(found).all()
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def run(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,11 +62,14 @@ def test_heads_are_grouped_by_capacity_and_distance() -> None:
 
 def test_one_call_for_heads_and_entries_of_one_length() -> None:
     starts = (0, 30, 32, 34)
-    long, short = runs(starts)
-    assert calls(starts, ((30, 2, 2), (30, 2, 2))) == (Call(0, 2, long, 30), Call(0, 2, short, 2))
+    both, long, short = slice(0, 2), slice(0, 1, 1), slice(1, 3, 1)
+    windows = Call((both, short), (2, 2, 2), 0, 30, 2)
+    assert calls(starts, ((30, 2, 2), (30, 2, 2))) == (Call((both, long), (2, 1, 30), 0, 0, 30), windows)
     assert calls(starts, ((30, 2, 2), (21, 2, 2))) == (
-        Call(0, 1, long, 30), Call(1, 1, long, 21), Call(0, 2, short, 2)
-    )  # fmt: skip
+        Call((slice(0, 1), long), (1, 1, 30), 0, 0, 30),
+        Call((slice(1, 2), long), (1, 1, 21), 1, 0, 30),
+        windows,
+    )
 
 
 def test_nothing_of_the_cache_is_copied(monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -5,40 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from spanning import HEADS, SMALL, SPANS, inputs, poisoned, tables  # noqa: F401  (poisoned is a fixture)
 
-from attnopt.codegen import span_cpu
+from attnopt.codegen import padding_cpu, span_cpu
 from attnopt.codegen.cpu_prefill import Cpu
 from attnopt.codegen.emit import load
 from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.codegen.spec import SpanPrefill
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-HEADS = 8
-# Per-head (sink, window): one list for each shape of mixture. Windows past every length are dense.
-SPANS = {
-    "uniform": [(4, 32)] * HEADS,
-    "window 1": [(0, 1)] * HEADS,
-    "no sink": [(0, 50)] * HEADS,
-    "sink beyond window": [(90, 7)] * HEADS,
-    "dense": [(0, 2**30)] * HEADS,
-    "mixed": [(4, 32), (4, 32), (0, 1), (90, 7), (0, 2**30), (4, 32), (16, 200), (16, 200)],
-    "split": [(5, 40), (5, 40), (5, 40), (5, 40), (0, 40), (0, 41), (70, 300), (0, 2**30)],
-}
-# Small chunks and segments, so that short inputs reach the split form, ragged heads and several segments.
-SMALL = span_cpu.Tuning(rows=16, segment=2**11, split_from=33, extra=3)
-
-
-def inputs(length, dtype=torch.float32, batch=2, kv_heads=4, dim=16, dim_v=16):
-    generator = torch.Generator().manual_seed(length + kv_heads)
-
-    def normal(heads, width):
-        return torch.randn(batch, length, heads, width, generator=generator).to(dtype).transpose(1, 2)
-
-    return normal(HEADS, dim), normal(kv_heads, dim), normal(kv_heads, dim_v)
-
-
-def tables(spans):
-    return tuple(torch.tensor(column, dtype=torch.int32) for column in zip(*spans, strict=True))
 
 
 def relative(found, q, k, v, sinks, windows, scale, pad=None):
@@ -48,18 +23,10 @@ def relative(found, q, k, v, sinks, windows, scale, pad=None):
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory from torch.empty and new_empty holds NaN, so that a row nobody writes shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **kw: new_empty(*a, **kw).fill_(float("nan")))
-
-
 @pytest.mark.parametrize("tune", [None, SMALL], ids=["measured", "small"])
 @pytest.mark.parametrize("length", [0, 1, 2, 63, 100, 257, 700])
 @pytest.mark.parametrize("name", SPANS)
-def test_matches_reference(name, length, tune, poisoned):
+def test_matches_reference(name, length, tune, poisoned):  # noqa: F811
     q, k, v = inputs(length)
     sinks, windows = tables(SPANS[name])
     found = span_cpu.prefill(q, k, v, sinks, windows, 0.3, tune=tune)
@@ -70,7 +37,7 @@ def test_matches_reference(name, length, tune, poisoned):
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("tune", [None, SMALL], ids=["measured", "small"])
-def test_dtypes_and_head_sharing(dtype, kv_heads, padded, tune, poisoned):
+def test_dtypes_and_head_sharing(dtype, kv_heads, padded, tune, poisoned):  # noqa: F811
     q, k, v = inputs(257, dtype, kv_heads=kv_heads, dim=32, dim_v=32)
     pad = torch.rand(2, 257, generator=torch.Generator().manual_seed(1)) > 0.3 if padded else None
     for name in ("mixed", "split"):
@@ -97,7 +64,7 @@ PADDING = {
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", PADDING)
 @pytest.mark.parametrize("spans", ["dense", "mixed", "split"])
-def test_padding(name, spans, dtype, poisoned):
+def test_padding(name, spans, dtype, poisoned):  # noqa: F811
     q, k, v = inputs(130, dtype)
     column = torch.arange(130)
     if PADDING[name] is None:
@@ -111,6 +78,42 @@ def test_padding(name, spans, dtype, poisoned):
         dead = reference(q, k, v, sinks, windows, 0.25, pad) == 0
         assert (found[dead] == 0).all()
         assert found.stride() == (130 * HEADS * 16, 16, HEADS * 16, 1)
+
+
+@pytest.mark.parametrize("spans", ["dense", "mixed", "split", "sink beyond window", "no sink", "window 1"])
+def test_one_run_of_real_tokens_anywhere(spans, poisoned):  # noqa: F811
+    """Every place of the run, against spans that end before, in and after it; other runs in the rest of the batch."""
+    places = [
+        (0, 1),
+        (0, 12),
+        (1, 300),
+        (7, 8),
+        (40, 41),
+        (90, 200),
+        (0, 299),
+        (299, 300),
+        (150, 150),
+        (0, 300),
+        (0, 300),
+    ]
+    q, k, v = inputs(300, batch=len(places), kv_heads=2)
+    column = torch.arange(300)
+    pad = torch.stack([(column >= low) & (column < high) for low, high in places])
+    assert padding_cpu.real_runs(pad)[-1] == (9, 11, 0, 300)
+    sinks, windows = tables(SPANS[spans])
+    found = span_cpu.prefill(q, k, v, sinks, windows, 0.25, pad)
+    assert relative(found, q, k, v, sinks, windows, 0.25, pad) < 1e-5
+    moved = pad.roll(1, 1)
+    assert relative(found, q, k, v, sinks, windows, 0.25, moved) > 1e-3
+
+
+def test_runs_of_real_tokens():
+    def runs(*rows):
+        return padding_cpu.real_runs(torch.tensor(rows, dtype=torch.bool))
+
+    assert runs([0, 1, 1], [0, 1, 1], [1, 1, 1]) == [(0, 2, 1, 3), (2, 3, 0, 3)]
+    assert runs([0, 0, 0], [1, 0, 0]) == [(0, 1, 0, 0), (1, 2, 0, 1)]
+    assert runs([1, 0, 1], [1, 1, 1]) is None and runs([1, 1, 1], [0, 1, 0]) is not None
 
 
 @pytest.mark.parametrize("sink,window", [(0, 1), (5, 3), (0, 9), (40, 2)])
@@ -146,7 +149,7 @@ def test_causal_padded_changes_no_kept_score():
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "sliced"])
 @pytest.mark.parametrize("name", ["mixed", "dense", "uniform"])
 @pytest.mark.parametrize("dim_v", [8, 16, 24])
-def test_layouts_in_and_out(layout, name, dim_v, poisoned):
+def test_layouts_in_and_out(layout, name, dim_v, poisoned):  # noqa: F811
     q, k, v = inputs(150, dim_v=dim_v)
     if layout == "heads first":
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

@@ -1,0 +1,91 @@
+"""How an emitted decode kernel divides a ragged cache: chunks of equal length, the same for every batch entry.
+
+An item is one int32, ``c * G + g``: chunk c of the segment of KV head g. Whole chunks come first, then what is left of
+each segment, longest first, so that the GPU's own dispatcher is a longest-processing-time scheduler. The list depends
+on capacities alone. How many slots are filled is read on the device, and a chunk without any ends at once, so that one
+list, and one captured CUDA graph, serves a cache while it grows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from attnopt.codegen.work_list import WORKERS, read_table
+
+# Slots per block of keys: chunks are whole blocks.
+BLOCK = 64
+# What an item costs beyond its slots, in slots: to start, and to write a partial result that is read again. A model's
+# figure, not measured.
+OVERHEAD = 64
+# Programs that an SM holds at once in the model.
+PER_SM = 2
+CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 1024))
+
+
+class DecodeList(NamedTuple):
+    """items: int32 (count,), parts: int32 (G,), where the partial results of a head begin, -1 if one chunk holds its
+    segment; split: int32, the KV heads with partial results; chunk: slots; partials: partial results of an entry."""
+
+    items: torch.Tensor
+    parts: torch.Tensor
+    split: torch.Tensor
+    chunk: int
+    partials: int
+
+
+def makespan(capacities: tuple[int, ...], batch: int, chunk: int, slots: int) -> int:
+    """Modelled time, in slots read one after the other, until `slots` programs at a time have done every item."""
+    whole, over = divmod(batch * sum(c // chunk for c in capacities), slots)
+    free = [(whole + 1) * (chunk + OVERHEAD)] * over + [whole * (chunk + OVERHEAD)] * (slots - over)
+    heapq.heapify(free)
+    for rest in sorted((c % chunk for c in capacities if c % chunk), reverse=True):
+        for _ in range(batch):
+            heapq.heapreplace(free, free[0] + rest + OVERHEAD)
+    return max(free)
+
+
+@lru_cache(maxsize=256)
+def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> int:
+    """The chunk with the least modelled makespan, the longest of equals: fewer partial results."""
+    longest = max(capacities, default=0)
+    fitting = [chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]
+    return min(reversed(fitting), key=lambda chunk: makespan(capacities, batch, chunk, slots))
+
+
+def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:
+    """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries."""
+    capacities = tuple(end - start for start, end in pairwise(starts))
+    chunk, groups = chunk_of(capacities, batch, slots), len(capacities)
+    items, parts, split, partials = [], [], [], 0
+    for group, capacity in enumerate(capacities):
+        # A segment without slots has an item too: it writes zeros.
+        count = max(1, -(-capacity // chunk))
+        items += [(min(chunk, capacity - c * chunk), c * groups + group) for c in range(count)]
+        parts.append(partials if count > 1 else -1)
+        if count > 1:
+            split.append(group)
+            partials += count
+    items.sort(key=lambda item: -item[0])
+    lists = [code for _, code in items], parts, split
+    first, second, third = (torch.tensor(codes, dtype=torch.int32) for codes in lists)
+    return DecodeList(first, second, third, chunk, partials)
+
+
+@lru_cache(maxsize=256)
+def _built(starts: tuple[int, ...], batch: int, device: torch.device) -> DecodeList:
+    workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else WORKERS
+    built = build(starts, batch, PER_SM * workers)
+    return built._replace(**{name: getattr(built, name).to(device) for name in ("items", "parts", "split")})
+
+
+def decode_list(starts: torch.Tensor, batch: int) -> DecodeList:
+    """`build` for a table int32 (G + 1,) on any device, where the list then lies too; kept per table and batch.
+
+    A table on a GPU is read once, before a graph is captured: its values may not change afterwards.
+    """
+    return _built(read_table(starts), batch, starts.device)

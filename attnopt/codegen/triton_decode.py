@@ -1,0 +1,498 @@
+"""The Triton target for decoding: a flat list of equal chunks of a ragged cache, and one kernel that merges them.
+
+A program holds one chunk of the slots of one KV head and the rows of all its query heads. A head whose segment is one
+chunk is written at once; the others leave a partial result and the logarithm of its sum, which `merge` adds up. Nothing
+here has been timed on a GPU.
+
+Triton itself is imported by the emitted files alone.
+"""
+
+from __future__ import annotations
+
+from attnopt.codegen.decode_list import BLOCK
+from attnopt.codegen.self_check import footer
+from attnopt.codegen.spec import SpanDecode
+from attnopt.codegen.triton_text import (
+    TRITON_DTYPES,
+    check,
+    dim_mask,
+    load_text,
+    mask_argument,
+    need_triton,
+    padded_dim,
+)
+from attnopt.registry import TARGETS
+
+# The most rows of a tile: query heads of a KV head times tokens. More rows want a prefill's tiles.
+MAX_ROWS = 64
+# Partial results that `merge` reads at a time.
+BLOCK_P = 16
+
+
+def rows_of(spec: SpanDecode) -> int:
+    return spec.share * spec.tokens
+
+
+def launch(spec: SpanDecode) -> tuple[int, int, int]:
+    """(slots per block, warps, pipeline stages); tests compile them ahead of time and check what they spill.
+
+    float32 stays off the tensor cores, which would round to tf32, and so wants small blocks.
+    """
+    dim = padded_dim(max(spec.head_dim, spec.head_dim_v))
+    if spec.dtype == "float32":
+        return (BLOCK // 2, 4, 2) if dim <= 64 else (BLOCK // 4, 4, 2)
+    return (BLOCK, 4, 3) if dim <= 128 else (BLOCK // 2, 4, 3)
+
+
+def check_spec(spec: SpanDecode) -> None:
+    check(spec)
+    if rows_of(spec) > MAX_ROWS:
+        raise ValueError(f"{spec.share} query heads × {spec.tokens} tokens a KV head exceed {MAX_ROWS} rows of a tile")
+
+
+def _header(spec: SpanDecode) -> str:
+    block, warps, stages = launch(spec)
+    kept = (
+        "keeps the key at position p where\n``p <= i and (p < sinks[h] or i - p < windows[h])``, of those slots"
+        if spec.positioned
+        else "reads those slots"
+    )
+    who = "Query head h at position i" if spec.positioned else "Every query head"
+    return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}.
+Emitted by attnopt; edits are overwritten.
+
+KV head g has the slots starts[g] up to starts[g + 1], of which the first filled[b, g] hold a key.
+{who} {kept}.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from attnopt.codegen.decode_list import decode_list
+
+# {spec.share} query heads a KV head × {spec.tokens} token{"s" * (spec.tokens != 1)}, in a tile of at least 16 rows.
+ROWS = {rows_of(spec)}
+LAUNCH = {{"BLOCK_N": {block}, "num_warps": {warps}, "num_stages": {stages}}}
+if torch.version.hip:
+    # An AMD compute unit has 64 KiB of shared memory, which three stages of 128 features take alone.
+    LAUNCH["num_stages"] = 2
+'''
+
+
+def _head_of_row(spec: SpanDecode, row: str) -> str:
+    """Text of the query head, counted within its KV head, of a row."""
+    return row if spec.tokens == 1 else f"{row} // {spec.tokens}"
+
+
+def _token_of_row(spec: SpanDecode, row: str) -> str:
+    return "0" if spec.tokens == 1 else f"{row} % {spec.tokens}"
+
+
+def _kernel_start(spec: SpanDecode) -> str:
+    rows, groups = rows_of(spec), spec.kv_heads
+    tile = padded_dim(rows)
+    span_pointers = "\n    sinks,\n    windows,\n    positions,\n    at," if spec.positioned else ""
+    position_stride = "\n    positions_batch," if spec.positioned else ""
+    token = "" if spec.tokens == 1 else f" + row % {spec.tokens} * q_token"
+    row_mask = "" if rows == tile else f"row[:, None] < {rows}"
+    q_load = load_text("q + q_row[:, None] + dims[None, :]", row_mask, dim_mask(spec.head_dim, "dims[None, :]"))
+    return f'''
+
+@triton.jit(do_not_specialize=["batch", "partials"])
+def span_decode(
+    q,
+    k,
+    v,
+    out,
+    partial,
+    partial_lse,
+    starts,
+    filled,{span_pointers}
+    items,
+    parts,
+    batch,
+    chunk,
+    partials,
+    scale_log2,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_slot,
+    v_batch,
+    v_slot,{position_stride}
+    BLOCK_N: tl.constexpr,
+):
+    """One chunk of the slots of one KV head, for the rows of its query heads."""
+    # Which chunk: chunk * {groups} KV heads + KV head, longest first over the grid.
+    item = tl.load(items + tl.program_id(0) // batch)
+    # 64 bits: a cache has more elements than 32 bits count.
+    entry = (tl.program_id(0) % batch).to(tl.int64)
+    group = item % {groups}
+    segment = tl.load(starts + group)
+    used = tl.minimum(tl.load(filled + entry * {groups} + group), tl.load(starts + group + 1) - segment)
+    part = tl.load(parts + group)
+    begin = item // {groups} * chunk
+    end = tl.minimum(begin + chunk, used)
+    if (begin >= end) & (part >= 0):
+        # Not filled yet. `merge` knows and reads no result of this chunk; a head without parts writes its zeros.
+        return
+
+    row = tl.arange(0, {tile})
+    local = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, {padded_dim(spec.head_dim)})
+    dims_v = tl.arange(0, {padded_dim(spec.head_dim_v)})
+    head = group * {spec.share} + {_head_of_row(spec, "row")}
+    q_row = entry * q_batch + head.to(tl.int64) * q_head{token}
+    k += entry * k_batch + segment.to(tl.int64) * k_slot
+    v += entry * v_batch + segment.to(tl.int64) * v_slot
+    k_tile = local[None, :] * k_slot + dims[:, None]
+    v_tile = local[:, None] * v_slot + dims_v[None, :]
+    queries = {q_load}
+
+    # Per row: the largest score in base 2, the sum of weights relative to it, and the weighted sum of values.
+    top = tl.full([{tile}], float("-inf"), tl.float32)
+    total = tl.zeros([{tile}], tl.float32)
+    acc = tl.zeros([{tile}, {padded_dim(spec.head_dim_v)}], tl.float32)
+'''
+
+
+def _dots(spec: SpanDecode) -> tuple[str, str]:
+    exact = ', input_precision="ieee"' if spec.dtype == "float32" else ""
+    return f"tl.dot(queries, keys{exact})", f"tl.dot(weights.to(values.dtype), values, acc{exact})"
+
+
+def _full_loop(spec: SpanDecode) -> str:
+    k_load = load_text("k_block + k_tile", dim_mask(spec.head_dim, "dims[:, None]"))
+    v_load = load_text("v_block + v_tile", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
+    score_dot, value_dot = _dots(spec)
+    return f"""
+    # Whole blocks: no mask, and every score is finite.
+    blocks = tl.maximum(end - begin, 0) // BLOCK_N
+    for n in range(0, blocks):
+        start = begin + n * BLOCK_N
+        k_block = k + start.to(tl.int64) * k_slot
+        v_block = v + start.to(tl.int64) * v_slot
+        keys = {k_load}
+        scores = {score_dot}
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        values = {v_load}
+        acc = {value_dot}
+        top = new_top
+
+    # What is left of the chunk, masked.
+    rest = begin + blocks * BLOCK_N
+    for n in range(0, tl.cdiv(tl.maximum(end - rest, 0), BLOCK_N)):
+        start = rest + n * BLOCK_N
+"""
+
+
+def _positioned_loop(spec: SpanDecode) -> str:
+    rows, tile = rows_of(spec), padded_dim(rows_of(spec))
+    mask = mask_argument("" if rows == tile else f"row < {rows}")
+    other = ", other=0" if mask else ""
+    token = "" if spec.tokens == 1 else f" + {_token_of_row(spec, 'row')}"
+    return f"""
+    # Each row keeps a span of positions, and slots are in any order: every block is masked.
+    sink = tl.load(sinks + head{mask}{other})
+    window = tl.load(windows + head{mask}{other})
+    position = tl.load(at + entry){token}
+    positions += entry * positions_batch + segment
+    for n in range(0, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)):
+        start = begin + n * BLOCK_N
+"""
+
+
+def _masked_body(spec: SpanDecode) -> str:
+    k_mask = "cols[None, :] < end", dim_mask(spec.head_dim, "dims[:, None]")
+    v_mask = "cols[:, None] < end", dim_mask(spec.head_dim_v, "dims_v[None, :]")
+    score_dot, value_dot = _dots(spec)
+    keep = "        keep = cols[None, :] < end"
+    if spec.positioned:
+        own = "position" if spec.tokens == 1 else "position[:, None]"
+        keep = f"""        held = tl.load(positions + cols, mask=cols < end, other=0)
+        back = {own} - held[None, :]
+        span = (held[None, :] < sink[:, None]) | (back < window[:, None])
+        keep = span & (back >= 0) & (cols[None, :] < end)"""
+    return f"""        cols = start + local
+        k_block = k + start.to(tl.int64) * k_slot
+        v_block = v + start.to(tl.int64) * v_slot
+        keys = {load_text("k_block + k_tile", *k_mask)}
+        scores = {score_dot}
+{keep}
+        scores = tl.where(keep, scores * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has met no kept key yet: -inf minus -inf would be NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        values = {load_text("v_block + v_tile", *v_mask)}
+        acc = {value_dot}
+        top = new_top
+
+    # A row without a kept key is 0.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+"""
+
+
+def _kernel_end(spec: SpanDecode) -> str:
+    rows, tile, dim_v = rows_of(spec), padded_dim(rows_of(spec)), spec.head_dim_v
+    row_mask = "" if rows == tile else f"row[:, None] < {rows}"
+    mask = mask_argument(row_mask, dim_mask(dim_v, "dims_v[None, :]"))
+    lse_mask = mask_argument("" if rows == tile else f"row < {rows}")
+    return f"""    if part < 0:
+        # Query heads and tokens of a KV head are {rows} consecutive rows of out.
+        first = (entry * {spec.kv_heads} + group) * {rows}
+        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(out + places, acc.to(out.dtype.element_ty){mask})
+    else:
+        first = (entry * partials + part + item // {spec.kv_heads}) * {rows}
+        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(partial + places, acc{mask})
+        tl.store(partial_lse + first + row, top + tl.log2(total){lse_mask})
+"""
+
+
+def _merge(spec: SpanDecode) -> str:
+    rows, groups, dim_v = rows_of(spec), spec.kv_heads, spec.head_dim_v
+    part_mask = mask_argument("live[:, None]", dim_mask(dim_v, "dims_v[None, :]"))
+    return f'''
+
+@triton.jit(do_not_specialize=["batch", "partials"])
+def merge(
+    out,
+    partial,
+    partial_lse,
+    starts,
+    filled,
+    split,
+    parts,
+    batch,
+    chunk,
+    partials,
+    BLOCK_P: tl.constexpr,
+):
+    """One row of a KV head that was divided: the sum of its partial results, weighted by their sums of weights."""
+    item = tl.program_id(0) // batch
+    entry = (tl.program_id(0) % batch).to(tl.int64)
+    group = tl.load(split + item // {rows})
+    row = item % {rows}
+    capacity = tl.load(starts + group + 1) - tl.load(starts + group)
+    used = tl.minimum(tl.load(filled + entry * {groups} + group), capacity)
+    chunks = tl.cdiv(tl.maximum(used, 0), chunk)
+    first = (entry * partials + tl.load(parts + group)) * {rows} + row
+    dims_v = tl.arange(0, {padded_dim(dim_v)})
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([{padded_dim(dim_v)}], tl.float32)
+    for start in range(0, chunks, BLOCK_P):
+        index = start + tl.arange(0, BLOCK_P)
+        live = index < chunks
+        place = first + index * {rows}
+        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(lse - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 0)
+        places = place[:, None] * {dim_v} + dims_v[None, :]
+        part = tl.load(partial + places{part_mask}, other=0.0)
+        acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    out += ((entry * {groups} + group) * {rows} + row) * {dim_v}
+    tl.store(out + dims_v, acc.to(out.dtype.element_ty){mask_argument(dim_mask(dim_v, "dims_v"))})
+'''
+
+
+def _launcher(spec: SpanDecode) -> str:
+    heads, groups, tokens, dim, dim_v = spec.heads, spec.kv_heads, spec.tokens, spec.head_dim, spec.head_dim_v
+    more = ", sinks, windows, positions, at" if spec.positioned else ""
+    upcast = (
+        """
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bit patterns of bfloat16.
+        q, k, v = q.float(), k.float(), v.float()"""
+        if spec.dtype == "bfloat16"
+        else ""
+    )
+    tables = f"(starts, filled{more})"
+    spans_doc = (
+        f"""
+    sinks, windows int32 ({heads},); positions int32 (B, C) or (C,); at int32 (B,), the position of the first token."""
+        if spec.positioned
+        else ""
+    )
+    position_lines = (
+        """
+    positions = positions.expand(batch, -1)
+    spans = (sinks, windows, positions, at)"""
+        if spec.positioned
+        else ""
+    )
+    return f'''
+
+# Chosen by TRITON_INTERPRET when this file is imported.
+INTERPRETED = not isinstance(span_decode, triton.JITFunction)
+
+
+def _check(q, k, v, tables):
+    batch, slots = q.shape[0], k.shape[1]
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(tables[0].shape), tuple(tables[1].shape)
+    caches = (batch, slots, {dim}), (batch, slots, {dim_v})
+    wanted = (batch, {heads}, {tokens}, {dim}), *caches, ({groups + 1},), (batch, {groups})
+    if shapes != wanted:
+        raise ValueError(f"q, k, v, starts, filled have shapes {{shapes}}; this kernel wants {{wanted}}")
+    if not q.dtype == k.dtype == v.dtype == torch.{spec.dtype}:
+        raise ValueError(f"q, k, v are {{q.dtype}}, {{k.dtype}}, {{v.dtype}}; this kernel wants {spec.dtype}")
+    if any(table.dtype != torch.int32 or table.stride(-1) != 1 for table in tables):
+        raise ValueError("the tables of a cache are int32 and contiguous")
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise ValueError("a slot of the cache is contiguous: it is not copied to be made so")
+    if not (INTERPRETED or q.is_cuda):
+        raise ValueError(f"Triton needs a GPU, and q is on {{q.device}}; set ATTNOPT_TARGET to cpu or reference")
+
+
+def decode(q, k, v, starts, filled, scale{more}):
+    """q (B, {heads}, {tokens}, {dim}), k (B, C, {dim}), v (B, C, {dim_v}) -> (B, {heads}, {tokens}, {dim_v}), all {
+        spec.dtype
+    }.
+
+    starts int32 ({groups + 1},), filled int32 (B, {groups}).{spans_doc}
+    """
+    _check(q, k, v, {tables})
+    batch, dtype = q.shape[0], q.dtype{upcast}
+    if scale < 0:
+        # The kernel takes each row's largest score before it scales.
+        q, scale = -q, -scale
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    filled = filled.contiguous(){position_lines}
+    out = torch.empty((batch, {heads}, {tokens}, {dim_v}), dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out.to(dtype)
+    with torch.cuda.device_of(q):
+        work = decode_list(starts, batch)
+        partial = torch.empty((batch, work.partials, ROWS, {dim_v}), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty((batch, work.partials, ROWS), dtype=torch.float32, device=q.device)
+        span_decode[(work.items.numel() * batch,)](
+            q,
+            k,
+            v,
+            out,
+            partial,
+            partial_lse,
+            starts,
+            filled,{
+        """
+            *spans,"""
+        if spec.positioned
+        else ""
+    }
+            work.items,
+            work.parts,
+            batch,
+            work.chunk,
+            work.partials,
+            scale * 1.4426950408889634,
+            *q.stride()[:3],
+            *k.stride()[:2],
+            *v.stride()[:2],{
+        """
+            positions.stride(0),"""
+        if spec.positioned
+        else ""
+    }
+            **LAUNCH,
+            enable_fp_fusion=True,
+        )
+        if work.partials:
+            merge[(work.split.numel() * ROWS * batch,)](
+                out,
+                partial,
+                partial_lse,
+                starts,
+                filled,
+                work.split,
+                work.parts,
+                batch,
+                work.chunk,
+                work.partials,
+                BLOCK_P={BLOCK_P},
+                num_warps={merge_warps(spec)},
+            )
+    return out.to(dtype)
+'''
+
+
+def merge_warps(spec: SpanDecode) -> int:
+    """Warps of `merge`: a tile of BLOCK_P x dim float32 is 16 registers a thread or fewer."""
+    return max(1, padded_dim(spec.head_dim_v) * BLOCK_P // (32 * 16))
+
+
+def _aot(spec: SpanDecode) -> str:
+    element = TRITON_DTYPES[spec.dtype]
+    spans = '"sinks", "windows", "positions", "at", ' if spec.positioned else ""
+    stride = ', "positions_batch"' if spec.positioned else ""
+    return f'''
+
+def aot_signatures():
+    """Per kernel what triton.compile needs, as the JIT would have it for aligned tensors."""
+    tables = dict.fromkeys(("starts", "filled", {spans}"items", "parts"), "*i32")
+    strides = ("q_batch", "q_head", "q_token", "k_batch", "k_slot", "v_batch", "v_slot"{stride})
+    signature = {{
+        **dict.fromkeys(("q", "k", "v", "out"), "*{element}"),
+        **dict.fromkeys(("partial", "partial_lse"), "*fp32"),
+        **tables,
+        **dict.fromkeys(("batch", "chunk", "partials"), "i32"),
+        "scale_log2": "fp32",
+        **dict.fromkeys(strides, "i32"),
+        "BLOCK_N": "constexpr",
+    }}
+    unaligned = ("batch", "partials", "scale_log2", "BLOCK_N", "BLOCK_P")
+    yield _aot(span_decode, signature, unaligned, LAUNCH)
+    signature = {{
+        "out": "*{element}",
+        **dict.fromkeys(("partial", "partial_lse"), "*fp32"),
+        **dict.fromkeys(("starts", "filled", "split", "parts"), "*i32"),
+        **dict.fromkeys(("batch", "chunk", "partials"), "i32"),
+        "BLOCK_P": "constexpr",
+    }}
+    yield _aot(merge, signature, unaligned, {{"BLOCK_P": {BLOCK_P}, "num_warps": {merge_warps(spec)}}})
+
+
+def _aot(kernel, signature, unaligned, config):
+    attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unaligned}}
+    constexprs = {{name: value for name, value in config.items() if name in signature}}
+    options = {{**{{k: v for k, v in config.items() if k not in signature}}, "enable_fp_fusion": True}}
+    return {{
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": attrs,
+        "options": options,
+    }}
+'''
+
+
+def source(spec: SpanDecode) -> str:
+    """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
+    check_spec(spec)
+    loop = _positioned_loop(spec) if spec.positioned else _full_loop(spec)
+    kernel = _kernel_start(spec) + loop + _masked_body(spec) + _kernel_end(spec)
+    check_itself = footer(spec, "self_check_decode", "decode")
+    return _header(spec) + kernel + _merge(spec) + _launcher(spec) + _aot(spec) + check_itself
+
+
+@TARGETS.register("triton span_decode")
+class Triton:
+    @staticmethod
+    def emit(spec: SpanDecode) -> str:
+        need_triton()
+        return source(spec)
