@@ -54,6 +54,8 @@ RUNS = "SDPA is_causal on each sample's run of real tokens"
 PACKED = "SDPA, query heads packed into rows"
 PADDING = "SDPA with a broadcast padding mask"
 AS_IT_WAS = "SDPA with the mask as it was"
+# Nothing is known against it: it has not been timed on a GPU, and no other device takes it.
+PRINTED = "kernel with the mask printed into it"
 DOCUMENTS = "documents apart"
 
 LOSSES = (
