@@ -1,6 +1,21 @@
 """The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing."""
 
 from attnopt.ops.decode import span_decode
-from attnopt.ops.span import launches, prefill, span_attention, windows_at
+from attnopt.ops.span import (
+    launches,
+    prefill,
+    span_attention,
+    span_attention_backward,
+    span_attention_lse,
+    windows_at,
+)
 
-__all__ = ["launches", "prefill", "span_attention", "span_decode", "windows_at"]
+__all__ = [
+    "launches",
+    "prefill",
+    "span_attention",
+    "span_attention_backward",
+    "span_attention_lse",
+    "span_decode",
+    "windows_at",
+]
