@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attnopt.ir import Mask, Refusal, Region
+from attnopt.ir import Refusal, Region
 from attnopt.passes import pays
 from attnopt.passes.exact_forms import (
     Build,
@@ -120,9 +120,9 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
             return
         if square:
             yield lower_causal_padding(program), pays.FEATURE
-    spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0
-    if spanned and not program.needs_grad:
-        yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+    if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0:
+        kernel = pays.TRAINED if program.needs_grad else pays.SPAN
+        yield insert_span(program, None), f"{kernel}, window {mask.window}"
     yield from general(program, region)
 
 
@@ -168,10 +168,7 @@ def choose(program: Program, region: Region) -> Form | Refusal:
         against.append(f"{lowering} does not pay here, {reason}")
     if against:
         return Refusal("; ".join(against), code="does-not-pay")
-    mask: Mask = region.site.mask
-    if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
-        return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
-    reason = f"already a single attention call, and none is cheaper for keys {mask}"
+    reason = f"already a single attention call, and none is cheaper for keys {region.site.mask}"
     return Refusal(reason, code="already-one-call")
 
 

@@ -47,6 +47,7 @@ class Loss:
 
 # SPAN, FEATURE, ...: what lowerings are called in reports, their parameters aside.
 SPAN = "span kernel"
+TRAINED = "span kernel with its gradient"
 FEATURE = "SDPA is_causal, padding folded into a feature"
 PACKED = "SDPA, query heads packed into rows"
 PADDING = "SDPA with a broadcast padding mask"
@@ -60,6 +61,17 @@ LOSSES = (
     Loss(SPAN, "cpu", LOW, lambda f: f.keys < 1024, "below 1024 keys its chunks cost more than a mask"),
     Loss(
         SPAN, "cpu", HIGH, lambda f: f.keys < 1024 and 4 * f.window > f.keys, "its window is over a quarter of the keys"
+    ),
+    # Forward and backward over those of SDPA under a boolean N x N mask (benchmarks/cpu_backward.py), same windows.
+    # float32: 512 keys 0.99 0.93 0.84 0.76; 1024 keys 1.65 1.47 1.31 1.14; 2048 keys 3.1 2.6 2.1 1.5.
+    # bfloat16: 512 keys 0.70 0.69 0.71 0.80; 1024 keys 1.23 1.06 0.89 0.77; 2048 keys 2.3 1.8 1.6 1.3.
+    Loss(TRAINED, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys its chunks cost more than a mask"),
+    Loss(
+        TRAINED,
+        "cpu",
+        LOW,
+        lambda f: f.keys < 2048 and 8 * f.window > f.keys,
+        "its window is over an eighth of the keys",
     ),
     # Over a boolean N x N mask. float32: 64 keys 0.62, 128 0.72, 256 0.77, 512 0.99, 1024 1.31, 2048 1.84. bfloat16:
     # 512 keys 0.75, 1024 1.10, 2048 1.78.

@@ -49,9 +49,8 @@ def test_gradients(target: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -
     assert [key.split("_h4")[0] for key in ops.launches] == [f"span_prefill_{target}", f"span_backward_{target}"]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_registration(padded: bool) -> None:
-    arguments = inputs(9, torch.float32, padded)
+def test_registration() -> None:
+    arguments = inputs(9, torch.float32, padded=True)
     torch.library.opcheck(torch.ops.attnopt.span_attention_lse.default, (*arguments, *REST))
     q, k, v, *tables = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
     torch.library.opcheck(torch.ops.attnopt.span_attention.default, (q, k, v, *tables, *REST))
@@ -61,13 +60,12 @@ def test_registration(padded: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_with_dynamic_lengths(backend: str) -> None:
+def test_traced_with_dynamic_lengths() -> None:
     def loss(*arguments: Any) -> Tensor:
         return (ops.span_attention_lse(*arguments, *REST)[0] * 2).sin().sum()
 
-    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=True)
-    for length in (40, 57) if backend == "aot_eager" else (40,):
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (40, 57):
         arguments = inputs(length)
         found = torch.autograd.grad(compiled(*arguments), arguments[:3])
         for gradient, right in zip(found, torch.autograd.grad(loss(*arguments), arguments[:3]), strict=True):
