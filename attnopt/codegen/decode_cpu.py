@@ -33,12 +33,21 @@ class Run(NamedTuple):
 
 
 class Call(NamedTuple):
-    """`entries` batch entries from `entry` on, in which the heads of a run all have `used` filled slots."""
+    """Some KV heads in some batch entries, with equally many filled slots.
 
+    which: those, as an index of a tensor (B, G, ...); shape: (entries, heads, filled slots); entry: the first batch entry; start
+    and stride: where the segment of the first head begins and how far it is to the next, in slots.
+    """
+
+    which: tuple[slice, slice]
+    shape: tuple[int, int, int]
     entry: int
-    entries: int
-    run: Run
-    used: int
+    start: int
+    stride: int
+
+    @property
+    def used(self) -> int:
+        return self.shape[2]
 
 
 class Spans(NamedTuple):
@@ -78,15 +87,14 @@ def decode(
     if scale <= 0:  # SDPA hides keys before it scales
         packed, scale = packed * scale, 1.0
     plan = calls(tuple(starts.tolist()), tuple(map(tuple, filled.tolist())))
-    if len(plan) == 1 and plan[0].run.heads == groups and plan[0].used:
+    if len(plan) == 1 and plan[0].shape[1] == groups and plan[0].used:
         return _attend(packed, k, v, scale, plan[0], spans).reshape(batch, heads, tokens, width)
     out = q.new_empty(batch, groups, packed.shape[2], width)
     for call in plan:
-        part = _of(out, call)
         if call.used:
-            part.copy_(_attend(_of(packed, call), k, v, scale, call, spans))
+            out[call.which] = _attend(packed[call.which], k, v, scale, call, spans)
         else:
-            part.zero_()
+            out[call.which] = 0.0
     return out.view(batch, heads, tokens, width)
 
 
@@ -122,27 +130,24 @@ def calls(starts: tuple[int, ...], filled: tuple[tuple[int, ...], ...]) -> tuple
             while end < len(kept) and kept[end] == own:
                 end += 1
             if min(own) == max(own):
-                found.append(Call(entry, end - entry, run, own[0]))
+                found.append(_call(entry, end, run, own[0]))
             else:
-                for i, used in enumerate(own):
-                    alone = Run(run.head + i * run.step, 1, 1, run.start + i * run.stride, run.capacity, run.capacity)
-                    found.append(Call(entry, end - entry, alone, used))
+                alone = (Run(run.head + i * run.step, 1, 1, run.start + i * run.stride, 0, 0) for i in range(run.heads))
+                found += [_call(entry, end, *pair) for pair in zip(alone, own, strict=True)]
             entry = end
     return tuple(found)
 
 
-def _of(x: Tensor, call: Call) -> Tensor:
-    """The heads and batch entries of a call, as a view of x (B, G, ...)."""
-    run = call.run
-    return x[call.entry : call.entry + call.entries, run.head : run.head + (run.heads - 1) * run.step + 1 : run.step]
+def _call(entry: int, end: int, run: Run, used: int) -> Call:
+    heads = slice(run.head, run.head + (run.heads - 1) * run.step + 1, run.step)
+    return Call((slice(entry, end), heads), (end - entry, run.heads, used), entry, run.start, run.stride)
 
 
 def _slots(x: Tensor, call: Call) -> Tensor:
-    """The filled slots of a call, as a view (entries, heads, used, ...) of x (B, C, ...)."""
-    batch, slot = x.stride()[:2]
-    shape = (call.entries, call.run.heads, call.used, *x.shape[2:])
-    offset = x.storage_offset() + call.entry * batch + call.run.start * slot
-    return x.as_strided(shape, (batch, call.run.stride * slot, *x.stride()[1:]), offset)
+    """The filled slots of a call, as a view (entries, heads, used, D) of x (B, C, D)."""
+    batch, slot, last = x.stride()
+    offset = x.storage_offset() + call.entry * batch + call.start * slot
+    return x.as_strided((*call.shape, x.shape[2]), (batch, call.stride * slot, slot, last), offset)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, spans: Spans | None) -> Tensor:
@@ -153,8 +158,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, spans: Sp
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
         # What SDPA makes of a row of -inf differs between its kernels.
         return out.masked_fill(mask.amax(-1, keepdim=True) == float("-inf"), 0.0)
-    if call.used >= SPLIT_FROM and call.entries == 1 and keys.shape[3] == values.shape[3]:
-        parts = torch.get_num_threads() // call.run.heads
+    if call.used >= SPLIT_FROM and call.shape[0] == 1 and keys.shape[3] == values.shape[3]:
+        parts = torch.get_num_threads() // call.shape[1]
         if parts > 1:
             return _split(q, keys, values, scale, parts)
     return F.scaled_dot_product_attention(q, keys, values, scale=scale)
@@ -182,11 +187,10 @@ def _split(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> Tensor:
 
 def _mask(call: Call, spans: Spans, dtype: torch.dtype) -> Tensor | None:
     """Additive mask (entries, heads, rows, used) of what the queries of a call do not keep; None if they keep all."""
-    run, share = call.run, spans.windows.shape[1]
-    held = _slots(spans.positions, call)[:, :, None, None, :]
-    rows = spans.rows[call.entry : call.entry + call.entries]
+    (entries, heads), share = call.which, spans.windows.shape[1]
+    held = _slots(spans.positions[:, :, None], call).squeeze(3)[:, :, None, None, :]
+    rows = spans.rows[entries]
     back = rows[:, None, None, :, None] - held
-    heads = slice(run.head, run.head + (run.heads - 1) * run.step + 1, run.step)
     sinks, windows = spans.sinks[heads], spans.windows[heads]
     if bool((sinks == sinks[:, :1]).all()) and bool((windows == windows[:, :1]).all()):
         # One row serves all query heads of a KV head.

@@ -1,14 +1,13 @@
 """Padding on the CPU where the real tokens of a sample are one run: its rows and keys are views, nothing is masked.
 
-rows before the run     keep no key: 0
-rows of the run         unpadded attention, the sinks counted from the run's first key
-rows after the run      keep what their span still holds of the run; only in right-padded samples, whose result
-                        nobody should use there, and which is what the mask says all the same
+    rows before the run     keep no key: 0
+    rows of the run         unpadded attention, the sinks counted from the run's first key
+    rows after the run      keep what their span still holds of the run: nobody should use them, but the mask says so
 
-Time over the same heads without padding, 200 of 4096 tokens padded, 8 over 2 heads, four windows of 256, two of 1024, one
-of 2048, one dense head, 64 sinks; in brackets with a feature that hides padded keys (span_cpu.py), which is what other
-padding takes. Left: bfloat16 D=64 0.91 (1.14), D=128 0.92 (1.29); float32 0.95 (1.12), 0.91 (1.07). Right: bfloat16 1.12
-(1.20), 1.08 (1.27); float32 1.08 (1.13), 1.03 (1.08).
+Time over the same heads without padding, 200 of 4096 tokens padded, 8 over 2 heads, four windows of 256, two of 1024,
+one of 2048, one dense head, 64 sinks; in brackets with a feature that hides padded keys (span_cpu.py), which is what
+other padding takes. Left: bfloat16 D=64 0.91 (1.14), D=128 0.92 (1.29); float32 0.95 (1.12), 0.91 (1.07). Right:
+bfloat16 1.12 (1.20), 1.08 (1.27); float32 1.08 (1.13), 1.03 (1.08).
 """
 
 from __future__ import annotations

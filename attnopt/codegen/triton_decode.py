@@ -74,6 +74,9 @@ from attnopt.codegen.decode_list import decode_list
 # {spec.share} query heads a KV head × {spec.tokens} token{"s" * (spec.tokens != 1)}, in a tile of at least 16 rows.
 ROWS = {rows_of(spec)}
 LAUNCH = {{"BLOCK_N": {block}, "num_warps": {warps}, "num_stages": {stages}}}
+if torch.version.hip:
+    # An AMD compute unit has 64 KiB of shared memory, which three stages of 128 features take alone.
+    LAUNCH["num_stages"] = 2
 '''
 
 

@@ -18,6 +18,7 @@ from torch.fx import Node
 from attnopt.ir import Load, Mask
 from attnopt.masks.bias import bias_of
 from attnopt.masks.classify import load_of, name_for, reads_pairs, record, sort_clauses
+from attnopt.masks.documents import by_index
 from attnopt.masks.expressions import Affine, Read
 from attnopt.masks.interpret import Interpreter, shape_of
 from attnopt.masks.materialize import call
@@ -154,7 +155,7 @@ def recover(
         gathered.keep = at_least_zero(Affine.of({"i": 1, "j": -1}))
     for term in terms:
         gathered.add(term)
-    keep = fold_ranges(gathered.keep, interpreter.ranges)
+    keep = fold_ranges(by_index(fold_ranges(gathered.keep, interpreter.ranges), interpreter), interpreter.ranges)
     fill = "-inf" if gathered.fill == -math.inf else "finite"
     nodes: dict[str, Node] = {}
     if keep == FALSE:

@@ -1,6 +1,7 @@
 """The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing."""
 
 from attnopt.ops.decode import span_decode
+from attnopt.ops.documents import document_attention
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -11,6 +12,7 @@ from attnopt.ops.span import (
 )
 
 __all__ = [
+    "document_attention",
     "launches",
     "prefill",
     "span_attention",

@@ -3,9 +3,12 @@
     sdpa(q, repeat(k), repeat(v), mask=bool N x N)  ->  sdpa(q, k, v, is_causal=True, enable_gqa=True)
     softmax(q @ k.T * s + mask) @ v                 ->  the same
     softmax(q @ k.T * s + any mask or bias) @ v     ->  sdpa(q, k, v, mask as it was), where no closed form helps
-    causal and pad[b, j]                            ->  sdpa on q, k, v with one more feature that hides padded keys
+    causal and pad[b, j]                            ->  attnopt::span_attention, all heads dense: sdpa is_causal on each
+                                                        sample's run of real tokens. Under gradients and on a GPU: sdpa
+                                                        on q, k, v with one more feature that hides padded keys
     causal, i // c == j // c                        ->  sdpa is_causal with every chunk a sample of the batch
     sliding window                                  ->  attnopt::span_attention (reads only the window)
+    causal, doc[b, i] == doc[b, j]                  ->  attnopt::document_attention (each document by itself)
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
 
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 
 from attnopt.ir import Refusal, Region
-from attnopt.passes import pays
+from attnopt.passes import documents, pays
 from attnopt.passes.exact_forms import (
     Build,
     lower_causal_padding,
@@ -81,6 +84,11 @@ def packable(program: Program, region: Region) -> bool:
     return program.device == "cpu" and grouped and one_query(region) and "h" not in varies_over(region)
 
 
+def on_runs(program: Program, region: Region) -> bool:
+    """Whether the span operator, which looks at the padding when it runs, may stand for causal attention."""
+    return program.device == "cpu" and not program.needs_grad and region.site.heads > 0 and region.site.scale > 0
+
+
 def in_chunks(region: Region) -> bool:
     """Nothing but chunks of equal size, whole ones, known while compiling."""
     site, mask = region.site, region.site.mask
@@ -118,11 +126,14 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
         if not mask.padded:
             yield lower_plain(program, True), "SDPA is_causal"
             return
+        if square and on_runs(program, region):
+            yield insert_span(program, None), pays.RUNS
         if square:
             yield lower_causal_padding(program), pays.FEATURE
     if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0:
-        kernel = pays.TRAINED if program.needs_grad else pays.SPAN
-        yield insert_span(program, None), f"{kernel}, window {mask.window}"
+        yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+    if documents.numbers_of(region) and documents.unlike_documents(program, region) is None:
+        yield documents.lower_documents(program), documents.lowering(region)
     yield from general(program, region)
 
 
@@ -162,12 +173,14 @@ def choose(program: Program, region: Region) -> Form | Refusal:
         return no
     against = []
     for build, lowering in forms(program, region):
-        reason = pays.against(lowering, program.device, region)
+        reason = pays.against(lowering, program.device, region, program.needs_grad)
         if not reason:
             return build, lowering
         against.append(f"{lowering} does not pay here, {reason}")
     if against:
         return Refusal("; ".join(against), code="does-not-pay")
+    if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
+        return no
     reason = f"already a single attention call, and none is cheaper for keys {region.site.mask}"
     return Refusal(reason, code="already-one-call")
 

@@ -22,8 +22,8 @@ HIGH = ("float32", "float64")
 @dataclass(frozen=True)
 class Facts:
     """What the time of an attention depends on. wide: heads over 128, or
-    of unequal sizes; written: whether the products are written out;
-    summed: whether a mask and a bias have to be added up before the call."""
+    of unequal sizes; written: whether the products are written out; summed: whether a mask and a bias have to be added
+    up before the call; training: whether gradients are needed."""
 
     dtype: str
     queries: int
@@ -32,6 +32,7 @@ class Facts:
     wide: bool
     written: bool
     summed: bool
+    training: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ class Loss:
 
 # SPAN, FEATURE, ...: what lowerings are called in reports, their parameters aside.
 SPAN = "span kernel"
-TRAINED = "span kernel with its gradient"
 FEATURE = "SDPA is_causal, padding folded into a feature"
+RUNS = "SDPA is_causal on each sample's run of real tokens"
 PACKED = "SDPA, query heads packed into rows"
 PADDING = "SDPA with a broadcast padding mask"
 AS_IT_WAS = "SDPA with the mask as it was"
+DOCUMENTS = "documents apart"
 
 LOSSES = (
     # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys.
@@ -62,20 +64,39 @@ LOSSES = (
     Loss(
         SPAN, "cpu", HIGH, lambda f: f.keys < 1024 and 4 * f.window > f.keys, "its window is over a quarter of the keys"
     ),
-    # Forward and backward over those of SDPA under a boolean N x N mask (benchmarks/cpu_backward.py), same windows.
+    # With the backward pass (benchmarks/cpu_backward.py), same windows.
     # float32: 512 keys 0.99 0.93 0.84 0.76; 1024 keys 1.65 1.47 1.31 1.14; 2048 keys 3.1 2.6 2.1 1.5.
     # bfloat16: 512 keys 0.70 0.69 0.71 0.80; 1024 keys 1.23 1.06 0.89 0.77; 2048 keys 2.3 1.8 1.6 1.3.
-    Loss(TRAINED, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys its chunks cost more than a mask"),
     Loss(
-        TRAINED,
+        SPAN, "cpu", ANY, lambda f: f.training and f.keys < 1024, "below 1024 keys its gradient costs more than a mask"
+    ),
+    Loss(
+        SPAN,
         "cpu",
         LOW,
-        lambda f: f.keys < 2048 and 8 * f.window > f.keys,
-        "its window is over an eighth of the keys",
+        lambda f: f.training and f.keys < 2048 and 8 * f.window > f.keys,
+        "in training its window is over an eighth of the keys",
+    ),
+    # Over a boolean N x N mask; 1, 4 and 16 documents of equal length. float32: 256 keys 0.85 1.29 1.29; 512 keys 1.00
+    # 2.21 3.18; 1024 keys 1.46 2.96 5.08; 2048 keys 1.86 3.67 7.62. bfloat16: 256 keys 0.71 0.77 0.70; 512 keys 1.02
+    # 1.78 1.49; 1024 keys 1.46 2.46 3.07. With the backward pass, float32: 512 keys 0.92 2.12 3.21; 1024 keys 1.28 3.03
+    # 5.71. bfloat16: 512 keys 0.89 0.93 1.00; 1024 keys 1.34 2.07 1.65.
+    Loss(DOCUMENTS, "cpu", ANY, lambda f: f.keys < 512, "below 512 keys its calls cost more than a mask"),
+    Loss(
+        DOCUMENTS,
+        "cpu",
+        ANY,
+        lambda f: f.training and f.keys < 1024,
+        "below 1024 keys its gradient costs more than a mask",
     ),
     # Over a boolean N x N mask. float32: 64 keys 0.62, 128 0.72, 256 0.77, 512 0.99, 1024 1.31, 2048 1.84. bfloat16:
     # 512 keys 0.75, 1024 1.10, 2048 1.78.
     Loss(FEATURE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys one more feature costs more than a mask"),
+    # Over a boolean N x N mask, 8 over 2 heads of 64, a batch of 1 and of 4. float32: 128 keys 0.47 0.80, 256 keys 0.79
+    # 1.11, 512 keys 1.02 1.32, 1024 keys 1.50 1.96, 2048 keys 2.17 2.57. bfloat16: 256 keys 0.61 0.86, 512 keys 1.03
+    # 1.19, 1024 keys 1.36 1.78, 2048 keys 2.15 2.67. The feature, in the same run: 512 keys 0.78 to 0.91, 1024 keys
+    # 1.23 to 1.35, 2048 keys 1.70 to 1.96.
+    Loss(RUNS, "cpu", ANY, lambda f: f.keys < 512, "below 512 keys cutting it into runs costs more than a mask"),
     # Over a grouped call, one query of 2048 keys, 8 over 2 heads: bfloat16 0.96 to 1.04; float32 1.5.
     Loss(PACKED, "cpu", LOW, lambda f: not f.written, "in half precision a grouped call is as fast"),
     # Over written out, one query, 8 over 2 heads. float32: 512 keys 0.75 to 0.81, 2048 keys 0.76 to 0.85. bfloat16:
@@ -105,19 +126,19 @@ def likely(size: Any) -> int:
     return int(hint) if hint is not None else 2**20
 
 
-def facts_of(region: Region) -> Facts:
+def facts_of(region: Region, training: bool = False) -> Facts:
     site = region.site
     queries, keys = (likely(x.meta["val"].shape[2]) for x in (region.q, region.k))
     wide = site.head_dim > 128 or site.head_dim != site.head_dim_v
     summed = site.bias is not None and len(region.match.terms) > 1
-    return Facts(site.dtype, queries, keys, site.mask.window or 0, wide, site.pattern != "sdpa", summed)
+    return Facts(site.dtype, queries, keys, site.mask.window or 0, wide, site.pattern != "sdpa", summed, training)
 
 
-def against(lowering: str, device: str, region: Region) -> str:
+def against(lowering: str, device: str, region: Region, training: bool = False) -> str:
     """Why a lowering does not pay for this site on this device; empty where it does, or nothing is known against it."""
     if settings.always():
         return ""
-    facts = facts_of(region)
+    facts = facts_of(region, training)
     for loss in LOSSES:
         named = lowering == loss.lowering or lowering.startswith(loss.lowering + ",")
         if named and device == loss.device and facts.dtype in loss.dtypes and loss.when(facts):

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from attnopt import settings
 from attnopt.errors import VerificationError
 from attnopt.ir import Refusal, Region
+from attnopt.masks.documents import counted, equalities
 from attnopt.masks.interpret import MASKED
 from attnopt.masks.probe import probe
 from attnopt.passes.arrange import canonical, rearrange, term_dims
@@ -27,6 +28,7 @@ from attnopt.passes.program import Program
 from attnopt.passes.recover_masks import term_of, variables
 from attnopt.patterns import Match, alike, checked
 
+aten = torch.ops.aten
 # Largest error of an output whose values are averages of standard normal ones.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
@@ -102,9 +104,8 @@ def operands_and_loads(region: Region, generator: torch.Generator) -> dict[Node,
     """Random values where the region is cut off from the rest of the graph."""
     match = region.match
     values: dict[Node, Any] = {o.node: sample(o.node, generator) for o in (match.q, match.k, match.v)}
-    read = set().union(*(ancestors(t.node) for t in match.terms))
-    for node in dict.fromkeys(original(node, read) for node in region.loads.values()):
-        values.setdefault(node, sample(node, generator, bool(region.meaning.assumptions)))
+    for node, value in sampled_loads(region, generator).items():
+        values.setdefault(node, value)
     for term in (t for t in match.terms if checked(t)):
         # The same mask computed once more must not be sampled apart.
         twin = next((o.node for o in match.terms if o.node in values and alike(o.node, term.node)), None)
@@ -129,7 +130,33 @@ def sampled_loads(region: Region, generator: torch.Generator) -> dict[Node, Any]
     inputs = {n for n in seen | loads if depends_on_data(n)}
     alone = [n for n in loads if not (ancestors(n) - {n}) & inputs]
     values = {n: sample(n, generator, bool(region.meaning.assumptions)) for n in sorted(alone, key=str)}
+    for _, read_at, _ in equalities(region.meaning.keep):
+        if (node := original(read_at.node, read)) in alone:
+            values[node] = numbers(node, generator)
+        elif (positions := counted(node)) is not None:
+            values[source(positions)] = restarting(source(positions), generator)
     return values
+
+
+def numbers(node: Node, generator: torch.Generator) -> Tensor:
+    """Numbers of a few documents, in no order."""
+    like = node.meta["val"]
+    return torch.randint(0, 4, [hint(s) for s in like.shape], generator=generator).to(like.device, like.dtype)
+
+
+def restarting(node: Node, generator: torch.Generator) -> Tensor:
+    """Positions that count on, and begin anew after every few tokens."""
+    like = node.meta["val"]
+    shape = [hint(s) for s in like.shape]
+    index = torch.arange(shape[-1]).expand(shape)
+    begins = torch.rand(shape, generator=generator) < 0.2
+    return (index - (index * begins).cummax(-1).values).to(like.device, like.dtype)
+
+
+def source(node: Node) -> Node:
+    while node.target in (aten.expand.default, aten.alias.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def depends_on_data(node: Node) -> bool:

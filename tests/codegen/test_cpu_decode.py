@@ -62,11 +62,14 @@ def test_heads_are_grouped_by_capacity_and_distance() -> None:
 
 def test_one_call_for_heads_and_entries_of_one_length() -> None:
     starts = (0, 30, 32, 34)
-    long, short = runs(starts)
-    assert calls(starts, ((30, 2, 2), (30, 2, 2))) == (Call(0, 2, long, 30), Call(0, 2, short, 2))
+    both, long, short = slice(0, 2), slice(0, 1, 1), slice(1, 3, 1)
+    windows = Call((both, short), (2, 2, 2), 0, 30, 2)
+    assert calls(starts, ((30, 2, 2), (30, 2, 2))) == (Call((both, long), (2, 1, 30), 0, 0, 30), windows)
     assert calls(starts, ((30, 2, 2), (21, 2, 2))) == (
-        Call(0, 1, long, 30), Call(1, 1, long, 21), Call(0, 2, short, 2)
-    )  # fmt: skip
+        Call((slice(0, 1), long), (1, 1, 30), 0, 0, 30),
+        Call((slice(1, 2), long), (1, 1, 21), 1, 0, 30),
+        windows,
+    )
 
 
 def test_nothing_of_the_cache_is_copied(monkeypatch) -> None:  # type: ignore[no-untyped-def]

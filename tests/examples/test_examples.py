@@ -15,7 +15,7 @@ from attnopt.registry import PATTERNS
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/add-a-pattern.md"
 EXPECTED = {
-    "exact_mode": ["Llama, padded", "padding folded into a feature", "largest difference"],
+    "exact_mode": ["Llama, padded", "run of real tokens", "largest difference"],
     "nanogpt": ["written-out float32 heads=4", "blocks.2.attention: SDPA is_causal"],
     "plan_and_run": ["span kernel", "final split"],
 }

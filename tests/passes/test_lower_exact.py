@@ -61,7 +61,7 @@ CASES = {
     "keys by number, written out": (first_row(written), (numbers(),), {}, pays.AS_IT_WAS),
     "padding, sdpa": (padded(call, False), (padding(),), {}, pays.PADDING),
     "padding, grouped": (padded(written, False), (padding(),), {"kv_heads": 1}, pays.PADDING),
-    "causal padding": (padded(call, True), (padding(),), {"kv_heads": 2}, pays.FEATURE),
+    "causal padding": (padded(call, True), (padding(),), {"kv_heads": 2}, pays.RUNS),
     "causal, values of another size": (
         lambda q, k, v: call(q, k, v, is_causal=True),
         (),

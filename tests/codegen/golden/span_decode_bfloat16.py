@@ -14,6 +14,9 @@ from attnopt.codegen.decode_list import decode_list
 # 4 query heads a KV head × 1 token, in a tile of at least 16 rows.
 ROWS = 4
 LAUNCH = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+if torch.version.hip:
+    # An AMD compute unit has 64 KiB of shared memory, which three stages of 128 features take alone.
+    LAUNCH["num_stages"] = 2
 
 
 @triton.jit(do_not_specialize=["batch", "partials"])

@@ -1,0 +1,153 @@
+"""The GPU benchmark without a GPU: its dry run, its masks in closed form, and that it sees what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from attnopt.codegen.reference_prefill import prefill as reference
+from benchmarks import gpu
+from benchmarks.cuda import baselines, checks, decode, prefill
+from benchmarks.cuda.block_mask import block_mask, mask_mod
+from benchmarks.cuda.device import Budget, Device, poisoned
+from benchmarks.cuda.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
+
+CPU = torch.device("cpu")
+SMALL = Sizes(32, 8, (16,), (96,), ((96, (2,)),), (50, 1), 64)
+
+
+def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "DRY", SMALL)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(tmp_path / "gpu.json")])
+    gpu.main()
+    said = capsys.readouterr().out
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
+    assert not any("WRONG" in row for row in data["rows"])
+    kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
+    assert kinds == {"prefill", "decode", "backward"}
+    rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
+    assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
+    for row in rows.values():
+        assert {prefill.BEST, prefill.FLEX, prefill.PER_WORK, prefill.OF_MATMUL} <= set(row["ratios"])
+    assert said.index("correctness") < said.index("ceilings") < said.index("prefill mixture 16 96: error")
+    # What is not to be had here is said.
+    assert any("cudnn" in note for note in data["notes"]) and any("flash_attn" in note for note in data["notes"])
+    assert (tmp_path / "gpu.svg").read_text().count("best SDPA") == 1
+
+
+def test_a_wrong_kernel_is_seen_and_not_timed(monkeypatch, capsys):
+    def unwritten(q, k, v, sinks, windows, scale, pad=None):
+        out = torch.empty_like(q)
+        out[:, :, 1:] = reference(q, k, v, sinks, windows, scale, pad)[:, :, 1:]
+        return out
+
+    real = checks.load
+    swap = lambda spec: SimpleNamespace(prefill=unwritten) if spec.kernel == "span_prefill" else real(spec)  # noqa: E731
+    monkeypatch.setattr(checks, "load", swap)
+    rows, aims, notes, _ = gpu.measured(Device(True), SMALL)
+    wrong = {row.case["check"] for row in rows if row.wrong}
+    assert wrong == {"prefill"} and "prefill: a check failed, so it was not timed" in notes
+    assert not [row for row in rows if row.case.get("kernel") == "prefill"]
+    assert [row for row in rows if row.case.get("kernel") == "decode"]
+    assert {a.verdict for a in aims if "prefill" in a.what or "mixture" in a.what} == {"goal, unmeasured"}
+
+
+def test_memory_starts_as_nan_only_while_checking():
+    with poisoned():
+        assert torch.empty(64).isnan().all() and torch.empty_like(torch.ones(8)).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("queries", "length"), [(512, 512), (1, 512), (300, 300), (1, 300)])
+def test_block_masks_in_closed_form_are_those_of_flex_attention(queries, length):
+    spans = Spans("some", (0, 5, 130, 64), (2**30, 100, 300, 1))
+    found = block_mask(spans, queries, length, CPU)
+    wanted = create_block_mask(
+        mask_mod(spans, CPU, length - queries), 1, 4, queries, length, device="cpu", BLOCK_SIZE=128
+    )
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    # A block that is kept whole must be: what it skips is the mask.
+    rows = torch.arange(length - queries, length)[:, None]
+    columns = torch.arange(length)[None]
+    for head, (sink, window) in enumerate(zip(spans.sinks, spans.windows, strict=True)):
+        keep = (columns <= rows) & ((columns < sink) | (rows - columns < window))
+        for row, count in enumerate(found.full_kv_num_blocks[0, head].tolist()):
+            for column in found.full_kv_indices[0, head, row, :count].tolist():
+                tile = keep[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+                assert tile.all() and tile.shape[1] == 128
+
+
+def test_a_sampled_error_is_that_of_its_rows_and_sees_one_key_too_many():
+    spans = mixture(SMALL)
+    q, k, v = inputs(SMALL, 16, 96, CPU, torch.float64)
+    sinks, windows = spans.tables(CPU)
+    right = reference(q, k, v, sinks, windows, 0.25)
+    assert sampled_error(q, k, v, spans, 0.25, right) < 1e-12
+    assert sampled_error(q, k, v, spans, 0.25, reference(q, k, v, sinks, windows + 1, 0.25)) > prefill.TOLERANCE
+    assert sampled_error(q, k, v, spans, 0.25, right.index_fill(2, torch.tensor([40]), torch.nan)) == float("inf")
+    assert {0, 95, 64, 8} <= set(sampled_rows(spans, 96).tolist())
+
+
+def test_spans_have_the_pairs_of_their_mask():
+    for spans in (mixture(SMALL), uniform(1024, SMALL), dense(SMALL)):
+        sinks, windows = spans.tables(CPU)
+        i, j = torch.arange(70)[:, None], torch.arange(70)[None]
+        keep = (j <= i) & ((j < sinks.view(-1, 1, 1)) | (i - j < windows.view(-1, 1, 1)))
+        assert spans.pairs(70) == int(keep.sum()) and spans.keys(70) == tuple(keep[:, -1].sum(-1).tolist())
+
+
+def test_what_there_is_no_time_for_is_said():
+    notes: list[str] = []
+    budget = Budget("prefill", 0.0, notes)
+    assert prefill.section(Device(True), DRY, 1.0, budget) == []
+    assert notes == [f"prefill: D = 16, {n} tokens left out, its 0 seconds were over" for n in DRY.lengths]
+
+
+def test_aims_are_judged_by_the_worst_case():
+    def row(heads, length, per_work, flex):
+        case = {"kernel": "prefill", "heads": heads, "dim": 128, "length": length}
+        ratios = {prefill.BEST: 3.0, prefill.PER_WORK: per_work, prefill.OF_MATMUL: 0.5, prefill.FLEX: flex}
+        return prefill.Row(case, 0.0, 1e-2, ratios, {}, {})
+
+    rows = [row("mixture", 8192, 0.1, 2.0), row("mixture", 16384, 0.72, 2.0), row("mixture", 32768, 0.69, 0.9)]
+    found = {a.what.split(": ")[1]: (a.found, a.verdict) for a in prefill.aims(rows, 128, 16384)}
+    assert found["times as fast as the best SDPA over the work saved"] == (0.69, "missed")
+    assert found["share of the measured matmul rate, kept pairs"] == (0.5, "met")
+    assert found["times as fast as FlexAttention, worst case"] == (0.9, "missed")
+    assert {a.verdict for a in decode.aims([])} == {"goal, unmeasured"}
+
+
+def test_libraries_that_are_there_are_called_as_they_want(monkeypatch):
+    """Stand-ins with the signatures of FlashAttention and FlashInfer, which take (B, N, heads, D) and (N, heads, D)."""
+    spans, (q, k, v) = uniform(1024, SMALL), inputs(SMALL, 16, 96, CPU, torch.float32)
+
+    def attend(q, k, v, softmax_scale, causal, window_size):
+        assert causal and window_size == (15, 0)
+        sinks, windows = torch.zeros(32, dtype=torch.int32), torch.full((32,), window_size[0] + 1)
+        return reference(*(x.transpose(1, 2) for x in (q, k, v)), sinks, windows, softmax_scale).transpose(1, 2)
+
+    def single(q, k, v, causal, sm_scale, window_left):
+        return attend(q[None], k[None], v[None], sm_scale, causal, (window_left, 0))[0]
+
+    made = {
+        "flash_attn_interface": SimpleNamespace(flash_attn_func=lambda *x, **y: (attend(*x, **y), None)),
+        "flash_attn": SimpleNamespace(flash_attn_func=attend),
+        "flashinfer": SimpleNamespace(single_prefill_with_kv_cache=single),
+    }
+    monkeypatch.setattr(baselines.importlib, "import_module", made.__getitem__)
+    notes: list[str] = []
+    found = baselines.libraries(q, k, v, 0.25, spans, notes)
+    assert [b.name for b in found] == ["FlashAttention 3", "FlashAttention 2", "FlashInfer"] and not notes
+    assert [b.name for b in prefill.right(found, q, k, v, 0.25, notes)] == [b.name for b in found]
+    assert baselines.libraries(q, k, v, 0.25, mixture(SMALL), notes) == []
+
+
+def test_kv_heads_whose_queries_differ_cannot_be_decoded():
+    with pytest.raises(ValueError, match="KV head 0 have different spans"):
+        decode.Cache(Sizes(8, 2, shrink=64), mixture(Sizes(8, 2, shrink=64)), 1, 96, 16, Device(True))
