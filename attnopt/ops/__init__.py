@@ -2,6 +2,7 @@
 
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
+from attnopt.ops.masked import masked_attention
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -14,6 +15,7 @@ from attnopt.ops.span import (
 __all__ = [
     "document_attention",
     "launches",
+    "masked_attention",
     "prefill",
     "span_attention",
     "span_attention_backward",
