@@ -17,7 +17,9 @@ processor time of the thread; more: wall time.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +199,20 @@ def aims(rows: list[Row]) -> list[Aim]:
     return found
 
 
+def break_even(rows: list[Row]) -> list[str]:
+    """From which length on the mixture of the short cases is no slower than packed SDPA on every token."""
+    said = []
+    short = [row for row in rows if not row.wrong and (row.case["dim"], row.case["spans"]) == (128, "mixed")]
+    short = [row for row in short if (row.case["heads"], row.case["batch"]) == ("32/8", 1)]
+    for threads, dtype in sorted({(row.case["threads"], row.case["dtype"]) for row in short}):
+        own = [row for row in short if (row.case["threads"], row.case["dtype"]) == (threads, dtype)]
+        slower = [row.case["length"] for row in own if row.ratios["packed"] < 1]
+        least = min((row.case["length"] for row in own if row.case["length"] > max(slower, default=0)), default=None)
+        where = f"from {least} tokens on" if least else "at no length measured"
+        said.append(f"{dtype}, {threads} thread(s), mixed, heads 32/8 of 128: no slower than packed SDPA {where}")
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small cases")
@@ -208,14 +224,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
+    if max(args.threads) > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and not args.quick:
+        sys.exit("OMP_NUM_THREADS=1 binds all threads of a process to one core: unset it, or give --threads 1")
     rows = []
     with torch.inference_mode():
         for case, flex in cases(args):
             rows.append(measure(case, args.repeats, flex))
             print(rows[-1], flush=True)
-    done = Run("cpu_decode", rows, environment(), [] if args.quick else aims(rows))
-    for aim in done.aims:
-        print(aim)
+    done = Run("cpu_decode", rows, environment(), [] if args.quick else aims(rows), break_even(rows))
+    for line in (*done.aims, *done.notes):
+        print(line)
     for path in [args.out, RESULTS / "cpu_decode-cpu.json" if args.keep else None]:
         if path is not None:
             done.save(path)
