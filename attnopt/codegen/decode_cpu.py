@@ -35,8 +35,8 @@ class Run(NamedTuple):
 class Call(NamedTuple):
     """Some KV heads in some batch entries, with equally many filled slots.
 
-    which: those, as an index of a tensor (B, G, ...); shape: (entries, heads, filled slots); entry: the first batch entry; start
-    and stride: where the segment of the first head begins and how far it is to the next, in slots.
+    which: those, as an index of a tensor (B, G, ...); shape: (entries, heads, filled slots); entry: the first batch
+    entry; start and stride: where the segment of the first head begins and how far it is to the next, in slots.
     """
 
     which: tuple[slice, slice]

@@ -2,6 +2,15 @@
 
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
+from attnopt.ops.masked import masked_attention
 from attnopt.ops.span import launches, prefill, span_attention, windows_at
 
-__all__ = ["document_attention", "launches", "prefill", "span_attention", "span_decode", "windows_at"]
+__all__ = [
+    "document_attention",
+    "launches",
+    "masked_attention",
+    "prefill",
+    "span_attention",
+    "span_decode",
+    "windows_at",
+]

@@ -49,6 +49,8 @@ CASES = [
     (padded(written, False), 1, FLOAT, {"keys": 40, "pad": True, "kv_heads": 1}, pays.PACKED, ""),
     (call, 1, FLOAT, {"keys": 40, "kv_heads": 1}, pays.PACKED, ""),
     (call, 1, HALF, {"keys": 40, "kv_heads": 1}, None, "a grouped call is as fast"),
+    (call, 1, HALF, {"keys": 16384, "kv_heads": 1, "dim": 32, "dim_v": 32}, pays.PACKED, ""),
+    (call, 1, torch.float16, {"keys": 40, "kv_heads": 1}, pays.PACKED, ""),
     (padded(written, False), 16, FLOAT, {"pad": True}, None, "below 32 keys"),
     (alibi, 256, FLOAT, {}, None, "the sum of mask and bias"),
     (alibi, 256, HALF, {}, pays.AS_IT_WAS, ""),
@@ -59,7 +61,7 @@ CASES = [
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_what_does_not_pay_is_left_with_its_reason(number):
     fn, length, dtype, more, lowering, reason = CASES[number]
-    if more.get("dim"):
+    if more.get("dim") == 12:
         more = {**more, "dim_v": 8}
     found = traced(fn, length, dtype, **more)
     assert found.rewrites == ([lowering] if lowering else []), (found.rewrites, found.left, found.misses)
