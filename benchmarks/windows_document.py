@@ -17,40 +17,45 @@ def figure(row: Row, name: str) -> str:
     return f"{row.ratios[name]:.2f}" + ("" if low is None else f" (≥ {low:.2f})")
 
 
+ATTENTION = """\
+Attention alone, 8 query heads over 2 KV heads of 64, the mask made in the graph. *Masked* is SDPA with that mask as a
+boolean tensor, which is what inductor runs; *ideal* is how many times fewer pairs of a query and a key are kept than in
+causal attention, and *share* the speed-up over causal SDPA as a part of it."""
+REASONS = """\
+A narrow window has a small share: every chunk of rows reads the keys at its edges too, and small products do not fill
+the CPU's matrix units. Documents pay for their calls, some tens of microseconds each. Bounds on positions that restart
+in each document, as transformers writes them, are proved to be bounds on indices ([masks](masks.md)). A mask that is made
+outside the graph and handed over as a boolean N x N tensor proves nothing: the site is left alone, and the report says
+so."""
+
+
 def section(run: Run) -> str:
     machine = run.environment
     lines = [
         BEGIN, "", "# Windows and packed documents", "",
-        f"{machine['device']}, torch {machine['torch']}, {machine['date']}. CPU time on one thread, wall time on two; "
-        "calls in turn, medians of paired ratios, in brackets the lower end of their 95 % interval. Above 1 attnopt is "
-        "faster. Results are compared with float64, and with the uncompiled model in float32, first.", "",
-        "Attention alone, 8 query heads over 2 KV heads of 64, the mask made in the graph. *Masked* is SDPA with that mask "
-        "as a boolean tensor, which is what inductor runs; *ideal* is how many times fewer pairs of a query and a key are "
-        "kept than in causal attention, and *share* the speed-up over causal SDPA as a part of it.", "",
+        f"{machine['device']}, torch {machine['torch']}, {machine['date']}. CPU time on one thread, wall time on two;",
+        "calls in turn, medians of paired ratios, in brackets the lower end of their 95 % interval. Above 1 attnopt is",
+        "faster. Results are compared with float64 first, and those of models with the uncompiled model in float32.", "",
+        ATTENTION, "",
         "| mask | dtype | tokens | threads | over masked | over causal | ideal | share |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     right = [row for row in run.rows if not row.wrong]
     for row in right:
         if row.case["kind"] == "attention":
-            share = row.ratios["share"]
-            cells = [figure(row, "masked"), figure(row, "causal"), f"{row.ratios['causal'] / share:.1f}", f"{share:.2f}"]
+            share, causal = row.ratios["share"], row.ratios["causal"]
+            cells = [figure(row, "masked"), figure(row, "causal"), f"{causal / share:.1f}", f"{share:.2f}"]
             lines.append("| " + " | ".join([*described(row), *cells]) + " |")
-    lines += ["", "Whole models of four layers, compiled with `backend=\"attnopt\"` and with `backend=\"inductor\"`.", "",
-              "| class | mask | dtype | tokens | threads | over inductor |", "|---|---|---|---:|---:|---:|"]  # fmt: skip
+    lines += [
+        "", 'Models of four layers, compiled with `backend="attnopt"` and with `backend="inductor"`.', "",
+        "| class | mask | dtype | tokens | threads | over inductor |", "|---|---|---|---:|---:|---:|",
+    ]  # fmt: skip
     for row in right:
         if row.case["kind"] != "attention":
             lines.append(f"| {row.case['kind']} | " + " | ".join([*described(row), figure(row, "inductor")]) + " |")
     lines += ["", *(f"- {aim}" for aim in run.aims)]
     lines += [f"- wrong, and so without a figure: {row.label}" for row in run.rows if row.wrong]
-    lines += [
-        "", "A window's share is small where its chunks are: below some 200 query rows a call, products are too small for "
-        "the CPU's matrix units, and every chunk also reads the keys at its edges. Documents lose what their calls cost, "
-        "some 50 microseconds each. In `docs/masks.md` is what counts as documents; bounds on positions that restart in "
-        "each document, as transformers writes them, are proved to be bounds on indices. A mask that is made outside the "
-        "graph and handed over as a boolean N x N tensor proves nothing: the site is left alone, and the report says so.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", REASONS]) + "\n"
 
 
 def described(row: Row) -> list[str]:

@@ -205,6 +205,12 @@ def choose(program: Program, region: Region) -> Form | Refusal:
         return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
     if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
         return no
+    if mask.opaque:
+        data = ", ".join(map(str, mask.opaque))
+        reason = (
+            f"already a single attention call, whose mask is data over pairs of positions: nothing is proved of {data}"
+        )
+        return Refusal(reason, code="mask-is-data")
     reason = f"already a single attention call, and none is cheaper for keys {mask}"
     return Refusal(reason, code="already-one-call")
 
