@@ -24,7 +24,7 @@ causal attention, and *share* the speed-up over causal SDPA as a part of it."""
 REASONS = """\
 A narrow window has a small share: every chunk of rows reads the keys at its edges too, and small products do not fill
 the CPU's matrix units. Documents pay for their calls, some tens of microseconds each. Bounds on positions that restart
-in each document, as transformers writes them, are proved to be bounds on indices ([masks](masks.md)). A mask that is made
+in each document, as transformers writes them, are proved to be bounds on indices ([masks](masks.md)). A mask made
 outside the graph and handed over as a boolean N x N tensor proves nothing: the site is left alone, and the report says
 so."""
 
@@ -35,7 +35,7 @@ def section(run: Run) -> str:
         BEGIN, "", "# Windows and packed documents", "",
         f"{machine['device']}, torch {machine['torch']}, {machine['date']}. CPU time on one thread, wall time on two;",
         "calls in turn, medians of paired ratios, in brackets the lower end of their 95 % interval. Above 1 attnopt is",
-        "faster. Results are compared with float64 first, and those of models with the uncompiled model in float32.", "",
+        "faster. Results are first compared with float64, those of models with the uncompiled model in float32.", "",
         ATTENTION, "",
         "| mask | dtype | tokens | threads | over masked | over causal | ideal | share |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
