@@ -303,7 +303,7 @@ def band(size: int, window: int, dtype: torch.dtype) -> Tensor:
 def span_pays(q: Tensor, k: Tensor, window: int) -> bool:
     """Whether chunks are cheaper than a mask inside one document: time of the mask over that of chunks, in brackets.
 
-    float32, 8 heads of 64 over 2, windows of 64, 128 and 256: 300 tokens (1.35, 1.13, 0.92), 512 (1.93, 1.64, 1.18), 768
+    float32, 8 heads of 64 over 2, windows of 64, 128, 256: 300 tokens (1.35, 1.13, 0.92), 512 (1.93, 1.64, 1.18), 768
     (2.75, 2.27, 1.78); over 8: 512 (1.18, 1.36, 0.86), 768 (1.77, 1.47, 1.29), 768 and a window of 512 (0.93), 1000
     (2.43, 2.09, 1.73). bfloat16 over 2: 512 (1.22, 1.40, 1.00), 768 (1.74, 1.67, 1.26); over 8: 512 (0.60, 0.88, 0.91),
     768 (1.10, 0.94, 0.74), 1000 (1.38, 1.23, 1.36).
