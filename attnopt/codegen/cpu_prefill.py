@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.span_cpu import tuning
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.registry import TARGETS
@@ -50,7 +51,7 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanPrefill) -> str:
         """Source of a module with ``prefill`` and ``prefill_lse`` (contract: attnopt/codegen/reference_prefill.py)."""
-        return TEMPLATE.format(
+        text = TEMPLATE.format(
             spec=spec,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
@@ -61,3 +62,4 @@ class Cpu:
             check="" if spec.padded else UNPADDED,
             pad="pad" if spec.padded else "None",
         )
+        return text + footer(spec, "self_check_prefill", "prefill, prefill_lse")

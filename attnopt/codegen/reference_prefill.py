@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.registry import TARGETS
 
@@ -78,4 +79,5 @@ class Reference:
     def emit(spec: SpanPrefill) -> str:
         names = "prefill, prefill_lse"
         listed = ", ".join(f'"{name}"' for name in names.split(", "))
-        return f'"""{spec}."""\n\nfrom attnopt.codegen.reference_prefill import {names}\n\n__all__ = [{listed}]\n'
+        text = f'"""{spec}."""\n\nfrom attnopt.codegen.reference_prefill import {names}\n\n__all__ = [{listed}]\n'
+        return text + footer(spec, "self_check_prefill", names)

@@ -102,3 +102,16 @@ class SpanDecode(KernelSpec):
     def flags(self) -> str:
         counted = f"{self.tokens} tokens" if self.tokens != 1 else ""
         return ", ".join(filter(None, (counted, "positioned" if self.positioned else "")))
+
+
+@dataclass(frozen=True)
+class MaskedPrefill(KernelSpec):
+    """A prefill under any recovered mask and score modifiers, query and key lengths at will.
+
+    form: the text of an `attnopt.masks.kernel_form.Form`, which says which keys are kept, what is added to the scores,
+    their soft-cap and their sink.
+    """
+
+    kernel: ClassVar[str] = "masked_prefill"
+
+    form: str

@@ -44,3 +44,12 @@ def mask_argument(*conditions: str) -> str:
 def load_text(pointer: str, *conditions: str) -> str:
     mask = mask_argument(*conditions)
     return f"tl.load({pointer}{mask}{', other=0.0' if mask else ''})"
+
+
+def fetch_text(name: str, descriptor: str, block: str, pointer: str) -> str:
+    """Lines inside a kernel's loop that set `name` to a tile: by a tensor descriptor or, without, from `block` on."""
+    return f"""        if DESCRIPTORS:
+            {name} = {descriptor}
+        else:
+            {block}
+            {name} = {pointer}"""

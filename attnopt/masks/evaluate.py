@@ -1,6 +1,6 @@
 """The value of expressions, predicates and sums at given positions: what a record claims, computed.
 
-For the probe and the tests; nothing that is shipped in a rewritten graph goes through here.
+For the probe, the reference target and the tests; nothing that a model runs by default goes through here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ class Evaluation:
         if not isinstance(value, int):
             assert self.size is not None, f"the value of {value} is not known"
             value = self.size(value)
-        return torch.tensor(value)
+        return torch.tensor(value, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.position.values())).device
 
     def atom(self, atom: Any) -> Tensor:
         if isinstance(atom, str):
@@ -66,7 +70,7 @@ class Evaluation:
         return value >= 0 if isinstance(literal, AtLeastZero) else (value == 0) ^ literal.negated
 
     def predicate(self, predicate: Conjunction) -> Tensor:
-        keep = torch.ones(next(iter(self.position.values())).shape, dtype=torch.bool)
+        keep = torch.ones(next(iter(self.position.values())).shape, dtype=torch.bool, device=self._device)
         for clause in predicate.clauses:
             holds = torch.zeros_like(keep)
             for literal in clause:
@@ -75,7 +79,7 @@ class Evaluation:
         return keep
 
     def sum(self, value: Sum) -> Tensor:
-        total = torch.zeros(next(iter(self.position.values())).shape, dtype=torch.float64)
+        total = torch.zeros(next(iter(self.position.values())).shape, dtype=torch.float64, device=self._device)
         for monomial, c in value.terms:
             product = torch.full_like(total, c)
             for atom in monomial:

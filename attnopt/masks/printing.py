@@ -73,8 +73,9 @@ def sympy_atom(atom: Any) -> sympy.Expr:
 
 
 def visible(read: Read | BoolLoad) -> tuple[Affine, ...]:
-    """The index without the dimensions of size one."""
-    sizes = read.node.meta["val"].shape if hasattr(read.node, "meta") else (None,) * len(read.index)
+    """The index without the dimensions of size one; a kernel's tensor has no sizes, and is read at 0 in those."""
+    known = hasattr(read.node, "meta")
+    sizes = read.node.meta["val"].shape if known else [None if e.terms or e.constant else 1 for e in read.index]
     return tuple(
         e
         for e, size in zip(read.index, sizes, strict=True)

@@ -11,6 +11,7 @@
     causal, doc[b, i] == doc[b, j]                  ->  attnopt::document_attention (each document by itself)
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
+    any mask, bias, soft-cap or sink, on a GPU      ->  attnopt::masked_attention, which has them printed into it
 
 Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0. Of what
 is right for a site, the first form that pays on this device is taken (`pays` has the measurements); where none does,
@@ -20,11 +21,12 @@ the site stays, and the report says why.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from attnopt.ir import Mask, Refusal, Region
+from attnopt.ir import Refusal, Region
 from attnopt.passes import documents, pays
 from attnopt.passes.exact_forms import (
     Build,
@@ -36,6 +38,7 @@ from attnopt.passes.exact_forms import (
     lower_plain,
     varies_over,
 )
+from attnopt.passes.masked import insert_masked, unserved
 from attnopt.passes.program import Program
 from attnopt.passes.span import insert_span
 from attnopt.patterns import same
@@ -106,6 +109,13 @@ def general(program: Program, region: Region) -> Iterator[Form]:
         yield lower_operand_mask(program), "SDPA with a mask of one row"
 
 
+def printed(program: Program, region: Region) -> Iterator[Form]:
+    """A kernel of the site's own. It gives a tile of rows to one head, which a single query would not fill."""
+    if not one_query(region) and not unserved(program, region):
+        said = ", ".join([*region.site.extras, f"keep {region.site.mask}"])
+        yield insert_masked(program), f"{pays.PRINTED}, {said}"
+
+
 def forms(program: Program, region: Region) -> Iterator[Form]:
     """What is right for the site and may be cheaper, the best first."""
     site, mask = region.site, region.site.mask
@@ -130,9 +140,9 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
             yield insert_span(program, None), pays.RUNS
         if square:
             yield lower_causal_padding(program), pays.FEATURE
-    spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0
-    if spanned and not program.needs_grad:
+    if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0:
         yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+    yield from printed(program, region)
     if documents.numbers_of(region) and documents.unlike_documents(program, region) is None:
         yield documents.lower_documents(program), documents.lowering(region)
     yield from general(program, region)
@@ -149,12 +159,17 @@ def wider_bias(region: Region) -> torch.dtype | None:
 
 def impossible(program: Program, region: Region) -> Refusal | None:
     """Why no form here is right for the site; None where one may be."""
-    site, mask = region.site, region.site.mask
     if already_exact(region) and not packable(program, region) and not unfused(program, region):
         return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
         reason = "its weights are read elsewhere too, so that nothing would be saved"
         return Refusal(reason, code="weights-read-elsewhere")
+    return None
+
+
+def beyond_sdpa(region: Region) -> Refusal | None:
+    """Why no call of SDPA is right for the site; None where one may be."""
+    site, mask = region.site, region.site.mask
     if site.scale <= 0 and not (site.plain and mask.kind == "causal" and mask.padded):
         # SDPA's kernels hide scores before they scale them: minus infinity would become NaN or the largest score.
         return Refusal(f"the scale is {site.scale:g}, expected a positive one", code="scale-not-positive")
@@ -173,19 +188,20 @@ def choose(program: Program, region: Region) -> Form | Refusal:
     if (no := impossible(program, region)) is not None:
         return no
     against = []
-    for build, lowering in forms(program, region):
+    no_sdpa = beyond_sdpa(region)
+    for build, lowering in forms(program, region) if no_sdpa is None else printed(program, region):
         reason = pays.against(lowering, program.device, region, program.needs_grad)
         if not reason:
             return build, lowering
         against.append(f"{lowering} does not pay here, {reason}")
+    if no_sdpa is not None:
+        why = unserved(program, region) if program.device != "cpu" else ""
+        return replace(no_sdpa, reason=f"{no_sdpa.reason}; {why}") if why else no_sdpa
     if against:
         return Refusal("; ".join(against), code="does-not-pay")
-    mask: Mask = region.site.mask
-    if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
-        return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
     if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
         return no
-    reason = f"already a single attention call, and none is cheaper for keys {mask}"
+    reason = f"already a single attention call, and none is cheaper for keys {region.site.mask}"
     return Refusal(reason, code="already-one-call")
 
 

@@ -278,7 +278,8 @@ def finish(
     v = tidy(space, v, (roles.batch, roles.kv_heads, roles.keys, roles.values))
     inner = (product.node, *walk.inner, anchor, *forward.inner)
     scale = walk.scale * (walk.softcap or 1.0) * q_factor * k_factor
+    sink = walk.sink and replace(walk.sink, dims=space.resolve(walk.sink.dims))
     return Match(
-        "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, terms, walk.sink, inner,
+        "written-out", anchor, out, q, k, v, roles, scale, walk.softcap, False, terms, sink, inner,
         tuple(forward.read), space.places, tuple(walk.rules), factors,
     )  # fmt: skip

@@ -83,6 +83,14 @@ def test_nothing_of_the_cache_is_copied(monkeypatch) -> None:  # type: ignore[no
     assert seen and all(x._base is k and y._base is v for x, y in seen)
 
 
+@pytest.mark.parametrize("starts,reason", [([0, 4, 9], "ends at 9"), ([0, 6, 4, 8], "follow"), ([1, 4, 8], "begin")])
+def test_segments_outside_the_cache_are_refused(starts: list[int], reason: str) -> None:
+    groups = len(starts) - 1
+    q, k = torch.zeros(1, groups, 1, 16), torch.zeros(1, 8, 16)
+    with pytest.raises(ValueError, match=reason):
+        decode_cpu.decode(q, k, k, torch.tensor(starts), torch.ones(1, groups).int(), 1.0)
+
+
 def test_emitted_module(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
     for name in ("uneven", "spans"):

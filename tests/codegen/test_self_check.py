@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from attnopt.codegen import self_check, self_check_prefill
+from attnopt.codegen import emit, self_check, self_check_prefill
 from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.reference_prefill import prefill_lse as with_lse
 from attnopt.codegen.self_check import Check, Race, error
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_prefill import source
@@ -24,24 +25,27 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(self_check_prefill.TIMED, "cpu", 256)
 
 
-def with_lse(q, k, v, sinks, windows, scale, pad=None):
-    out = reference(q, k, v, sinks, windows, scale, pad)
-    return out, self_check_prefill._lse(q, k, sinks, windows, scale, pad).float()
-
-
 def code_of(spec: SpanPrefill, prefill, prefill_lse) -> int:
     with pytest.raises(SystemExit) as done:
         self_check_prefill.check(spec, prefill, prefill_lse)
     return done.value.code
 
 
+@pytest.mark.parametrize("target", ["cpu", "reference"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_right_file_agrees_and_is_timed(padded, capsys):
-    assert code_of(SpanPrefill("cpu", "float32", 4, 2, 16, 8, padded), reference, with_lse) == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_file_agrees_and_is_timed(dtype, padded, target, capsys):
+    """Run as a script, as `python FILE` does."""
+    spec = SpanPrefill(target, dtype, 4, 2, 16, 8, padded)
+    emit.load(spec)
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(emit.kernel_folder() / f"{spec.key()}.py"), run_name="__main__")
+    assert done.value.code == 0
     told = capsys.readouterr().out
-    assert told.count("  agrees  ") == 5 and "WRONG" not in told
-    assert "this kernel" in told and "dense SDPA" in told and "× fewer pairs" in told
+    assert told.count("  agrees  ") == 6 and "WRONG" not in told
     assert "threads: " in told
+    if target == "cpu":
+        assert "this kernel" in told and "dense SDPA" in told and "× fewer pairs" in told
 
 
 def off_by_one(q, k, v, sinks, windows, scale, pad=None, run=reference):

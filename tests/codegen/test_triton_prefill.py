@@ -50,11 +50,13 @@ class Case(NamedTuple):
     scale: float = 0.2
     shipped: bool = False  # keep the tiles shipped for the dtype; else those of the half types
     layout: str = "transposed"
+    loads: str = ""  # descriptors or pointers; "" for what the launcher chooses
 
 
 MIXED = [0, 5, 64, 100], [DENSE, 1, 40, 130]
 CASES = {
     **{f"length {n}": Case(n, *MIXED) for n in (1, 17, 63, 64, 100, 128, 200, 256)},
+    **{f"length {n}, pointers": Case(n, *MIXED, loads="pointers") for n in (1, 63, 128, 200)},
     **{f"group of {4 // g}": Case(100, *MIXED, kv_heads=g) for g in (1, 2, 4)},
     "shipped float32 tiles": Case(100, *MIXED, shipped=True),
     "window 1, no sink": Case(130, [0] * 4, [1] * 4),
@@ -67,18 +69,26 @@ CASES = {
     "windows around two blocks": Case(256, [127, 128, 129, 1], [127, 128, 129, 191]),
     "batch 2": Case(100, *MIXED, batch=2),
     "contiguous inputs": Case(100, *MIXED, batch=2, layout="contiguous"),
+    "contiguous inputs, pointers": Case(100, *MIXED, batch=2, layout="contiguous", loads="pointers"),
     "last dimension strided": Case(40, *MIXED, layout="strided"),
+    "in a longer buffer": Case(70, *MIXED, batch=2, layout="longer"),
+    "in a longer buffer, pointers": Case(70, *MIXED, batch=2, layout="longer", loads="pointers"),
+    "unaligned": Case(70, *MIXED, layout="unaligned"),
     "dims 24 and 40": Case(100, *MIXED, dims=(24, 40)),
+    "dims 24 and 40, pointers": Case(100, *MIXED, dims=(24, 40), loads="pointers"),
     "dims 8 and 16": Case(40, *MIXED, dims=(8, 16)),
     "dims 64": Case(100, *MIXED, dims=(64, 64)),
     "dims 128": Case(100, *MIXED, dims=(128, 128)),
     "negative scale": Case(100, *MIXED, scale=-0.3),
     "float16": Case(200, *MIXED, dtype="float16", dims=(64, 64)),
     "float16, dims 256": Case(70, *MIXED, dtype="float16", dims=(256, 256), shipped=True),
+    "float16, pointers": Case(100, *MIXED, dtype="float16", dims=(64, 64), loads="pointers"),
     "bfloat16": Case(100, *MIXED, dtype="bfloat16", batch=2),
+    "bfloat16, pointers": Case(100, *MIXED, dtype="bfloat16", loads="pointers"),
     "padded left": Case(100, *MIXED, batch=2, padding=[[0, 70], [0, 0]]),
     "padded right": Case(100, *MIXED, batch=2, padding=[[90, 100], [30, 100]]),
     "padded middle": Case(200, *MIXED, batch=2, padding=[[50, 140], [64, 128]]),
+    "padded middle, pointers": Case(100, *MIXED, batch=2, padding=[[20, 90], [64, 100]], loads="pointers"),
     "padded everywhere": Case(70, *MIXED, batch=2, padding=[[0, 70], [0, 69]]),
     "padded, shipped tiles": Case(70, *MIXED, batch=2, padding=[[0, 20], [60, 70]], shipped=True),
     "padded float16": Case(100, *MIXED, dtype="float16", batch=2, padding=[[0, 33], [98, 100]]),
@@ -98,7 +108,17 @@ def tensor(case: Case, heads: int, dim: int) -> torch.Tensor:
         return torch.randn(case.batch, heads, case.length, dim).to(getattr(torch, case.dtype))
     if case.layout == "strided":
         return torch.randn(case.batch, heads, dim, case.length).to(getattr(torch, case.dtype)).transpose(2, 3)
-    return torch.randn(case.batch, case.length, heads, dim).to(getattr(torch, case.dtype)).transpose(1, 2)
+    made = torch.randn(case.batch, case.length, heads, dim).to(getattr(torch, case.dtype)).transpose(1, 2)
+    if case.layout == "longer":
+        # As a slice of a cache: nothing around it may be read.
+        around = torch.full((case.batch, heads, case.length + 60, dim), float("nan"), dtype=made.dtype)
+        around[:, :, : case.length] = made
+        return around[:, :, : case.length]
+    if case.layout == "unaligned":
+        around = made.new_empty(case.batch, heads, case.length, dim + 1)
+        around[..., 1:] = made
+        return around[..., 1:]
+    return made
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -131,13 +151,16 @@ def run(case: Case) -> dict[str, Any]:
     """In the interpreter: the case's error, and what else the tests ask."""
     torch.manual_seed(0)
     module = emit.load(spec_of(case))
-    kernel, own = module.span_prefill, (module.LAUNCHES, module.TILES)
+    kernel, own, choose = module.span_prefill, module.LAUNCHES, module._loads
     seen: list[str] = []
+    loads: list[str] = []
 
     class Recorded:
         def __getitem__(self, grid: tuple[int]) -> Any:
             def call(*args: Any, **options: Any) -> None:
-                seen.extend(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
+                bases = [getattr(a, "base", a) for a in args]
+                seen.extend(str(a.dtype) for a in bases if isinstance(a, torch.Tensor))
+                loads.append("descriptors" if options["DESCRIPTORS"] else "pointers")
                 kernel[grid](*args, **options)
 
             return call
@@ -155,15 +178,18 @@ def run(case: Case) -> dict[str, Any]:
     torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
     module.span_prefill = Recorded()
     if not case.shipped:
-        module.LAUNCHES = ({"BLOCK_M": 128, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
-        module.TILES = ((128, 64), (64, 64))
+        module.LAUNCHES = dict.fromkeys(
+            ("descriptors", "pointers"), tuple({"BLOCK_M": m, "BLOCK_N": 64} for m in (128, 64))
+        )
+    if case.loads:
+        module._loads = lambda *tensors: case.loads
     try:
         out, lse = module.prefill_lse(q, k, v, sinks, windows, case.scale, pad)
         alone = module.prefill(q, k, v, sinks, windows, case.scale, pad) if case.length == 100 else out
-        works = work_list.work_lists(sinks, windows, case.kv_heads, case.length, case.batch, module.TILES)
+        works = work_list.work_lists(sinks, windows, case.kv_heads, case.length, case.batch, ((128, 64), (64, 64)))
     finally:
         torch.empty, module.span_prefill = empty, kernel
-        module.LAUNCHES, module.TILES = own
+        module.LAUNCHES, module._loads = own, choose
     exact = functools.partial(reference, q.double(), k.double(), v.double(), scale=case.scale, pad=pad)
     expected = exact(sinks, windows)
     expected_lse = lse_of(q, k, sinks, windows, case.scale, pad)
@@ -183,6 +209,7 @@ def run(case: Case) -> dict[str, Any]:
             lse, lse_of(q, k, sinks, windows.clamp(max=2**20) + 1, case.scale, pad)
         ),
         "seen": sorted(set(seen)),
+        "loads": sorted(set(loads)),
         "classes": [work.tile_class for work in works],
     }
 
@@ -230,7 +257,18 @@ def test_agrees_with_the_reference(name: str, interpreted: dict[str, dict[str, A
     assert row["error of lse"] <= TOLERANCE_LSE and row["lse"] and row["same without lse"]
 
 
-@pytest.mark.parametrize("name", ["length 200", "float16", "bfloat16", "padded middle", "windows around a block"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "length 200",
+        "length 200, pointers",
+        "float16",
+        "bfloat16",
+        "bfloat16, pointers",
+        "padded middle",
+        "windows around a block",
+    ],
+)
 def test_the_tolerance_rejects_a_span_off_by_one(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
     row = interpreted[name]
     assert row["error of a longer window"] > 5 * TOLERANCE[CASES[name].dtype]
@@ -240,13 +278,21 @@ def test_the_tolerance_rejects_a_span_off_by_one(name: str, interpreted: dict[st
 
 def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
     assert "torch.float16" in interpreted["float16"]["seen"]
-    assert interpreted["bfloat16"]["seen"] == ["torch.float32", "torch.int32"]
+    for name in ("bfloat16", "bfloat16, pointers"):
+        assert interpreted[name]["seen"] == ["torch.float32", "torch.int32"]
+
+
+def test_descriptors_where_strides_and_addresses_are_aligned(interpreted: dict[str, dict[str, Any]]) -> None:
+    by_pointers = {name for name, row in interpreted.items() if row.get("loads") == ["pointers"]}
+    chosen = {"unaligned", "shipped float32 tiles", "padded, shipped tiles"}
+    assert by_pointers == {name for name, case in CASES.items() if case.loads} | chosen
+    assert interpreted["dims 24 and 40"]["loads"] == ["descriptors"]
 
 
 def test_the_file_checks_itself_in_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
     row = interpreted["as a script"]
     assert row["code"] == 0
-    assert row["told"].count("  agrees  ") == 5 and "Not timed" in row["told"]
+    assert row["told"].count("  agrees  ") == 6 and "Not timed" in row["told"]
 
 
 def test_both_tile_classes_were_run(interpreted: dict[str, dict[str, Any]]) -> None:
@@ -304,7 +350,7 @@ def test_unsupported_specs_are_refused() -> None:
 
 def test_every_tile_is_a_multiple_of_its_blocks() -> None:
     for spec in ODD:
-        assert all(rows % keys == 0 for rows, keys, _, _ in launches(spec))
+        assert all(rows % keys == 0 for tiles in launches(spec).values() for rows, keys, _, _ in tiles)
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ CASES = [
     (padded(written, False), 1, FLOAT, {"keys": 40, "pad": True, "kv_heads": 1}, pays.PACKED, ""),
     (call, 1, FLOAT, {"keys": 40, "kv_heads": 1}, pays.PACKED, ""),
     (call, 1, HALF, {"keys": 40, "kv_heads": 1}, None, "a grouped call is as fast"),
+    (call, 1, HALF, {"keys": 16384, "kv_heads": 1, "dim": 32, "dim_v": 32}, pays.PACKED, ""),
+    (call, 1, torch.float16, {"keys": 40, "kv_heads": 1}, pays.PACKED, ""),
     (padded(written, False), 16, FLOAT, {"pad": True}, None, "below 32 keys"),
     (alibi, 256, FLOAT, {}, None, "the sum of mask and bias"),
     (alibi, 256, HALF, {}, pays.AS_IT_WAS, ""),
@@ -59,12 +61,18 @@ CASES = [
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_what_does_not_pay_is_left_with_its_reason(number):
     fn, length, dtype, more, lowering, reason = CASES[number]
-    if more.get("dim"):
+    if more.get("dim") == 12:
         more = {**more, "dim_v": 8}
     found = traced(fn, length, dtype, **more)
     assert found.rewrites == ([lowering] if lowering else []), (found.rewrites, found.left, found.misses)
     if lowering is None:
         assert reason in found.left[0] and found.programs[0].refusals[0].code == "does-not-pay"
+
+
+def test_gradients_have_a_break_even_of_their_own():
+    for length, window, lowering in ((512, 64, []), (1024, 64, ["span kernel, window 64"])):
+        q, k, v = (x.requires_grad_() for x in qkv(batch=1, heads=2, length=length))
+        assert trace(sliding(call, window), q, k, v, passes=PASSES, verify=False, grad=True).rewrites == lowering
 
 
 def test_the_switch_makes_what_does_not_pay(monkeypatch):

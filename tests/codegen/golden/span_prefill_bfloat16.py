@@ -7,14 +7,24 @@ import torch
 import triton
 import triton.language as tl
 
+from attnopt.codegen.triton_descriptors import descriptor, descriptors_serve
 from attnopt.codegen.work_list import side_stream, work_lists
 
-# One launch per tile class, long tiles first; heads with short spans take the last.
-LAUNCHES = (
-    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-)
-TILES = tuple((config["BLOCK_M"], config["BLOCK_N"]) for config in LAUNCHES)
+# By how tiles are loaded, one launch per tile class, long tiles first; heads with short spans take the last.
+LAUNCHES = {
+    "descriptors": (
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    ),
+    "pointers": (
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    ),
+    "hip": (
+        {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    ),
+}
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -44,18 +54,21 @@ def span_prefill(
     out_row,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One tile of BLOCK_M query rows of one head, against blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M.
 
+    q, k, v: tensor descriptors if DESCRIPTORS, else pointers.
     lse: float32 (batch, 32, length), contiguous, or None where it is not wanted.
     """
-    # Which tile: ((batch * 32 heads) + head) * tiles + tile, longest first over the grid.
+    # Which tile: ((entry of the batch * 32 heads) + head) * tiles + tile, longest first over the grid.
     item = tl.load(work + tl.program_id(0))
     first = item % tiles * BLOCK_M
     head = item // tiles % 32
     kv_head = head // 4
+    entry = item // tiles // 32
     # 64 bits: a large batch has more elements than 32 bits count.
-    batch = (item // tiles // 32).to(tl.int64)
+    batch = entry.to(tl.int64)
     sink = tl.minimum(tl.maximum(tl.load(sinks + head), 0), length)
     window = tl.minimum(tl.maximum(tl.load(windows + head), 0), length)
 
@@ -64,58 +77,63 @@ def span_prefill(
     dims = tl.arange(0, 128)
     dims_v = tl.arange(0, 128)
     rows = first + inner
-    q += batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_row
-    k += batch * k_batch + kv_head.to(tl.int64) * k_head
-    v += batch * v_batch + kv_head.to(tl.int64) * v_head
-    out += batch * out_batch + head.to(tl.int64) * out_head + first.to(tl.int64) * out_row
-    k_tile = local[None, :] * k_row + dims[:, None]
-    v_tile = local[:, None] * v_row + dims_v[None, :]
-    q_tile = inner[:, None] * q_row + dims[None, :]
-    queries = tl.load(q + q_tile, mask=rows[:, None] < length, other=0.0)
+    if DESCRIPTORS:
+        # What lies past the last row or dim is read as zero.
+        queries = q.load([entry, head, first, 0]).reshape([BLOCK_M, 128])
+    else:
+        q += batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_row
+        k += batch * k_batch + kv_head.to(tl.int64) * k_head
+        v += batch * v_batch + kv_head.to(tl.int64) * v_head
+        q_tile = inner[:, None] * q_row + dims[None, :]
+        k_tile = local[None, :] * k_row + dims[:, None]
+        v_tile = local[:, None] * v_row + dims_v[None, :]
+        queries = tl.load(q + q_tile, mask=rows[:, None] < length, other=0.0)
 
     # Per row: the largest score in base 2, the sum of weights relative to it, and the weighted sum of values.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 128], tl.float32)
 
-    # Every row of the tile keeps every key in [0, full_sink) and in [full_left, first); these ranges do not overlap.
-    # The rest are edges: [full_sink, part_sink) where the sinks end inside a block, [left, full_left) where the window
-    # begins, and the diagonal from first on.
+    # From here to the tile's first row, every row of the tile keeps every key.
     full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)
-    full_sink = tl.minimum(sink // BLOCK_N * BLOCK_N, full_left)
-    part_sink = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, full_left)
+    # The other live blocks: sinks in [0, sink_end), the window's edge in [left, full_left), the diagonal from first on.
     left = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    left = tl.minimum(tl.maximum(left, part_sink), full_left)
+    sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, left)
+    sink_blocks = sink_end // BLOCK_N
+    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
+    live_blocks = edge_blocks + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
 
-    # Fully live blocks: no mask, and every score is finite.
-    sink_blocks = full_sink // BLOCK_N
-    full_blocks = sink_blocks + (first - full_left) // BLOCK_N
-    for n in range(0, full_blocks):
-        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, full_left - full_sink)
-        k_block = k + start.to(tl.int64) * k_row
-        v_block = v + start.to(tl.int64) * v_row
-        keys = tl.load(k_block + k_tile)
+    # Every row keeps all of these: no mask, and every score is finite.
+    for start in range(full_left, first, BLOCK_N):
+        if DESCRIPTORS:
+            keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
+        else:
+            k_block = k + tl.cast(start, tl.int64) * k_row
+            keys = tl.load(k_block + k_tile)
         scores = tl.dot(queries, keys)
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        values = tl.load(v_block + v_tile)
+        if DESCRIPTORS:
+            values = v.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128])
+        else:
+            v_block = v + tl.cast(start, tl.int64) * v_row
+            values = tl.load(v_block + v_tile)
         acc = tl.dot(weights.to(values.dtype), values, acc)
         top = new_top
 
-    # Edge blocks, masked.
-    sink_edge = (part_sink - full_sink) // BLOCK_N
-    left_edge = sink_edge + (full_left - left) // BLOCK_N
-    live_blocks = left_edge + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
+    # The others.
     for n in range(0, live_blocks):
-        jump = tl.where(n < left_edge, left - sink_edge * BLOCK_N, first - left_edge * BLOCK_N)
-        start = n * BLOCK_N + tl.where(n < sink_edge, full_sink, jump)
+        jump = tl.where(n < edge_blocks, left - sink_end, first - edge_blocks * BLOCK_N)
+        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, jump)
         cols = start + local
-        k_block = k + start.to(tl.int64) * k_row
-        v_block = v + start.to(tl.int64) * v_row
-        keys = tl.load(k_block + k_tile, mask=cols[None, :] < length, other=0.0)
+        if DESCRIPTORS:
+            keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
+        else:
+            k_block = k + tl.cast(start, tl.int64) * k_row
+            keys = tl.load(k_block + k_tile, mask=cols[None, :] < length, other=0.0)
         scores = tl.dot(queries, keys)
         span = (cols[None, :] < sink) | (rows[:, None] - cols[None, :] < window)
         keep = span & (cols[None, :] <= rows[:, None])
@@ -127,7 +145,11 @@ def span_prefill(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        values = tl.load(v_block + v_tile, mask=cols[:, None] < length, other=0.0)
+        if DESCRIPTORS:
+            values = v.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128])
+        else:
+            v_block = v + tl.cast(start, tl.int64) * v_row
+            values = tl.load(v_block + v_tile, mask=cols[:, None] < length, other=0.0)
         acc = tl.dot(weights.to(values.dtype), values, acc)
         top = new_top
 
@@ -138,6 +160,7 @@ def span_prefill(
         # From base 2 to the natural logarithm.
         lse += (batch * 32 + head) * length
         tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < length)
+    out += batch * out_batch + head.to(tl.int64) * out_head + first.to(tl.int64) * out_row
     out_tile = inner[:, None] * out_row + dims_v[None, :]
     tl.store(out + out_tile, acc.to(out.dtype.element_ty), mask=rows[:, None] < length)
 
@@ -160,15 +183,35 @@ def _check(q, k, v, pad):
         raise ValueError("this kernel was emitted for unpadded inputs; pass no pad")
 
 
-def _launch(work, tensors, length, scale_log2, strides):
+def _loads(q, k, v):
+    """The key of LAUNCHES for these tensors."""
+    if torch.version.hip:
+        return "hip"
+    return "descriptors" if "descriptors" in LAUNCHES and descriptors_serve(q, k, v) else "pointers"
+
+
+def _inputs(q, k, v, config, loads):
+    """q, k, v as the kernel takes them, and their strides, which descriptors know."""
+    if loads != "descriptors":
+        return (q, k, v), [step for t in (q, k, v) for step in t.stride()[:3]]
+    rows, keys = config["BLOCK_M"], config["BLOCK_N"]
+    return (descriptor(q, rows, 128), descriptor(k, keys, 128), descriptor(v, keys, 128)), [0] * 9
+
+
+def _launch(work, loads, inputs, tensors, length, scale_log2):
+    config = LAUNCHES[loads][work.tile_class]
+    inputs, strides = _inputs(*inputs, config, loads)
     span_prefill[(work.items.numel(),)](
+        *inputs,
         *tensors,
         work.items,
         length,
         work.tiles,
         scale_log2,
         *strides,
-        **LAUNCHES[work.tile_class],
+        *tensors[0].stride()[:3],
+        **config,
+        DESCRIPTORS=loads == "descriptors",
         enable_fp_fusion=True,
     )
 
@@ -202,11 +245,12 @@ def _prefill(q, k, v, sinks, windows, scale, pad, lse):
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
-    tensors = (q, k, v, out, lse, sinks, windows)
-    strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
-    rest = (tensors, length, scale * 1.4426950408889634, strides)
+    tensors = (out, lse, sinks, windows)
     with torch.cuda.device_of(q):
-        works = work_lists(sinks, windows, 8, length, batch, TILES)
+        loads = _loads(q, k, v)
+        rest = (loads, (q, k, v), tensors, length, scale * 1.4426950408889634)
+        tiles = tuple((config["BLOCK_M"], config["BLOCK_N"]) for config in LAUNCHES[loads])
+        works = work_lists(sinks, windows, 8, length, batch, tiles)
         if len(works) == 2 and q.is_cuda:
             # Side by side, so that short tiles fill the SMs that the last long tiles leave idle.
             main, side = torch.cuda.current_stream(), side_stream(q.device)
@@ -221,24 +265,33 @@ def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     return out.to(dtype)
 
 
-def aot_signatures():
-    """Per launch what triton.compile needs, as the JIT would have it for aligned tensors, without LSE."""
-    signature = {
-        **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
-        "lse": "constexpr",
-        **dict.fromkeys(("sinks", "windows"), "*i32"),
-        "work": "*i32",
-        **dict.fromkeys(("length", "tiles"), "i32"),
-        "scale_log2": "fp32",
-        **{f"{tensor}_{step}": "i32" for tensor in ("q", "k", "v", "out") for step in ("batch", "head", "row")},
-        **dict.fromkeys(("BLOCK_M", "BLOCK_N"), "constexpr"),
-    }
-    unaligned = ("lse", "length", "tiles", "scale_log2", "BLOCK_M", "BLOCK_N")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unaligned}
-    for config in LAUNCHES:
-        constexprs = {"lse": None, **{name: config[name] for name in ("BLOCK_M", "BLOCK_N")}}
-        options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}
-        yield {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
+def aot_signatures(loads, lse=False):
+    """Per launch of LAUNCHES[loads] what triton.compile needs, as the JIT would have it for aligned tensors."""
+    steps = [f"{tensor}_{step}" for tensor in ("q", "k", "v", "out") for step in ("batch", "head", "row")]
+    for config in LAUNCHES[loads]:
+        signature = {
+            **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+            "lse": "*fp32" if lse else "constexpr",
+            **dict.fromkeys(("sinks", "windows"), "*i32"),
+            "work": "*i32",
+            **dict.fromkeys(("length", "tiles"), "i32"),
+            "scale_log2": "fp32",
+            **dict.fromkeys(steps, "i32"),
+            **dict.fromkeys(("BLOCK_M", "BLOCK_N", "DESCRIPTORS"), "constexpr"),
+        }
+        if loads == "descriptors":
+            rows, keys = config["BLOCK_M"], config["BLOCK_N"]
+            for name, block in ("q", (rows, 128)), ("k", (keys, 128)), ("v", (keys, 128)):
+                signature[name] = f"tensordesc<bf16[1, 1, {block[0]}, {block[1]}]>"
+        unaligned = ("length", "tiles")
+        aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] in "*i" and name not in unaligned]
+        constexprs = {"DESCRIPTORS": loads == "descriptors", **({} if lse else {"lse": None})}
+        yield {
+            "signature": signature,
+            "constexprs": constexprs | {name: config[name] for name in ("BLOCK_M", "BLOCK_N")},
+            "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned},
+            "options": {name: config[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True},
+        }
 
 
 if __name__ == "__main__":

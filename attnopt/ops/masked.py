@@ -1,0 +1,55 @@
+"""`attnopt::masked_attention`: attention under any recovered mask, bias, soft-cap and sink, by an emitted kernel.
+
+It has no gradient: passes never insert it into a graph that needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnopt import settings
+from attnopt.codegen.emit import load
+from attnopt.codegen.spec import MaskedPrefill
+from attnopt.ops.span import launches
+
+
+@torch.library.custom_op("attnopt::masked_attention", mutates_args=())
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    sink: Tensor | None,
+    form: str,
+    scale: float,
+) -> Tensor:
+    """The attention that `form` is the text of (attnopt/masks/kernel_form.py), on the device's target.
+
+    q (B, H, Sq, D), k (B, G, Sk, D), v (B, G, Sk, Dv); tensors: t0, t1, ... of the form, of any strides; sizes: s0,
+    s1, ...; sink: (H,) or (B, H, Sq) as the form says. Returns (B, H, Sq, Dv), physically (B, Sq, H, Dv). ValueError
+    where the target has no such kernel, AttnoptError where `form` is no form.
+    """
+    spec = MaskedPrefill(
+        target=settings.target(q.device.type),
+        dtype=str(q.dtype).removeprefix("torch."),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=q.shape[3],
+        head_dim_v=v.shape[3],
+        form=form,
+    )
+    module = load(spec)
+    launches[spec.key()] += 1
+    out = module.attend(q, k, v, tensors, sizes, sink, scale)
+    # The layout the fake promises; emitted kernels write it, so this copies nothing for them.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@masked_attention.register_fake
+def _(q, k, v, tensors, sizes, sink, form, scale):  # type: ignore[no-untyped-def]
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)

@@ -1,0 +1,173 @@
+"""The emitted kernels with a mask printed into them: their text, and in Triton's interpreter their numbers.
+
+All numbers come from one child process, this file run as a script with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+
+import pytest
+import torch
+from forms import CASES, Case, doubled, error, inputs_of
+
+from attnopt.codegen import emit
+from attnopt.codegen.reference_masked import attend as reference
+from attnopt.codegen.spec import MaskedPrefill
+from attnopt.codegen.triton_masked import source
+from attnopt.registry import TARGETS
+
+GOLDEN = Path(__file__).parent / "golden" / "masked_prefill_bfloat16.py"
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+# Tiles of 32 rows against blocks of 16 keys: several of each, and the last of both cut off.
+LENGTH = 70
+
+
+def spec_of(case: Case, dim: int = 16) -> MaskedPrefill:
+    return MaskedPrefill("triton", case.dtype, 4, 2, dim, dim, case.form.text)
+
+
+def run(case: Case, length: int = LENGTH) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module = emit.load(spec_of(case))
+    kernel, seen = module.masked_prefill, []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def call(*args: Any, **options: Any) -> None:
+                seen.extend(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
+                kernel[grid](*args, **options)
+
+            return call
+
+    inputs = inputs_of(case, length)
+    empty = torch.empty
+    torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
+    module.masked_prefill, module.LAUNCH = Recorded(), {"BLOCK_M": 32, "BLOCK_N": 16}
+    try:
+        out = module.attend(*inputs)
+    finally:
+        torch.empty = empty
+    module.masked_prefill = kernel
+    expected = reference(*doubled(inputs), form=case.form)
+    return {
+        "error": error(out, expected),
+        "error of the neighbour": error(reference(*doubled(inputs), form=case.near), expected),
+        "finite": bool(out.isfinite().all()),
+        "layout": out.transpose(1, 2).is_contiguous() and out.dtype == inputs[0].dtype,
+        "seen": sorted(set(seen)),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        print(json.dumps({"case": name, **run(case)}), flush=True)
+    for length in (0, 1):
+        print(json.dumps({"case": f"length {length}", **run(CASES["window and padding"], length)}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton", minversion="3.7")
+    cache = str(tmp_path_factory.mktemp("kernels"))
+    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_CACHE": cache}
+    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    return {row["case"]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    row, limit = interpreted[name], TOLERANCE[CASES[name].dtype]
+    assert row["finite"], "a row was left unwritten or became NaN"
+    assert row["error"] <= limit and row["layout"]
+    assert row["error of the neighbour"] > 5 * limit
+
+
+def test_one_token_and_none(interpreted: dict[str, dict[str, Any]]) -> None:
+    for length in (0, 1):
+        row = interpreted[f"length {length}"]
+        assert row["finite"] and row["error"] <= TOLERANCE["float32"]
+
+
+def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:
+    assert "torch.float16" in interpreted["float16"]["seen"]
+    assert interpreted["bfloat16"]["seen"] == ["torch.float32"]
+
+
+def test_golden_text() -> None:
+    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
+    form = CASES["first keys and a window, sink of a head"].form
+    text = source(MaskedPrefill("triton", "bfloat16", 32, 8, 128, 128, form.text))
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert GOLDEN.read_text(encoding="utf-8") == text
+
+
+def test_emitted_text_is_clean(tmp_path: Path) -> None:
+    ruff = pytest.importorskip("ruff").find_ruff_bin()
+    for n, case in enumerate(CASES.values()):
+        for dim in (16, 24):
+            (tmp_path / f"kernel_{n}_{dim}.py").write_text(source(spec_of(case, dim)), encoding="utf-8")
+    config = ["--config", str(ROOT / "pyproject.toml"), str(tmp_path)]
+    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
+        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_predicate_is_there_to_be_read() -> None:
+    text = source(spec_of(CASES["window and padding"]))
+    assert "where ``i - j < 30 and j <= i and t0[b, j]``" in text
+    assert "keep &= i - j < 30\n" in text and "keep &= j <= i\n" in text and "keep &= t0_bj\n" in text
+
+
+def test_only_what_data_decides_is_masked_everywhere() -> None:
+    whole = {name for name, case in CASES.items() if "range(whole_first, whole_end)" in source(spec_of(case))}
+    data = {"window and padding", "packed documents", "rows and keys padded", "flags over pairs", "float16"}
+    assert whole == set(CASES) - data
+
+
+def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    module = emit.load(spec_of(CASES["window and padding"]))
+    q, k, v, tensors, *rest = inputs_of(CASES["window and padding"], 8)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        module.attend(q, k, v, tensors, *rest)
+    with pytest.raises(ValueError, match="shapes"):
+        module.attend(q, q, v, tensors, *rest)
+    with pytest.raises(ValueError, match="wants float32"):
+        module.attend(q.half(), k, v, tensors, *rest)
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    with pytest.raises(ValueError, match="reads tensors of"):
+        module.attend(q, k, v, [t.long() for t in tensors], *rest)
+
+
+def test_unsupported_specs_are_refused() -> None:
+    form = CASES["alibi"].form.text
+    with pytest.raises(ValueError, match="no float64"):
+        source(MaskedPrefill("triton", "float64", 4, 4, 64, 64, form))
+    with pytest.raises(ValueError, match="exceed 256"):
+        source(MaskedPrefill("triton", "float16", 4, 4, 320, 64, form))
+    with pytest.raises(ValueError, match="reads no complex64"):
+        source(MaskedPrefill("triton", "float16", 4, 4, 64, 64, form.replace("float32", "complex64")))
+
+
+def test_is_a_registered_target() -> None:
+    pytest.importorskip("triton")
+    spec = spec_of(CASES["alibi"])
+    assert TARGETS["triton masked_prefill"].emit(spec) == source(spec)
+
+
+if __name__ == "__main__":
+    main()
