@@ -16,9 +16,10 @@ from torch import Tensor
 
 from attnopt.codegen.decode_list import capacities_of
 
-# Slots of a head from which one head is worth sharing among threads that would idle; below, the second call and the
-# merge (about 40 us) take what the other thread saves: 512 slots of 128 bfloat16 take 25 us.
-SPLIT_FROM = 4096
+# Slots of a head from which one head is shared among threads that would idle. Two threads, four rows of 128 bfloat16:
+# 16384 slots take 1.00 ms whole and 0.52 in halves; the second call for an odd slot and the merge take 0.02 to 0.04,
+# which is half of what 1024 slots take whole.
+SPLIT_FROM = 2048
 
 
 class Run(NamedTuple):
@@ -161,8 +162,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, kept: Kep
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
             # What SDPA makes of a row that keeps nothing differs between its kernels.
             return out.masked_fill_(~keep.any(-1, keepdim=True), 0.0)
-    if call.used >= SPLIT_FROM and call.shape[0] == 1 and keys.shape[3] == values.shape[3]:
-        parts = torch.get_num_threads() // call.shape[1]
+    if call.used >= SPLIT_FROM and min(call.shape[:2]) == 1 and keys.shape[3] == values.shape[3]:
+        parts = torch.get_num_threads() // (call.shape[0] * call.shape[1])
         if parts > 1:
             return _split(q, keys, values, scale, parts)
     return F.scaled_dot_product_attention(q, keys, values, scale=scale)
@@ -174,18 +175,25 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> Tensor:
-    """One batch entry with its keys in parts that threads share: ATen gives a head's keys to one thread."""
+    """One batch entry, or one head, with its keys in parts that threads share: ATen gives a head's keys to one thread.
+
+    The parts take the place of the axis of size 1, so that nothing is copied.
+    """
+    axis = 0 if q.shape[0] == 1 else 1
     size, rest = divmod(k.shape[2], parts)
 
     def in_parts(x: Tensor) -> Tensor:
-        shape, strides = (parts, x.shape[1], size, x.shape[3]), (size * x.stride(2), *x.stride()[1:])
+        shape, strides = [*x.shape], [*x.stride()]
+        shape[axis], shape[2], strides[axis] = parts, size, size * strides[2]
         return x.as_strided(shape, strides, x.storage_offset())
 
-    out, lse = _flash(q.expand(parts, -1, -1, -1), in_parts(k), in_parts(v), scale)
+    shape = [*q.shape]
+    shape[axis] = parts
+    out, lse = _flash(q.expand(shape), in_parts(k), in_parts(v), scale)
     if rest:
         last, last_lse = _flash(q, k[:, :, -rest:], v[:, :, -rest:], scale)
-        out, lse = torch.cat((out, last)), torch.cat((lse, last_lse))
-    return (out * torch.softmax(lse, 0)[..., None]).sum(0, keepdim=True).to(q.dtype)
+        out, lse = torch.cat((out, last), axis), torch.cat((lse, last_lse), axis)
+    return (out * torch.softmax(lse, axis)[..., None]).sum(axis, keepdim=True).to(q.dtype)
 
 
 def _values(sinks: Tensor, windows: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
