@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnopt.codegen.equal_runs import equal_runs
 from attnopt.masks.expressions import Affine, Quotient, Read
 from attnopt.masks.kernel_form import Form, Slot
+from attnopt.masks.live_range import documents
 from attnopt.masks.predicates import BoolLoad, at_least_zero, equal_zero, single
 from attnopt.masks.values import Sum
 
@@ -73,6 +75,9 @@ CASES = {
     "packed documents": Case(
         Form(CAUSAL & equal_zero(value(BATCH, QUERY) - value(BATCH, J))), Form(CAUSAL), ("documents",)
     ),
+    "documents in any order, both sides": Case(
+        Form(equal_zero(value(BATCH, QUERY) - value(BATCH, J))), Form(), ("any documents",)
+    ),
     "prefix": Case(Form(CAUSAL | first(value(BATCH))), Form(CAUSAL | first(value(BATCH) + 1)), ("start",)),
     "rows and keys padded": Case(
         Form(PAD & single(BoolLoad(Slot(0, "bool"), (BATCH, QUERY)))), Form(PAD), ("pad",)
@@ -105,6 +110,9 @@ def data_of(name: str, queries: int, keys: int) -> Tensor:
     makers = {
         "pad": lambda: torch.rand(B, keys) > 0.3,
         "documents": lambda: torch.randint(0, 4, (B, keys)).sort(descending=True).values,
+        "any documents": lambda: (
+            torch.randint(0, 3, (B, keys // 10 + 1)).repeat_interleave(10, 1)[:, :keys].contiguous()
+        ),
         "start": lambda: torch.tensor([keys // 2 + 5, 3]),
         "slopes": lambda: torch.rand(H, 1, 1) + 0.1,
         # Transposed, and wider than what is read.
@@ -129,7 +137,10 @@ def inputs_of(case: Case, queries: int, dim: int = 16) -> tuple:
         for length, heads in ((queries, H), (keys, G), (keys, G))
     )
     sizes = [case.more_keys] if case.form.sizes else []
-    return q, k, v, [data_of(name, queries, keys) for name in case.data], sizes, sink_of(case.form.sink, queries), 0.4
+    data = [data_of(name, queries, keys) for name in case.data]
+    # What kernels that leave out other documents get beside the numbers.
+    data += [equal_runs(data[read.node.number]) for read in documents(case.form)]
+    return q, k, v, data, sizes, sink_of(case.form.sink, queries), 0.4
 
 
 def doubled(inputs: tuple) -> tuple:

@@ -33,6 +33,7 @@ def by_hand(name: str, tensors: list, scores: torch.Tensor) -> tuple[torch.Tenso
         "both sides": lambda: (i - j).abs() <= 20,
         "chunked, sink of a row": lambda: causal & (i // 24 == j // 24),
         "packed documents": lambda: causal & (t[:, None, :, None] == t[:, None, None]),
+        "documents in any order, both sides": lambda: t[:, None, :, None] == t[:, None, None],
         "prefix": lambda: causal | (j < t[:, None, None, None]),
         "rows and keys padded": lambda: t[:, None, None] & t[:, None, :, None],
         "table of distances": lambda: causal & (i - j < 40),
