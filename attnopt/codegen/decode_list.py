@@ -29,13 +29,24 @@ CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 
 
 class DecodeList(NamedTuple):
     """items: int32 (count,), parts: int32 (G,), where the partial results of a head begin, -1 if one chunk holds its
-    segment; split: int32, the KV heads with partial results; chunk: slots; partials: partial results of an entry."""
+    segment; split: int32, the KV heads with partial results; chunk: slots; partials: partial results of an entry;
+    slots: of all segments."""
 
     items: torch.Tensor
     parts: torch.Tensor
     split: torch.Tensor
     chunk: int
     partials: int
+    slots: int
+
+
+@lru_cache(maxsize=1024)
+def capacities_of(starts: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots of each KV head. ValueError where the segments do not lie one after the other from slot 0 on."""
+    capacities = tuple(end - start for start, end in pairwise(starts))
+    if starts[0] != 0 or any(capacity < 0 for capacity in capacities):
+        raise ValueError(f"segments of a cache begin at 0 and follow each other, not at {starts}")
+    return capacities
 
 
 def makespan(capacities: tuple[int, ...], batch: int, chunk: int, slots: int) -> int:
@@ -59,7 +70,7 @@ def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORK
 
 def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:
     """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries."""
-    capacities = tuple(end - start for start, end in pairwise(starts))
+    capacities = capacities_of(starts)
     chunk, groups = chunk_of(capacities, batch, slots), len(capacities)
     items, parts, split, partials = [], [], [], 0
     for group, capacity in enumerate(capacities):
@@ -73,7 +84,7 @@ def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) ->
     items.sort(key=lambda item: -item[0])
     lists = [code for _, code in items], parts, split
     first, second, third = (torch.tensor(codes, dtype=torch.int32) for codes in lists)
-    return DecodeList(first, second, third, chunk, partials)
+    return DecodeList(first, second, third, chunk, partials, starts[-1])
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,14 @@
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
 from attnopt.ops.masked import masked_attention
-from attnopt.ops.span import launches, prefill, span_attention, windows_at
+from attnopt.ops.span import (
+    launches,
+    prefill,
+    span_attention,
+    span_attention_backward,
+    span_attention_lse,
+    windows_at,
+)
 
 __all__ = [
     "document_attention",
@@ -11,6 +18,8 @@ __all__ = [
     "masked_attention",
     "prefill",
     "span_attention",
+    "span_attention_backward",
+    "span_attention_lse",
     "span_decode",
     "windows_at",
 ]

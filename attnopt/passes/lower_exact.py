@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from attnopt.ir import Mask, Refusal, Region
+from attnopt.ir import Refusal, Region
 from attnopt.passes import documents, pays
 from attnopt.passes.exact_forms import (
     Build,
@@ -140,8 +140,7 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
             yield insert_span(program, None), pays.RUNS
         if square:
             yield lower_causal_padding(program), pays.FEATURE
-    spanned = site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0
-    if spanned and not program.needs_grad:
+    if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0:
         yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
     yield from printed(program, region)
     if documents.numbers_of(region) and documents.unlike_documents(program, region) is None:
@@ -200,12 +199,14 @@ def choose(program: Program, region: Region) -> Form | Refusal:
         return replace(no_sdpa, reason=f"{no_sdpa.reason}; {why}") if why else no_sdpa
     if against:
         return Refusal("; ".join(against), code="does-not-pay")
-    mask: Mask = region.site.mask
-    if mask.kind == "sliding" and mask.offset == 0 and program.needs_grad:
-        return Refusal("gradients are needed, and the sliding-window kernel has none yet", code="window-no-gradient")
     if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
         return no
-    reason = f"already a single attention call, and none is cheaper for keys {mask}"
+    if opaque := ", ".join(map(str, region.site.mask.opaque)):
+        seen = (
+            f"already a single attention call; its mask is data over pairs of positions, unproved: {opaque}"
+        )
+        return Refusal(seen, code="mask-is-data")
+    reason = f"already a single attention call, and none is cheaper for keys {region.site.mask}"
     return Refusal(reason, code="already-one-call")
 
 

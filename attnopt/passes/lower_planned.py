@@ -40,7 +40,7 @@ def unlike_spans(region: Region) -> Refusal | None:
     return None
 
 
-def refusal(program: Program, region: Region) -> Refusal | None:
+def refusal(region: Region) -> Refusal | None:
     """Why the span kernel cannot stand in for this region; None if it can."""
     no = unlike_spans(region)
     if no is not None:
@@ -51,9 +51,6 @@ def refusal(program: Program, region: Region) -> Refusal | None:
     if region.site.head_dim != region.site.head_dim_v:
         said = f"{region.site.head_dim_v} and {region.site.head_dim}"
         return Refusal(f"planned spans need values as wide as keys, these are {said}", code="span-needs-equal-widths")
-    if program.needs_grad:
-        said = "the plan's kernel has no gradient; run under torch.no_grad() to use the plan"
-        return Refusal(said, code="span-no-gradient")
     return None
 
 
@@ -83,7 +80,7 @@ def run(program: Program) -> None:
         if all(c == DENSE for c in choices):
             continue
         # A Refusal is falsy: it is asked for by identity.
-        asked = [refusal(program, region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+        asked = [refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
         no = next((r for r in asked if r is not None), None)
         if no is not None:
             exact = replace(no, reason=f"planned, but {no.reason}; it stays exact", path=region.site.name)

@@ -1,7 +1,11 @@
-"""Shared by the lowerings: insert ``attnopt::span_attention`` for a region, its tables as tensor attributes."""
+"""Shared by the lowerings: insert ``attnopt::span_attention`` for a region, its tables as tensor attributes.
+
+Where gradients will be asked for it is ``attnopt::span_attention_lse``, which has one.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -64,9 +68,10 @@ def insert_span(program: Program, choices: Sequence[Choice] | None, min_length: 
             held.append(node)
         pad = key_padding(builder, region) if region.loads else None
         window = region.site.mask.window or 0
-        return builder.call(
-            torch.ops.attnopt.span_attention.default,
-            region.q, region.k, region.v, *held, pad, region.site.scale, window, min_length,
-        )  # fmt: skip
+        arguments = (region.q, region.k, region.v, *held, pad, region.site.scale, window, min_length)
+        if not program.needs_grad:
+            return builder.call(torch.ops.attnopt.span_attention.default, *arguments)
+        both = builder.call(torch.ops.attnopt.span_attention_lse.default, *arguments)
+        return builder.call(operator.getitem, both, 0)
 
     return build

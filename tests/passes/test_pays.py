@@ -69,6 +69,12 @@ def test_what_does_not_pay_is_left_with_its_reason(number):
         assert reason in found.left[0] and found.programs[0].refusals[0].code == "does-not-pay"
 
 
+def test_gradients_have_a_break_even_of_their_own():
+    for length, window, lowering in ((512, 64, []), (1024, 64, ["span kernel, window 64"])):
+        q, k, v = (x.requires_grad_() for x in qkv(batch=1, heads=2, length=length))
+        assert trace(sliding(call, window), q, k, v, passes=PASSES, verify=False, grad=True).rewrites == lowering
+
+
 def test_the_switch_makes_what_does_not_pay(monkeypatch):
     monkeypatch.setenv("ATTNOPT_ALWAYS", "1")
     assert traced(sliding(call, 16), 128, FLOAT).rewrites == ["span kernel, window 16"]

@@ -1,0 +1,83 @@
+"""The operators of span attention: gradients on every target, registration, tracing, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt import ops
+from attnopt.codegen.reference_prefill import prefill as reference
+
+SINKS = torch.tensor([0, 3, 0, 90], dtype=torch.int32)
+ALPHAS = torch.tensor([2**30, 5, 1, 0], dtype=torch.int32)
+BETAS = torch.tensor([0, 0.1, 0, 0.2], dtype=torch.float64)
+REST = (0.3, 0, 0)  # scale, the model's own window, the least length
+
+
+def inputs(length: int = 40, dtype: torch.dtype = torch.float64, padded: bool = False) -> tuple[Any, ...]:
+    """Arguments of the operators up to pad: four query heads over two KV heads, two samples."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = (4, length, 8), (2, length, 8), (2, length, 8)
+    q, k, v = (torch.randn(2, *s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)
+    pad = torch.arange(length).repeat(2, 1) >= torch.tensor([[5], [0]]) if padded else None
+    return q, k, v, SINKS, ALPHAS, BETAS, pad
+
+
+def expected(arguments: tuple[Any, ...], weight: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, *_, pad = arguments
+    windows = ops.windows_at(ALPHAS, BETAS, q.shape[2])
+    return torch.autograd.grad(reference(q, k, v, SINKS, windows, 0.3, pad), (q, k, v), weight)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_gradients(target: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNOPT_TARGET", target)
+    ops.launches.clear()
+    arguments = inputs(padded=padded)
+    out, lse = ops.span_attention_lse(*arguments, *REST)
+    plain = ops.span_attention(*(x.detach() for x in arguments[:3]), *arguments[3:], *REST)
+    torch.testing.assert_close(out.detach(), plain)
+    assert out.requires_grad and not lse.requires_grad
+    weight = torch.randn_like(out)
+    for found, right in zip(torch.autograd.grad(out, arguments[:3], weight), expected(arguments, weight), strict=True):
+        torch.testing.assert_close(found, right)
+        assert found.transpose(1, 2).is_contiguous()
+    assert [key.split("_h4")[0] for key in ops.launches] == [f"span_prefill_{target}", f"span_backward_{target}"]
+
+
+def test_registration() -> None:
+    arguments = inputs(9, torch.float32, padded=True)
+    torch.library.opcheck(torch.ops.attnopt.span_attention_lse.default, (*arguments, *REST))
+    q, k, v, *tables = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    torch.library.opcheck(torch.ops.attnopt.span_attention.default, (q, k, v, *tables, *REST))
+    out, lse = ops.span_attention_lse(q, k, v, *tables, *REST)
+    torch.library.opcheck(
+        torch.ops.attnopt.span_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *tables, *REST)
+    )
+
+
+def test_traced_with_dynamic_lengths() -> None:
+    def loss(*arguments: Any) -> Tensor:
+        return (ops.span_attention_lse(*arguments, *REST)[0] * 2).sin().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (40, 57):
+        arguments = inputs(length)
+        found = torch.autograd.grad(compiled(*arguments), arguments[:3])
+        for gradient, right in zip(found, torch.autograd.grad(loss(*arguments), arguments[:3]), strict=True):
+            torch.testing.assert_close(gradient, right)
+
+
+def test_no_gradient_where_none_can_be() -> None:
+    """The form without a logsumexp, and a second derivative, say so."""
+    arguments = inputs(9)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        ops.span_attention(*arguments, *REST).sum().backward()
+    q = arguments[0]
+    (once,) = torch.autograd.grad(ops.span_attention_lse(*arguments, *REST)[0].sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(once.sum(), q)
