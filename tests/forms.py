@@ -79,6 +79,9 @@ CASES = {
         Form(equal_zero(value(BATCH, QUERY) - value(BATCH, J))), Form(), ("any documents",)
     ),
     "prefix": Case(Form(CAUSAL | first(value(BATCH))), Form(CAUSAL | first(value(BATCH) + 1)), ("start",)),
+    "the next entry's start": Case(
+        Form(CAUSAL & first(value(BATCH + 1))), Form(CAUSAL & first(value(BATCH))), ("starts",)
+    ),
     "rows and keys padded": Case(
         Form(PAD & single(BoolLoad(Slot(0, "bool"), (BATCH, QUERY)))), Form(PAD), ("pad",)
     ),
@@ -88,6 +91,17 @@ CASES = {
         ("slopes",),
     ),
     "table of distances": Case(Form(CAUSAL & window(40), Sum.atom(TABLE)), Form(CAUSAL & window(40)), ("table",)),
+    # Backwards where the index is negative.
+    "table read from its end": Case(
+        Form(added=Sum.atom(read(HEAD, QUERY - J, dtype="float32"))),
+        Form(added=Sum.atom(read(HEAD, J - QUERY, dtype="float32"))),
+        ("table",),
+    ),
+    "one row of flags": Case(
+        Form(single(BoolLoad(Slot(0, "bool"), (BATCH, ZERO + 2, J)))),
+        Form(single(BoolLoad(Slot(0, "bool"), (BATCH, ZERO + 1, J)))),
+        ("rows of flags",),
+    ),
     "data over pairs": Case(
         Form(CAUSAL, Sum.of({(read(BATCH, ZERO, QUERY, J, dtype="float32"),): 2.0})),
         Form(CAUSAL, Sum.of({(read(BATCH, ZERO, QUERY, J, dtype="float32"),): 2.1})),
@@ -114,9 +128,11 @@ def data_of(name: str, queries: int, keys: int) -> Tensor:
             torch.randint(0, 3, (B, keys // 10 + 1)).repeat_interleave(10, 1)[:, :keys].contiguous()
         ),
         "start": lambda: torch.tensor([keys // 2 + 5, 3]),
+        "starts": lambda: torch.tensor([5, keys // 2 + 3, 40]),
         "slopes": lambda: torch.rand(H, 1, 1) + 0.1,
         # Transposed, and wider than what is read.
         "table": lambda: torch.randn(90, H).t(),
+        "rows of flags": lambda: torch.rand(B, 3, keys) > 0.4,
         "pairs": lambda: torch.randn(B, 1, queries, keys),
         "half pairs": lambda: torch.randn(B, 1, queries, keys).bfloat16(),
         "flags": lambda: torch.rand(B, 1, queries, keys) > 0.6,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import textwrap
 from functools import cached_property
 
-from attnopt.masks.expressions import Affine, Read, atom_variables
+from attnopt.masks.expressions import Affine, Call, Read, atom_variables
 from attnopt.masks.kernel_form import Form, Slot
 from attnopt.masks.kernel_text import KernelText, nonnegative
 from attnopt.masks.live_range import Bound, Live, document, documents, live_range
@@ -48,7 +48,7 @@ class FormText:
         self.names = self._named()
         self.print = KernelText(self.names)
 
-    def _numbers(self) -> set[Read]:
+    def _numbers(self) -> set[Read | Call]:
         """Reads of document numbers that are only compared: two are equal where the documents' first keys are."""
         found = {r for c in self.form.clauses if document(c) for x in c for r in literal_reads(x)}
         others = {r for c in self.form.clauses if not document(c) for x in c for r in literal_reads(x)}
@@ -136,9 +136,16 @@ class FormText:
     def unpacking(self) -> str:
         if not self.form.slots:
             return ""
+        fixed = {(r.node, d, e.constant) for r in self.form.reads for d, e in enumerate(r.index) if not e.terms}
+        checks = "".join(
+            f"    if {slot}.shape[{d}] <= {c}:\n"
+            f'        raise IndexError(f"{slot} is read at {c} of dimension {d}, and has {{{slot}.shape[{d}]}}")\n'
+            for slot, d, c in sorted(fixed, key=str)
+            if c > 0
+        )
         given = [*(str(s) if s in self.read_slots else "_" for s in self.form.slots), *self.runs]
         names = f"({given[0]},)" if len(given) == 1 else ", ".join(given)
-        return f"    {names} = map(_data, tensors)\n"
+        return f"    {names} = map(_data, tensors)\n{checks}"
 
     @property
     def sink_line(self) -> str:
@@ -203,8 +210,8 @@ class FormText:
     def read_lines(self, read: Read) -> list[str]:
         slot, name = read.node, self.names[read]
         if read in self.numbers:
-            position, end = ("j", "keys") if "j" in variables_of(read) else ("i", "queries")
-            return [f"{name} = tl.load({self.run(read)} + {position}, mask={position} < {end}, other=0)"]
+            row, end = ("j", "keys") if "j" in variables_of(read) else ("i", "queries")
+            return [f"{name} = tl.load({self.run(read)} + {row}, mask={row} < {end}, other=0)"]
         at, conditions, lines = [str(slot)], [], []
         for d, position in enumerate(read.index):
             if position == Affine():
@@ -226,7 +233,7 @@ class FormText:
         """A position in 64 bits, which b and h have already: data over pairs has more than 32 bits count."""
         if position.variables <= {"b", "h"} and is_variable(position):
             return text
-        return f"({text}).to(tl.int64)" if " " in text else text if text.isdecimal() else f"{text}.to(tl.int64)"
+        return text if not position.terms else f"{text}.to(tl.int64)"
 
     def load_lines(self, slot: Slot, name: str, at: str, conditions: list[str]) -> list[str]:
         inside = conditions[0][1:-1] if len(conditions) == 1 else " & ".join(conditions)
@@ -235,6 +242,8 @@ class FormText:
         line = f"{name} = tl.load({at}{mask}){made}"
         if len(line) + 8 <= WIDTH:
             return [line]
+        if not inside:
+            return [f"at = {at}", f"{name} = tl.load(at){made}"]
         return [f"inside = {inside}", f"at = {at}", f"{name} = tl.load(at, mask=inside, other=0){made}"]
 
     # Which keys.
@@ -385,8 +394,11 @@ def is_variable(position: Affine) -> bool:
 
 
 def needs_size(position: Affine) -> bool:
-    """Whether an index may leave its tensor in a tile that reaches past the end, or by what it is computed from."""
-    return not (is_variable(position) and position.terms[0][0] in ("b", "h"))
+    """Whether an index may leave its tensor in a tile that reaches past the end, or by what it is computed from.
+
+    Constants are checked by the launcher.
+    """
+    return bool(position.terms) and not (is_variable(position) and position.terms[0][0] in ("b", "h"))
 
 
 def dims_named(name: str, slot: Slot) -> list[int]:

@@ -35,13 +35,17 @@ def by_hand(name: str, tensors: list, scores: torch.Tensor) -> tuple[torch.Tenso
         "packed documents": lambda: causal & (t[:, None, :, None] == t[:, None, None]),
         "documents in any order, both sides": lambda: t[:, None, :, None] == t[:, None, None],
         "prefix": lambda: causal | (j < t[:, None, None, None]),
+        "the next entry's start": lambda: causal & (j < t[1:, None, None, None]),
         "rows and keys padded": lambda: t[:, None, None] & t[:, None, :, None],
         "table of distances": lambda: causal & (i - j < 40),
         "flags over pairs": lambda: ~t,
+        "table read from its end": lambda: torch.ones_like(causal),
+        "one row of flags": lambda: t[:, None, 2:3],
     }
     added = {
         "alibi": lambda: scores + t * (j - i),
         "table of distances": lambda: scores + t[:, (i - j + 40).clamp(0, 89)],
+        "table read from its end": lambda: scores + t[:, i - j],
         "data over pairs": lambda: scores + 2 * t,
         "all, soft-capped": lambda: 3 * torch.tanh(scores / 3),
         "causal, soft-capped": lambda: 3 * torch.tanh(scores / 3),
