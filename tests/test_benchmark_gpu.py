@@ -18,7 +18,7 @@ from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
 CPU = torch.device("cpu")
-SMALL = Sizes(32, 8, (16,), (96,), ((96, (2,)),), (50, 1), 64)
+SMALL = Sizes(32, 8, (16,), (96,), ((96, (1,)),), (50, 1), 64)
 
 
 def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
