@@ -10,8 +10,8 @@ Nothing here has been timed on a GPU. Triton itself is imported by the emitted f
 from __future__ import annotations
 
 from attnopt.codegen.spec import SpanBackward
+from attnopt.codegen.triton_backward_host import aot, launcher
 from attnopt.codegen.triton_text import (
-    TRITON_DTYPES,
     check,
     dim_mask,
     load_text,
@@ -28,20 +28,24 @@ Pair = tuple[Launch, Launch]
 
 
 def launches(spec: SpanBackward) -> dict[str, Pair]:
-    """The shipped launches of `span_dq` and `span_dkv` by backend; tests compile each ahead of time and check spills.
+    """The shipped launches of `span_dq` and `span_dkv` by target; tests compile them ahead of time and check spills.
 
-    Each row of a tile has a row of every gradient in registers, so tiles are shorter the wider the heads are. float32
-    goes without tensor cores, which would round to tf32, and so needs small tiles.
+    Each row of a tile has a row of every gradient in registers, so tiles are shorter the wider the heads are: these are
+    the largest tried that spill nothing or, where the test says so, little. float32 goes without tensor cores, which
+    would round to tf32, and so needs small tiles.
     """
     dim = padded_dim(max(spec.head_dim, spec.head_dim_v))
     if spec.dtype == "float32":
-        small = (32, 32, 8, 1) if dim <= 64 else (32, 16, 8, 1), (16, 32, 8, 1)
-        return {"cuda": small, "hip": small}
+        rows = (32, 32, 8, 1) if dim <= 64 else (32, 16, 8, 1)
+        return {"sm_90": (rows, (16, 32, 8, 1)), "sm_80": (rows, (16, 32, 8, 1)), "hip": (rows, (16, 32, 4, 1))}
     if dim <= 64:
-        return {"cuda": ((128, 64, 8, 2), (64, 128, 8, 2)), "hip": ((64, 32, 4, 1), (32, 64, 4, 1))}
-    if dim <= 128:
-        return {"cuda": ((64, 64, 4, 2), (32, 64, 4, 2)), "hip": ((64, 32, 4, 1), (32, 64, 4, 1))}
-    return {"cuda": ((64, 32, 8, 1), (32, 32, 8, 1)), "hip": ((32, 32, 4, 1), (32, 32, 4, 1))}
+        recent, older = ((128, 64, 8, 2), (64, 128, 8, 2)), ((128, 32, 8, 2), (32, 128, 8, 2))
+    elif dim <= 128:
+        recent, older = ((64, 64, 4, 2), (32, 128, 8, 2)), ((64, 64, 8, 2), (64, 64, 8, 2))
+    else:
+        recent = older = (32, 32, 8, 1), (32, 32, 8, 1)
+    amd = ((64, 32, 4, 1), (32, 64, 4, 1)) if dim <= 128 else ((32, 32, 4, 1), (16, 32, 4, 1))
+    return {"sm_90": recent, "sm_80": older, "hip": amd}
 
 
 def _header(spec: SpanBackward) -> str:
@@ -51,8 +55,8 @@ def _header(spec: SpanBackward) -> str:
         return "{" + ", ".join(f'"{n}": {x}' for n, x in zip(names, launch, strict=True)) + "}"
 
     rows = "".join(
-        f'\n    "{backend}": {{\n        "dq": {shown(dq)},\n        "dkv": {shown(dkv)},\n    }},'
-        for backend, (dq, dkv) in launches(spec).items()
+        f'\n    "{target}": {{\n        "dq": {shown(dq)},\n        "dkv": {shown(dkv)},\n    }},'
+        for target, (dq, dkv) in launches(spec).items()
     )
     padding = " and\n``pad[b, j]``" if spec.padded else ""
     return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}. Emitted by attnopt; edits are overwritten.
@@ -74,6 +78,16 @@ LAUNCHES = {{{rows}
 }}
 # Rows of a program of row_sums.
 SUMMED = 64
+# Said, because the default of Triton's versions differs.
+FUSED = {{"enable_fp_fusion": True}}
+
+
+def launches(device):
+    """The launches of a device: of the largest of LAUNCHES' compute capabilities that it has."""
+    if torch.version.hip:
+        return LAUNCHES["hip"]
+    recent = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return LAUNCHES["sm_90" if recent else "sm_80"]
 '''
 
 
@@ -99,7 +113,7 @@ def row_sums(
 ):
     """delta = dout . out and bound = lse in base 2 of BLOCK_M rows of one head; +inf where a row keeps no key.
 
-    exp2(score - inf) is 0: such rows weigh nothing. lse, delta, bound: float32 (batch, {spec.heads}, length), contiguous.
+    exp2(score - inf) is 0: such rows weigh nothing. All are float32 (batch, {spec.heads}, length), contiguous.
     """
     tiles = tl.cdiv(length, BLOCK_M)
     item = tl.program_id(0)
@@ -227,9 +241,9 @@ def _dq(spec: SpanBackward) -> str:
     q_mask = "rows[:, None] < length", dim_mask(spec.head_dim, "dims[None, :]")
     dout_mask = "rows[:, None] < length", dim_mask(spec.head_dim_v, "dims_v[None, :]")
     signature = _signature(spec, "span_dq", "dq")
-    return f'''{signature}    """dq of BLOCK_M query rows of one head, from blocks of BLOCK_N keys. BLOCK_N divides BLOCK_M.
+    return f'''{signature}    """dq of BLOCK_M query rows of one head, from blocks of BLOCK_N keys.
 
-    dq: (batch, length, {spec.heads}, {spec.head_dim}), contiguous.
+    BLOCK_N divides BLOCK_M. dq: (batch, length, {spec.heads}, {spec.head_dim}), contiguous.
     """
     # Which tile: ((batch * {spec.heads} heads) + head) * tiles + tile, longest first over the grid.
     item = tl.load(work + tl.program_id(0))
@@ -311,9 +325,9 @@ def _dkv(spec: SpanBackward) -> str:
     dk_acc = tl.where(real, dk_acc, 0.0)
     dv_acc = tl.where(real, dv_acc, 0.0)"""
     signature = _signature(spec, "span_dkv", "dk dv")
-    return f'''{signature}    """dk and dv of BLOCK_N keys of one KV head, from blocks of BLOCK_M query rows. BLOCK_M divides BLOCK_N.
+    return f'''{signature}    """dk and dv of BLOCK_N keys of one KV head, by blocks of BLOCK_M query rows.
 
-    dk, dv: (batch, length, {spec.kv_heads}, {spec.head_dim} and {spec.head_dim_v}), contiguous.
+    BLOCK_M divides BLOCK_N. dk, dv: (batch, length, {spec.kv_heads}, {spec.head_dim} | {spec.head_dim_v}), contiguous.
     """
     # Which tile: ((batch * {spec.kv_heads} KV heads) + KV head) * tiles + tile, longest first over the grid.
     item = tl.load(work + tl.program_id(0))
@@ -367,120 +381,10 @@ def _dkv(spec: SpanBackward) -> str:
 '''
 
 
-def _launcher(spec: SpanBackward) -> str:
-    heads, kv_heads, dim, dim_v = spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v
-    wanted, pad_doc = (
-        ("padded inputs; pass pad", "bool (B, N)") if spec.padded else ("unpadded inputs; pass no pad", "None")
-    )
-    pad_view = "\n    pad = pad.contiguous().view(torch.uint8)" if spec.padded else ""
-    pad_argument = ", pad" if spec.padded else ""
-    upcast = ""
-    if spec.dtype == "bfloat16":
-        upcast = """
-    if INTERPRETED:
-        # Triton's interpreter would multiply the bit patterns of bfloat16.
-        dout, q, k, v, out = (t.float() for t in (dout, q, k, v, out))"""
-    return f'''
-
-# Chosen by TRITON_INTERPRET when this file is imported.
-INTERPRETED = not isinstance(span_dq, triton.JITFunction)
-
-
-def _check(dout, q, k, v, out, lse, pad):
-    batch, length = q.shape[0], q.shape[2]
-    shapes = tuple(tuple(t.shape) for t in (dout, q, k, v, out, lse))
-    of_rows = (batch, {heads}, length)
-    wanted = (
-        (*of_rows, {dim_v}),
-        (*of_rows, {dim}),
-        (batch, {kv_heads}, length, {dim}),
-        (batch, {kv_heads}, length, {dim_v}),
-        (*of_rows, {dim_v}),
-        of_rows,
-    )
-    if shapes != wanted:
-        raise ValueError(f"dout, q, k, v, out, lse have shapes {{shapes}}; this kernel wants {{wanted}}")
-    dtypes = {{t.dtype for t in (dout, q, k, v, out)}}
-    if dtypes != {{torch.{spec.dtype}}} or lse.dtype != torch.float32:
-        raise ValueError(f"dtypes {{dtypes}} and lse {{lse.dtype}}; this kernel wants {spec.dtype} and lse float32")
-    if not (INTERPRETED or q.is_cuda):
-        raise ValueError(f"Triton needs a GPU, and q is on {{q.device}}; set ATTNOPT_TARGET to cpu or reference")
-    if pad is {"None" if spec.padded else "not None"}:
-        raise ValueError("this kernel was emitted for {wanted}")
-
-
-def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
-    """Gradients at q (B, {heads}, N, {dim}), k (B, {kv_heads}, N, {dim}) and v (B, {kv_heads}, N, {dim_v}).
-
-    Those of a prefill whose output out has the gradient dout, both (B, {heads}, N, {dim_v}), and whose rows have the
-    logsumexp lse, float32 (B, {heads}, N), natural, -inf without a kept key. All else {spec.dtype};
-    sinks, windows int32 ({heads},); pad {pad_doc}. The gradients are laid out as (B, N, heads, dim).
-    """
-    _check(dout, q, k, v, out, lse, pad)
-    batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast}{pad_view}
-    dout, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, q, k, v, out))
-    dq, dk, dv = (torch.empty((batch, length, *t.shape[1::2]), dtype=q.dtype, device=q.device) for t in (q, k, v))
-    delta, bound = (torch.empty((batch, {heads}, length), dtype=torch.float32, device=q.device) for _ in range(2))
-    launch = LAUNCHES["hip" if torch.version.hip else "cuda"]
-    strides = [step for t in (dout, q, k, v) for step in t.stride()[:3]]
-    if q.numel():
-        with torch.cuda.device_of(q):
-            tiles = triton.cdiv(length, SUMMED)
-            row_sums[(batch * {heads} * tiles,)](
-                dout, out, lse.contiguous(), delta, bound, length, *dout.stride()[:3], *out.stride()[:3], BLOCK_M=SUMMED
-            )
-            of_rows = (dout, q, k, v, delta, bound)
-            tables = (sinks, windows{pad_argument})
-            scales = (scale, scale * 1.4426950408889634)
-            tile = (launch["dq"]["BLOCK_M"], launch["dq"]["BLOCK_N"])
-            for work in work_lists(sinks, windows, {kv_heads}, length, batch, (tile,)):
-                span_dq[(work.items.numel(),)](
-                    *of_rows, dq, *tables, work.items, length, work.tiles, *scales, *strides, **launch["dq"]
-                )
-            tile = (launch["dkv"]["BLOCK_M"], launch["dkv"]["BLOCK_N"])
-            work = key_list(sinks, windows, {kv_heads}, length, batch, tile)
-            span_dkv[(work.items.numel(),)](
-                *of_rows, dk, dv, *tables, work.items, length, work.tiles, *scales, *strides, **launch["dkv"]
-            )
-    return tuple(t.to(dtype).transpose(1, 2) for t in (dq, dk, dv))
-'''
-
-
-def _aot(spec: SpanBackward) -> str:
-    pad_line = '\n            "pad": "*u8",' if spec.padded else ""
-    pointer = TRITON_DTYPES[spec.dtype]
-    return f'''
-
-def aot_signatures(backend="cuda"):
-    """Per kernel what triton.compile needs, as the JIT would have it for aligned tensors."""
-    for name, results in (("dq", ("dq",)), ("dkv", ("dk", "dv"))):
-        signature = {{
-            **dict.fromkeys(("dout", "q", "k", "v"), "*{pointer}"),
-            **dict.fromkeys(("delta", "bound"), "*fp32"),
-            **dict.fromkeys(results, "*{pointer}"),
-            **dict.fromkeys(("sinks", "windows"), "*i32"),{pad_line}
-            "work": "*i32",
-            **dict.fromkeys(("length", "tiles"), "i32"),
-            **dict.fromkeys(("scale", "scale_log2"), "fp32"),
-            **{{f"{{t}}_{{step}}": "i32" for t in ("dout", "q", "k", "v") for step in ("batch", "head", "row")}},
-            **dict.fromkeys(("BLOCK_M", "BLOCK_N"), "constexpr"),
-        }}
-        unaligned = ("length", "tiles", "scale", "scale_log2", "BLOCK_M", "BLOCK_N")
-        config = LAUNCHES[backend][name]
-        yield {{
-            "kernel": {{"dq": span_dq, "dkv": span_dkv}}[name],
-            "signature": signature,
-            "constexprs": {{block: config[block] for block in ("BLOCK_M", "BLOCK_N")}},
-            "attrs": {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n not in unaligned}},
-            "options": {{"num_warps": config["num_warps"], "num_stages": config["num_stages"]}},
-        }}
-'''
-
-
 def source(spec: SpanBackward) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check(spec)
-    return _header(spec) + _row_sums(spec) + _dq(spec) + _dkv(spec) + _launcher(spec) + _aot(spec)
+    return _header(spec) + _row_sums(spec) + _dq(spec) + _dkv(spec) + launcher(spec) + aot(spec)
 
 
 @TARGETS.register("triton span_backward")
