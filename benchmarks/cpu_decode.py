@@ -197,6 +197,20 @@ def aims(rows: list[Row]) -> list[Aim]:
     return found
 
 
+def break_even(rows: list[Row]) -> list[str]:
+    """From which length on the mixture of the short cases is no slower than packed SDPA on every token."""
+    said = []
+    short = [row for row in rows if not row.wrong and (row.case["dim"], row.case["spans"]) == (128, "mixed")]
+    short = [row for row in short if (row.case["heads"], row.case["batch"]) == ("32/8", 1)]
+    for threads, dtype in sorted({(row.case["threads"], row.case["dtype"]) for row in short}):
+        own = [row for row in short if (row.case["threads"], row.case["dtype"]) == (threads, dtype)]
+        slower = [row.case["length"] for row in own if row.ratios["packed"] < 1]
+        least = min((row.case["length"] for row in own if row.case["length"] > max(slower, default=0)), default=None)
+        where = f"from {least} tokens on" if least else "at no length measured"
+        said.append(f"{dtype}, {threads} thread(s), mixed, heads 32/8 of 128: no slower than packed SDPA {where}")
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small cases")
@@ -213,9 +227,9 @@ def main() -> None:
         for case, flex in cases(args):
             rows.append(measure(case, args.repeats, flex))
             print(rows[-1], flush=True)
-    done = Run("cpu_decode", rows, environment(), [] if args.quick else aims(rows))
-    for aim in done.aims:
-        print(aim)
+    done = Run("cpu_decode", rows, environment(), [] if args.quick else aims(rows), break_even(rows))
+    for line in (*done.aims, *done.notes):
+        print(line)
     for path in [args.out, RESULTS / "cpu_decode-cpu.json" if args.keep else None]:
         if path is not None:
             done.save(path)

@@ -73,3 +73,40 @@ def _registers(cubin: bytes) -> int:
         path.write_bytes(cubin)
         told = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
     return max(int(n) for n in re.findall(r"REG:(\d+)", told))
+
+
+class Device:
+    """What Triton's JIT asks of a driver, for a GPU that is not there: kernels are compiled for it, never launched."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+class Warmup:
+    """In the place of a kernel: its launches are compiled as the JIT would compile them, and the results are kept."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.made: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.made.append(self.kernel.warmup(*arguments, grid=grid, **options))
+
+        return launch
+
+    @property
+    def kernels(self) -> int:
+        """How many different ones there are."""
+        return len({made.hash for made in self.made})

@@ -8,16 +8,18 @@ filled is read: it may hold anything, NaN too.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Slots of a head from which one head is worth sharing among threads that would idle; below, the second call and the
-# merge (about 40 us) take what the other thread saves: 512 slots of 128 bfloat16 take 25 us.
-SPLIT_FROM = 4096
+from attnopt.codegen.decode_list import capacities_of
+
+# Slots of a head from which one head is shared among threads that would idle. Two threads, four rows of 128 bfloat16:
+# 16384 slots take 1.00 ms whole and 0.52 in halves; the second call for an odd slot and the merge take 0.02 to 0.04,
+# which is half of what 1024 slots take whole.
+SPLIT_FROM = 2048
 
 
 class Run(NamedTuple):
@@ -50,14 +52,12 @@ class Call(NamedTuple):
         return self.shape[2]
 
 
-class Spans(NamedTuple):
-    """What narrows the slots that a query keeps: positions int (B, C), rows int (B, T), sinks and windows int
-    (G, share)."""
+class Kept(NamedTuple):
+    """What queries keep of all slots: keep bool (B, S, T, C), and mask, which adds -inf to the rest, in q's dtype. S is
+    the query heads of a KV head, or 1 where they keep the same and one row serves them."""
 
-    sinks: Tensor
-    windows: Tensor
-    positions: Tensor
-    rows: Tensor
+    keep: Tensor
+    mask: Tensor
 
 
 def decode(
@@ -78,21 +78,23 @@ def decode(
     """
     batch, heads, tokens, dim = q.shape
     groups, width = starts.shape[0] - 1, v.shape[2]
-    spans = None
+    table = tuple(starts.tolist())
+    if table[-1] != k.shape[1]:
+        raise ValueError(f"starts ends at {table[-1]}, and the cache has {k.shape[1]} slots")
+    kept = None
     if positions is not None:
         assert sinks is not None and windows is not None and at is not None
-        rows = at[:, None] + torch.arange(tokens)
-        spans = Spans(sinks.view(groups, -1), windows.view(groups, -1), positions.expand(batch, -1), rows)
+        kept = _kept(positions.expand(batch, -1), at, tokens, spans_of_slots(table, *_values(sinks, windows)), q.dtype)
     packed = q.reshape(batch, groups, heads // groups * tokens, dim)
     if scale <= 0:  # SDPA hides keys before it scales
         packed, scale = packed * scale, 1.0
-    plan = calls(tuple(starts.tolist()), tuple(map(tuple, filled.tolist())))
+    plan = calls(table, tuple(map(tuple, filled.tolist())))
     if len(plan) == 1 and plan[0].shape[1] == groups and plan[0].used:
-        return _attend(packed, k, v, scale, plan[0], spans).reshape(batch, heads, tokens, width)
+        return _attend(packed, k, v, scale, plan[0], kept).reshape(batch, heads, tokens, width)
     out = q.new_empty(batch, groups, packed.shape[2], width)
     for call in plan:
         if call.used:
-            out[call.which] = _attend(packed[call.which], k, v, scale, call, spans)
+            out[call.which] = _attend(packed[call.which], k, v, scale, call, kept)
         else:
             out[call.which] = 0.0
     return out.view(batch, heads, tokens, width)
@@ -103,8 +105,8 @@ def runs(starts: tuple[int, ...]) -> tuple[Run, ...]:
     """KV heads by equal capacity, then by equal distance from one to the next, both as heads and in memory."""
     found: list[Run] = []
     open_runs: dict[int, int] = {}
-    for head, (start, end) in enumerate(pairwise(starts)):
-        at = open_runs.get(end - start)
+    for head, (start, capacity) in enumerate(zip(starts, capacities_of(starts), strict=False)):
+        at = open_runs.get(capacity)
         if at is not None:
             run = found[at]
             last = run.head + (run.heads - 1) * run.step, run.start + (run.heads - 1) * run.stride
@@ -112,8 +114,8 @@ def runs(starts: tuple[int, ...]) -> tuple[Run, ...]:
             if run.heads == 1 or step == (run.step, run.stride):
                 found[at] = run._replace(step=step[0], stride=step[1], heads=run.heads + 1)
                 continue
-        open_runs[end - start] = len(found)
-        found.append(Run(head, 1, 1, start, end - start, end - start))
+        open_runs[capacity] = len(found)
+        found.append(Run(head, 1, 1, start, capacity, capacity))
     return tuple(found)
 
 
@@ -150,16 +152,18 @@ def _slots(x: Tensor, call: Call) -> Tensor:
     return x.as_strided((*call.shape, x.shape[2]), (batch, call.stride * slot, slot, last), offset)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, spans: Spans | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, kept: Kept | None) -> Tensor:
     """q (entries, heads, rows, D) of a call against its slots of k and v (B, C, ·) -> (entries, heads, rows, Dv)."""
-    mask = None if spans is None else _mask(call, spans, q.dtype)
     keys, values = _slots(k, call), _slots(v, call)
-    if mask is not None:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        # What SDPA makes of a row of -inf differs between its kernels.
-        return out.masked_fill(mask.amax(-1, keepdim=True) == float("-inf"), 0.0)
-    if call.used >= SPLIT_FROM and call.shape[0] == 1 and keys.shape[3] == values.shape[3]:
-        parts = torch.get_num_threads() // call.shape[1]
+    if kept is not None:
+        keep = _columns(kept.keep, call)
+        if not bool(keep.all()):
+            mask = _columns(kept.mask, call).expand(-1, -1, q.shape[2], -1)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+            # What SDPA makes of a row that keeps nothing differs between its kernels.
+            return out.masked_fill_(~keep.any(-1, keepdim=True), 0.0)
+    if call.used >= SPLIT_FROM and min(call.shape[:2]) == 1 and keys.shape[3] == values.shape[3]:
+        parts = torch.get_num_threads() // (call.shape[0] * call.shape[1])
         if parts > 1:
             return _split(q, keys, values, scale, parts)
     return F.scaled_dot_product_attention(q, keys, values, scale=scale)
@@ -171,33 +175,65 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> Tensor:
-    """One batch entry with its keys in parts that threads share: ATen gives a head's keys to one thread."""
+    """One batch entry, or one head, with its keys in parts that threads share: ATen gives a head's keys to one thread.
+
+    The parts take the place of the axis of size 1, so that nothing is copied.
+    """
+    axis = 0 if q.shape[0] == 1 else 1
     size, rest = divmod(k.shape[2], parts)
 
     def in_parts(x: Tensor) -> Tensor:
-        shape, strides = (parts, x.shape[1], size, x.shape[3]), (size * x.stride(2), *x.stride()[1:])
+        shape, strides = [*x.shape], [*x.stride()]
+        shape[axis], shape[2], strides[axis] = parts, size, size * strides[2]
         return x.as_strided(shape, strides, x.storage_offset())
 
-    out, lse = _flash(q.expand(parts, -1, -1, -1), in_parts(k), in_parts(v), scale)
+    shape = [*q.shape]
+    shape[axis] = parts
+    out, lse = _flash(q.expand(shape), in_parts(k), in_parts(v), scale)
     if rest:
         last, last_lse = _flash(q, k[:, :, -rest:], v[:, :, -rest:], scale)
-        out, lse = torch.cat((out, last)), torch.cat((lse, last_lse))
-    return (out * torch.softmax(lse, 0)[..., None]).sum(0, keepdim=True).to(q.dtype)
+        out, lse = torch.cat((out, last), axis), torch.cat((lse, last_lse), axis)
+    return (out * torch.softmax(lse, axis)[..., None]).sum(axis, keepdim=True).to(q.dtype)
 
 
-def _mask(call: Call, spans: Spans, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask (entries, heads, rows, used) of what the queries of a call do not keep; None if they keep all."""
-    (entries, heads), share = call.which, spans.windows.shape[1]
-    held = _slots(spans.positions[:, :, None], call).squeeze(3)[:, :, None, None, :]
-    rows = spans.rows[entries]
-    back = rows[:, None, None, :, None] - held
-    sinks, windows = spans.sinks[heads], spans.windows[heads]
-    if bool((sinks == sinks[:, :1]).all()) and bool((windows == windows[:, :1]).all()):
-        # One row serves all query heads of a KV head.
-        sinks, windows = sinks[:, :1], windows[:, :1]
-    keep = (back < windows[:, :, None, None]) | (held < sinks[:, :, None, None])
-    keep &= back >= 0
+def _values(sinks: Tensor, windows: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(sinks.tolist()), tuple(windows.tolist())
+
+
+@lru_cache(maxsize=64)
+def spans_of_slots(
+    starts: tuple[int, ...], sinks: tuple[int, ...], windows: tuple[int, ...]
+) -> tuple[Tensor, Tensor, bool]:
+    """Sinks and windows int32 (share, 1, C) of the query heads that read a slot, and whether those of each KV head
+    agree."""
+    share = len(windows) // (len(starts) - 1)
+    sizes = torch.tensor(capacities_of(starts))
+    with torch.inference_mode(False):
+        tables = [torch.tensor(x, dtype=torch.int32).view(-1, share) for x in (sinks, windows)]
+        agree = all(bool((x == x[:, :1]).all()) for x in tables)
+        sink, window = (x.repeat_interleave(sizes, 0).t()[:, None].contiguous() for x in tables)
+    return sink, window, agree
+
+
+def _kept(
+    positions: Tensor, at: Tensor, tokens: int, spans: tuple[Tensor, Tensor, bool], dtype: torch.dtype
+) -> Kept | None:
+    """What T queries from the positions at (B,) on keep of slots that hold positions (B, C); None if they keep all."""
+    sink, window, agree = spans
+    if agree and tokens == 1:
+        sink, window = sink[:1], window[:1]
+    held = positions[:, None, None, :]
+    back = (at[:, None] + torch.arange(tokens, dtype=at.dtype))[:, None, :, None] - held
+    keep = (back < window) | (held < sink)
+    keep = (keep & (back >= 0)).contiguous()
     if bool(keep.all()):
         return None
-    mask = torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, float("-inf"))
-    return mask.expand(-1, -1, share, -1, -1).flatten(2, 3)
+    return Kept(keep, torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, float("-inf")))
+
+
+def _columns(x: Tensor, call: Call) -> Tensor:
+    """The filled slots of a call, as a view (entries, heads, S * T, used) of x (B, S, T, C), which is contiguous."""
+    rows, slots = x.shape[1] * x.shape[2], x.shape[3]
+    shape = (*call.shape[:2], rows, call.used)
+    offset = x.storage_offset() + call.entry * rows * slots + call.start
+    return x.as_strided(shape, (rows * slots, call.stride, slots, 1), offset)

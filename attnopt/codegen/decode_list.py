@@ -24,18 +24,33 @@ BLOCK = 64
 OVERHEAD = 64
 # Programs that an SM holds at once in the model.
 PER_SM = 2
+# Quarters of its longest segment to which a cache is filled, and how much each counts: it grows through all of them,
+# and then rings stay full. For the full cache alone, dense heads would take chunks as long as the slots allow, which
+# leaves half of the programs idle at half the length.
+LIFE = {4: 3, 3: 1, 2: 1, 1: 1}
 CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 1024))
 
 
 class DecodeList(NamedTuple):
     """items: int32 (count,), parts: int32 (G,), where the partial results of a head begin, -1 if one chunk holds its
-    segment; split: int32, the KV heads with partial results; chunk: slots; partials: partial results of an entry."""
+    segment; split: int32, the KV heads with partial results; chunk: slots; partials: partial results of an entry;
+    slots: of all segments."""
 
     items: torch.Tensor
     parts: torch.Tensor
     split: torch.Tensor
     chunk: int
     partials: int
+    slots: int
+
+
+@lru_cache(maxsize=1024)
+def capacities_of(starts: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots of each KV head. ValueError where the segments do not lie one after the other from slot 0 on."""
+    capacities = tuple(end - start for start, end in pairwise(starts))
+    if starts[0] != 0 or any(capacity < 0 for capacity in capacities):
+        raise ValueError(f"segments of a cache begin at 0 and follow each other, not at {starts}")
+    return capacities
 
 
 def makespan(capacities: tuple[int, ...], batch: int, chunk: int, slots: int) -> int:
@@ -51,15 +66,20 @@ def makespan(capacities: tuple[int, ...], batch: int, chunk: int, slots: int) ->
 
 @lru_cache(maxsize=256)
 def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> int:
-    """The chunk with the least modelled makespan, the longest of equals: fewer partial results."""
+    """The chunk with the least modelled makespan over a `LIFE`, the longest of equals: fewer partial results."""
     longest = max(capacities, default=0)
-    fitting = [chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]
-    return min(reversed(fitting), key=lambda chunk: makespan(capacities, batch, chunk, slots))
+
+    def cost(chunk: int) -> int:
+        levels = ((longest * quarters // 4, weight) for quarters, weight in LIFE.items())
+        parts = ((tuple(min(size, level) for size in capacities), weight) for level, weight in levels)
+        return sum(weight * makespan(part, batch, chunk, slots) for part, weight in parts)
+
+    return min(reversed([chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]), key=cost)
 
 
 def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:
     """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries."""
-    capacities = tuple(end - start for start, end in pairwise(starts))
+    capacities = capacities_of(starts)
     chunk, groups = chunk_of(capacities, batch, slots), len(capacities)
     items, parts, split, partials = [], [], [], 0
     for group, capacity in enumerate(capacities):
@@ -73,7 +93,7 @@ def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) ->
     items.sort(key=lambda item: -item[0])
     lists = [code for _, code in items], parts, split
     first, second, third = (torch.tensor(codes, dtype=torch.int32) for codes in lists)
-    return DecodeList(first, second, third, chunk, partials)
+    return DecodeList(first, second, third, chunk, partials, starts[-1])
 
 
 @lru_cache(maxsize=256)

@@ -49,7 +49,7 @@ def _checks(spec: SpanDecode, decode: Callable[..., Tensor], device: torch.devic
         q, k, v, starts = _cache(spec, capacities, 2, device)
         wide = q.double(), k.double(), v.double()
         filled = torch.stack((table(capacities), table([-(-size // 3) for size in capacities])))
-        name = f"out, {length} slots, a third filled"
+        name = f"out, N = {length}, whole and a third filled"
         if not spec.positioned:
             expected = partial(reference, *wide, starts, filled, SCALE)
             wrong = partial(reference, *wide, starts, filled - 1, SCALE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ragged import CASES, TOLERANCE, Case, arguments, relative
+from ragged import CASES, TOLERANCE, Case, arguments, drawn, relative
 
 from attnopt.codegen import decode_cpu
 from attnopt.codegen.decode_cpu import Call, Run, calls, runs
@@ -17,7 +17,7 @@ def run(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """What the target gives and what is right, in float64."""
     q, k, v, starts, filled, *spans = arguments(case, dtype)
     found = decode_cpu.decode(q, k, v, starts, filled, case.scale, *spans)
-    assert found.dtype == dtype
+    assert found.dtype == dtype and found.is_contiguous()
     return found, reference(q.double(), k.double(), v.double(), starts, filled, case.scale, *spans)
 
 
@@ -27,6 +27,14 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     found, expected = run(CASES[name], dtype)
     assert relative(found, expected) < TOLERANCE[dtype]
     assert (found[expected.abs().sum(-1) == 0] == 0).all()
+
+
+def test_random_caches() -> None:
+    """Segments, counts, head sharing, tokens and spans drawn at random: what nobody thought of."""
+    for seed in range(80):
+        case = drawn(seed)
+        found, expected = run(case, torch.float32)
+        assert relative(found, expected) < 1e-5, case
 
 
 @pytest.mark.parametrize("name", ["one dense head of four", "spans", "left padding"])
@@ -42,15 +50,22 @@ def test_one_slot_more_or_less_is_out_of_tolerance(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("threads,used", [(2, 33), (2, 34), (3, 100), (8, 77)])
-def test_a_head_shared_among_threads(threads: int, used: int, dtype: torch.dtype, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("threads,used,batch", [(2, 33, 1), (2, 34, 1), (8, 77, 1), (8, 100, 3)])
+def test_a_head_shared_among_threads(threads: int, used: int, batch: int, dtype, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(decode_cpu, "SPLIT_FROM", 33)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     split, parts = decode_cpu._split, []
     monkeypatch.setattr(decode_cpu, "_split", lambda *a: parts.append(a[-1]) or split(*a))
-    case = Case([120, 8, 8], batch=1, filled=[[used, 8, 8]], share=4)
+    case = Case([120, 8, 8], batch=batch, filled=[[used, 8, 8]] * batch, share=4)
     found, expected = run(case, dtype)
-    assert parts == [threads] and relative(found, expected) < TOLERANCE[dtype]
+    assert parts == [threads // batch] and relative(found, expected) < TOLERANCE[dtype]
+
+
+def test_two_heads_of_one_entry_shared_among_threads(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(decode_cpu, "SPLIT_FROM", 33)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    found, expected = run(Case([50, 50, 8], batch=1), torch.float32)
+    assert relative(found, expected) < 1e-5
 
 
 def test_heads_are_grouped_by_capacity_and_distance() -> None:
@@ -81,6 +96,14 @@ def test_nothing_of_the_cache_is_copied(monkeypatch) -> None:  # type: ignore[no
     )
     decode_cpu.decode(q, k, v, starts, filled, 0.25)
     assert seen and all(x._base is k and y._base is v for x, y in seen)
+
+
+@pytest.mark.parametrize("starts,reason", [([0, 4, 9], "ends at 9"), ([0, 6, 4, 8], "follow"), ([1, 4, 8], "begin")])
+def test_segments_outside_the_cache_are_refused(starts: list[int], reason: str) -> None:
+    groups = len(starts) - 1
+    q, k = torch.zeros(1, groups, 1, 16), torch.zeros(1, 8, 16)
+    with pytest.raises(ValueError, match=reason):
+        decode_cpu.decode(q, k, k, torch.tensor(starts), torch.ones(1, groups).int(), 1.0)
 
 
 def test_emitted_module(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

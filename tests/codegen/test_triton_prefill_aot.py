@@ -23,9 +23,10 @@ import re
 from functools import cache
 
 import pytest
-from compiling_ahead import SHARED, TENSOR_CORES, Compiled, compiled, needs_compiler, spilled, triton_is
+import torch
+from compiling_ahead import SHARED, TENSOR_CORES, Compiled, Device, Warmup, compiled, needs_compiler, spilled, triton_is
 
-from attnopt.codegen import emit
+from attnopt.codegen import emit, work_list
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_prefill import launches
 
@@ -107,6 +108,38 @@ def test_float32_stays_off_the_tensor_cores() -> None:
     kernel = made(spec_of(64, dtype="float32"), "pointers", 0, "sm_90")
     assert kernel.spilled == 0
     assert "HGMMA" not in kernel.code and "HMMA" not in kernel.code
+
+
+def test_one_kernel_serves_every_length_layout_and_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JIT itself, for a GPU that is not there: one kernel for each tile class, whatever is not in its spec."""
+    from triton.runtime import driver
+
+    module = emit.load(SpanPrefill("triton", "float16", 4, 2, 32, 32, False))
+    warmup = Warmup(module.span_prefill)
+    monkeypatch.setattr(driver, "_active", Device("sm_90"))
+    monkeypatch.setattr(module, "span_prefill", warmup)
+    monkeypatch.setattr(module, "INTERPRETED", True)  # CPU tensors stand for those of the GPU
+    monkeypatch.setattr(work_list, "LONGEST_SHARE", float("inf"))  # both tile classes
+    sinks = torch.tensor([0, 4, 64, 0], dtype=torch.int32)
+
+    def prefill(length: int, *windows: int, batch: int = 1, offset: int = 0) -> None:
+        made = [
+            torch.zeros(batch, length, heads, 32 + offset, dtype=torch.float16)[..., offset:] for heads in (4, 2, 2)
+        ]
+        q, k, v = (t.transpose(1, 2) if batch == 1 else t.transpose(1, 2).contiguous() for t in made)
+        module.prefill(q, k, v, sinks, torch.tensor(windows, dtype=torch.int32), 0.2)
+
+    prefill(2048, 2048, 2048, 100, 100)
+    assert len(warmup.made) == 2 and warmup.kernels == 2
+    prefill(2049, 2049, 1, 100, 100)
+    prefill(3, 1, 1, 1, 3)
+    prefill(1000, 1000, 800, 100, 7, batch=3)
+    assert len(warmup.made) > 5 and warmup.kernels == 2
+    assert all("UTMALDG" in made.asm["sass"] for made in warmup.made[:2])
+    # A row that is no multiple of 16 bytes takes the other way to load.
+    prefill(2049, 2049, 1, 100, 100, offset=1)
+    assert warmup.kernels == 4
+    assert not any("UTMALDG" in made.asm["sass"] for made in warmup.made[-2:])
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])

@@ -6,13 +6,16 @@ import heapq
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from attnopt.codegen import work_list
 from attnopt.codegen.reference_prefill import span_mask
-from attnopt.codegen.work_list import OVERHEAD, WORKERS, build, live_blocks, work_lists
+from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.triton_prefill import launches
+from attnopt.codegen.work_list import OVERHEAD, WORKERS, Tile, build, live_blocks, work_lists
 
 TILES = ((128, 64), (64, 64))
 DENSE = 2**31 - 1
@@ -86,25 +89,46 @@ def test_longest_first_and_ties_by_kv_head(name: str, batch: int) -> None:
         assert order == sorted(order)
 
 
-def efficiency(length: int, spans: list[int], batch: int = 1) -> float:
+# Those of the emitted prefill: by descriptors, by pointers, on AMD, and of head dimension 256 by pointers.
+SHIPPED = [TILES, ((128, 64), (64, 32)), ((128, 32), (64, 32)), ((64, 32),)]
+
+
+def efficiency(
+    length: int, spans: list[int], batch: int = 1, tiles: Sequence[Tile] = TILES, head_major: bool = False
+) -> float:
     """Work / SMs ÷ makespan where each free SM takes the next tile; both launches are in flight, the long one first."""
     sinks, windows = tables(64, spans)
     costs: list[float] = []
-    for items, _, tile_class in build(sinks, windows, 8, length, batch, TILES):
-        rows = TILES[tile_class][0]
-        cost = (live_blocks(sinks, windows, length, TILES[tile_class]) + OVERHEAD).double() * rows / 128
-        costs += cost.repeat(batch, 1).reshape(-1)[items.long()].tolist()
+    for items, _, tile_class in build(sinks, windows, 8, length, batch, tiles):
+        rows, keys = tiles[tile_class]
+        # In blocks of 64 keys for 128 rows.
+        cost = (live_blocks(sinks, windows, length, tiles[tile_class]).double() * keys / 64 + OVERHEAD) * rows / 128
+        order = items.long().sort().values if head_major else items.long()
+        costs += cost.repeat(batch, 1).reshape(-1)[order].tolist()
     free = [0.0] * WORKERS
     for cost_of_item in costs:
         heapq.heapreplace(free, free[0] + cost_of_item)
     return sum(costs) / WORKERS / max(free)
 
 
+@pytest.mark.parametrize("tiles", SHIPPED, ids=str)
 @pytest.mark.parametrize("name", MIXTURES)
-def test_work_is_spread_evenly(name: str) -> None:
+def test_work_is_spread_evenly(name: str, tiles: Sequence[Tile]) -> None:
+    """0.97 at least: at 2k tokens with all heads dense, or all but one windowed."""
     length, spans = MIXTURES[name]
-    assert efficiency(length, spans) >= 0.94
-    assert efficiency(length, spans, batch=4) >= 0.94
+    assert efficiency(length, spans, tiles=tiles) >= 0.94
+    if tiles is TILES:
+        assert efficiency(length, spans, batch=4) >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [("2k, 2 dense", TILES), ("2k, all dense", TILES), ("2k, random", TILES), ("8k, 1 dense, last", TILES[:1])],
+)
+def test_one_head_after_the_other_would_fall_short(name: str, tiles: Sequence[Tile]) -> None:
+    """0.94, 0.77, 0.77 and, with one tile class, 0.63: what the order is for."""
+    length, spans = MIXTURES[name]
+    assert efficiency(length, spans, tiles=tiles, head_major=True) < 0.94 <= efficiency(length, spans, tiles=tiles)
 
 
 def test_windowed_heads_take_short_tiles() -> None:
@@ -119,16 +143,17 @@ def test_one_tile_class_makes_one_list() -> None:
     assert only.tile_class == 0 and len(only.items) == 32 * 64
 
 
-def test_made_quickly() -> None:
-    """About 2 ms for 128k tokens and 32 heads on a free core; 24 ms were seen on a busy one."""
-    sinks, windows = tables(64, MIX)
+@pytest.mark.parametrize("spans", [MIX, [DENSE] * 32, [256] * 32], ids=["mix", "dense", "W256"])
+def test_made_quickly(spans: list[int]) -> None:
+    """At 128k tokens and 32 heads 1.2, 0.8 and 1.2 ms of CPU time, and 192, 128 and 256 KiB."""
+    sinks, windows = tables(64, spans)
     times = []
-    for _ in range(15):
-        start = time.perf_counter()
+    for _ in range(20):
+        start = time.thread_time()
         lists = build(sinks, windows, 8, 131072, 1, TILES)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05
-    assert sum(w.items.nbytes for w in lists) <= 2**20
+        times.append(time.thread_time() - start)
+    assert min(times) <= 3e-3
+    assert sum(t.nbytes for t in (sinks, windows, *(w.items for w in lists))) <= 2**20
 
 
 def test_too_many_tiles_are_refused() -> None:
@@ -162,3 +187,9 @@ def test_old_lists_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert work_lists(sinks, windows, 2, 2, 1, TILES) is made[1]
     assert len(work_list._lists) == 3
     assert work_lists(sinks, windows, 2, 1, 1, TILES) is not made[0]
+
+
+def test_the_modelled_tiles_are_the_shipped_ones() -> None:
+    specs = [SpanPrefill("triton", "bfloat16", 32, 8, dim, dim, False) for dim in (64, 128, 256)]
+    shipped = {tuple(row[:2] for row in rows) for spec in specs for rows in launches(spec).values()}
+    assert shipped == set(SHIPPED)

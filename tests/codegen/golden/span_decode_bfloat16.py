@@ -216,6 +216,8 @@ def decode(q, k, v, starts, filled, scale):
         return out.to(dtype)
     with torch.cuda.device_of(q):
         work = decode_list(starts, batch)
+        if work.slots != k.shape[1]:
+            raise ValueError(f"starts ends at {work.slots}, and the cache has {k.shape[1]} slots")
         partial = torch.empty((batch, work.partials, ROWS, 128), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty((batch, work.partials, ROWS), dtype=torch.float32, device=q.device)
         span_decode[(work.items.numel() * batch,)](

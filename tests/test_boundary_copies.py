@@ -1,0 +1,55 @@
+"""What an opaque operator costs at its edges: inductor's kernels and buffers around it, against those around SDPA."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models import HEADS, LAYERS, build, make_plan, padding, tokens
+from torch._inductor.utils import run_and_get_code
+
+from attnopt import backend
+from attnopt.ir import Choice
+
+WINDOW = Choice.of("sink_window", {"sink": 2, "alpha": 8, "beta": 0.0})
+CALL = "torch.ops.attnopt.span_attention.default("
+
+
+def calls_of(model, options, **inputs) -> str:
+    """The part of inductor's wrapper that runs the model: launches and allocations, one a line."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend.attnopt, options=options)
+    with torch.no_grad():
+        _, codes = run_and_get_code(lambda: compiled(**inputs, use_cache=False))
+    return str(codes[-1]).split("def call(", 1)[1]
+
+
+def counted(code: str) -> dict[str, int]:
+    """A copy into another layout is a fused kernel and a buffer more; `clone` and `contiguous` would be by name."""
+    kernels = re.findall(r"^ +(?:cpp_fused|triton_)\w*\(", code, re.M)
+    return {"kernels": len(kernels), "buffers": len(re.findall(r"= empty_strided\w*\(", code)),
+            "clones": len(re.findall(r"\.clone\(|aten\.clone|\.contiguous\(", code))}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_plan_adds_no_copies(tmp_path):
+    model = build("llama")
+    path = tmp_path / "plan.json"
+    make_plan({f"model.layers.{n}.self_attn": [WINDOW] * HEADS for n in range(LAYERS)}).save(path)
+    inputs = {"input_ids": tokens(1, 64)}
+    exact, planned = (calls_of(model, options, **inputs) for options in ({}, {"plan": str(path)}))
+    assert CALL not in exact and planned.count(CALL) == LAYERS
+    assert counted(planned) == counted(exact) and counted(planned)["kernels"] >= 5 * LAYERS
+
+
+@pytest.mark.slow
+def test_runs_of_real_tokens_add_no_copies(monkeypatch):
+    """Under padding the operator takes the tensors as SDPA does; a feature would be two copies a layer more."""
+    monkeypatch.setenv("ATTNOPT_ALWAYS", "1")
+    model = build("llama")
+    plain = counted(calls_of(model, {}, input_ids=tokens(2, 64)))
+    padded = calls_of(model, {}, input_ids=tokens(2, 64), attention_mask=padding(2, 64, "left"))
+    assert padded.count(CALL) == LAYERS
+    # What is new serves the positions and the mask, once for all layers.
+    assert counted(padded)["kernels"] <= plain["kernels"] + 2 and counted(padded)["clones"] == plain["clones"]
