@@ -23,8 +23,9 @@ from attnopt.codegen.triton_text import (
 )
 from attnopt.registry import TARGETS
 
-# The most rows of a tile: query heads of a KV head times tokens. More rows want a prefill's tiles.
-MAX_ROWS = 64
+# The most rows of a tile: query heads of a KV head times tokens. More rows want a prefill's tiles; 64 rows of 128
+# float32 spill 1616 bytes on sm_90.
+MAX_ROWS, MAX_ROWS_FLOAT = 64, 32
 # Partial results that `merge` reads at a time.
 BLOCK_P = 16
 
@@ -46,8 +47,9 @@ def launch(spec: SpanDecode) -> tuple[int, int, int]:
 
 def check_spec(spec: SpanDecode) -> None:
     check(spec)
-    if rows_of(spec) > MAX_ROWS:
-        raise ValueError(f"{spec.share} query heads × {spec.tokens} tokens a KV head exceed {MAX_ROWS} rows of a tile")
+    most = MAX_ROWS_FLOAT if spec.dtype == "float32" else MAX_ROWS
+    if rows_of(spec) > most:
+        raise ValueError(f"{spec.share} query heads × {spec.tokens} tokens a KV head exceed {most} rows of a tile")
 
 
 def _header(spec: SpanDecode) -> str:
