@@ -28,8 +28,8 @@ from attnopt.registry import TARGETS
 
 GOLDEN = Path(__file__).parent / "golden" / "masked_prefill_bfloat16.py"
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-# (query rows, keys per block): two tiles of rows and three blocks, the last of both cut off; smaller ones where a narrow
-# span is to leave blocks out, or to keep some whole.
+# (query rows, keys per block): two tiles of rows, three blocks of keys, the last of both cut off; smaller ones where a
+# narrow span is to leave blocks out, or to keep some whole.
 LENGTH, TILE, SMALL = 70, (64, 32), (32, 16)
 NARROW = ("first keys and a window, sink of a head", "both sides", "window and padding")
 
