@@ -1,9 +1,9 @@
 """The Triton target: a fused prefill in which every head keeps its own sinks and window, in one or two launches.
 
 One kernel text loads its tiles in two ways: by tensor descriptors made on the host, on Hopper and Blackwell where
-strides and addresses are aligned, and by pointers anywhere else. What each compiles to is measured by
-tests/codegen/test_triton_prefill_aot.py. Two loops, because on sm_90 at D = 128 a warp issues 362 instructions for a block
-without a mask and 509 for one with. Nothing here has been timed on a GPU.
+strides and addresses are aligned, and by pointers anywhere else. tests/codegen/test_triton_prefill_aot.py measures what
+each compiles to. It has two loops, because on sm_90 at D = 128 a warp issues 362 instructions for a block without a
+mask and 509 for one with. Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
