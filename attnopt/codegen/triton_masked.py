@@ -231,7 +231,8 @@ def _check(q, k, v, tensors, sizes):
 def _config(q):
     if torch.version.hip:
         return LAUNCHES["hip"]
-    return LAUNCHES["sm_90" if INTERPRETED or torch.cuda.get_device_capability(q.device) >= (9, 0) else "sm_80"]
+    # Consumer cards of later generations have the shared memory of sm_86.
+    return LAUNCHES["sm_90" if INTERPRETED or 9 <= torch.cuda.get_device_capability(q.device)[0] < 12 else "sm_80"]
 
 
 def _data(tensor):
