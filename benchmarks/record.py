@@ -166,7 +166,7 @@ class Run:
         return cls(found["benchmark"], rows, found["environment"], aims, found["notes"])
 
     def figure(self, path: Path, names: Sequence[str] | None = None) -> None:
-        """Every case's ratios (those of `names`, else all but shares) and their bounds, as SVG; a wrong row has none."""
+        """Every case's ratios (those of `names`, else all but shares) and their bounds as SVG; of a wrong row none."""
         right = [row for row in self.rows if not row.wrong]
         found = dict.fromkeys(name for row in right for name in row.ratios)
         names = list(names or [name for name in found if not name.startswith("share")] or found)
