@@ -150,7 +150,8 @@ def _group(
     of_queries = [x.unflatten(1, packed) for x in (dout, q, out, lse[..., None])]
     dq = targets[0].unflatten(1, packed)
     rows_of_call = tune.rows * (2 if group.window >= tune.split_from else 1)
-    most = max(1, min(rows_of_call // group.share, length - start))
+    # Chunks longer than their span would mostly compute what the mask hides.
+    most = max(1, min(rows_of_call // group.share, start, length - start))
     copied = group.sink + group.window + most
     step = max(1, tune.segment // (q.shape[0] * packed[0] * copied * q.shape[3]))
     for first, count, rows in _runs(start, length, most, step):
