@@ -18,7 +18,7 @@ from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
 CPU = torch.device("cpu")
-SMALL = Sizes(32, 8, (16,), (96,), ((96, (2,)),), (50, 1), 64)
+SMALL = Sizes(32, 8, (16,), (96,), ((96, (1,)),), (50, 1), 64)
 
 
 def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "decode", "backward"}
+    assert kinds == {"prefill", "decode", "backward", "masked"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():
@@ -107,6 +107,20 @@ def test_what_there_is_no_time_for_is_said():
     budget = Budget("prefill", 0.0, notes)
     assert prefill.section(Device(True), DRY, 1.0, budget) == []
     assert notes == [f"prefill: D = 16, {n} tokens left out, its 0 seconds were over" for n in DRY.lengths]
+
+
+def test_a_case_that_fails_costs_no_other_and_is_said(monkeypatch):
+    measure, notes = prefill.measure, []
+
+    def failing(device, sizes, dim, length, *rest):
+        if length == 128:
+            raise RuntimeError("no kernel image\nis available")
+        return measure(device, sizes, dim, length, *rest)
+
+    monkeypatch.setattr(prefill, "measure", failing)
+    rows = prefill.section(Device(True), DRY, 1e9, Budget("prefill", 60.0, notes))
+    assert {row.case["length"] for row in rows} == {96}
+    assert "FAILED: prefill, D = 16, 128 tokens: RuntimeError: no kernel image" in notes
 
 
 def test_aims_are_judged_by_the_worst_case():

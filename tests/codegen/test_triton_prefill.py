@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attnopt.codegen import emit, work_list
 from attnopt.codegen.emit import write_atomically
@@ -80,6 +81,7 @@ CASES = {
     "dims 64": Case(100, *MIXED, dims=(64, 64)),
     "dims 128": Case(100, *MIXED, dims=(128, 128)),
     "negative scale": Case(100, *MIXED, scale=-0.3),
+    "scale 0": Case(70, *MIXED, scale=0.0),
     "float16": Case(200, *MIXED, dtype="float16", dims=(64, 64)),
     "float16, dims 256": Case(70, *MIXED, dtype="float16", dims=(256, 256), shipped=True),
     "float16, pointers": Case(100, *MIXED, dtype="float16", dims=(64, 64), loads="pointers"),
@@ -89,6 +91,9 @@ CASES = {
     "padded right": Case(100, *MIXED, batch=2, padding=[[90, 100], [30, 100]]),
     "padded middle": Case(200, *MIXED, batch=2, padding=[[50, 140], [64, 128]]),
     "padded middle, pointers": Case(100, *MIXED, batch=2, padding=[[20, 90], [64, 100]], loads="pointers"),
+    "padded beside runs of blocks": Case(
+        256, *MIXED, batch=5, padding=[[0, 63], [0, 65], [127, 130], [191, 256], [65, 256]], dtype="float16"
+    ),
     "padded everywhere": Case(70, *MIXED, batch=2, padding=[[0, 70], [0, 69]]),
     "padded, shipped tiles": Case(70, *MIXED, batch=2, padding=[[0, 20], [60, 70]], shipped=True),
     "padded float16": Case(100, *MIXED, dtype="float16", batch=2, padding=[[0, 33], [98, 100]]),
@@ -123,6 +128,11 @@ def tensor(case: Case, heads: int, dim: int) -> torch.Tensor:
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def poisoned(fresh: torch.Tensor) -> torch.Tensor:
+    """New memory with what shows if it is used before it is written."""
+    return fresh.fill_(float("nan") if fresh.is_floating_point() else 2**30)
 
 
 def lse_of(
@@ -175,7 +185,7 @@ def run(case: Case) -> dict[str, Any]:
         j = torch.arange(case.length)
         pad = torch.stack([(j < first) | (j >= end) for first, end in case.padding])
     empty = torch.empty
-    torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
+    torch.empty = lambda *a, **o: poisoned(empty(*a, **o))  # type: ignore[assignment]
     module.span_prefill = Recorded()
     if not case.shipped:
         module.LAUNCHES = dict.fromkeys(
@@ -382,18 +392,32 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("layout", ["transposed", "contiguous", "unaligned"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_agrees_on_a_gpu(dtype: str, dim: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_on_a_gpu(dtype: str, layout: str, dim: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_list, "LONGEST_SHARE", float("inf"))  # both tile classes, so both streams
-    case = Case(2500, [0, 5, 64, 700], [DENSE, 1, 400, 1500], dims=(dim, dim), dtype=dtype, batch=2)
+    case = Case(
+        2500,
+        [0, 5, 64, 700],
+        [DENSE, 1, 400, 1500],
+        dims=(dim, dim),
+        dtype=dtype,
+        batch=2,
+        layout=layout.replace("unaligned", "transposed"),
+    )
     q, k, v = (tensor(case, heads, dim).cuda() for heads in (4, 2, 2))
+    if layout == "unaligned":
+        q, k, v = (F.pad(t, (1, 0))[..., 1:] for t in (q, k, v))
     sinks, windows = (torch.tensor(t, dtype=torch.int32, device="cuda") for t in (case.sinks, case.windows))
-    pad = torch.rand(2, 2500, device="cuda") > 0.2 if padded else None
+    pad = None
+    if padded:
+        pad = torch.rand(2, 2500, device="cuda") > 0.2
+        pad[0] = torch.arange(2500, device="cuda") >= 700
     module = emit.load(SpanPrefill("triton", dtype, 4, 2, dim, dim, padded))
     empty = torch.empty
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")))
+        patch.setattr(torch, "empty", lambda *a, **o: poisoned(empty(*a, **o)))
         out, lse = module.prefill_lse(q, k, v, sinks, windows, dim**-0.5, pad)
     assert largest_difference(lse, lse_of(q, k, sinks, windows, dim**-0.5, pad)) <= 1e-3
     expected = reference(q.double(), k.double(), v.double(), sinks, windows, dim**-0.5, pad)

@@ -94,17 +94,18 @@ def span_prefill(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 128], tl.float32)
 
-    # From here to the tile's first row, every row of the tile keeps every key.
+    # From full_left to the tile's first row, every row of the tile keeps every key.
     full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)
+    full_end = first
     # The other live blocks: sinks in [0, sink_end), the window's edge in [left, full_left), the diagonal from first on.
     left = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, left)
-    sink_blocks = sink_end // BLOCK_N
-    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
-    live_blocks = edge_blocks + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
+    sink_start = 0
+    last_start = first
+    last_end = tl.minimum(first + BLOCK_M, length)
 
     # Every row keeps all of these: no mask, and every score is finite.
-    for start in range(full_left, first, BLOCK_N):
+    for start in range(full_left, full_end, BLOCK_N):
         if DESCRIPTORS:
             keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
         else:
@@ -125,9 +126,12 @@ def span_prefill(
         top = new_top
 
     # The others.
+    sink_blocks = (sink_end - sink_start) // BLOCK_N
+    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
+    live_blocks = edge_blocks + tl.cdiv(last_end - last_start, BLOCK_N)
     for n in range(0, live_blocks):
-        jump = tl.where(n < edge_blocks, left - sink_end, first - edge_blocks * BLOCK_N)
-        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, jump)
+        jump = tl.where(n < edge_blocks, left - sink_blocks * BLOCK_N, last_start - edge_blocks * BLOCK_N)
+        start = n * BLOCK_N + tl.where(n < sink_blocks, sink_start, jump)
         cols = start + local
         if DESCRIPTORS:
             keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
@@ -135,13 +139,14 @@ def span_prefill(
             k_block = k + tl.cast(start, tl.int64) * k_row
             keys = tl.load(k_block + k_tile, mask=cols[None, :] < length, other=0.0)
         scores = tl.dot(queries, keys)
-        span = (cols[None, :] < sink) | (rows[:, None] - cols[None, :] < window)
-        keep = span & (cols[None, :] <= rows[:, None])
-        scores = tl.where(keep, scores * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Key j is kept where 0 <= i - j < limit: one comparison, as a negative number without its sign is a large one.
+        limit = tl.where(cols < sink, 2147483647, window)
+        keep = (rows[:, None] - cols[None, :]).to(tl.uint32) < limit.to(tl.uint32)[None, :]
+        scores = tl.where(keep, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         # A row that has met no kept key yet: -inf minus -inf would be NaN.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
@@ -240,8 +245,10 @@ def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bfloat16.
         q, k, v = q.float(), k.float(), v.float()
-    if scale < 0:
-        # The kernel takes each row's largest score before it scales.
+    # The kernel takes each row's largest score before it scales, and so wants a positive scale.
+    if abs(scale) < 1e-37:
+        q, scale = torch.zeros_like(q), 1.0
+    elif scale < 0:
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
