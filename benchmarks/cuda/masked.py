@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.emit import load
+from attnopt.codegen.equal_runs import equal_runs
 from attnopt.codegen.reference_masked import attend as reference
 from attnopt.codegen.self_check import TOLERANCE
 from attnopt.codegen.spec import MaskedPrefill
 from attnopt.masks.expressions import Affine, Quotient, Read
 from attnopt.masks.kernel_form import Form, Slot
+from attnopt.masks.live_range import documents
 from attnopt.masks.predicates import BoolLoad, at_least_zero, equal_zero, single
 from attnopt.masks.values import Sum
 from benchmarks.cuda.check import Check, prefill_inputs
@@ -52,7 +54,8 @@ def forms(length: int) -> dict[str, Form]:
 
 
 def data(form: Form, heads: int, length: int, device: Device) -> list[Tensor]:
-    """What the form's slot stands for: a padding mask that keeps the first key, documents in order, slopes."""
+    """What the form's slot stands for: a padding mask that keeps the first key, documents in order, slopes; behind it
+    where the runs of documents lie, which the kernel bounds its keys by."""
     if not form.slots:
         return []
     made: dict[str, Callable[[], Tensor]] = {
@@ -62,7 +65,8 @@ def data(form: Form, heads: int, length: int, device: Device) -> list[Tensor]:
         "int64": lambda: torch.randint(0, 4, (BATCHES, length), device=device.where).sort(1).values,
         "float32": lambda: torch.rand(heads, device=device.where) + 0.1,
     }
-    return [made[form.slots[0].dtype]()]
+    found = made[form.slots[0].dtype]()
+    return [found, *(equal_runs(found) for _ in documents(form))]
 
 
 def masked_checks(sizes: Sizes, device: Device) -> Iterator[Check]:
