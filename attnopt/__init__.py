@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnopt.backend import clear_reports, reports
+    from attnopt.backend.live import LivePlan
     from attnopt.plan import Budget, Plan
     from attnopt.planner.make import make_plan
     from attnopt.profile_file import Profile
     from attnopt.profiler import profile_model
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "Profile", "clear_reports", "make_plan", "profile_model", "reports"]
+__all__ = ["Budget", "LivePlan", "Plan", "Profile", "clear_reports", "make_plan", "profile_model", "reports"]
 
 _HOMES = {
     "Budget": "attnopt.plan",
+    "LivePlan": "attnopt.backend.live",
     "Plan": "attnopt.plan",
     "Profile": "attnopt.profile_file",
     "clear_reports": "attnopt.backend",

@@ -234,12 +234,13 @@ def keep(data: dict[str, Any]) -> None:
     """benchmarks/results/exact_prefill-cpu.json, docs/exact.md and its figure."""
     from attnopt.codegen.emit import write_atomically
     from benchmarks.prefill_document import document, figure
+    from benchmarks.windows_document import with_section
 
     root = Path(__file__).resolve().parents[1]
     rows = ",\n".join(json.dumps(row) for row in data["rows"])
     rest = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)[:-2]
     write_atomically(root / "benchmarks/results/exact_prefill-cpu.json", f'{rest},\n "rows": [\n{rows}\n]}}\n')
-    write_atomically(root / "docs/exact.md", document(data))
+    write_atomically(root / "docs/exact.md", with_section(document(data)))
     (root / "docs/figures").mkdir(exist_ok=True)
     figure(data, root / "docs/figures/exact.svg")
 

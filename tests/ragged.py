@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +73,7 @@ def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Ten
     held = torch.cat([torch.randperm(size, generator=generator) + 400 - size for size in case.capacities])
     held[starts[:-1].long()[torch.tensor(case.capacities) > 2]] = 1
     positions = held.int() if case.shared_positions else held.int().repeat(case.batch, 1)
-    sinks = torch.tensor([2, 0] * (len(case.windows) // 2), dtype=torch.int32)
+    sinks = torch.tensor([2, 0] * len(case.windows), dtype=torch.int32)[: len(case.windows)]
     at = torch.full((case.batch,), 400 - case.tokens, dtype=torch.int32)
     return q, k, v, starts, filled, sinks, torch.tensor(case.windows, dtype=torch.int32), positions, at
 
@@ -80,3 +81,14 @@ def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Ten
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape and torch.isfinite(found).all()
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def drawn(seed: int) -> Case:
+    """A case drawn at random: segments, counts, head sharing, tokens, spans."""
+    generator = random.Random(seed)
+    groups, share, batch = generator.randint(1, 6), generator.randint(1, 3), generator.randint(1, 4)
+    sizes = [generator.choice((0, 1, 5, 5, 17, 40)) for _ in range(3)]
+    capacities = [generator.choice(sizes) for _ in range(groups)]
+    counts = [[generator.randint(0, size) if seed % 3 else size for size in capacities] for _ in range(batch)]
+    windows = [generator.choice((DENSE, 0, 3, 30)) for _ in range(groups * share)] if seed % 2 else []
+    return Case(capacities, share, counts, generator.randint(1, 3), (8, 8), batch, windows, seed % 5 == 0)

@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="attnopt")                                        exact, no plan needed
 torch.compile(model, backend="attnopt", options={"plan": "plan.json"})         the plan's spans
+torch.compile(model, backend="attnopt", options={"plan": LivePlan("plan.json")})   spans that may change later
 torch.compile(model, backend="attnopt", options={"mode": "max-autotune", "inductor": {...}, "verify": True})
 """
 
@@ -21,6 +22,7 @@ from torch.fx import GraphModule
 
 from attnopt import settings
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
+from attnopt.backend.live import LivePlan
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
@@ -37,9 +39,13 @@ _reports: list[GraphReport] = []
 
 @dataclass(frozen=True)
 class Options:
-    """What torch.compile's options may hold: `inductor` are inductor's own settings, `mode` is torch.compile's."""
+    """What torch.compile's options may hold: `inductor` are inductor's own settings, `mode` is torch.compile's.
+
+    live: what was given as "plan", if it was a LivePlan; `plan` is then the one in force.
+    """
 
     plan: Plan | None = None
+    live: LivePlan | None = None
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     verify: bool = False
@@ -48,17 +54,22 @@ class Options:
     def of(cls, options: dict[str, Any] | None) -> Options:
         """Validated options; an unknown name or a wrong value is an OptionError that says what is meant."""
         given = dict(options or {})
-        names = list(cls.__dataclass_fields__)
+        names = [name for name in cls.__dataclass_fields__ if name != "live"]
         for name in given:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 remedy = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names)}."
                 raise OptionError(f"attnopt has no option {name!r}.", remedy + ' Inductor\'s own go into "inductor".')
         plan = given.get("plan")
+        live = plan if isinstance(plan, LivePlan) else None
+        if live is not None:
+            plan = live.plan
         if isinstance(plan, (str, Path)):
             plan = Plan.load(plan)
         if plan is not None and not isinstance(plan, Plan):
-            raise OptionError(f'"plan" is a {type(plan).__name__}.', "Give the path of a plan file, or a Plan.")
+            raise OptionError(
+                f'"plan" is a {type(plan).__name__}.', "Give the path of a plan file, a Plan or a LivePlan."
+            )
         mode = given.get("mode")
         modes = ["default", *torch._inductor.list_mode_options()] if mode is not None else []
         if mode is not None and mode not in modes:
@@ -70,12 +81,22 @@ class Options:
             raise OptionError('"inductor" must be a dict of inductor settings.', 'For example {"max_autotune": True}.')
         if not isinstance(verify, bool):
             raise OptionError('"verify" must be true or false.', "Leave it out for false.")
-        return cls(plan, mode, inductor, verify)
+        if live is not None and freezing(inductor):
+            said = "Inductor's freezing makes constants of the tables that a LivePlan changes."
+            raise OptionError(said, "Give a Plan, or leave freezing off.")
+        return cls(plan, live, mode, inductor, verify)
 
     def patches(self) -> dict[str, Any]:
         """Inductor's configuration for these options."""
         chosen = torch._inductor.list_mode_options(self.mode) if self.mode not in (None, "default") else {}
         return {**chosen, **self.inductor}
+
+
+def freezing(chosen: dict[str, Any]) -> bool:
+    """Whether inductor will make constants of parameters and buffers, by its settings and those given."""
+    from torch._inductor import config
+
+    return bool(chosen.get("freezing", config.freezing))
 
 
 def reports() -> list[GraphReport]:
@@ -109,7 +130,14 @@ def rewrite(
         return gm, GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,)), {}
     exporting = replace(exporting, after=len(captured.graph.nodes))
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-    program = Program(captured, needs_grad=needs_grad(inputs), device=device, plan=options.plan, verify=options.verify)
+    program = Program(
+        captured,
+        needs_grad=needs_grad(inputs),
+        device=device,
+        plan=options.plan,
+        verify=options.verify,
+        watch=options.live.watch if options.live is not None else None,
+    )
     if settings.debug() > 1:
         print(f"--- before\n{captured.code}", file=sys.stderr)
     program.run(PIPELINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Program:
     """A graph and what is known of it. `needs_grad`: gradients will be asked of it; `plan`: None is exact mode.
 
-    `observer` is called with (region) by the observe pass and returns the callable that stands in for it.
+    `observer` is called with (region) by the observe pass and returns the callable that stands in for it; `watch` with
+    (site's name, its tables by name) of every span that is inserted.
     """
 
     gm: GraphModule
@@ -33,6 +34,7 @@ class Program:
     plan: Plan | None = None
     verify: bool = False
     observer: Callable[[Region], Callable[..., torch.Tensor]] | None = None
+    watch: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None
     matches: list[Match] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     done: set[str] = field(default_factory=set)

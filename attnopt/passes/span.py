@@ -59,7 +59,10 @@ def insert_span(program: Program, choices: Sequence[Choice] | None, min_length: 
     def build(region: Region) -> Node:
         gm, builder = program.gm, Builder(program.gm, region.out)
         held: list[Node] = []
-        for name, tensor in tables(choices, region.site.heads).items():
+        made = tables(choices, region.site.heads)
+        if program.watch is not None:
+            program.watch(region.site.name, made)
+        for name, tensor in made.items():
             attribute = f"attnopt_{name}_{len(list(gm.named_buffers()))}"
             gm.register_buffer(attribute, tensor)
             node = gm.graph.get_attr(attribute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ragged import CASES, TOLERANCE, Case, arguments, relative
+from ragged import CASES, TOLERANCE, Case, arguments, drawn, relative
 
 from attnopt.codegen import decode_cpu
 from attnopt.codegen.decode_cpu import Call, Run, calls, runs
@@ -17,7 +17,7 @@ def run(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """What the target gives and what is right, in float64."""
     q, k, v, starts, filled, *spans = arguments(case, dtype)
     found = decode_cpu.decode(q, k, v, starts, filled, case.scale, *spans)
-    assert found.dtype == dtype
+    assert found.dtype == dtype and found.is_contiguous()
     return found, reference(q.double(), k.double(), v.double(), starts, filled, case.scale, *spans)
 
 
@@ -27,6 +27,14 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     found, expected = run(CASES[name], dtype)
     assert relative(found, expected) < TOLERANCE[dtype]
     assert (found[expected.abs().sum(-1) == 0] == 0).all()
+
+
+def test_random_caches() -> None:
+    """Segments, counts, head sharing, tokens and spans drawn at random: what nobody thought of."""
+    for seed in range(80):
+        case = drawn(seed)
+        found, expected = run(case, torch.float32)
+        assert relative(found, expected) < 1e-5, case
 
 
 @pytest.mark.parametrize("name", ["one dense head of four", "spans", "left padding"])

@@ -86,6 +86,18 @@ def test_long_documents_in_every_dtype(dtype, bound, window):
         assert relative(documents_cpu.prefill(*inputs, ids, flags, 0.4, True, window)[0], wide) < bound
 
 
+def test_the_gradient_of_long_windows():
+    """One document that takes the span kernel, one that takes a mask, one that takes neither."""
+    ids = torch.tensor([0] * 600 + [1] * 130 + [2] * 30)[None, None]
+    inputs = [x.requires_grad_() for x in tensors(batch=1, length=760)]
+    expected, _ = reference_documents.prefill(*inputs, ids, None, 0.4, True, 70)
+    found, _ = document_attention(*inputs, ids, None, 0.4, True, 70)
+    weight = torch.randn(found.shape, generator=GENERATOR().manual_seed(4), dtype=found.dtype)
+    wanted = torch.autograd.grad(expected, inputs, weight)
+    for a, b in zip(torch.autograd.grad(found, inputs, weight), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 5), (2, 1)])
 def test_empty_and_single_tokens(batch, length):
     inputs = [x.requires_grad_() for x in tensors(batch=batch, length=length)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ragged import CASES, TOLERANCE, Case, arguments, relative
+from ragged import CASES, TOLERANCE, Case, arguments, drawn, relative
 
 from attnopt.codegen import decode_list, emit, self_check_decode
 from attnopt.codegen.reference_decode import decode as reference
@@ -23,11 +23,12 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 # Chunks of this many slots, so that short segments are divided; some cases run with others too.
 CHUNK = 64
-RUNS = {
+RUNS: dict[str, tuple[str | Case, torch.dtype, int]] = {
     **{f"{name}, float32": (name, torch.float32, CHUNK) for name in CASES},
     **{f"{name}, {d}": (name, d, CHUNK) for name in ("uneven", "spans") for d in (torch.float16, torch.bfloat16)},
     "left padding, whole segments": ("left padding", torch.float32, 512),
     "spans, chunks of 128": ("spans", torch.float32, 128),
+    **{f"drawn {seed}": (drawn(seed), torch.float32, CHUNK) for seed in range(8)},
 }
 OWN_CHECK = SpanDecode("triton", "bfloat16", 4, 2, 16, 24)
 
@@ -80,7 +81,9 @@ def run(case: Case, dtype: torch.dtype, chunk: int) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     for name, (case, dtype, chunk) in RUNS.items():
-        print(json.dumps({"run": name, **run(CASES[case], dtype, chunk)}), flush=True)
+        print(
+            json.dumps({"run": name, **run(CASES[case] if isinstance(case, str) else case, dtype, chunk)}), flush=True
+        )
     module = emit.load(OWN_CHECK)
     try:
         self_check_decode.check(OWN_CHECK, module.decode)

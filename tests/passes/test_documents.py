@@ -228,6 +228,14 @@ def test_something_beside_documents_is_named():
     assert reason == "its documents are not kept apart: something beside causality, a window and padding is in its mask"
 
 
+def test_a_mask_made_outside_the_graph_proves_nothing():
+    """A window or documents all the same: the report says that it does not know."""
+    q, k, v = qkv(batch=BATCH, length=LENGTH)
+    for keep in (window(q, k, v), causal(q, k, v) & same(numbers())):
+        (reason,) = trace(call, q, k, v, keep).left
+        assert "its mask is data over pairs of positions, unproved: " in reason and "[" in reason
+
+
 @pytest.mark.parametrize("name", ["causal", "by positions, window"])
 def test_verification_sees_a_document_that_is_not_kept_apart(name, monkeypatch):
     """Numbers are sampled of several documents, unsorted, so that dropping or moving them shows."""
