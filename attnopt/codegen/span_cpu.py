@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen import native
 from attnopt.codegen.padding_cpu import Run, after_run, real_runs
 
 # Score of a padded key: minus the square of this, times the scale. Finite in float16; exp of it is 0.
@@ -122,7 +123,7 @@ def _prefill(
 ) -> Tensor:
     """The output; logsumexps are written to `lse` (B, H, N) if it is given."""
     batch, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    tune = tune or tuning(q.dtype, q.shape[3])
+    tune, ours = tune or tuning(q.dtype, q.shape[3]), scale > 0 and native.serves(q, v)
     if pad is not None and lse is not None:
         pad = None if bool(pad.all()) else pad
     elif pad is not None:
@@ -132,15 +133,22 @@ def _prefill(
     groups = group_heads(sinks.tolist(), windows.tolist(), k.shape[1], length)
     if len(groups) == 1 and groups[0].window == length and batch and length and lse is None:
         return _all_dense(q, k, v, scale, pad, tune)
-    if batch and length:
-        q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
-        # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     if not out.numel():
         return out
+    if ours:
+        # Dense heads are SDPA's, but where padding has holes.
+        taken = [group for group in groups if pad is not None or group.window < length]
+        chosen = [head for group in taken for head in group.heads]
+        native.prefill(q, k, v, out, lse, sinks, windows, pad, chosen, scale)
+        groups = [group for group in groups if group not in taken]
+        if not groups:
+            return out
+    q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
+    # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     for group in groups:
-        whole = len(groups) == 1
+        whole = len(group.heads) == heads
         target = out if whole else out.new_empty(batch, length, len(group.heads), width).transpose(1, 2)
         sums = None if lse is None else lse.new_empty(batch, len(group.heads), length)
         taken = _take(q, group.heads), _take(k, group.kv_heads), _take(v, group.kv_heads)
