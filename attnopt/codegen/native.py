@@ -1,7 +1,7 @@
 """The CPU's own prefill kernel, span_prefill.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
-It serves bfloat16 on CPUs with a matrix unit for it. Where it cannot be had, no compiler above all, attention runs out
-of torch's own operators (span_cpu.py): slower, the same within rounding, and `unusable` says why.
+It serves float32, and bfloat16 on CPUs with a matrix unit for it. Where it cannot be had, no compiler above all,
+attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and `unusable` says why.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ SOURCE = Path(__file__).with_name("span_prefill.cpp")
 FEATURES = 32
 
 
-def unusable() -> str:
-    """Why the kernel cannot be used in this process; empty where it can. Compiles it at the first call."""
-    return "ATTNOPT_NATIVE is 0" if not settings.native() else _loaded()[1]
+def unusable(dtype: torch.dtype = torch.float32) -> str:
+    """Why the kernel cannot be used for a dtype in this process; empty where it can. Compiles it at the first call."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    if not settings.native():
+        return "ATTNOPT_NATIVE is 0"
+    library, reason = _loaded()
+    if library is not None and dtype == torch.bfloat16 and not library.has_matrix_unit():
+        return "this CPU has no matrix unit for bfloat16"
+    return reason
 
 
 def serves(q: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes q (B, H, N, D) and v (B, G, N, Dv), without a look at their layout."""
     fits = q.shape[3] % FEATURES == 0 and v.shape[3] % FEATURES == 0
-    return q.dtype == torch.bfloat16 and fits and q.device.type == "cpu" and not unusable()
+    return fits and q.device.type == "cpu" and not unusable(q.dtype)
 
 
 def prefill(
@@ -39,19 +46,21 @@ def prefill(
 ) -> None:  # fmt: skip
     """The query heads `heads` of a span prefill, into out (B, H, N, Dv) and, if given, lse float32 (B, H, N).
 
-    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), out: bfloat16; sinks, windows int (H,); pad bool (B, N) or None.
+    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), out: of one dtype; sinks, windows int (H,); pad bool (B, N) or None.
     """
     q, k, v = map(_readable, (q, k, v))
     batch, count, length, dim = q.shape
+    held = (q, k, v, out)
     sizes = (batch, k.shape[1], count // k.shape[1], length, dim, v.shape[3])
-    strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
+    strides = [step for t in held for step in t.stride()[:3]]
     tables = [t.to(torch.int32).contiguous() for t in (sinks, windows)]
     pad = None if pad is None else pad.contiguous()
     assert lse is None or lse.is_contiguous()
     library, _ = _loaded()
     assert library is not None
-    library.prefill(
-        *(_pointer(t) for t in (q, k, v, out)), (ctypes.c_int64 * 12)(*strides), _pointer(lse),
+    run = library.prefill_bfloat16 if q.dtype == torch.bfloat16 else library.prefill_float32
+    run(
+        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 12)(*strides), _pointer(lse),
         *map(_pointer, tables), _pointer(pad), (ctypes.c_int64 * len(heads))(*heads), ctypes.c_int64(len(heads)),
         (ctypes.c_int64 * 6)(*sizes), ctypes.c_float(scale),
     )  # fmt: skip
@@ -75,13 +84,13 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
-        library.prefill.restype = None
-        usable = bool(library.serves())
+        for run in (library.prefill_float32, library.prefill_bfloat16):
+            run.restype = None
+        return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         log.warning(
-            "The CPU prefill in bfloat16 runs out of torch's operators, which takes up to half as long again: its own "
-            "kernel was not compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said
+            "The CPU prefill runs out of torch's operators, up to half as long again: its own kernel was not compiled "
+            "(%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
         )  # fmt: skip
         return None, f"not compiled: {said}"
-    return (library, "") if usable else (None, "this CPU has no matrix unit for bfloat16")

@@ -1,9 +1,10 @@
-// Causal prefill whose heads keep their own sinks and windows, in bfloat16, for CPUs that multiply tiles of it (AMX).
+// Causal prefill whose heads keep their own sinks and windows: in bfloat16, for CPUs that multiply tiles of it (AMX), and
+// in float32.
 //
 // Key j is kept by query i of head h where  j <= i  and  (j < sinks[h] or i - j < windows[h])  and pad[b, j].
 //
-// K and V of a KV head are laid out once, as the matrix unit reads them (pairs along the reduced dimension, "VNNI"). A
-// tile of ROWS queries then walks the live keys: those of the sinks, and those from the window's left end to the
+// The keys of a KV head are transposed once; in bfloat16 keys and values are laid out as the matrix unit reads them, in
+// pairs along the reduced dimension ("VNNI"). A tile of ROWS queries then walks the live keys: those of the sinks, and those from the window's left end to the
 // diagonal, in whole blocks. Only runs at an edge, or with padding in them, are masked.
 //
 // ROWS, BLOCK, SPAN by share of the work-saved ideal, 8192 keys, bfloat16, one thread of a Xeon with AMX, torch 2.13:
@@ -25,6 +26,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -42,10 +44,11 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 enum Live : uint8_t { DEAD, WHOLE, MIXED };
 
+template <typename T>
 struct Tensor {
-  BFloat16* data;
+  T* data;
   int64_t batch, head, row;  // strides, in elements
-  BFloat16* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
 struct Shape {
@@ -61,13 +64,16 @@ float largest(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x);
 }
 
-// keys (n, dim), n <= BLOCK, into columns of (dim / 2, pitch, 2); what is missing of the block is zero.
+// keys (n, dim), n <= BLOCK, into columns of (dim, pitch); what is missing of the block is zero.
+void lay_out_keys(const float* keys, int64_t row, int64_t n, int64_t dim, float* to, int64_t pitch) {
+  for (int64_t d = 0; n < BLOCK && d < dim; d++) std::fill_n(to + d * pitch, BLOCK, 0.0f);
+  at::vec::transpose_mxn<float>(keys, row, to, pitch, n, dim);
+}
+
+// The same in pairs of features, (dim / 2, pitch, 2): a pair is moved as one word, whose bits no transposition changes.
 void lay_out_keys(const BFloat16* keys, int64_t row, int64_t n, int64_t dim, BFloat16* to, int64_t pitch) {
-  // Two features are moved as one word; a transposition changes no bits of it.
-  auto from = reinterpret_cast<const float*>(keys);
-  auto words = reinterpret_cast<float*>(to);
-  for (int64_t d = 0; n < BLOCK && d < dim / 2; d++) std::fill_n(words + d * pitch, BLOCK, 0.0f);
-  at::vec::transpose_mxn<float>(from, row / 2, words, pitch, n, dim / 2);
+  lay_out_keys(
+      reinterpret_cast<const float*>(keys), row / 2, n, dim / 2, reinterpret_cast<float*>(to), pitch);
 }
 
 // values (n, dim), n <= BLOCK, into (BLOCK / 2, dim, 2).
@@ -89,10 +95,31 @@ __attribute__((optimize("tree-vectorize"))) void lay_out_values(
   }
 }
 
+// c (m, n) = a (m, k) b (k, n), added to c if `add`; leading dimensions follow their matrices. b in bfloat16: laid out.
+template <typename T>
+void multiply(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
+}
+
+// The weight of scores relative to the largest: bfloat16 keeps 8 of the 20 bits that the quick exponential has.
+template <typename T>
+Vec exponential(Vec x) {
+  return std::is_same_v<T, float> ? x.exp() : x.exp_u20();
+}
+
+void store(Vec a, Vec b, BFloat16* to) { at::vec::convert_from_float<BFloat16>(a, b).store(to); }
+
+void store(Vec a, Vec b, float* to) {
+  a.store(to);
+  b.store(to + Vec::size());
+}
+
 // One tile of one head: scores, weights, and per row the largest score, the sum of weights, the weighted sum of values.
+template <typename T>
 struct Tile {
   std::vector<float> scores, sums, top, total;
-  std::vector<BFloat16> weights;
+  std::vector<T> weights;
 
   explicit Tile(int64_t dim_v)
       : scores(ROWS * SPAN), sums(ROWS * dim_v), top(ROWS), total(ROWS), weights(ROWS * SPAN) {}
@@ -125,12 +152,12 @@ struct Tile {
     // A row that has met no kept key yet: -inf minus -inf would be NaN.
     float base = now == NONE ? 0.0f : now;
     Vec factor(scale), away(-base), all(0.0f);
-    BFloat16* to = &weights[r * columns];
+    T* to = &weights[r * columns];
     for (int64_t c = 0; c < columns; c += 2 * Vec::size()) {
-      Vec a = at::vec::fmadd(Vec::loadu(row + c), factor, away).exp_u20();
-      Vec b = at::vec::fmadd(Vec::loadu(row + c + Vec::size()), factor, away).exp_u20();
+      Vec a = exponential<T>(at::vec::fmadd(Vec::loadu(row + c), factor, away));
+      Vec b = exponential<T>(at::vec::fmadd(Vec::loadu(row + c + Vec::size()), factor, away));
       all = all + a + b;
-      at::vec::convert_from_float<BFloat16>(a, b).store(to + c);
+      store(a, b, to + c);
     }
     float shrink = std::exp(top[r] - base);
     total[r] = total[r] * shrink + sum(all);
@@ -140,36 +167,29 @@ struct Tile {
     for (float* x = &sums[r * dim_v]; x < &sums[r * dim_v] + dim_v; x += Vec::size()) (Vec::loadu(x) * less).store(x);
   }
 
-  void write(int64_t rows, int64_t dim_v, BFloat16* out, int64_t out_row, float* lse) const {
+  void write(int64_t rows, int64_t dim_v, T* out, int64_t out_row, float* lse) const {
     for (int64_t r = 0; r < rows; r++) {
       Vec share(total[r] > 0 ? 1.0f / total[r] : 0.0f);
       for (int64_t d = 0; d < dim_v; d += 2 * Vec::size()) {
         const float* x = &sums[r * dim_v + d];
-        at::vec::convert_from_float<BFloat16>(Vec::loadu(x) * share, Vec::loadu(x + Vec::size()) * share)
-            .store(out + r * out_row + d);
+        store(Vec::loadu(x) * share, Vec::loadu(x + Vec::size()) * share, out + r * out_row + d);
       }
       if (lse != nullptr) lse[r] = total[r] > 0 ? top[r] + std::log(total[r]) : NONE;
     }
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-// Whether this CPU has a matrix unit for bfloat16; without one the layout above would only cost time.
-int serves() { return at::native::cpublas::could_pack(at::kBFloat16); }
-
 // q, k, v, out (B, heads, N, ·): data, and strides of batch, head and row; features one after the other, dim and dim_v
 // multiples of 32. lse (B, H, N), contiguous, or null. sinks, windows (H,). heads: the query heads to compute, `count`
-// of them. pad (B, N), contiguous, or null.
+// of them. pad (B, N), contiguous, or null. sizes: those of Shape.
+template <typename T>
 void prefill(
-    BFloat16* q_data, BFloat16* k_data, BFloat16* v_data, BFloat16* out_data, const int64_t* strides, float* lse,
-    const int* sinks, const int* windows, const bool* pad, const int64_t* heads, int64_t count, const int64_t* sizes,
-    float scale) {
+    T* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
+    const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
+  constexpr bool PAIRS = !std::is_same_v<T, float>;
   Shape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-  Tensor q{q_data, strides[0], strides[1], strides[2]}, k{k_data, strides[3], strides[4], strides[5]};
-  Tensor v{v_data, strides[6], strides[7], strides[8]}, out{out_data, strides[9], strides[10], strides[11]};
+  Tensor<T> q{data[0], strides[0], strides[1], strides[2]}, k{data[1], strides[3], strides[4], strides[5]};
+  Tensor<T> v{data[2], strides[6], strides[7], strides[8]}, out{data[3], strides[9], strides[10], strides[11]};
   int64_t blocks = s.blocks();
 
   std::vector<uint8_t> live(s.batch * blocks, WHOLE);
@@ -183,8 +203,8 @@ void prefill(
   std::vector<std::vector<int64_t>> readers(s.kv_heads);
   for (int64_t n = 0; n < count; n++) readers[heads[n] / s.share].push_back(heads[n]);
   int64_t pitch = blocks * BLOCK + APART;
-  std::unique_ptr<BFloat16[]> keys(new BFloat16[pitch * s.dim]);
-  std::unique_ptr<BFloat16[]> values(new BFloat16[blocks * BLOCK * s.dim_v]);
+  std::unique_ptr<T[]> keys(new T[pitch * s.dim]);
+  std::unique_ptr<T[]> values(PAIRS ? new T[blocks * BLOCK * s.dim_v] : nullptr);
   int64_t tiles = (s.length + ROWS - 1) / ROWS;
 
   for (int64_t group = 0; group < s.batch * s.kv_heads; group++) {
@@ -195,15 +215,15 @@ void prefill(
     at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         int64_t first = n * BLOCK, size = std::min(BLOCK, s.length - first);
-        lay_out_keys(k.at(b, g, first), k.row, size, s.dim, &keys[first * 2], pitch);
-        lay_out_values(v.at(b, g, first), v.row, size, s.dim_v, &values[first * s.dim_v]);
+        lay_out_keys(k.at(b, g, first), k.row, size, s.dim, &keys[first * (PAIRS ? 2 : 1)], pitch);
+        if constexpr (PAIRS) lay_out_values(v.at(b, g, first), v.row, size, s.dim_v, &values[first * s.dim_v]);
       }
     });
     // Tiles are taken one by one, the late and long ones first: heads differ too much to be dealt out beforehand.
     int64_t items = tiles * static_cast<int64_t>(here.size());
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      Tile tile(s.dim_v);
+      Tile<T> tile(s.dim_v);
       for (int64_t at = next++; at < items; at = next++) {
         int64_t head = here[at % here.size()], first = (tiles - 1 - at / static_cast<int64_t>(here.size())) * ROWS;
         int64_t rows = std::min(ROWS, s.length - first), last = (first + rows + BLOCK - 1) / BLOCK;
@@ -214,9 +234,9 @@ void prefill(
 
         auto attend = [&](int64_t from, int64_t to) {
           int64_t columns = (to - from) * BLOCK, base = from * BLOCK;
-          at::native::cpublas::brgemm(
-              rows, columns, s.dim, q.row, pitch, columns, false, q.at(b, head, first), &keys[base * 2],
-              tile.scores.data());
+          multiply(
+              rows, columns, s.dim, q.at(b, head, first), q.row, &keys[base * (PAIRS ? 2 : 1)], pitch,
+              tile.scores.data(), columns, false);
           bool mixed = std::any_of(alive + from, alive + to, [](uint8_t x) { return x != WHOLE; });
           bool inside = base >= first + rows - window || base + columns <= sink;
           bool edge = mixed || !inside || base + columns > first;
@@ -226,9 +246,11 @@ void prefill(
             }
             tile.weigh(r, columns, s.dim_v, scale);
           }
-          at::native::cpublas::brgemm(
-              rows, s.dim_v, columns, columns, s.dim_v, s.dim_v, true, tile.weights.data(), &values[base * s.dim_v],
-              tile.sums.data());
+          // Past the last key weights are 0, but only values that were laid out can be read there.
+          const T* seen = PAIRS ? &values[base * s.dim_v] : v.at(b, g, base);
+          multiply(
+              rows, s.dim_v, PAIRS ? columns : std::min(columns, s.length - base), tile.weights.data(), columns, seen,
+              PAIRS ? s.dim_v : v.row, tile.sums.data(), s.dim_v, true);
         };
         // Runs of live blocks, SPAN keys at most.
         auto walk = [&](int64_t from, int64_t to) {
@@ -246,8 +268,27 @@ void prefill(
         float* sums = lse == nullptr ? nullptr : lse + (b * s.kv_heads * s.share + head) * s.length + first;
         tile.write(rows, s.dim_v, out.at(b, head, first), out.row, sums);
       }
-      at::native::cpublas::brgemm_release();
+      at::native::cpublas::brgemm_release(PAIRS);
     });
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this CPU has a matrix unit for bfloat16; without one the layout above would only cost time.
+int has_matrix_unit() { return at::native::cpublas::could_pack(at::kBFloat16); }
+
+void prefill_bfloat16(
+    BFloat16* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
+    const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
+  prefill<BFloat16>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+}
+
+void prefill_float32(
+    float* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
+    const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
+  prefill<float>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
 }
 }

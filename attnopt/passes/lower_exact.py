@@ -202,9 +202,7 @@ def choose(program: Program, region: Region) -> Form | Refusal:
     if documents.numbers_of(region) and (no := documents.unlike_documents(program, region)) is not None:
         return no
     if opaque := ", ".join(map(str, region.site.mask.opaque)):
-        seen = (
-            f"already a single attention call; its mask is data over pairs of positions, unproved: {opaque}"
-        )
+        seen = f"already a single attention call; its mask is data over pairs of positions, unproved: {opaque}"
         return Refusal(seen, code="mask-is-data")
     reason = f"already a single attention call, and none is cheaper for keys {region.site.mask}"
     return Refusal(reason, code="already-one-call")
