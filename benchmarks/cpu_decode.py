@@ -5,7 +5,8 @@
 One query a head. A cache has 64 sinks and a window for each KV head; *ideal* is how many times fewer slots it holds
 than the dense one. A ratio says how many times as fast the emitted kernel is as
 
-    packed   SDPA on the dense cache, the query heads of a KV head packed into rows
+    packed   SDPA on the dense cache, the query heads of a KV head packed into rows; where sequences differ in length,
+             under the mask that this takes
     grouped  SDPA on the dense cache as it is usually called, with enable_gqa
     padded   one SDPA call on the same spans, every head padded to the longest, under an additive mask
     flex     compiled FlexAttention on the dense cache, with the same spans as a block mask
@@ -38,7 +39,9 @@ QUICK = ("--quick",)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 SINKS = 64
 # Windows of eight KV heads, 0 for a dense one; more heads take them in turn.
-MIXTURES = {"mixed": (256, 256, 256, 256, 1024, 1024, 2048, 0), "W1024": (1024,) * 8}
+MIXED = (256, 256, 256, 256, 1024, 1024, 2048, 0)
+# Uneven: every sequence of the batch has a length of its own, from all tokens down to little over half of them.
+MIXTURES = {"mixed": MIXED, "W1024": (1024,) * 8, "uneven": MIXED}
 # (query heads, KV heads, batch, tokens)
 SIZES = [(32, 8, 1, 8192), (32, 8, 1, 16384), (32, 32, 1, 8192), (32, 8, 8, 8192)]
 SHORT = [(32, 8, 1, length) for length in (256, 512, 1024, 2048, 4096)]
@@ -61,8 +64,18 @@ class Case:
         return [min(SINKS + window, self.length) if window else self.length for window in windows]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        shorter = self.length // (2 * self.batch) if self.spans == "uneven" else 0
+        return [self.length - entry * shorter for entry in range(self.batch)]
+
+    @property
+    def filled(self) -> list[list[int]]:
+        return [[min(size, length) for size in self.capacities] for length in self.lengths]
+
+    @property
     def ideal(self) -> float:
-        return self.kv_heads * self.length / sum(self.capacities)
+        return self.batch * self.kv_heads * self.length / sum(map(sum, self.filled))
 
     def facts(self) -> dict[str, Any]:
         heads = f"{self.heads}/{self.kv_heads}"
@@ -99,7 +112,7 @@ def cache_of(case: Case) -> Cache:
         return torch.cat(parts, 1)
 
     starts = torch.tensor([0, *case.capacities]).cumsum(0, dtype=torch.int32)
-    filled = torch.tensor([case.capacities] * case.batch, dtype=torch.int32)
+    filled = torch.tensor(case.filled, dtype=torch.int32)
     return Cache(q, k, v, kept(k), kept(v), starts, filled)
 
 
@@ -107,13 +120,23 @@ def padded_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
     """Every head padded to the longest, the mask in the dtype of q and made once: SDPA converts a boolean one."""
     longest = max(case.capacities)
     shape = (case.batch, case.kv_heads, longest, case.dim)
-    k, v, mask = cache.q.new_zeros(shape), cache.q.new_zeros(shape), cache.q.new_zeros(1, case.kv_heads, 1, longest)
+    k, v, mask = cache.q.new_zeros(shape), cache.q.new_zeros(shape), cache.q.new_zeros(*shape[:2], 1, longest)
     for group, (start, size) in enumerate(zip(cache.starts.tolist(), case.capacities, strict=False)):
         k[:, group, :size], v[:, group, :size] = cache.kept_k[:, start:][:, :size], cache.kept_v[:, start:][:, :size]
-        mask[:, group, :, size:] = float("-inf")
+        for entry, counts in enumerate(case.filled):
+            mask[entry, group, :, counts[group] :] = float("-inf")
     rows = cache.q.view(case.batch, case.kv_heads, -1, case.dim)
     mask = mask.expand(-1, -1, rows.shape[2], -1).contiguous()
     return lambda: F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+
+
+def dense_mask(case: Case, cache: Cache) -> Tensor | None:
+    """(B, 1, 1, N), additive, where sequences differ in length; None where they do not."""
+    if len(set(case.lengths)) == 1:
+        return None
+    ends = torch.tensor(case.lengths)[:, None, None, None]
+    mask = torch.zeros(case.batch, 1, 1, case.length, dtype=cache.q.dtype)
+    return mask.masked_fill_(torch.arange(case.length) >= ends, float("-inf"))
 
 
 def flex_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
@@ -137,12 +160,12 @@ def measure(case: Case, repeats: int, flex: bool) -> Row:
     cache = cache_of(case)
     spec = SpanDecode("cpu", case.dtype, case.heads, case.kv_heads, case.dim, case.dim)
     module, scale = load(spec), case.dim**-0.5
-    rows = cache.q.view(case.batch, case.kv_heads, -1, case.dim)
+    rows, mask = cache.q.view(case.batch, case.kv_heads, -1, case.dim), dense_mask(case, cache)
     calls: dict[str, Callable[[], Tensor]] = {
         "spans": lambda: module.decode(cache.q, cache.kept_k, cache.kept_v, cache.starts, cache.filled, scale),
-        "packed": lambda: F.scaled_dot_product_attention(rows, cache.k, cache.v),
+        "packed": lambda: F.scaled_dot_product_attention(rows, cache.k, cache.v, attn_mask=mask),
         "grouped": lambda: F.scaled_dot_product_attention(
-            cache.q, cache.k, cache.v, enable_gqa=case.heads != case.kv_heads
+            cache.q, cache.k, cache.v, attn_mask=mask, enable_gqa=case.heads != case.kv_heads
         ),
     }
     if len(set(case.capacities)) > 1:
@@ -174,7 +197,7 @@ def cases(args: argparse.Namespace) -> list[tuple[Case, bool]]:
         for dtype in args.dtype:
             for dim in args.dim:
                 for sizes in SIZES:
-                    for spans in MIXTURES:
+                    for spans in MIXTURES if sizes[2] > 1 else ("mixed", "W1024"):
                         flex = args.flex and spans == "mixed" and sizes in SIZES[:2]
                         found.append((Case(threads, dtype, dim, *sizes, spans), flex))
             found += [(Case(threads, dtype, 128, *sizes, "mixed"), False) for sizes in SHORT]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import SCHEMA, Row, Run
+from benchmarks.record import SCHEMA, Aim, Row, Run
 
 
 def exact_prefill(data: dict[str, Any]) -> Run:
     """A cell is a row; what was skipped or failed is a note."""
-    from benchmarks.exact_prefill import TOLERANCE
+    from benchmarks.exact_prefill import AIM, FLOOR, TOLERANCE
 
     rows, notes = [], []
     for cell in data["rows"]:
@@ -26,7 +27,16 @@ def exact_prefill(data: dict[str, Any]) -> Run:
         found = {"inductor": cell["ratio"]} if "ratio" in cell else {}
         low = {"inductor": cell["low"]} if "low" in cell else {}
         rows.append(Row(case, errors["attnopt"], limit, found, low, cell.get("milliseconds", {})))
-    return Run("exact_prefill", rows, data["environment"], notes=notes)
+    timed = [row for row in rows if not row.wrong and row.ratios]
+    aims = []
+    if timed:
+        mean = statistics.geometric_mean(row.ratios["inductor"] for row in timed)
+        least = min(row.lower["inductor"] for row in timed)
+        aims = [
+            Aim("geometric mean over inductor", AIM, mean),
+            Aim("lower bound over inductor, every cell", FLOOR, least),
+        ]
+    return Run("exact_prefill", rows, data["environment"], aims, notes)
 
 
 def end_to_end(data: dict[str, Any]) -> Run:

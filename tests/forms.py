@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnopt.codegen.equal_runs import equal_runs
 from attnopt.masks.expressions import Affine, Quotient, Read
 from attnopt.masks.kernel_form import Form, Slot
+from attnopt.masks.live_range import documents
 from attnopt.masks.predicates import BoolLoad, at_least_zero, equal_zero, single
 from attnopt.masks.values import Sum
 
@@ -73,7 +75,13 @@ CASES = {
     "packed documents": Case(
         Form(CAUSAL & equal_zero(value(BATCH, QUERY) - value(BATCH, J))), Form(CAUSAL), ("documents",)
     ),
+    "documents in any order, both sides": Case(
+        Form(equal_zero(value(BATCH, QUERY) - value(BATCH, J))), Form(), ("any documents",)
+    ),
     "prefix": Case(Form(CAUSAL | first(value(BATCH))), Form(CAUSAL | first(value(BATCH) + 1)), ("start",)),
+    "the next entry's start": Case(
+        Form(CAUSAL & first(value(BATCH + 1))), Form(CAUSAL & first(value(BATCH))), ("starts",)
+    ),
     "rows and keys padded": Case(
         Form(PAD & single(BoolLoad(Slot(0, "bool"), (BATCH, QUERY)))), Form(PAD), ("pad",)
     ),
@@ -83,6 +91,17 @@ CASES = {
         ("slopes",),
     ),
     "table of distances": Case(Form(CAUSAL & window(40), Sum.atom(TABLE)), Form(CAUSAL & window(40)), ("table",)),
+    # Backwards where the index is negative.
+    "table read from its end": Case(
+        Form(added=Sum.atom(read(HEAD, QUERY - J, dtype="float32"))),
+        Form(added=Sum.atom(read(HEAD, J - QUERY, dtype="float32"))),
+        ("table",),
+    ),
+    "one row of flags": Case(
+        Form(single(BoolLoad(Slot(0, "bool"), (BATCH, ZERO + 2, J)))),
+        Form(single(BoolLoad(Slot(0, "bool"), (BATCH, ZERO + 1, J)))),
+        ("rows of flags",),
+    ),
     "data over pairs": Case(
         Form(CAUSAL, Sum.of({(read(BATCH, ZERO, QUERY, J, dtype="float32"),): 2.0})),
         Form(CAUSAL, Sum.of({(read(BATCH, ZERO, QUERY, J, dtype="float32"),): 2.1})),
@@ -105,10 +124,15 @@ def data_of(name: str, queries: int, keys: int) -> Tensor:
     makers = {
         "pad": lambda: torch.rand(B, keys) > 0.3,
         "documents": lambda: torch.randint(0, 4, (B, keys)).sort(descending=True).values,
+        "any documents": lambda: (
+            torch.randint(0, 3, (B, keys // 10 + 1)).repeat_interleave(10, 1)[:, :keys].contiguous()
+        ),
         "start": lambda: torch.tensor([keys // 2 + 5, 3]),
+        "starts": lambda: torch.tensor([5, keys // 2 + 3, 40]),
         "slopes": lambda: torch.rand(H, 1, 1) + 0.1,
         # Transposed, and wider than what is read.
         "table": lambda: torch.randn(90, H).t(),
+        "rows of flags": lambda: torch.rand(B, 3, keys) > 0.4,
         "pairs": lambda: torch.randn(B, 1, queries, keys),
         "half pairs": lambda: torch.randn(B, 1, queries, keys).bfloat16(),
         "flags": lambda: torch.rand(B, 1, queries, keys) > 0.6,
@@ -129,7 +153,10 @@ def inputs_of(case: Case, queries: int, dim: int = 16) -> tuple:
         for length, heads in ((queries, H), (keys, G), (keys, G))
     )
     sizes = [case.more_keys] if case.form.sizes else []
-    return q, k, v, [data_of(name, queries, keys) for name in case.data], sizes, sink_of(case.form.sink, queries), 0.4
+    data = [data_of(name, queries, keys) for name in case.data]
+    # What kernels that leave out other documents get beside the numbers.
+    data += [equal_runs(data[read.node.number]) for read in documents(case.form)]
+    return q, k, v, data, sizes, sink_of(case.form.sink, queries), 0.4
 
 
 def doubled(inputs: tuple) -> tuple:

@@ -44,6 +44,7 @@ CASES = {
     "empty batch": Case([40, 40], batch=0),
     "spans": Case([300, 40, 40], windows=[DENSE, 100, 30, 30, 20, DENSE]),
     "spans, several tokens": Case([300, 40, 40], tokens=4, windows=[DENSE, 100, 30, 30, 20, 1]),
+    "equal spans, several tokens": Case([90, 40], tokens=3, windows=[50, 50, 9, 9]),
     "spans, positions for all": Case([300, 40], windows=[50, 100, 30, 33], shared_positions=True),
     "nothing in the window": Case([40, 40], windows=[5, 0, 0, 5]),
     "scale zero": Case([40, 90], windows=[5, 9, 50, 99], scale=0.0),

@@ -11,9 +11,10 @@ import torch
 
 import benchmarks.__main__ as front
 from attnopt.ir import Mask, Site
+from benchmarks import performance_document
 from benchmarks.planners import fixed, terms
 from benchmarks.readers import read
-from benchmarks.record import Row, Run
+from benchmarks.record import Aim, Row, Run
 
 RESULTS = Path(front.__file__).parent / "results"
 
@@ -100,3 +101,33 @@ def test_plans_are_not_timed_where_the_kernel_is_wrong(monkeypatch):
     monkeypatch.setattr(terms.ops, "prefill", lambda *given: right(*given) * 1.01)
     with pytest.raises(SystemExit, match=r"a: the kernel of .* is off by 1\.00e-02"):
         terms.times([site], 512, [plan], rounds=1)
+
+
+PLACES = "<!-- aims: begin -->\n<!-- aims: end -->\n<!-- results: begin -->\n<!-- results: end -->\n"
+
+
+def test_the_page_shows_what_was_missed_and_what_is_unmeasured(tmp_path):
+    right, wrong = ({"length": 8}, 1e-3), ({"length": 9}, 1.0)
+    rows = [Row(*case, 1e-2, {"dense": 2.5}, {"dense": 2.25}, {}) for case in (right, wrong)]
+    aims = [Aim("speed", 2.0, 2.5), Aim("more", 3.0, 2.5)]
+    Run("cpu_prefill", rows, {"cpu": "a cpu", "threads": 1, "torch": "2"}, aims, ["a skip"]).save(tmp_path / "one.json")
+    (tmp_path / "page.md").write_text(PLACES)
+    performance_document.write(tmp_path / "page.md", tmp_path, tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "| prefill of per-head spans: speed | ≥ 2 | 2.5 | met |" in text.replace("CPU: ", "")
+    assert "more | ≥ 3 | 2.5 | **missed** |" in text and "1 met, 1 missed, 10 unmeasured" in text
+    assert "GPU: decode, spans by KV head: times as fast as FlexAttention | ≥ 3 |  | goal, unmeasured |" in text
+    assert "| 8 | 2.50 (≥ 2.25) | 1e-03 |" in text and "| 9 | WRONG | 1e+00 |" in text and "- a skip" in text
+    assert "a cpu, 1 thread, torch 2." in text and (tmp_path / "one.svg").exists()
+    again = text
+    performance_document.write(tmp_path / "page.md", tmp_path, tmp_path)
+    assert (tmp_path / "page.md").read_text() == again
+
+
+def test_the_page_is_that_of_the_recorded_results(tmp_path):
+    """After a recorded run: python -m benchmarks document."""
+    page = performance_document.PAGE.read_text(encoding="utf-8")
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    performance_document.write(tmp_path / "page.md", figures=tmp_path)
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
+    assert all((performance_document.FIGURES / path.name).exists() for path in tmp_path.glob("*.svg"))

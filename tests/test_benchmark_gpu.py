@@ -18,7 +18,7 @@ from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
 CPU = torch.device("cpu")
-SMALL = Sizes(32, 8, (16,), (96,), ((96, (2,)),), (50, 1), 64)
+SMALL = Sizes(32, 8, (16,), (96,), ((96, (1,)),), (50, 1), 64)
 
 
 def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "decode", "backward"}
+    assert kinds == {"prefill", "decode", "backward", "masked"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():

@@ -74,10 +74,3 @@ def test_gradients_of_sliding_windows(eagerly):
     found = gradients(model, compiled(model))
     assert [r.lowering for r in backend.reports()[0].rewrites] == ["span kernel, window 7"]
     assert_close(found, gradients(model, model), 1e-10)
-
-
-def test_active_dropout_is_left_alone(eagerly):
-    model = build("llama", attention_dropout=0.1, num_hidden_layers=1).train()
-    gradients(model, compiled(model, plan=make_plan(LLAMA)))
-    assert not rewritten()
-    assert {m.code for m in backend.reports()[0].misses} == {"dropout-active"}

@@ -158,10 +158,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call, kept: Kep
     if kept is not None:
         keep = _columns(kept.keep, call)
         if not bool(keep.all()):
-            mask = _columns(kept.mask, call).expand(-1, -1, q.shape[2], -1)
+            mask = _by_row(_columns(kept.mask, call), q)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
             # What SDPA makes of a row that keeps nothing differs between its kernels.
-            return out.masked_fill_(~keep.any(-1, keepdim=True), 0.0)
+            return out.masked_fill_(~_by_row(keep.any(-1, keepdim=True), q), 0.0)
     if call.used >= SPLIT_FROM and min(call.shape[:2]) == 1 and keys.shape[3] == values.shape[3]:
         parts = torch.get_num_threads() // (call.shape[0] * call.shape[1])
         if parts > 1:
@@ -200,28 +200,23 @@ def _values(sinks: Tensor, windows: Tensor) -> tuple[tuple[int, ...], tuple[int,
     return tuple(sinks.tolist()), tuple(windows.tolist())
 
 
+# A table takes 8 bytes a slot and row, of the 512 that a slot of 128 bfloat16 takes itself.
 @lru_cache(maxsize=64)
-def spans_of_slots(
-    starts: tuple[int, ...], sinks: tuple[int, ...], windows: tuple[int, ...]
-) -> tuple[Tensor, Tensor, bool]:
-    """Sinks and windows int32 (share, 1, C) of the query heads that read a slot, and whether those of each KV head
-    agree."""
+def spans_of_slots(starts: tuple[int, ...], sinks: tuple[int, ...], windows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Sinks and windows int32 (S, 1, C) of the query heads that read a slot; S as in `Kept`."""
     share = len(windows) // (len(starts) - 1)
     sizes = torch.tensor(capacities_of(starts))
     with torch.inference_mode(False):
         tables = [torch.tensor(x, dtype=torch.int32).view(-1, share) for x in (sinks, windows)]
-        agree = all(bool((x == x[:, :1]).all()) for x in tables)
+        if all(bool((x == x[:, :1]).all()) for x in tables):
+            tables = [x[:, :1] for x in tables]
         sink, window = (x.repeat_interleave(sizes, 0).t()[:, None].contiguous() for x in tables)
-    return sink, window, agree
+    return sink, window
 
 
-def _kept(
-    positions: Tensor, at: Tensor, tokens: int, spans: tuple[Tensor, Tensor, bool], dtype: torch.dtype
-) -> Kept | None:
+def _kept(positions: Tensor, at: Tensor, tokens: int, spans: tuple[Tensor, Tensor], dtype: torch.dtype) -> Kept | None:
     """What T queries from the positions at (B,) on keep of slots that hold positions (B, C); None if they keep all."""
-    sink, window, agree = spans
-    if agree and tokens == 1:
-        sink, window = sink[:1], window[:1]
+    sink, window = spans
     held = positions[:, None, None, :]
     back = (at[:, None] + torch.arange(tokens, dtype=at.dtype))[:, None, :, None] - held
     keep = (back < window) | (held < sink)
@@ -232,8 +227,13 @@ def _kept(
 
 
 def _columns(x: Tensor, call: Call) -> Tensor:
-    """The filled slots of a call, as a view (entries, heads, S * T, used) of x (B, S, T, C), which is contiguous."""
-    rows, slots = x.shape[1] * x.shape[2], x.shape[3]
-    shape = (*call.shape[:2], rows, call.used)
-    offset = x.storage_offset() + call.entry * rows * slots + call.start
-    return x.as_strided(shape, (rows * slots, call.stride, slots, 1), offset)
+    """The filled slots of a call, as a view (entries, heads, S, T, used) of x (B, S, T, C), which is contiguous."""
+    batch, head, row, _ = x.stride()
+    shape = (*call.shape[:2], x.shape[1], x.shape[2], call.used)
+    offset = x.storage_offset() + call.entry * batch + call.start
+    return x.as_strided(shape, (batch, call.stride, head, row, 1), offset)
+
+
+def _by_row(x: Tensor, q: Tensor) -> Tensor:
+    """x (entries, heads, S, T, n) -> (entries, heads, rows, n) for q (entries, heads, rows, D); rows are by head."""
+    return x.expand(-1, -1, q.shape[2] // x.shape[3], -1, -1).flatten(2, 3)

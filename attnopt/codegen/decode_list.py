@@ -24,6 +24,10 @@ BLOCK = 64
 OVERHEAD = 64
 # Programs that an SM holds at once in the model.
 PER_SM = 2
+# Quarters of its longest segment to which a cache is filled, and how much each counts: it grows through all of them,
+# and then rings stay full. For the full cache alone, dense heads would take chunks as long as the slots allow, which
+# leaves half of the programs idle at half the length.
+LIFE = {4: 3, 3: 1, 2: 1, 1: 1}
 CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 1024))
 
 
@@ -62,10 +66,15 @@ def makespan(capacities: tuple[int, ...], batch: int, chunk: int, slots: int) ->
 
 @lru_cache(maxsize=256)
 def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> int:
-    """The chunk with the least modelled makespan, the longest of equals: fewer partial results."""
+    """The chunk with the least modelled makespan over a `LIFE`, the longest of equals: fewer partial results."""
     longest = max(capacities, default=0)
-    fitting = [chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]
-    return min(reversed(fitting), key=lambda chunk: makespan(capacities, batch, chunk, slots))
+
+    def cost(chunk: int) -> int:
+        levels = ((longest * quarters // 4, weight) for quarters, weight in LIFE.items())
+        parts = ((tuple(min(size, level) for size in capacities), weight) for level, weight in levels)
+        return sum(weight * makespan(part, batch, chunk, slots) for part, weight in parts)
+
+    return min(reversed([chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]), key=cost)
 
 
 def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:

@@ -25,28 +25,32 @@ from attnopt.registry import TARGETS
 
 # Query rows, keys per block, warps, pipeline stages.
 Launch = tuple[int, int, int, int]
-LAUNCH_HALF: Launch = (128, 64, 8, 3)
+# On gfx942 stages cost shared memory, of which there is 64 KiB, and blocks of 64 keys more registers than there are.
+LAUNCHES_HALF: dict[str, Launch] = {"cuda": (128, 64, 8, 3), "hip": (128, 32, 8, 1)}
 # Data over pairs of positions takes registers and shared memory of its own, a head dimension of 256 more of both.
-LAUNCH_HALF_SMALL: Launch = (64, 64, 4, 2)
-LAUNCH_HALF_256: Launch = (64, 32, 4, 2)
+LAUNCHES_PAIRS: dict[str, Launch] = {"cuda": (64, 64, 4, 2), "hip": (64, 32, 4, 1)}
+LAUNCHES_HALF_256: dict[str, Launch] = {"cuda": (64, 32, 4, 2), "hip": (64, 32, 4, 1)}
 # float32 goes without tensor cores, which would round to tf32, and so needs small tiles.
-LAUNCH_FLOAT: Launch = (32, 32, 8, 1)
-LAUNCH_FLOAT_128: Launch = (32, 16, 8, 1)
+LAUNCHES_FLOAT: dict[str, Launch] = dict.fromkeys(("cuda", "hip"), (32, 32, 8, 1))
+LAUNCHES_FLOAT_128: dict[str, Launch] = dict.fromkeys(("cuda", "hip"), (32, 16, 8, 1))
 
 
-def launch(spec: MaskedPrefill) -> Launch:
-    """The shipped launch configuration; tests compile it ahead of time for three forms and check its spills."""
+def launches(spec: MaskedPrefill) -> dict[str, Launch]:
+    """The shipped launch configurations of `spec`; tests compile those of three forms ahead of time."""
     dim = padded_dim(max(spec.head_dim, spec.head_dim_v))
     if spec.dtype == "float32":
-        return LAUNCH_FLOAT if dim <= 64 else LAUNCH_FLOAT_128
+        return LAUNCHES_FLOAT if dim <= 64 else LAUNCHES_FLOAT_128
     if dim > 128:
-        return LAUNCH_HALF_256
-    return LAUNCH_HALF_SMALL if FormText(form_from(spec.form)).pairs else LAUNCH_HALF
+        return LAUNCHES_HALF_256
+    return LAUNCHES_PAIRS if FormText(form_from(spec.form)).pairs else LAUNCHES_HALF
 
 
 def _header(spec: MaskedPrefill, text: FormText) -> str:
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    config = ", ".join(f'"{n}": {x}' for n, x in zip(names, launch(spec), strict=True))
+    configs = {
+        device: "{" + ", ".join(f'"{n}": {x}' for n, x in zip(names, row, strict=True)) + "}"
+        for device, row in launches(spec).items()
+    }
     constants = ""
     if text.form.softcap or text.form.added.terms or text.form.sink in ("h", "bhi"):
         constants = f"\n# Scores are in base 2.\nLOG2E = tl.constexpr({LOG2E})"
@@ -59,7 +63,11 @@ import torch
 import triton
 import triton.language as tl
 
-LAUNCH = {{{config}}}{constants}
+LAUNCHES = {{
+    "cuda": {configs["cuda"]},
+    "hip": {configs["hip"]},
+}}
+LAUNCH = LAUNCHES["hip" if torch.version.hip else "cuda"]{constants}
 '''
 
 
@@ -69,7 +77,7 @@ def _kernel_start(spec: MaskedPrefill, text: FormText) -> str:
     strides = "".join(f"\n    {name}," for name in text.strides)
     counted = ", ".join(f'"{name}"' for name in ("queries", "keys", "tiles", *text.counted))
     reads = indented(text.row_lines, 4)
-    last = "\n    last = tl.minimum(first + BLOCK_M, queries) - 1" if "last" in "".join(text.range_lines) else ""
+    last = "\n    last = tl.minimum(first + BLOCK_M, queries) - 1" if "last" in text.bound_names else ""
     rows = "\n    i = rows[:, None]" if text.uses("i") else ""
     return f'''
 
@@ -202,7 +210,7 @@ def _launcher(spec: MaskedPrefill, text: FormText) -> str:
 
 # Chosen by TRITON_INTERPRET when this file is imported.
 INTERPRETED = not isinstance(masked_prefill, triton.JITFunction)
-DTYPES = ({"".join(f"torch.{slot.dtype}, " for slot in text.form.slots).rstrip()})
+DTYPES = ({"".join(f"torch.{name}, " for name in text.dtypes)[: -1 if len(text.dtypes) == 1 else -2]})
 
 
 def _check(q, k, v, tensors, sizes):
@@ -278,15 +286,16 @@ def _aot(spec: MaskedPrefill, text: FormText) -> str:
     fixed = "".join(f', "{n}": 1' for n in ones)
     return f'''
 
-def aot_signature():
-    """What triton.compile needs, as the JIT would have it for aligned tensors."""
+def aot_signature(device="cuda"):
+    """What triton.compile needs, as the JIT would have it for aligned tensors; device: "cuda" or "hip"."""
     signature = {{{lines}
     }}
     aligned = ({names}
     )
     attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}}
-    constexprs = {{"BLOCK_M": LAUNCH["BLOCK_M"], "BLOCK_N": LAUNCH["BLOCK_N"]{fixed}}}
-    options = {{name: LAUNCH[name] for name in ("num_warps", "num_stages")}} | {{"enable_fp_fusion": True}}
+    config = LAUNCHES[device]
+    constexprs = {{"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]{fixed}}}
+    options = {{name: config[name] for name in ("num_warps", "num_stages")}} | {{"enable_fp_fusion": True}}
     return {{"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}}
 '''
 

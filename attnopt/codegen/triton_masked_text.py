@@ -7,15 +7,16 @@ from __future__ import annotations
 import textwrap
 from functools import cached_property
 
-from attnopt.masks.expressions import Affine, Read, atom_variables
+from attnopt.masks.expressions import Affine, Call, Read, atom_variables
 from attnopt.masks.kernel_form import Form, Slot
 from attnopt.masks.kernel_text import KernelText, nonnegative
-from attnopt.masks.live_range import Bound, Live, live_range
+from attnopt.masks.live_range import Bound, Live, document, documents, live_range
 from attnopt.masks.predicates import literal_reads, literal_variables
 from attnopt.masks.printing import sum_text
 from attnopt.masks.values import monomial_reads, monomial_variables
 
 LOG2E = 1.4426950408889634
+BATCH = Affine.var("b")
 WIDTH = 120
 POINTERS = {
     "bool": "u8", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
@@ -42,8 +43,21 @@ class FormText:
             if slot.dtype not in POINTERS:
                 raise ValueError(f"the triton target reads no {slot.dtype}")
         self.live: Live = live_range(form)
+        self.documents = documents(form)
+        self.numbers = self._numbers()
         self.names = self._named()
         self.print = KernelText(self.names)
+
+    def _numbers(self) -> set[Read | Call]:
+        """Reads of document numbers that are only compared: two are equal where the documents' first keys are."""
+        found = {r for c in self.form.clauses if document(c) for x in c for r in literal_reads(x)}
+        others = {r for c in self.form.clauses if not document(c) for x in c for r in literal_reads(x)}
+        return found - others - {r for m, _ in self.form.added.terms for r in monomial_reads(m)}
+
+    @property
+    def read_slots(self) -> list[Slot]:
+        """Tensors that are read themselves."""
+        return sorted({r.node for r in self.form.reads if r not in self.numbers}, key=lambda slot: slot.number)
 
     def _named(self) -> dict[Read, str]:
         """``t0_bj`` for ``t0[b, j]``; a number where the index is more than variables."""
@@ -65,12 +79,22 @@ class FormText:
     @property
     def pointers(self) -> list[str]:
         sink = ["sink"] if self.form.sink in ("h", "bhi") else []
-        return [*sink, *map(str, self.form.slots)]
+        return [*sink, *map(str, self.read_slots), *self.runs]
+
+    @property
+    def runs(self) -> list[str]:
+        """Where the documents of the rows lie, one tensor for each tensor that numbers them."""
+        return [f"{read.node}_runs" for read in self.documents]
 
     @property
     def pointer_types(self) -> dict[str, str]:
         sink = {"sink": "*fp32"} if self.form.sink in ("h", "bhi") else {}
-        return {**sink, **{str(s): f"*{POINTERS[s.dtype]}" for s in self.form.slots}}
+        slots = {str(s): f"*{POINTERS[s.dtype]}" for s in self.read_slots}
+        return {**sink, **slots, **dict.fromkeys(self.runs, "*i32")}
+
+    @property
+    def dtypes(self) -> list[str]:
+        return [*(slot.dtype for slot in self.form.slots), *("int32" for _ in self.documents)]
 
     @cached_property
     def steps(self) -> dict[str, str]:
@@ -78,12 +102,16 @@ class FormText:
         found: dict[str, str] = {}
         if self.form.sink == "bhi":
             found |= {f"sink_{name}": f"sink.stride({d})" for d, name in enumerate(("batch", "head", "row"))}
-        for slot in self.form.slots:
-            reads = [r for r in self.form.reads if r.node == slot]
+        for slot in self.read_slots:
+            reads = [r for r in self.form.reads if r.node == slot and r not in self.numbers]
             for d in sorted({d for r in reads for d, e in enumerate(r.index) if e != Affine()}):
                 found[f"{slot}_{d}"] = f"{slot}.stride({d})"
                 if any(needs_size(r.index[d]) for r in reads):
                     found[f"{slot}_size{d}"] = f"{slot}.shape[{d}]"
+        for read, name in zip(self.documents, self.runs, strict=True):
+            found[f"{name}_plane"] = f"{name}.stride(0)"
+            if BATCH in read.index:
+                found[f"{name}_batch"] = f"{name}.stride({1 + read.index.index(BATCH)})"
         return found | {f"s{n}": f"sizes[{n}]" for n in range(self.form.sizes)}
 
     @property
@@ -108,9 +136,16 @@ class FormText:
     def unpacking(self) -> str:
         if not self.form.slots:
             return ""
-        names = ", ".join(map(str, self.form.slots))
-        names = f"({names},)" if len(self.form.slots) == 1 else names
-        return f"    {names} = map(_data, tensors)\n"
+        fixed = {(r.node, d, e.constant) for r in self.form.reads for d, e in enumerate(r.index) if not e.terms}
+        checks = "".join(
+            f"    if {slot}.shape[{d}] <= {c}:\n"
+            f'        raise IndexError(f"{slot} is read at {c} of dimension {d}, and has {{{slot}.shape[{d}]}}")\n'
+            for slot, d, c in sorted(fixed, key=str)
+            if c > 0
+        )
+        given = [*(str(s) if s in self.read_slots else "_" for s in self.form.slots), *self.runs]
+        names = f"({given[0]},)" if len(given) == 1 else ", ".join(given)
+        return f"    {names} = map(_data, tensors)\n{checks}"
 
     @property
     def sink_line(self) -> str:
@@ -163,7 +198,8 @@ class FormText:
     def row_lines(self) -> list[str]:
         """What does not vary with the key is read once."""
         lines = [line for r in self.form.reads if "j" not in variables_of(r) for line in self.read_lines(r)]
-        return ["", "# Data of the rows.", *lines] if lines else []
+        said = " Documents by their first keys, in 32 bits." if self.numbers else ""
+        return ["", f"# Data of the rows.{said}", *lines] if lines else []
 
     def column_lines(self, masked: bool) -> list[str]:
         kept = {r for x in self.form.keep.atoms for r in literal_reads(x)}
@@ -173,6 +209,9 @@ class FormText:
 
     def read_lines(self, read: Read) -> list[str]:
         slot, name = read.node, self.names[read]
+        if read in self.numbers:
+            row, end = ("j", "keys") if "j" in variables_of(read) else ("i", "queries")
+            return [f"{name} = tl.load({self.run(read)} + {row}, mask={row} < {end}, other=0)"]
         at, conditions, lines = [str(slot)], [], []
         for d, position in enumerate(read.index):
             if position == Affine():
@@ -194,7 +233,7 @@ class FormText:
         """A position in 64 bits, which b and h have already: data over pairs has more than 32 bits count."""
         if position.variables <= {"b", "h"} and is_variable(position):
             return text
-        return f"({text}).to(tl.int64)" if " " in text else text if text.isdecimal() else f"{text}.to(tl.int64)"
+        return text if not position.terms else f"{text}.to(tl.int64)"
 
     def load_lines(self, slot: Slot, name: str, at: str, conditions: list[str]) -> list[str]:
         inside = conditions[0][1:-1] if len(conditions) == 1 else " & ".join(conditions)
@@ -203,6 +242,8 @@ class FormText:
         line = f"{name} = tl.load({at}{mask}){made}"
         if len(line) + 8 <= WIDTH:
             return [line]
+        if not inside:
+            return [f"at = {at}", f"{name} = tl.load(at){made}"]
         return [f"inside = {inside}", f"at = {at}", f"{name} = tl.load(at, mask=inside, other=0){made}"]
 
     # Which keys.
@@ -211,7 +252,7 @@ class FormText:
     def range_lines(self) -> list[str]:
         """Blocks of keys that are live, and of those the ones kept whole; the gap between them."""
         live, whole, gap = self.live.live, self.live.whole, self.live.gap
-        lines = ["# Keys that some row may keep, as blocks."]
+        lines = [*self.document_lines, "# Keys that some row may keep, as blocks."]
         lines += self.bound_lines("live_first", live.low, "0")
         lines += ["live_first = live_first // BLOCK_N"] * (live.low is not None)
         lines += self.bound_lines("live_end", live.high, "keys")
@@ -236,6 +277,31 @@ class FormText:
             lines.append(f"gap_end = tl.maximum(tl.minimum(gap_end // BLOCK_N, {end}), gap_first)")
         return [*lines, ""]
 
+    @property
+    def document_lines(self) -> list[str]:
+        """The outermost keys of the rows' documents, and from where on all rows keep every key."""
+        named, lines = self.bound_names, []
+        for read, name in zip(self.documents, self.runs, strict=True):
+            lines += ["# Where the documents of the rows lie."]
+            lines += [f"at = {self.run(read)} + rows", "inside = rows < queries"]
+            planes = (("first", "min", "keys"), ("last", "max", "0"), ("whole", "max", "0"))
+            for plane, (word, reduce, other) in enumerate(planes):
+                if f"{read.node}_{word}" in named:
+                    step = " + " + (f"{plane} * " if plane > 1 else "") + f"{name}_plane" if plane else ""
+                    load = f"tl.load(at{step}, mask=inside, other={other})"
+                    lines.append(f"{read.node}_{word} = tl.{reduce}({load})")
+        return lines
+
+    def run(self, read: Read) -> str:
+        """The first keys of the documents of one batch entry; the last ones and the whole ones are planes behind."""
+        return f"{read.node}_runs" + (f" + b * {read.node}_runs_batch" if BATCH in read.index else "")
+
+    @cached_property
+    def bound_names(self) -> set[str]:
+        """The variables that bounds of keys are made of."""
+        ends = (x for part in (self.live.live, self.live.gap, self.live.whole) if part for x in (part.low, part.high))
+        return {name for bound in ends if bound is not None for name in names_of(bound)}
+
     def bound_lines(self, name: str, bound: Bound | None, otherwise: str) -> list[str]:
         """`name` set to a bound of keys, within 0 and their number; to `otherwise` where there is no bound."""
         if bound is None:
@@ -250,7 +316,7 @@ class FormText:
             lines = [f"{name} = {self.print.bound(bound.of[0])}"]
             lines += [f"{name} = {join}({name}, {self.print.bound(part)})" for part in bound.of[1:]]
         # Data and the batch entry are in 64 bits.
-        narrow = "" if names_of(bound) <= {"first", "last"} else ".to(tl.int32)"
+        narrow = "" if {n for n in names_of(bound) if "_" not in n} <= {"first", "last"} else ".to(tl.int32)"
         return [*lines, f"{name} = tl.minimum(tl.maximum({value}, 0), keys){narrow}"]
 
     @property
@@ -317,7 +383,7 @@ def variables_of(read: Read) -> frozenset[str]:
 
 
 def names_of(bound: Bound) -> set[str]:
-    """The variables of a bound; those of data stand for the data."""
+    """The variables of a bound; data itself counts by the variables of its index."""
     if isinstance(bound, Affine):
         return {name for atom, _ in bound.terms for name in atom_variables(atom) or {str(atom)}}
     return {name for part in bound.of for name in names_of(part)}
@@ -328,8 +394,11 @@ def is_variable(position: Affine) -> bool:
 
 
 def needs_size(position: Affine) -> bool:
-    """Whether an index may leave its tensor in a tile that reaches past the end, or by what it is computed from."""
-    return not (is_variable(position) and position.terms[0][0] in ("b", "h"))
+    """Whether an index may leave its tensor in a tile that reaches past the end, or by what it is computed from.
+
+    Constants are checked by the launcher.
+    """
+    return bool(position.terms) and not (is_variable(position) and position.terms[0][0] in ("b", "h"))
 
 
 def dims_named(name: str, slot: Slot) -> list[int]:

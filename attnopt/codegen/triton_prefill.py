@@ -89,7 +89,7 @@ LAUNCHES = {{{_configs(spec)}
 
 
 def _kernel_start(spec: SpanPrefill) -> str:
-    pad_pointer = "\n    pad," if spec.padded else ""
+    pad_pointer = "\n    pad,\n    runs," if spec.padded else ""
     dim, dim_v = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
     q_load = load_text("q + q_tile", "rows[:, None] < length", dim_mask(spec.head_dim, "dims[None, :]"))
     return f'''
@@ -184,7 +184,7 @@ def _full_loop(spec: SpanPrefill) -> str:
     score_dot, value_dot = _dots(spec)
     return f"""
     # Every row keeps all of these: no mask, and every score is finite.
-    for start in range(full_left, first, BLOCK_N):
+    for start in range(full_left, full_end, BLOCK_N):
 {_keys(spec)}
         scores = {score_dot}
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
@@ -199,22 +199,63 @@ def _full_loop(spec: SpanPrefill) -> str:
 
 
 def _ranges(spec: SpanPrefill) -> str:
-    if spec.padded:
-        full = """
-    # Padding may drop any key, so every live block is masked.
-    full_left = first"""
-    else:
-        full = """
-    # From here to the tile's first row, every row of the tile keeps every key.
-    full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)"""
-    return f"""{full}
+    if not spec.padded:
+        return """
+    # From full_left to the tile's first row, every row of the tile keeps every key.
+    full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)
+    full_end = first
     # The other live blocks: sinks in [0, sink_end), the window's edge in [left, full_left), the diagonal from first on.
     left = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, left)
-    sink_blocks = sink_end // BLOCK_N
-    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
-    live_blocks = edge_blocks + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
+    sink_start = 0
+    last_start = first
+    last_end = tl.minimum(first + BLOCK_M, length)
 """
+    return """
+    # Keys in [begin, end) are real, and none before begin or from stop on.
+    begin = tl.load(runs + 3 * entry)
+    end = tl.load(runs + 3 * entry + 1)
+    stop = tl.load(runs + 3 * entry + 2)
+    # From full_left to full_end, every row of the tile keeps every key.
+    full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, begin), BLOCK_N) * BLOCK_N, first)
+    full_end = tl.maximum(tl.minimum(end // BLOCK_N * BLOCK_N, first), full_left)
+    # The other live blocks: sinks in [sink_start, sink_end), the window's edge in [left, full_left), and in
+    # [last_start, last_end) what follows the run, and the diagonal.
+    left = tl.minimum(tl.maximum(first - window + 1, begin) // BLOCK_N * BLOCK_N, first)
+    sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, left)
+    sink_start = tl.minimum(begin // BLOCK_N * BLOCK_N, sink_end)
+    last_start = tl.maximum(full_end, begin // BLOCK_N * BLOCK_N)
+    last_end = tl.maximum(tl.minimum(tl.minimum(first + BLOCK_M, length), stop), last_start)
+"""
+
+
+def _runs_kernel(spec: SpanPrefill) -> str:
+    if not spec.padded:
+        return ""
+    return '''
+
+@triton.jit(do_not_specialize=["length"])
+def find_runs(pad, runs, length, BLOCK: tl.constexpr):
+    """Per entry of the batch: its first real token, the end of the run that begins there, the end of its last run.
+
+    pad: uint8 (batch, length). runs: int32 (batch, 3); (length, length, 0) for an entry without a real token.
+    """
+    pad += tl.program_id(0).to(tl.int64) * length
+    begin = length
+    end = length
+    stop = 0
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        real = tl.load(pad + at, mask=inside, other=0) != 0
+        begin = tl.minimum(begin, tl.min(tl.where(real, at, length), 0))
+        end = tl.minimum(end, tl.min(tl.where(inside & (at > begin) & (real == 0), at, length), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(real, at + 1, 0), 0))
+    runs += tl.program_id(0) * 3
+    tl.store(runs, begin)
+    tl.store(runs + 1, end)
+    tl.store(runs + 2, stop)
+'''
 
 
 def _masked_loop(spec: SpanPrefill) -> str:
@@ -226,9 +267,12 @@ def _masked_loop(spec: SpanPrefill) -> str:
     out_mask = "rows[:, None] < length", dim_mask(spec.head_dim_v, "dims_v[None, :]")
     return f"""
     # The others.
-{pad_rows}    for n in range(0, live_blocks):
-        jump = tl.where(n < edge_blocks, left - sink_end, first - edge_blocks * BLOCK_N)
-        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, jump)
+{pad_rows}    sink_blocks = (sink_end - sink_start) // BLOCK_N
+    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
+    live_blocks = edge_blocks + tl.cdiv(last_end - last_start, BLOCK_N)
+    for n in range(0, live_blocks):
+        jump = tl.where(n < edge_blocks, left - sink_blocks * BLOCK_N, last_start - edge_blocks * BLOCK_N)
+        start = n * BLOCK_N + tl.where(n < sink_blocks, sink_start, jump)
         cols = start + local
 {_keys(spec, "cols[None, :] < length")}
         scores = {score_dot}
@@ -262,8 +306,7 @@ def _masked_loop(spec: SpanPrefill) -> str:
 def source(spec: SpanPrefill) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check(spec)
-    full_loop = "" if spec.padded else _full_loop(spec)
-    kernel = _kernel_start(spec) + _ranges(spec) + full_loop + _masked_loop(spec)
+    kernel = _runs_kernel(spec) + _kernel_start(spec) + _ranges(spec) + _full_loop(spec) + _masked_loop(spec)
     last = footer(spec, "self_check_prefill", "prefill, prefill_lse")
     return _header(spec) + kernel + host_text(spec, tile_classes(spec)) + last
 

@@ -35,11 +35,22 @@ def _inputs(q, k, v, config, loads):
 def _launcher(spec: SpanPrefill, classes: int) -> str:
     heads, kv_heads, dim, dim_v = spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v
     wanted, pad_argument, pad_doc = (
-        ("padded inputs; pass pad", ", pad", "bool (B, N)")
+        ("padded inputs; pass pad", ", pad, runs", "bool (B, N)")
         if spec.padded
         else ("unpadded inputs; pass no pad", "", "None")
     )
-    pad_view = "\n    pad = pad.contiguous().view(torch.uint8)" if spec.padded else ""
+    runs = (
+        """
+    pad = pad.contiguous().view(torch.uint8)
+    runs = torch.empty((batch, 3), dtype=torch.int32, device=q.device)"""
+        if spec.padded
+        else ""
+    )
+    find_runs = (
+        "        if works:\n            find_runs[(batch,)](pad, runs, length, BLOCK=4096, enable_fp_fusion=True)\n"
+        if spec.padded
+        else ""
+    )
     upcast = """
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bfloat16.
@@ -102,7 +113,7 @@ def prefill_lse(q, k, v, sinks, windows, scale, pad=None):
 
 def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     _check(q, k, v, pad)
-    batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast if spec.dtype == "bfloat16" else ""}{pad_view}
+    batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast if spec.dtype == "bfloat16" else ""}{runs}
     if scale < 0:
         # The kernel takes each row's largest score before it scales.
         q, scale = -q, -scale
@@ -114,7 +125,7 @@ def _prefill(q, k, v, sinks, windows, scale, pad, lse):
         rest = (loads, (q, k, v), tensors, length, scale * 1.4426950408889634)
         tiles = tuple((config["BLOCK_M"], config["BLOCK_N"]) for config in LAUNCHES[loads])
         works = work_lists(sinks, windows, {kv_heads}, length, batch, tiles)
-{_launches(classes)}    return out.to(dtype)
+{find_runs}{_launches(classes)}    return out.to(dtype)
 '''
 
 
@@ -139,7 +150,7 @@ def _launches(classes: int) -> str:
 
 def _aot(spec: SpanPrefill) -> str:
     dtype, dim, dim_v = TRITON_DTYPES[spec.dtype], padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
-    pad_line = '\n            "pad": "*u8",' if spec.padded else ""
+    pad_line = '\n            "pad": "*u8",\n            "runs": "*i32",' if spec.padded else ""
     return f'''
 
 def aot_signatures(loads, lse=False):

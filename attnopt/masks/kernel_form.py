@@ -211,6 +211,8 @@ def form_of(keep: Conjunction, added: Sum, names: Mapping[str, Affine], softcap:
         raise NoForm("a boolean is added to the scores")
 
     def slot(read: Read | Call | BoolLoad) -> Slot:
+        if any(not e.terms and isinstance(e.constant, int) and e.constant < 0 for e in read.index):
+            raise NoForm(f"{read.node} is read from its end")
         dtype = str(read.node.meta["val"].dtype).removeprefix("torch.")
         return nodes.setdefault(read.node, Slot(len(nodes), dtype))
 

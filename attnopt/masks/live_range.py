@@ -4,6 +4,10 @@
 
 A clause that bounds j by positions, sizes and data of the batch entry gives an interval; every other clause only masks,
 and where there is one, no interval is proved to be kept whole. Everything here is sound and nothing need be tight.
+
+Documents, ``t0[b, i] == t0[b, j]``, bound keys by what is known of their rows when the kernel runs: `t0_first` and
+`t0_last` are the outermost keys of the documents of the tile's rows, and from `t0_whole` to its first row every key is
+kept by every row (`attnopt/codegen/equal_runs.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnopt.masks.expressions import Affine, Quotient, Remainder, atom_variables
+from attnopt.masks.expressions import Affine, Quotient, Read, Remainder, atom_variables
 from attnopt.masks.kernel_form import Form
 from attnopt.masks.predicates import AtLeastZero, BoolLoad, Clause, EqualZero, Literal, literal_variables
 
@@ -60,12 +64,28 @@ class Live:
         return self.live.high is not None and self.live.low is None
 
 
-def at_most(value: Affine) -> Affine | None:
-    return bounded(value, True)
+def documents(form: Form) -> tuple[Read, ...]:
+    """The numbers of documents, read at the query, of the clauses that keep a query's own document alone."""
+    found = (document(clause) for clause in form.clauses)
+    return tuple(dict.fromkeys(read for read in found if read is not None))
 
 
-def at_least(value: Affine) -> Affine | None:
-    return bounded(value, False)
+def document(clause: Clause) -> Read | None:
+    """``t[b, i]`` where the clause is ``t[b, i] == t[b, j]``, the position in the last dimension."""
+    literal = next(iter(clause))
+    if len(clause) > 1 or not isinstance(literal, EqualZero) or literal.negated or literal.expression.constant != 0:
+        return None
+    terms = literal.expression.terms
+    reads = [atom for atom, _ in terms if isinstance(atom, Read) and atom.index]
+    if len(reads) != 2 or len(terms) != 2 or sorted(c for _, c in terms) != [-1, 1]:
+        return None
+    one, other = reads
+    if one.node != other.node or one.index[:-1] != other.index[:-1]:
+        return None
+    if any(e not in (Affine(), Affine.var("b")) for e in one.index[:-1]) or one.index.count(Affine.var("b")) > 1:
+        return None
+    at = {read.index[-1]: read for read in reads}
+    return at[Affine.var("i")] if set(at) == {Affine.var("i"), Affine.var("j")} else None
 
 
 def bounded(value: Affine, up: bool) -> Affine | None:
@@ -143,6 +163,8 @@ def half_line(value: Affine, whole: bool) -> Interval | None:
 
 def hull(clause: Clause) -> Interval:
     """Around the keys that any literal of the clause may keep."""
+    if (read := document(clause)) is not None:
+        return Interval(Affine.var(f"{read.node}_first"), Affine.var(f"{read.node}_last") + 1)
     parts = [interval(x, False) for x in ordered(clause)]
     if any(p is None for p in parts):
         return Interval()
@@ -163,6 +185,8 @@ def gap_in(clause: Clause) -> Interval | None:
 
 def kept_whole(clause: Clause) -> Interval | None:
     """Keys that every row of the tile keeps by the clause, as one interval."""
+    if (read := document(clause)) is not None:
+        return Interval(Affine.var(f"{read.node}_whole"), FIRST + 1)
     parts = [(x, interval(x, True)) for x in ordered(clause)]
     known = [(x, p) for x, p in parts if p is not None]
     if not known:
@@ -183,6 +207,9 @@ def ordered(clause: Clause) -> list[Literal]:
 def live_range(form: Form) -> Live:
     """What is known of the keys of a tile with the query rows first to last (included)."""
     hulls = [hull(c) for c in form.clauses]
+    if any(x.high is not None for c, x in zip(form.clauses, hulls, strict=True) if document(c) is None):
+        # The last key of a document is of no use where positions end the range.
+        hulls = [Interval(x.low) if document(c) else x for c, x in zip(form.clauses, hulls, strict=True)]
     lows = [x.low for x in hulls if x.low is not None]
     highs = [x.high for x in hulls if x.high is not None]
     live = Interval(extreme("max", lows) if lows else None, extreme("min", highs) if highs else None)

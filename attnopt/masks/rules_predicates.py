@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from attnopt.masks.expressions import Affine
+from attnopt.masks.expressions import Affine, reads
 from attnopt.masks.interpret import Handler, Index, Interpreter, argument, rule
 from attnopt.masks.predicates import FALSE, TRUE, Conjunction, at_least_zero, equal_zero
 from attnopt.masks.values import (
@@ -84,9 +84,19 @@ def against_number(expression: Affine, number: float, op: str) -> Conjunction | 
     return compare_numbers(expression, below, "gt" if op in ("ge", "gt") else "le")
 
 
+def rounded(operand: object, value: Value | None) -> bool:
+    """Whether integers that were read from data are held in float32."""
+    single = isinstance(operand, Node) and operand.meta["val"].dtype == torch.float32
+    return single and isinstance(value, Affine) and next(reads(value), None) is not None
+
+
 def comparison(op: str) -> Handler:
     def handler(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
-        return compare(interpreter.operand(node.args[0], index), interpreter.operand(node.args[1], index), op)
+        a, b = (interpreter.operand(x, index) for x in node.args[:2])
+        # Integers beyond 2^24 may be equal once they are rounded: data is not compared with data in float32.
+        if all(map(rounded, node.args[:2], (a, b))):
+            return None
+        return compare(a, b, op)
 
     return handler
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt import settings
+from attnopt.codegen import equal_runs as runs
 from attnopt.codegen.emit import load
 from attnopt.codegen.spec import MaskedPrefill
 from attnopt.ops.span import launches
@@ -29,9 +30,10 @@ def masked_attention(
 ) -> Tensor:
     """The attention that `form` is the text of (attnopt/masks/kernel_form.py), on the device's target.
 
-    q (B, H, Sq, D), k (B, G, Sk, D), v (B, G, Sk, Dv); tensors: t0, t1, ... of the form, of any strides; sizes: s0,
-    s1, ...; sink: (H,) or (B, H, Sq) as the form says. Returns (B, H, Sq, Dv), physically (B, Sq, H, Dv). ValueError
-    where the target has no such kernel, AttnoptError where `form` is no form.
+    q (B, H, Sq, D), k (B, G, Sk, D), v (B, G, Sk, Dv); tensors: t0, t1, ... of the form, of any strides, and behind
+    them `equal_runs` of those that number documents; sizes: s0, s1, ...; sink: (H,) or (B, H, Sq) as the form says.
+    Returns (B, H, Sq, Dv), physically (B, Sq, H, Dv). ValueError where the target has no such kernel, AttnoptError
+    where `form` is no form.
     """
     spec = MaskedPrefill(
         target=settings.target(q.device.type),
@@ -53,3 +55,14 @@ def masked_attention(
 def _(q, k, v, tensors, sizes, sink, form, scale):  # type: ignore[no-untyped-def]
     batch, heads, queries, _ = q.shape
     return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("attnopt::equal_runs", mutates_args=())
+def equal_runs(ids: Tensor) -> Tensor:
+    """ids int (..., N) -> int32 (3, ..., N), see attnopt/codegen/equal_runs.py. Any device."""
+    return runs.equal_runs(ids)
+
+
+@equal_runs.register_fake
+def _(ids):  # type: ignore[no-untyped-def]
+    return ids.new_empty(3, *ids.shape, dtype=torch.int32)

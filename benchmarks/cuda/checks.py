@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from attnopt.codegen.reference_prefill import prefill_lse, span_mask
 from attnopt.codegen.self_check import TOLERANCE, Results, error
 from attnopt.codegen.spec import SpanBackward, SpanDecode, SpanPrefill
 from attnopt.registry import TARGETS
+from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
+from benchmarks.cuda.masked import masked_checks
 from benchmarks.cuda.spans import Sizes
 from benchmarks.record import Row
 
@@ -31,17 +32,6 @@ def forms(sizes: Sizes) -> Iterator[tuple[str, int]]:
     yield from ((dtype, sizes.dims[0]) for dtype in DTYPES[1:])
 
 
-@dataclass(frozen=True)
-class Check:
-    """found: what `kernel` computes; expected: the same in float64. A kernel that is wrong in one is not timed."""
-
-    kernel: str
-    what: str
-    found: Callable[[], Results]
-    expected: Callable[[], Results]
-    tolerance: float
-
-
 def span_tables(sizes: Sizes, device: Device) -> tuple[Tensor, Tensor]:
     """sinks, windows int32 (H,)."""
     sinks, windows = (
@@ -49,17 +39,6 @@ def span_tables(sizes: Sizes, device: Device) -> tuple[Tensor, Tensor]:
         for values in (SINKS, WINDOWS)
     )
     return sinks, windows
-
-
-def random(device: Device, dtype: str, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=device.where).to(getattr(torch, dtype))
-
-
-def prefill_inputs(sizes: Sizes, dim: int, length: int, dtype: str, device: Device) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sequences, laid out as a model's projections do: (B, heads, N, D), physically (B, N, heads, D)."""
-    heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-    q, k, v = (random(device, dtype, 2, length, n, dim).transpose(1, 2) for n in heads)
-    return q, k, v
 
 
 def lse_of(q: Tensor, k: Tensor, sinks: Tensor, windows: Tensor, scale: float) -> Tensor:
@@ -149,10 +128,12 @@ def gradients(found: tuple[Tensor, ...]) -> Results:
     return torch.cat([x.flatten() for x in found]) if found[0].shape[2] == 1 else found
 
 
+# Kernels that are timed come first.
 CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
     "span_prefill": prefill_checks,
     "span_decode": decode_checks,
     "span_backward": backward_checks,
+    "masked_prefill": masked_checks,
 }
 
 
@@ -173,8 +154,8 @@ def section(device: Device, sizes: Sizes, budget: Budget) -> list[Row]:
     """Every check there is time for; wrong ones are printed, and the rest as one line a kernel."""
     rows: list[Row] = []
     for kernel, family in CHECKS.items():
-        if f"{device.target} {kernel}" not in TARGETS:
-            budget.notes.append(f"{kernel}: the {device.target} target has no such kernel yet")
+        if f"{device.target_of(kernel)} {kernel}" not in TARGETS:
+            budget.notes.append(f"{kernel}: the {device.target_of(kernel)} target has no such kernel yet")
             continue
         torch.manual_seed(0)
         for check in family(sizes, device):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.registry import TARGETS
+
 # Larger than any L2 cache (50 MB on an H100 or H200).
 FLUSH_BYTES = 256 * 2**20
 # Clock cycles that the GPU idles before a call, so that the host has queued all of it by then: a millisecond.
@@ -34,6 +36,10 @@ class Device:
         self.where = torch.device("cpu" if self.dry else "cuda")
         self.target = "cpu" if self.dry else "triton"
         self._flush = None if self.dry else torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.where)
+
+    def target_of(self, kernel: str) -> str:
+        """The target, or in a dry run the reference where a family has no kernel for the CPU."""
+        return "reference" if self.dry and f"{self.target} {kernel}" not in TARGETS else self.target
 
     def wait(self) -> None:
         if not self.dry:

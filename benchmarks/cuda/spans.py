@@ -18,13 +18,14 @@ ROWS = 48
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run goes through. shrink: divides windows and sinks, in a dry run."""
+    """What a run goes through. contexts: tokens in the cache, and batches in the order in which they are measured;
+    shrink: divides windows and sinks, in a dry run."""
 
     heads: int = 32
     kv_heads: int = 8
     dims: tuple[int, ...] = (128, 64)
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)
-    contexts: tuple[tuple[int, tuple[int, ...]], ...] = ((32768, (1, 2, 4, 8, 16, 32, 64)), (131072, (1, 4, 16)))
+    contexts: tuple[tuple[int, tuple[int, ...]], ...] = ((32768, (1, 8, 64, 2, 4, 16, 32)), (131072, (1, 8, 16)))
     checked: tuple[int, ...] = (1024, 1000, 1)
     shrink: int = 1
 

@@ -166,6 +166,8 @@ def test_unsupported_specs_are_refused() -> None:
         source(SpanDecode("triton", "float16", 4, 4, 320, 64))
     with pytest.raises(ValueError, match="exceed 64 rows"):
         source(SpanDecode("triton", "float16", 32, 4, 64, 64, 9))
+    with pytest.raises(ValueError, match="exceed 32 rows"):
+        source(SpanDecode("triton", "float32", 32, 4, 64, 64, 5))
 
 
 def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,14 @@
 Compiled by triton 3.9 for bfloat16 (registers / spilled bytes / shared KiB; on gfx942 vector registers):
 
     loads        target  tile              D=128          padded         D=64          D=32
-    descriptors  sm_90   128x64, 8 warps   164 / 0 / 129  167 / 0 / 128  122 / 0 / 65  110 / 0 / 33
-    descriptors  sm_90   64x64, 4 warps    165 / 0 / 81   179 / 0 / 80   119 / 0 / 41  106 / 0 / 21
-    pointers     sm_90   128x64, 8 warps   216 / 0 / 128  209 / 0 / 128
-    pointers     sm_90   64x32, 4 warps    142 / 0 / 64   144 / 0 / 64
-    pointers     sm_80   128x64, 8 warps   228 / 0 / 96   215 / 0 / 96   188 / 0 / 48  100 / 0 / 24
+    descriptors  sm_90   128x64, 8 warps   164 / 0 / 129  166 / 0 / 129  122 / 0 / 65  110 / 0 / 33
+    descriptors  sm_90   64x64, 4 warps    165 / 0 / 81   180 / 0 / 81   119 / 0 / 41  106 / 0 / 21
+    pointers     sm_90   128x64, 8 warps   216 / 0 / 128  222 / 0 / 128
+    pointers     sm_90   64x32, 4 warps    142 / 0 / 64   146 / 0 / 64
+    pointers     sm_80   128x64, 8 warps   228 / 0 / 96   214 / 0 / 96   188 / 0 / 48  100 / 0 / 24
     pointers     sm_80   64x32, 4 warps    184 / 0 / 52   226 / 0 / 52   128 / 0 / 24  80 / 0 / 12
-    hip          gfx942  128x32, 4 warps   206 / 0 / 32   207 / 0 / 32   136 / 0 / 16  106 / 0 / 8
-    hip          gfx942  64x32, 4 warps    167 / 0 / 16   168 / 0 / 16   113 / 0 / 8   110 / 0 / 4
+    hip          gfx942  128x32, 4 warps   206 / 0 / 32   213 / 0 / 32   136 / 0 / 16  106 / 0 / 8
+    hip          gfx942  64x32, 4 warps    167 / 0 / 16   169 / 0 / 16   113 / 0 / 8   110 / 0 / 4
 
 At D=256: descriptors on sm_90 222 / 0 / 192 and 186 / 0 / 96, pointers on sm_80 183 / 0 / 68, gfx942 249 / 0 / 32.
 
@@ -114,10 +114,11 @@ def test_one_kernel_serves_every_length_layout_and_plan(monkeypatch: pytest.Monk
     """The JIT itself, for a GPU that is not there: one kernel for each tile class, whatever is not in its spec."""
     from triton.runtime import driver
 
-    module = emit.load(SpanPrefill("triton", "float16", 4, 2, 32, 32, False))
-    warmup = Warmup(module.span_prefill)
+    module = emit.load(SpanPrefill("triton", "float16", 4, 2, 32, 32, True))
+    warmup, runs = Warmup(module.span_prefill), Warmup(module.find_runs)
     monkeypatch.setattr(driver, "_active", Device("sm_90"))
     monkeypatch.setattr(module, "span_prefill", warmup)
+    monkeypatch.setattr(module, "find_runs", runs)
     monkeypatch.setattr(module, "INTERPRETED", True)  # CPU tensors stand for those of the GPU
     monkeypatch.setattr(work_list, "LONGEST_SHARE", float("inf"))  # both tile classes
     sinks = torch.tensor([0, 4, 64, 0], dtype=torch.int32)
@@ -127,14 +128,15 @@ def test_one_kernel_serves_every_length_layout_and_plan(monkeypatch: pytest.Monk
             torch.zeros(batch, length, heads, 32 + offset, dtype=torch.float16)[..., offset:] for heads in (4, 2, 2)
         ]
         q, k, v = (t.transpose(1, 2) if batch == 1 else t.transpose(1, 2).contiguous() for t in made)
-        module.prefill(q, k, v, sinks, torch.tensor(windows, dtype=torch.int32), 0.2)
+        pad = torch.ones(batch, length, dtype=torch.bool)
+        module.prefill(q, k, v, sinks, torch.tensor(windows, dtype=torch.int32), 0.2, pad)
 
     prefill(2048, 2048, 2048, 100, 100)
     assert len(warmup.made) == 2 and warmup.kernels == 2
     prefill(2049, 2049, 1, 100, 100)
     prefill(3, 1, 1, 1, 3)
     prefill(1000, 1000, 800, 100, 7, batch=3)
-    assert len(warmup.made) > 5 and warmup.kernels == 2
+    assert len(warmup.made) > 5 and warmup.kernels == 2 and runs.kernels == 1
     assert all("UTMALDG" in made.asm["sass"] for made in warmup.made[:2])
     # A row that is no multiple of 16 bytes takes the other way to load.
     prefill(2049, 2049, 1, 100, 100, offset=1)

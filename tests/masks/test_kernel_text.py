@@ -14,6 +14,7 @@ import pytest
 import torch
 from forms import CASES
 
+from attnopt.codegen.equal_runs import equal_runs
 from attnopt.masks.evaluate import Evaluation
 from attnopt.masks.expressions import Affine, Distance, Quotient, Read, Remainder
 from attnopt.masks.kernel_form import Form, NoForm, Slot, form_from, form_of, positions_of
@@ -168,13 +169,14 @@ def test_a_printed_sum_is_the_sum(seed: int) -> None:
     assert torch.allclose(total, evaluation.sum(added), atol=1e-4), form
 
 
-def bound_value(bound: Bound | None, first: int, last: int, otherwise: int) -> int:
+def bound_value(bound: Bound | None, first: int, last: int, otherwise: int, more: dict[str, int] | None = None) -> int:
     if bound is None:
         return otherwise
     if isinstance(bound, Extreme):
-        values = [bound_value(part, first, last, otherwise) for part in bound.of]
+        values = [bound_value(part, first, last, otherwise, more) for part in bound.of]
         return max(values) if bound.kind == "max" else min(values)
-    position = {name: torch.tensor(x) for name, x in {"first": first, "last": last, "b": 0, "h": 0}.items()}
+    named = {"first": first, "last": last, "b": 0, "h": 0, **(more or {})}
+    position = {name: torch.tensor(x) for name, x in named.items()}
     position |= {f"s{n}": torch.tensor(size) for n, size in enumerate(SIZES)}
     return int(Evaluation(position, lambda slot: DATA[slot.number]).expression(bound))
 
@@ -229,6 +231,26 @@ def test_ranges_of_common_masks_are_tight(name: str, dead: int | None, whole: in
     kept = int(tiles.all(1).sum())
     if "first keys" not in name:
         assert found[1] == kept if whole is None else found[1] == kept == whole
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_ranges_of_documents_are_tight(causal: bool) -> None:
+    """Side by side, the first and the last keys of the rows' documents are all there is to know."""
+    ids = torch.randint(0, 9, (64,), generator=GENERATOR).sort().values
+    i, j = torch.arange(64)[:, None], torch.arange(64)
+    keep = (ids[:, None] == ids) & ((j <= i) if causal else torch.ones(64, 64, dtype=torch.bool))
+    clause = CASES["documents in any order, both sides"].form.keep
+    live = live_range(Form(CASES["causal, soft-capped"].form.keep & clause if causal else clause))
+    runs = dict(zip(("first", "last", "whole"), equal_runs(ids), strict=True))
+    for first in range(0, 64, 4):
+        rows, tile = keep[first : first + 4], slice(first, first + 4)
+        ends = {"first": torch.amin, "last": torch.amax, "whole": torch.amax}
+        more = {f"t0_{name}": int(reduce(runs[name][tile])) for name, reduce in ends.items()}
+        low, high = (bound_value(x, first, first + 3, 64, more) for x in (live.live.low, live.live.high))
+        assert [low, high - 1] == [f(torch.nonzero(rows.any(0))).item() for f in (torch.amin, torch.amax)]
+        start, end = (bound_value(x, first, first + 3, 64, more) for x in (live.whole.low, live.whole.high))
+        whole = rows.all(0) & (j <= first)
+        assert whole[start:end].all() and int(whole.sum()) == max(end - start, 0)
 
 
 def test_parts_of_an_axis_are_named_by_the_whole() -> None:

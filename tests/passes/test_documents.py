@@ -147,9 +147,11 @@ MISSED = {
     ),
     "a sum of numbers": lambda q, k, v, d: call(q, k, v, causal(q, k, v) & same(d + d.flip(1))),
     "fractions": lambda q, k, v, d: call(q, k, v, causal(q, k, v) & same(d / 7)),
+    "rounded to float32": lambda q, k, v, d: call(q, k, v, causal(q, k, v) & same((d + 2**24).float())),
     "of heads": lambda q, k, v, d: call(
         q, k, v, causal(q, k, v) & ((d[:, None] * torch.arange(1, 5)[:, None])[..., None] == d[:, None, None])
     ),
+    "a band": lambda q, k, v, d: call(q, k, v, ((positions(q, k)[0] - positions(q, k)[1]).abs() < 4) & same(d)),
     "keys one further": lambda q, k, v, d: call(q, k, v, causal(q, k, v).roll(1, -1) & same(d)),
     "a window ahead": lambda q, k, v, d: call(q, k, v, (positions(q, k)[0] - positions(q, k)[1] < 4) & same(d)),
     "steps of two": lambda q, k, v, d: packed_by_steps(q, k, v, d, 2, lambda p: p),

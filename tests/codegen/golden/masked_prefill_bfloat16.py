@@ -8,7 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-LAUNCH = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+LAUNCHES = {
+    "cuda": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    "hip": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+}
+LAUNCH = LAUNCHES["hip" if torch.version.hip else "cuda"]
 # Scores are in base 2.
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -202,8 +206,8 @@ def attend(q, k, v, tensors, sizes, sink, scale):
     return out.to(dtype)
 
 
-def aot_signature():
-    """What triton.compile needs, as the JIT would have it for aligned tensors."""
+def aot_signature(device="cuda"):
+    """What triton.compile needs, as the JIT would have it for aligned tensors; device: "cuda" or "hip"."""
     signature = {
         "q": "*bf16",
         "k": "*bf16",
@@ -249,6 +253,7 @@ def aot_signature():
         "out_row",
     )
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
-    constexprs = {"BLOCK_M": LAUNCH["BLOCK_M"], "BLOCK_N": LAUNCH["BLOCK_N"]}
-    options = {name: LAUNCH[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    config = LAUNCHES[device]
+    constexprs = {"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
+    options = {name: config[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}

@@ -94,17 +94,18 @@ def span_prefill(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 128], tl.float32)
 
-    # From here to the tile's first row, every row of the tile keeps every key.
+    # From full_left to the tile's first row, every row of the tile keeps every key.
     full_left = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, first)
+    full_end = first
     # The other live blocks: sinks in [0, sink_end), the window's edge in [left, full_left), the diagonal from first on.
     left = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, left)
-    sink_blocks = sink_end // BLOCK_N
-    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
-    live_blocks = edge_blocks + tl.cdiv(tl.minimum(first + BLOCK_M, length) - first, BLOCK_N)
+    sink_start = 0
+    last_start = first
+    last_end = tl.minimum(first + BLOCK_M, length)
 
     # Every row keeps all of these: no mask, and every score is finite.
-    for start in range(full_left, first, BLOCK_N):
+    for start in range(full_left, full_end, BLOCK_N):
         if DESCRIPTORS:
             keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
         else:
@@ -125,9 +126,12 @@ def span_prefill(
         top = new_top
 
     # The others.
+    sink_blocks = (sink_end - sink_start) // BLOCK_N
+    edge_blocks = sink_blocks + (full_left - left) // BLOCK_N
+    live_blocks = edge_blocks + tl.cdiv(last_end - last_start, BLOCK_N)
     for n in range(0, live_blocks):
-        jump = tl.where(n < edge_blocks, left - sink_end, first - edge_blocks * BLOCK_N)
-        start = n * BLOCK_N + tl.where(n < sink_blocks, 0, jump)
+        jump = tl.where(n < edge_blocks, left - sink_blocks * BLOCK_N, last_start - edge_blocks * BLOCK_N)
+        start = n * BLOCK_N + tl.where(n < sink_blocks, sink_start, jump)
         cols = start + local
         if DESCRIPTORS:
             keys = k.load([entry, kv_head, start, 0]).reshape([BLOCK_N, 128]).T
