@@ -1,7 +1,7 @@
 """The CPU's own prefill kernel, span_prefill.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
-It serves float32, and bfloat16 on CPUs with a matrix unit for it. Where it cannot be had, no compiler above all,
-attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and `unusable` says why.
+It serves float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where it cannot be had, no
+compiler above all, attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and `unusable` says why.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ def unusable(dtype: torch.dtype = torch.float32) -> str:
         return f"it has no {str(dtype).removeprefix('torch.')}"
     if not settings.native():
         return "ATTNOPT_NATIVE is 0"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "this CPU has no AVX-512"
     library, reason = _loaded()
     if library is not None and dtype == torch.bfloat16 and not library.has_matrix_unit():
         return "this CPU has no matrix unit for bfloat16"
     return reason
+
+
+def told() -> dict[str, str]:
+    """For people: dtype -> "compiled", or why torch's operators are used in its place."""
+    return {str(d).removeprefix("torch."): unusable(d) or "compiled" for d in (torch.float32, torch.bfloat16)}
 
 
 def serves(q: Tensor, v: Tensor) -> bool:
