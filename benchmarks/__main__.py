@@ -50,9 +50,8 @@ def described(path: Path) -> Benchmark | None:
         return None
     constants = {}
     for node in tree.body:
-        name = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(node, ast.Assign) and isinstance(name, ast.Name) and name.id in ("TAKES", "NEEDS", "QUICK"):
-            constants[name.id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign):
+            constants |= told(node.targets[0], node.value)
     quick = constants.get("QUICK")
     return Benchmark(
         path.parent.name if path.stem == "__main__" else path.stem,
@@ -61,6 +60,14 @@ def described(path: Path) -> Benchmark | None:
         constants.get("NEEDS", ""),
         tuple(quick) if quick is not None else None,
     )
+
+
+def told(target: ast.expr, value: ast.expr) -> dict[str, object]:
+    """Of TAKES, NEEDS and QUICK what an assignment gives, also one of several names at once."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return {k: v for pair in zip(target.elts, value.elts, strict=True) for k, v in told(*pair).items()}
+    known = isinstance(target, ast.Name) and target.id in ("TAKES", "NEEDS", "QUICK")
+    return {target.id: ast.literal_eval(value)} if known else {}
 
 
 def benchmarks(folder: Path = FOLDER) -> dict[str, Benchmark]:

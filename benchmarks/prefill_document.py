@@ -63,6 +63,11 @@ def document(data: dict[str, Any]) -> str:
     lines += ["| geometric mean | | " + " | ".join(f"{m:.2f}" if m else "" for m in means) + " |", ""]
     lines += ["## Where nothing was rewritten, and why", "", "| reason | cells |", "|---|---:|"]
     lines += [f"| {reason} | {count} |" for reason, count in reasons.most_common()]
+    printed = "[printed into kernels](masks.md#printed-into-a-kernel)"
+    lines += [
+        "",
+        f"These are reasons of a CPU. On a GPU such masks, soft-caps and biases are {printed}: goal, unmeasured.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -166,9 +166,10 @@ class Run:
         return cls(found["benchmark"], rows, found["environment"], aims, found["notes"])
 
     def figure(self, path: Path, names: Sequence[str] | None = None) -> None:
-        """Every case's ratios (those of `names`, else all) and their bounds, as SVG; a wrong row has no mark."""
+        """Every case's ratios (those of `names`, else all but shares) and their bounds as SVG; of a wrong row none."""
         right = [row for row in self.rows if not row.wrong]
-        names = list(names or dict.fromkeys(name for row in right for name in row.ratios))
+        found = dict.fromkeys(name for row in right for name in row.ratios)
+        names = list(names or [name for name in found if not name.startswith("share")] or found)
         marks = {n: [(row.ratios.get(n), row.lower.get(n)) for row in right] for n in names}
         write_atomically(path, figures.ratio_figure([row.label for row in right], marks))
 

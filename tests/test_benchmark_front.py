@@ -28,7 +28,7 @@ def test_every_script_with_a_main_is_a_benchmark_that_says_how_long_it_takes(cap
     found = front.benchmarks()
     scripts = {p.stem for p in front.FOLDER.glob("*.py") if "\ndef main(" in p.read_text() and p.stem != "__main__"}
     assert scripts <= set(found) and {"cpu_prefill", "end_to_end", "exact_prefill"} <= scripts
-    assert all(b.line for b in found.values())
+    assert all(b.line and b.takes for b in found.values())
     call(monkeypatch)
     shown = capsys.readouterr().out
     assert all(name in shown for name in found)

@@ -109,6 +109,20 @@ def test_what_there_is_no_time_for_is_said():
     assert notes == [f"prefill: D = 16, {n} tokens left out, its 0 seconds were over" for n in DRY.lengths]
 
 
+def test_a_case_that_fails_costs_no_other_and_is_said(monkeypatch):
+    measure, notes = prefill.measure, []
+
+    def failing(device, sizes, dim, length, *rest):
+        if length == 128:
+            raise RuntimeError("no kernel image\nis available")
+        return measure(device, sizes, dim, length, *rest)
+
+    monkeypatch.setattr(prefill, "measure", failing)
+    rows = prefill.section(Device(True), DRY, 1e9, Budget("prefill", 60.0, notes))
+    assert {row.case["length"] for row in rows} == {96}
+    assert "FAILED: prefill, D = 16, 128 tokens: RuntimeError: no kernel image" in notes
+
+
 def test_aims_are_judged_by_the_worst_case():
     def row(heads, length, per_work, flex):
         case = {"kernel": "prefill", "heads": heads, "dim": 128, "length": length}

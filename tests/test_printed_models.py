@@ -34,9 +34,6 @@ def model_of(name: str) -> Any:
     elif name == "gpt-oss":
         config = transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
         made = transformers.GptOssForCausalLM
-    elif name == "bloom":
-        config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)
-        made = transformers.BloomForCausalLM
     else:
         config = transformers.MptConfig(vocab_size=VOCABULARY, d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS)
         made = transformers.MptForCausalLM
@@ -54,7 +51,6 @@ def model_of(name: str) -> Any:
 CASES = {
     "gemma2": (True, ["softcap=2, keep j <= i and i - j < 7 and", "softcap=2, keep j <= i and"]),
     "gpt-oss": (False, ["sink=logit[h], keep j <= i and i - j < 7", "sink=logit[h], keep j <= i"]),
-    "bloom": (False, ["bias=(j - i)*", "bias=(j - i)*"]),
     "mpt": (True, ["bias=(j - i)*", "bias=(j - i)*"]),
     "llama": (False, ["keep j <= i and "] * 2),
 }

@@ -114,8 +114,10 @@ def prefill_lse(q, k, v, sinks, windows, scale, pad=None):
 def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     _check(q, k, v, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast if spec.dtype == "bfloat16" else ""}{runs}
-    if scale < 0:
-        # The kernel takes each row's largest score before it scales.
+    # The kernel takes each row's largest score before it scales, and so wants a positive scale.
+    if abs(scale) < 1e-37:
+        q, scale = torch.zeros_like(q), 1.0
+    elif scale < 0:
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, {heads}, {dim_v}), dtype=q.dtype, device=q.device).transpose(1, 2)

@@ -21,6 +21,7 @@ TOLERANCE = 1e-2
 # rounds.
 SLOW_FROM = 65536
 BEST, FLEX = "best SDPA", "FlexAttention"
+LIBRARIES = ("FlashAttention 3", "FlashAttention 2", "FlashInfer")
 PER_WORK, OF_MATMUL = "best SDPA / work saved", "share of matmul"
 
 
@@ -56,6 +57,7 @@ def row_of(
     median = {name: statistics.median(values) for name, values in times.items()}
     ratios, lower = {}, {}
     against = {name.removesuffix(f" {spans.name}"): name for name in others}
+    against = {**{f"{name}, dense": name for name in LIBRARIES if name in times}, **against}
     if (fastest := best(times, "SDPA")) is not None:
         against = {BEST: fastest, **against}
     for label, name in against.items():

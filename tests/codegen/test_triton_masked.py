@@ -28,15 +28,17 @@ from attnopt.registry import TARGETS
 
 GOLDEN = Path(__file__).parent / "golden" / "masked_prefill_bfloat16.py"
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-# Tiles of 32 rows against blocks of 16 keys: several of each, and the last of both cut off.
-LENGTH = 70
+# (query rows, keys per block): two tiles of rows, three blocks of keys, the last of both cut off; smaller ones where a
+# narrow span is to leave blocks out, or to keep some whole.
+LENGTH, TILE, SMALL = 70, (64, 32), (32, 16)
+NARROW = ("first keys and a window, sink of a head", "both sides", "window and padding")
 
 
 def spec_of(case: Case, dim: int = 16) -> MaskedPrefill:
     return MaskedPrefill("triton", case.dtype, 4, 2, dim, dim, case.form.text)
 
 
-def run(case: Case, length: int = LENGTH) -> dict[str, Any]:
+def run(case: Case, length: int = LENGTH, tile: tuple[int, int] = TILE) -> dict[str, Any]:
     torch.manual_seed(0)
     module = emit.load(spec_of(case))
     kernel, seen = module.masked_prefill, []
@@ -52,7 +54,7 @@ def run(case: Case, length: int = LENGTH) -> dict[str, Any]:
     inputs = inputs_of(case, length)
     empty = torch.empty
     torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
-    module.masked_prefill, module.LAUNCH = Recorded(), {"BLOCK_M": 32, "BLOCK_N": 16}
+    module.masked_prefill, module.LAUNCH = Recorded(), dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
     try:
         out = module.attend(*inputs)
     finally:
@@ -71,7 +73,7 @@ def run(case: Case, length: int = LENGTH) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     for name, case in CASES.items():
-        print(json.dumps({"case": name, **run(case)}), flush=True)
+        print(json.dumps({"case": name, **run(case, tile=SMALL if name in NARROW else TILE)}), flush=True)
     for length in (0, 1):
         print(json.dumps({"case": f"length {length}", **run(CASES["window and padding"], length)}), flush=True)
 

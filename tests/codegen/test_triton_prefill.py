@@ -80,6 +80,7 @@ CASES = {
     "dims 64": Case(100, *MIXED, dims=(64, 64)),
     "dims 128": Case(100, *MIXED, dims=(128, 128)),
     "negative scale": Case(100, *MIXED, scale=-0.3),
+    "scale 0": Case(70, *MIXED, scale=0.0),
     "float16": Case(200, *MIXED, dtype="float16", dims=(64, 64)),
     "float16, dims 256": Case(70, *MIXED, dtype="float16", dims=(256, 256), shipped=True),
     "float16, pointers": Case(100, *MIXED, dtype="float16", dims=(64, 64), loads="pointers"),

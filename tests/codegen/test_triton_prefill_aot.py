@@ -3,16 +3,16 @@
 Compiled by triton 3.9 for bfloat16 (registers / spilled bytes / shared KiB; on gfx942 vector registers):
 
     loads        target  tile              D=128          padded         D=64          D=32
-    descriptors  sm_90   128x64, 8 warps   164 / 0 / 129  166 / 0 / 129  122 / 0 / 65  110 / 0 / 33
-    descriptors  sm_90   64x64, 4 warps    165 / 0 / 81   180 / 0 / 81   119 / 0 / 41  106 / 0 / 21
-    pointers     sm_90   128x64, 8 warps   216 / 0 / 128  222 / 0 / 128
-    pointers     sm_90   64x32, 4 warps    142 / 0 / 64   146 / 0 / 64
-    pointers     sm_80   128x64, 8 warps   228 / 0 / 96   214 / 0 / 96   188 / 0 / 48  100 / 0 / 24
-    pointers     sm_80   64x32, 4 warps    184 / 0 / 52   226 / 0 / 52   128 / 0 / 24  80 / 0 / 12
-    hip          gfx942  128x32, 4 warps   206 / 0 / 32   213 / 0 / 32   136 / 0 / 16  106 / 0 / 8
-    hip          gfx942  64x32, 4 warps    167 / 0 / 16   169 / 0 / 16   113 / 0 / 8   110 / 0 / 4
+    descriptors  sm_90   128x64, 8 warps   187 / 0 / 129  172 / 0 / 129  152 / 0 / 65  126 / 0 / 33
+    descriptors  sm_90   64x64, 4 warps    186 / 0 / 81   176 / 0 / 81   140 / 0 / 41  127 / 0 / 21
+    pointers     sm_90   128x64, 8 warps   227 / 0 / 128  228 / 0 / 128
+    pointers     sm_90   64x32, 4 warps    146 / 0 / 64   180 / 0 / 64
+    pointers     sm_80   128x64, 8 warps   228 / 0 / 96   206 / 0 / 96   188 / 0 / 48  128 / 0 / 24
+    pointers     sm_80   64x32, 4 warps    184 / 0 / 52   226 / 0 / 52   128 / 0 / 24  122 / 0 / 12
+    hip          gfx942  128x32, 4 warps   211 / 0 / 32   216 / 0 / 32   144 / 0 / 16  110 / 0 / 8
+    hip          gfx942  64x32, 4 warps    168 / 0 / 16   168 / 0 / 16   118 / 0 / 8   114 / 0 / 4
 
-At D=256: descriptors on sm_90 222 / 0 / 192 and 186 / 0 / 96, pointers on sm_80 183 / 0 / 68, gfx942 249 / 0 / 32.
+At D=256: descriptors on sm_90 234 / 0 / 192 and 201 / 0 / 96, pointers on sm_80 183 / 0 / 68, gfx942 255 / 0 / 32.
 
 All tests of this file take 28 s of CPU time where nothing is in Triton's cache, and 7 s where everything is.
 """

@@ -139,13 +139,14 @@ def span_prefill(
             k_block = k + tl.cast(start, tl.int64) * k_row
             keys = tl.load(k_block + k_tile, mask=cols[None, :] < length, other=0.0)
         scores = tl.dot(queries, keys)
-        span = (cols[None, :] < sink) | (rows[:, None] - cols[None, :] < window)
-        keep = span & (cols[None, :] <= rows[:, None])
-        scores = tl.where(keep, scores * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Key j is kept where 0 <= i - j < limit: one comparison, as a negative number without its sign is a large one.
+        limit = tl.where(cols < sink, 2147483647, window)
+        keep = (rows[:, None] - cols[None, :]).to(tl.uint32) < limit.to(tl.uint32)[None, :]
+        scores = tl.where(keep, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         # A row that has met no kept key yet: -inf minus -inf would be NaN.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
@@ -244,8 +245,10 @@ def _prefill(q, k, v, sinks, windows, scale, pad, lse):
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bfloat16.
         q, k, v = q.float(), k.float(), v.float()
-    if scale < 0:
-        # The kernel takes each row's largest score before it scales.
+    # The kernel takes each row's largest score before it scales, and so wants a positive scale.
+    if abs(scale) < 1e-37:
+        q, scale = torch.zeros_like(q), 1.0
+    elif scale < 0:
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, length, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
