@@ -1,7 +1,8 @@
 """The CPU's own prefill kernel, span_prefill.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
 It serves float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where it cannot be had, no
-compiler above all, attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and `unusable` says why.
+compiler above all, attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and
+`unusable` says why.
 """
 
 from __future__ import annotations
@@ -41,10 +42,9 @@ def told() -> dict[str, str]:
     return {str(d).removeprefix("torch."): unusable(d) or "compiled" for d in (torch.float32, torch.bfloat16)}
 
 
-def serves(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes q (B, H, N, D) and v (B, G, N, Dv), without a look at their layout."""
-    fits = q.shape[3] % FEATURES == 0 and v.shape[3] % FEATURES == 0
-    return fits and q.device.type == "cpu" and not unusable(q.dtype)
+def takes(dtype: torch.dtype, dim: int, dim_v: int) -> bool:
+    """Whether the kernel serves CPU tensors of a dtype, with `dim` features in q and k and `dim_v` in v."""
+    return dim % FEATURES == 0 and dim_v % FEATURES == 0 and not unusable(dtype)
 
 
 def prefill(
@@ -53,8 +53,11 @@ def prefill(
 ) -> None:  # fmt: skip
     """The query heads `heads` of a span prefill, into out (B, H, N, Dv) and, if given, lse float32 (B, H, N).
 
-    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), out: of one dtype; sinks, windows int (H,); pad bool (B, N) or None.
+    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), out: of one dtype, or ValueError; sinks, windows int (H,); pad bool
+    (B, N). scale is positive.
     """
+    if not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(f"q, k, v and out are {q.dtype}, {k.dtype}, {v.dtype} and {out.dtype}, expected one dtype")
     q, k, v = map(_readable, (q, k, v))
     batch, count, length, dim = q.shape
     held = (q, k, v, out)
