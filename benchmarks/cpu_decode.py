@@ -21,6 +21,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class Case:
         return [min(SINKS + window, self.length) if window else self.length for window in windows]
 
     @property
+    def order(self) -> list[int]:
+        """KV heads as the cache stores them: those of equal capacity side by side, for which one call does."""
+        return sorted(range(self.kv_heads), key=self.capacities.__getitem__)
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         shorter = self.length // (2 * self.batch) if self.spans == "uneven" else 0
@@ -71,7 +77,8 @@ class Case:
 
     @property
     def filled(self) -> list[list[int]]:
-        return [[min(size, length) for size in self.capacities] for length in self.lengths]
+        """Slots of each sequence and KV head, in the order of the cache."""
+        return [[min(self.capacities[g], length) for g in self.order] for length in self.lengths]
 
     @property
     def ideal(self) -> float:
@@ -87,9 +94,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Cache:
-    """The dense cache k, v (B, G, N, D) and what of it the spans keep, as k, v (B, C, D), sinks first."""
+    """The dense cache k, v (B, G, N, D) and what of it the spans keep, as k, v (B, C, D), sinks first.
+
+    there: query heads in the order of the cache; back: in that of the model.
+    """
 
     q: Tensor
+    there: Tensor
+    back: Tensor
     k: Tensor
     v: Tensor
     kept_k: Tensor
@@ -106,14 +118,26 @@ def cache_of(case: Case) -> Cache:
 
     def kept(x: Tensor) -> Tensor:
         parts = []
-        for group, size in enumerate(case.capacities):
+        for group in case.order:
+            size = case.capacities[group]
             sinks = min(SINKS, size)
             parts += [x[:, group, :sinks], x[:, group, length - (size - sinks) :]]
         return torch.cat(parts, 1)
 
-    starts = torch.tensor([0, *case.capacities]).cumsum(0, dtype=torch.int32)
+    stored = [case.capacities[group] for group in case.order]
+    starts = torch.tensor([0, *stored]).cumsum(0, dtype=torch.int32)
+    there = torch.arange(case.heads).view(case.kv_heads, -1)[case.order].flatten()
     filled = torch.tensor(case.filled, dtype=torch.int32)
-    return Cache(q, k, v, kept(k), kept(v), starts, filled)
+    return Cache(q, there, there.argsort(), k, v, kept(k), kept(v), starts, filled)
+
+
+def spans_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
+    """The emitted kernel, and with it the permutations of heads that the order of the cache takes, if any."""
+    decode = load(SpanDecode("cpu", case.dtype, case.heads, case.kv_heads, case.dim, case.dim)).decode
+    rest = cache.kept_k, cache.kept_v, cache.starts, cache.filled, case.dim**-0.5
+    if case.order == sorted(case.order):
+        return lambda: decode(cache.q, *rest)
+    return lambda: decode(cache.q.index_select(1, cache.there), *rest).index_select(1, cache.back)
 
 
 def padded_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
@@ -121,11 +145,12 @@ def padded_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
     longest = max(case.capacities)
     shape = (case.batch, case.kv_heads, longest, case.dim)
     k, v, mask = cache.q.new_zeros(shape), cache.q.new_zeros(shape), cache.q.new_zeros(*shape[:2], 1, longest)
-    for group, (start, size) in enumerate(zip(cache.starts.tolist(), case.capacities, strict=False)):
+    for group, (start, end) in enumerate(pairwise(cache.starts.tolist())):
+        size = end - start
         k[:, group, :size], v[:, group, :size] = cache.kept_k[:, start:][:, :size], cache.kept_v[:, start:][:, :size]
         for entry, counts in enumerate(case.filled):
             mask[entry, group, :, counts[group] :] = float("-inf")
-    rows = cache.q.view(case.batch, case.kv_heads, -1, case.dim)
+    rows = cache.q[:, cache.there].view(case.batch, case.kv_heads, -1, case.dim)
     mask = mask.expand(-1, -1, rows.shape[2], -1).contiguous()
     return lambda: F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
@@ -158,11 +183,9 @@ def flex_call(case: Case, cache: Cache) -> Callable[[], Tensor]:
 def measure(case: Case, repeats: int, flex: bool) -> Row:
     torch.set_num_threads(case.threads)
     cache = cache_of(case)
-    spec = SpanDecode("cpu", case.dtype, case.heads, case.kv_heads, case.dim, case.dim)
-    module, scale = load(spec), case.dim**-0.5
     rows, mask = cache.q.view(case.batch, case.kv_heads, -1, case.dim), dense_mask(case, cache)
     calls: dict[str, Callable[[], Tensor]] = {
-        "spans": lambda: module.decode(cache.q, cache.kept_k, cache.kept_v, cache.starts, cache.filled, scale),
+        "spans": spans_call(case, cache),
         "packed": lambda: F.scaled_dot_product_attention(rows, cache.k, cache.v, attn_mask=mask),
         "grouped": lambda: F.scaled_dot_product_attention(
             cache.q, cache.k, cache.v, attn_mask=mask, enable_gqa=case.heads != case.kv_heads
@@ -172,12 +195,11 @@ def measure(case: Case, repeats: int, flex: bool) -> Row:
         calls["padded"] = padded_call(case, cache)
     if flex:
         calls["flex"] = flex_call(case, cache)
-    expected = reference(
-        cache.q.double(), cache.kept_k.double(), cache.kept_v.double(), cache.starts, cache.filled, scale
-    )
+    wide = [x.double() for x in (cache.q[:, cache.there], cache.kept_k, cache.kept_v)]
+    stored = reference(*wide, cache.starts, cache.filled, case.dim**-0.5)
+    expected = {"spans": stored[:, cache.back], "padded": stored, "flex": stored[:, cache.back]}
     # What it is compared with on the same spans has to be right too.
-    same = [calls[name]().view(expected.shape) for name in ("spans", "padded", "flex") if name in calls]
-    error = max(relative_error(found, expected) for found in same)
+    error = max(relative_error(calls[n]().view(stored.shape), x) for n, x in expected.items() if n in calls)
     clock = "thread" if case.threads == 1 else "wall"
     times = interleaved(calls, repeats, clock, seconds=8)
     bounds = {name: ratio(times[name], times["spans"]) for name in calls if name != "spans"}

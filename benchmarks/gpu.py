@@ -71,6 +71,8 @@ def main() -> None:
         parser.error("a dry run measures nothing to keep")
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --dry-run goes through the same steps in small on the CPU")
+    if args.dry_run:
+        print("dry run: tiny, on the CPU; only what is right or wrong below means anything, no time does")
     begin = time.perf_counter()
     device = Device(args.dry_run)
     rows, aims, notes, ceilings = measured(device, DRY if args.dry_run else Sizes())

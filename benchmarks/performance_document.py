@@ -25,6 +25,8 @@ TITLES = {
 }
 # Sections that have a page of their own: the class-by-class table is not repeated.
 ELSEWHERE = {"exact_prefill": "[Exact mode](exact.md) has every class."}
+# Times that a section shows beside its ratios.
+TIMES = {"compile_cost": ("capture", "passes")}
 # More rows than this are a table that nobody reads: the figure shows them, and the file has them.
 MOST_ROWS = 60
 
@@ -52,6 +54,7 @@ def table(run: Run) -> str:
     rows = [row for row in run.rows if row.wrong or row.ratios]
     facts = list(dict.fromkeys(name for row in rows for name in row.case))
     names = list(dict.fromkeys(name for row in rows if not row.wrong for name in row.ratios))
+    times = TIMES.get(run.name, ())
     lines = []
     for row in rows:
         cells = [shown(row.case.get(name, "")) for name in facts]
@@ -63,8 +66,9 @@ def table(run: Run) -> str:
                 cells.append(shown(row.ratios[name]) + (f" (≥ {shown(low)})" if low is not None else ""))
             else:
                 cells.append("")
+        cells += ["WRONG" if row.wrong else f"{row.times_ms[name]:.0f}" for name in times]
         lines.append([*cells, f"{row.error:.0e}"])
-    return markdown([*facts, *names, "error"], lines)
+    return markdown([*facts, *names, *(f"{name}, ms" for name in times), "error"], lines)
 
 
 def machine(run: Run) -> str:

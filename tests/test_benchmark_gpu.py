@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from types import SimpleNamespace
@@ -100,6 +101,49 @@ def test_spans_have_the_pairs_of_their_mask():
         i, j = torch.arange(70)[:, None], torch.arange(70)[None]
         keep = (j <= i) & ((j < sinks.view(-1, 1, 1)) | (i - j < windows.view(-1, 1, 1)))
         assert spans.pairs(70) == int(keep.sum()) and spans.keys(70) == tuple(keep[:, -1].sum(-1).tolist())
+
+
+def test_a_call_is_timed_by_events_from_a_cold_cache_and_behind_a_head_start(monkeypatch):
+    """The few lines that a dry run does not reach, with stand-ins for CUDA."""
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    device = Device(True)
+    device.dry, device._flush = False, SimpleNamespace(zero_=lambda: seen.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = device.times({"one": lambda: seen.append("call")}, 0.0)
+    assert times == {"one": [0.25] * 3}
+    assert seen == ["call", *["flush", "sleep", "event", "call", "event", "wait"] * 4]
+
+
+def test_a_graph_is_captured_after_warm_calls_and_keeps_its_result(monkeypatch):
+    seen: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: seen.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g: contextlib.nullcontext())
+    device = Device(True)
+    device.dry = False
+    results = iter(torch.arange(5.0))
+    replay = device.graphed(lambda: next(results))
+    assert replay() == replay() == 3.0 and seen == ["replay", "replay"]
 
 
 def test_what_there_is_no_time_for_is_said():

@@ -25,14 +25,15 @@ from attnopt.registry import TARGETS
 
 # Query rows, keys per block, warps, pipeline stages.
 Launch = tuple[int, int, int, int]
-# On gfx942 stages cost shared memory, of which there is 64 KiB, and blocks of 64 keys more registers than there are.
-LAUNCHES_HALF: dict[str, Launch] = {"cuda": (128, 64, 8, 3), "hip": (128, 32, 8, 1)}
+# By what the device is; "sm_80" is every NVIDIA GPU below sm_90, some of which have 99 KiB of shared memory only. On
+# gfx942 stages cost shared memory, of which there is 64 KiB, and blocks of 64 keys more registers than there are.
+LAUNCHES_HALF: dict[str, Launch] = {"sm_90": (128, 64, 8, 3), "sm_80": (128, 32, 8, 3), "hip": (128, 32, 8, 1)}
 # Data over pairs of positions takes registers and shared memory of its own, a head dimension of 256 more of both.
-LAUNCHES_PAIRS: dict[str, Launch] = {"cuda": (64, 64, 4, 2), "hip": (64, 32, 4, 1)}
-LAUNCHES_HALF_256: dict[str, Launch] = {"cuda": (64, 32, 4, 2), "hip": (64, 32, 4, 1)}
+LAUNCHES_PAIRS: dict[str, Launch] = {"sm_90": (128, 32, 8, 2), "sm_80": (64, 32, 4, 2), "hip": (64, 32, 4, 1)}
+LAUNCHES_HALF_256: dict[str, Launch] = {"sm_90": (64, 32, 8, 2), "sm_80": (64, 32, 8, 2), "hip": (64, 32, 4, 1)}
 # float32 goes without tensor cores, which would round to tf32, and so needs small tiles.
-LAUNCHES_FLOAT: dict[str, Launch] = dict.fromkeys(("cuda", "hip"), (32, 32, 8, 1))
-LAUNCHES_FLOAT_128: dict[str, Launch] = dict.fromkeys(("cuda", "hip"), (32, 16, 8, 1))
+LAUNCHES_FLOAT: dict[str, Launch] = dict.fromkeys(("sm_90", "sm_80", "hip"), (32, 32, 8, 1))
+LAUNCHES_FLOAT_128: dict[str, Launch] = dict.fromkeys(("sm_90", "sm_80", "hip"), (32, 16, 8, 1))
 
 
 def launches(spec: MaskedPrefill) -> dict[str, Launch]:
@@ -64,10 +65,10 @@ import triton
 import triton.language as tl
 
 LAUNCHES = {{
-    "cuda": {configs["cuda"]},
+    "sm_90": {configs["sm_90"]},
+    "sm_80": {configs["sm_80"]},
     "hip": {configs["hip"]},
-}}
-LAUNCH = LAUNCHES["hip" if torch.version.hip else "cuda"]{constants}
+}}{constants}
 '''
 
 
@@ -227,6 +228,13 @@ def _check(q, k, v, tensors, sizes):
         raise ValueError(f"this kernel reads tensors of {{DTYPES}} and {text.form.sizes} sizes")
 
 
+def _config(q):
+    if torch.version.hip:
+        return LAUNCHES["hip"]
+    # Consumer cards of later generations have the shared memory of sm_86.
+    return LAUNCHES["sm_90" if INTERPRETED or 9 <= torch.cuda.get_device_capability(q.device)[0] < 12 else "sm_80"]
+
+
 def _data(tensor):
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)
@@ -249,7 +257,8 @@ def attend(q, k, v, tensors, sizes, sink, scale):
     out = torch.empty((batch, queries, {heads}, {dim_v}), dtype=q.dtype, device=q.device).transpose(1, 2)
     if not out.numel():
         return out.to(dtype)
-{text.unpacking}{text.sink_line}    tiles = triton.cdiv(queries, LAUNCH["BLOCK_M"])
+{text.unpacking}{text.sink_line}    config = _config(q)
+    tiles = triton.cdiv(queries, config["BLOCK_M"])
     strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
     with torch.cuda.device_of(q):
         masked_prefill[(batch * {heads} * tiles,)](
@@ -262,7 +271,7 @@ def attend(q, k, v, tensors, sizes, sink, scale):
             tiles,
             scale * {factor},
             *strides,{"".join(f"{chr(10)}            {value}," for value in text.stride_values)}
-            **LAUNCH,
+            **config,
             enable_fp_fusion=True,
         )
     return out.to(dtype)
@@ -286,14 +295,14 @@ def _aot(spec: MaskedPrefill, text: FormText) -> str:
     fixed = "".join(f', "{n}": 1' for n in ones)
     return f'''
 
-def aot_signature(device="cuda"):
-    """What triton.compile needs, as the JIT would have it for aligned tensors; device: "cuda" or "hip"."""
+def aot_signature(target):
+    """What triton.compile needs, as the JIT would have it for aligned tensors; target: one of LAUNCHES."""
     signature = {{{lines}
     }}
     aligned = ({names}
     )
     attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}}
-    config = LAUNCHES[device]
+    config = LAUNCHES[target]
     constexprs = {{"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]{fixed}}}
     options = {{name: config[name] for name in ("num_warps", "num_stages")}} | {{"enable_fp_fusion": True}}
     return {{"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}}

@@ -33,6 +33,11 @@ def _kernel(target: str, dtype: torch.dtype, sizes: tuple[int, ...], positioned:
     return load(spec), spec.key()
 
 
+def _refuse_gradient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("attnopt::span_decode has no gradient: decode under torch.no_grad()")
+
+
 def span_decode(
     q: Tensor,
     k: Tensor,
@@ -53,8 +58,7 @@ def span_decode(
     the key at p where ``p <= i and (p < sinks[h] or i - p < windows[h])``. A row that keeps nothing is 0. All tables
     lie beside q, and `filled` is read while running, so that a captured CUDA graph serves a growing cache.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError("attnopt::span_decode has no gradient: decode under torch.no_grad()")
+    _refuse_gradient(q, k, v)
     given = [x is not None for x in (sinks, windows, positions, at)]
     if any(given) != all(given):
         raise ValueError("sinks, windows, positions and at come together or not at all")
@@ -66,6 +70,7 @@ def span_decode(
 
 
 def _fake(q, k, v, starts, filled, scale, sinks=None, windows=None, positions=None, at=None):  # type: ignore[no-untyped-def]
+    _refuse_gradient(q, k, v)
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[2])
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attnopt.codegen import emit, work_list
 from attnopt.codegen.emit import write_atomically
@@ -391,14 +392,28 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("layout", ["transposed", "contiguous", "unaligned"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_agrees_on_a_gpu(dtype: str, dim: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_on_a_gpu(dtype: str, layout: str, dim: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_list, "LONGEST_SHARE", float("inf"))  # both tile classes, so both streams
-    case = Case(2500, [0, 5, 64, 700], [DENSE, 1, 400, 1500], dims=(dim, dim), dtype=dtype, batch=2)
+    case = Case(
+        2500,
+        [0, 5, 64, 700],
+        [DENSE, 1, 400, 1500],
+        dims=(dim, dim),
+        dtype=dtype,
+        batch=2,
+        layout=layout.replace("unaligned", "transposed"),
+    )
     q, k, v = (tensor(case, heads, dim).cuda() for heads in (4, 2, 2))
+    if layout == "unaligned":
+        q, k, v = (F.pad(t, (1, 0))[..., 1:] for t in (q, k, v))
     sinks, windows = (torch.tensor(t, dtype=torch.int32, device="cuda") for t in (case.sinks, case.windows))
-    pad = torch.rand(2, 2500, device="cuda") > 0.2 if padded else None
+    pad = None
+    if padded:
+        pad = torch.rand(2, 2500, device="cuda") > 0.2
+        pad[0] = torch.arange(2500, device="cuda") >= 700
     module = emit.load(SpanPrefill("triton", dtype, 4, 2, dim, dim, padded))
     empty = torch.empty
     with monkeypatch.context() as patch:

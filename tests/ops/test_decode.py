@@ -64,8 +64,11 @@ def test_a_wanted_gradient_is_refused() -> None:
     q, *rest = inputs()
     with pytest.raises(RuntimeError, match="no gradient"):
         torch.ops.attnopt.span_decode(q.requires_grad_(), *rest, 0.25)
+    compiled = torch.compile(lambda *x: torch.ops.attnopt.span_decode(*x, 0.25), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="no gradient"):
+        compiled(q, *rest)
     with torch.no_grad():
-        torch.ops.attnopt.span_decode(q, *rest, 0.25)
+        torch.testing.assert_close(compiled(q, *rest), torch.ops.attnopt.span_decode(q, *rest, 0.25))
 
 
 def test_half_a_set_of_spans_is_refused() -> None:

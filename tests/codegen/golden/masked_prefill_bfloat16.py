@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 LAUNCHES = {
-    "cuda": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    "sm_90": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    "sm_80": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     "hip": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
 }
-LAUNCH = LAUNCHES["hip" if torch.version.hip else "cuda"]
 # Scores are in base 2.
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -160,6 +160,13 @@ def _check(q, k, v, tensors, sizes):
         raise ValueError(f"this kernel reads tensors of {DTYPES} and 0 sizes")
 
 
+def _config(q):
+    if torch.version.hip:
+        return LAUNCHES["hip"]
+    # Consumer cards of later generations have the shared memory of sm_86.
+    return LAUNCHES["sm_90" if INTERPRETED or 9 <= torch.cuda.get_device_capability(q.device)[0] < 12 else "sm_80"]
+
+
 def _data(tensor):
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)
@@ -186,7 +193,8 @@ def attend(q, k, v, tensors, sizes, sink, scale):
     if not out.numel():
         return out.to(dtype)
     sink = _data(sink.contiguous())
-    tiles = triton.cdiv(queries, LAUNCH["BLOCK_M"])
+    config = _config(q)
+    tiles = triton.cdiv(queries, config["BLOCK_M"])
     strides = [step for t in (q, k, v, out) for step in t.stride()[:3]]
     with torch.cuda.device_of(q):
         masked_prefill[(batch * 32 * tiles,)](
@@ -200,14 +208,14 @@ def attend(q, k, v, tensors, sizes, sink, scale):
             tiles,
             scale * 1.4426950408889634,
             *strides,
-            **LAUNCH,
+            **config,
             enable_fp_fusion=True,
         )
     return out.to(dtype)
 
 
-def aot_signature(device="cuda"):
-    """What triton.compile needs, as the JIT would have it for aligned tensors; device: "cuda" or "hip"."""
+def aot_signature(target):
+    """What triton.compile needs, as the JIT would have it for aligned tensors; target: one of LAUNCHES."""
     signature = {
         "q": "*bf16",
         "k": "*bf16",
@@ -253,7 +261,7 @@ def aot_signature(device="cuda"):
         "out_row",
     )
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
-    config = LAUNCHES[device]
+    config = LAUNCHES[target]
     constexprs = {"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
     options = {name: config[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
