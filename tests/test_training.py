@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from compiling import LLAMA, compiled, rewritten
+from compiling import LLAMA, compiled
 from models import LAYERS, ExplicitMasks, build, make_plan, padding, tokens
 
 from attnopt import backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.span_cpu_backward import tuning
 from attnopt.codegen.spec import SpanBackward
 from attnopt.registry import TARGETS
@@ -40,7 +41,7 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanBackward) -> str:
         """Source of a module with ``backward`` (contract: attnopt/codegen/reference_backward.py)."""
-        return TEMPLATE.format(
+        text = TEMPLATE.format(
             spec=spec,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
@@ -51,3 +52,4 @@ class Cpu:
             check="" if spec.padded else UNPADDED,
             pad="pad" if spec.padded else "None",
         )
+        return text + footer(spec, "self_check_backward", "backward")

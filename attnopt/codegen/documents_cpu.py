@@ -111,7 +111,7 @@ def prefill(
         return out, sums if found is None else found
     out = by_tokens(q, heads, v.shape[3])
     whole = out if parts.order is None else torch.empty_like(out)
-    wholes = sums if parts.order is None else torch.empty_like(sums)
+    wholes = sums if parts.order is None else torch.zeros_like(sums)
     where = parts.order if window else None
     q, k, v, flags = together(parts.order, q, k, v, pad)
     for call in parts.calls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnopt.codegen.reference_prefill import finite, masked_scores
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanBackward
 from attnopt.registry import TARGETS
 
@@ -42,4 +43,5 @@ def backward(
 class Reference:
     @staticmethod
     def emit(spec: SpanBackward) -> str:
-        return f'"""{spec}."""\n\nfrom attnopt.codegen.reference_backward import backward\n\n__all__ = ["backward"]\n'
+        text = f'"""{spec}."""\n\nfrom attnopt.codegen.reference_backward import backward\n\n__all__ = ["backward"]\n'
+        return text + footer(spec, "self_check_backward", "backward")

@@ -9,6 +9,7 @@ Nothing here has been timed on a GPU. Triton itself is imported by the emitted f
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanBackward
 from attnopt.codegen.triton_backward_host import aot, launcher
 from attnopt.codegen.triton_text import (
@@ -384,7 +385,8 @@ def _dkv(spec: SpanBackward) -> str:
 def source(spec: SpanBackward) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check(spec)
-    return _header(spec) + _row_sums(spec) + _dq(spec) + _dkv(spec) + launcher(spec) + aot(spec)
+    kernels = _row_sums(spec) + _dq(spec) + _dkv(spec)
+    return _header(spec) + kernels + launcher(spec) + aot(spec) + footer(spec, "self_check_backward", "backward")
 
 
 @TARGETS.register("triton span_backward")

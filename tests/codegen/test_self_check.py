@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from attnopt.codegen import emit, self_check, self_check_prefill
+from attnopt.codegen import emit, self_check, self_check_backward, self_check_prefill
+from attnopt.codegen.reference_backward import backward
 from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.codegen.reference_prefill import prefill_lse as with_lse
 from attnopt.codegen.self_check import Check, Race, error
-from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.spec import SpanBackward, SpanPrefill
 from attnopt.codegen.triton_prefill import source
 
 SPEC = SpanPrefill("cpu", "float32", 4, 2, 16, 8, False)
@@ -46,6 +47,26 @@ def test_a_right_file_agrees_and_is_timed(dtype, padded, target, capsys):
     assert "threads: " in told
     if target == "cpu":
         assert "this kernel" in told and "dense SDPA" in told and "× fewer pairs" in told
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_backward_checks_itself(padded, capsys):
+    spec = SpanBackward("cpu", "float32", 4, 2, 16, 8, padded)
+    emit.load(spec)
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(emit.kernel_folder() / f"{spec.key()}.py"), run_name="__main__")
+    assert done.value.code == 0
+    told = capsys.readouterr().out
+    assert told.count("  agrees  ") == 3 and ("those of dense SDPA" in told) == (not padded)
+
+
+def test_a_wrong_backward_is_named(capsys):
+    def wrong(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
+        return backward(dout, q, k, v, out, lse, sinks + 1, windows, scale, pad)
+
+    with pytest.raises(SystemExit) as done:
+        self_check_backward.check(SpanBackward("cpu", "float32", 4, 2, 16, 8, False), wrong)
+    assert done.value.code == 1 and "dq, dk, dv" in capsys.readouterr().err
 
 
 def off_by_one(q, k, v, sinks, windows, scale, pad=None, run=reference):

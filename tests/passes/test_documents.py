@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attentions import positions, written
+from models import LAYERS, build, tokens
 from tracing import qkv, trace
 
 from attnopt.capture import capture, needs_grad
@@ -228,6 +229,16 @@ def test_something_beside_documents_is_named():
 
     (reason,) = trace(fn, *qkv(batch=BATCH, length=LENGTH), numbers(), numbers(seed=1)).left
     assert reason == "its documents are not kept apart: something beside causality, a window and padding is in its mask"
+
+
+def test_a_model_of_transformers_keeps_its_packed_sequences_apart():
+    """With the packing that it finds in `position_ids`, one sequence included, in every layer."""
+    model = build("mistral", sliding_window=4)
+    for position in (POSITIONS, torch.arange(LENGTH)[None]):
+        inputs = {"input_ids": tokens(1, LENGTH), "position_ids": position, "use_cache": False}
+        traced = trace(model, **inputs)
+        assert traced.rewrites == [WINDOW] * LAYERS, (traced.rewrites, traced.left)
+        torch.testing.assert_close(traced.output.logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_mask_made_outside_the_graph_proves_nothing():

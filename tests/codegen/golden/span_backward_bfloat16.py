@@ -397,3 +397,10 @@ def aot_signatures(target="sm_90"):
             "attrs": {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n not in unaligned},
             "options": {"enable_fp_fusion": True, **{n: config[n] for n in ("num_warps", "num_stages")}},
         }
+
+
+if __name__ == "__main__":
+    from attnopt.codegen.self_check_backward import check
+    from attnopt.codegen.spec import SpanBackward
+
+    check(SpanBackward("triton", "bfloat16", 32, 8, 128, 128, False), backward)
