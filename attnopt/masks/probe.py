@@ -59,8 +59,8 @@ def probe(
     """Raise VerificationError where `meaning` says something else than the graph.
 
     extents: {"b": B, "h": H, "i": Sq, "j": Sk} as plain ints, and those of the parts of an axis, {"h0": 2, "h1": 4}.
-    evaluate: the value of any node of the graph, all from the same inputs (data that an assumption of the meaning speaks
-    of has to keep to it). size: of a symbolic size.
+    evaluate: the value of any node of the graph, all from the same inputs (data that an assumption of the meaning
+    speaks of has to keep to it). size: of a symbolic size.
     """
     position = with_parts(positions(extents, torch.Generator().manual_seed(seed)), extents)
     evaluation = Evaluation(position, lambda node: evaluate(node).cpu(), size)
