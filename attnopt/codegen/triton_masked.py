@@ -1,8 +1,8 @@
 """The Triton target of masked attention: a fused prefill into which a mask, a bias, a soft-cap and a sink are printed.
 
 A tile of query rows visits the key blocks that any of its rows may keep, by arithmetic from the predicate
-(`masks/live_range.py`): first those that every row keeps whole, without a mask, then the edges. Where data decides,
-every live block is masked. Nothing here has been timed on a GPU.
+(`masks/live_range.py`): first those that every row keeps whole, without a mask, then the edges. Where data other than
+documents and padding decides, every live block is masked. Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
