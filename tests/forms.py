@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnopt.codegen.equal_runs import equal_runs
+from attnopt.codegen.equal_runs import equal_runs, kept_runs
 from attnopt.masks.expressions import Affine, Quotient, Read
 from attnopt.masks.kernel_form import Form, Slot
-from attnopt.masks.live_range import documents
+from attnopt.masks.live_range import documents, flags
 from attnopt.masks.predicates import BoolLoad, at_least_zero, equal_zero, single
 from attnopt.masks.values import Sum
 
@@ -65,6 +65,9 @@ CASES = {
         more_keys=30,
     ),
     "window and padding": Case(Form(CAUSAL & window(30) & PAD), Form(CAUSAL & window(31) & PAD), ("pad",)),
+    "causal and padding on the left, soft-capped": Case(
+        Form(CAUSAL & PAD, softcap=3.0), Form(CAUSAL & PAD, softcap=2.0), ("left",)
+    ),
     "first keys and a window, sink of a head": Case(
         Form(CAUSAL & (first(4) | window(20)), sink="h"), Form(CAUSAL & (first(5) | window(20)), sink="h")
     ),
@@ -123,6 +126,7 @@ CASES = {
 def data_of(name: str, queries: int, keys: int) -> Tensor:
     makers = {
         "pad": lambda: torch.rand(B, keys) > 0.3,
+        "left": lambda: torch.arange(keys) >= torch.tensor([[keys // 7], [0]]),
         "documents": lambda: torch.randint(0, 4, (B, keys)).sort(descending=True).values,
         "any documents": lambda: (
             torch.randint(0, 3, (B, keys // 10 + 1)).repeat_interleave(10, 1)[:, :keys].contiguous()
@@ -154,8 +158,9 @@ def inputs_of(case: Case, queries: int, dim: int = 16) -> tuple:
     )
     sizes = [case.more_keys] if case.form.sizes else []
     data = [data_of(name, queries, keys) for name in case.data]
-    # What kernels that leave out other documents get beside the numbers.
+    # What kernels that leave out other documents and padding get beside.
     data += [equal_runs(data[read.node.number]) for read in documents(case.form)]
+    data += [kept_runs(data[load.node.number]) for load in flags(case.form)]
     return q, k, v, data, sizes, sink_of(case.form.sink, queries), 0.4
 
 

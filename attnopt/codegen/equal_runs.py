@@ -1,6 +1,7 @@
-"""Where the keys of a row's own document lie, for kernels that leave out the blocks of other documents.
+"""Where the keys of a row's own document lie, and those that padding keeps, for kernels that leave out other blocks.
 
-Computed on the device and without waiting for it, from numbers in any order: documents may be interleaved.
+Computed on the device and without waiting for it. Documents may be numbered in any order and interleaved, padding may
+be anywhere.
 """
 
 from __future__ import annotations
@@ -30,3 +31,20 @@ def equal_runs(ids: Tensor) -> Tensor:
     whole = torch.where(place - begin == order - first, first, count)
     found = torch.stack([first, last, whole])
     return torch.empty_like(found).scatter_(-1, order.expand(found.shape), found).to(torch.int32)
+
+
+def kept_runs(flags: Tensor) -> Tensor:
+    """flags bool (..., N) -> int32 (4, ...): first, end, whole_first and whole_end.
+
+    Every kept key is in [first, end), and every key in [whole_first, whole_end) is kept: all of them where they lie
+    side by side, else none.
+    """
+    count = flags.shape[-1]
+    if not count:
+        return flags.new_zeros((4, *flags.shape[:-1]), dtype=torch.int32)
+    place = torch.arange(count, device=flags.device)
+    first = torch.where(flags, place, count).amin(-1)
+    end = torch.where(flags, place + 1, 0).amax(-1)
+    unbroken = flags.sum(-1) == end - first
+    whole = torch.where(unbroken, first, count), torch.where(unbroken, end, 0)
+    return torch.stack([first, end, *whole]).to(torch.int32)

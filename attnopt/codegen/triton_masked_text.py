@@ -10,8 +10,8 @@ from functools import cached_property
 from attnopt.masks.expressions import Affine, Call, Read, atom_variables
 from attnopt.masks.kernel_form import Form, Slot
 from attnopt.masks.kernel_text import KernelText, nonnegative
-from attnopt.masks.live_range import Bound, Live, document, documents, live_range
-from attnopt.masks.predicates import literal_reads, literal_variables
+from attnopt.masks.live_range import Bound, Live, document, documents, flags, live_range, names_of
+from attnopt.masks.predicates import BoolLoad, literal_reads, literal_variables
 from attnopt.masks.printing import sum_text
 from attnopt.masks.values import monomial_reads, monomial_variables
 
@@ -43,7 +43,10 @@ class FormText:
             if slot.dtype not in POINTERS:
                 raise ValueError(f"the triton target reads no {slot.dtype}")
         self.live: Live = live_range(form)
-        self.documents = documents(form)
+        self.documents, self.padding = documents(form), flags(form)
+        self.bounding: tuple[Read | BoolLoad, ...] = (*self.documents, *self.padding)
+        if len({r.node for r in self.bounding}) < len(self.bounding):
+            raise ValueError("one tensor says in two ways which keys are kept")
         self.numbers = self._numbers()
         self.names = self._named()
         self.print = KernelText(self.names)
@@ -83,8 +86,8 @@ class FormText:
 
     @property
     def runs(self) -> list[str]:
-        """Where the documents of the rows lie, one tensor for each tensor that numbers them."""
-        return [f"{read.node}_runs" for read in self.documents]
+        """Where documents and kept keys lie, one tensor for each tensor that numbers or keeps them."""
+        return [f"{read.node}_runs" for read in self.bounding]
 
     @property
     def pointer_types(self) -> dict[str, str]:
@@ -94,7 +97,7 @@ class FormText:
 
     @property
     def dtypes(self) -> list[str]:
-        return [*(slot.dtype for slot in self.form.slots), *("int32" for _ in self.documents)]
+        return [*(slot.dtype for slot in self.form.slots), *("int32" for _ in self.runs)]
 
     @cached_property
     def steps(self) -> dict[str, str]:
@@ -108,7 +111,7 @@ class FormText:
                 found[f"{slot}_{d}"] = f"{slot}.stride({d})"
                 if any(needs_size(r.index[d]) for r in reads):
                     found[f"{slot}_size{d}"] = f"{slot}.shape[{d}]"
-        for read, name in zip(self.documents, self.runs, strict=True):
+        for read, name in zip(self.bounding, self.runs, strict=True):
             found[f"{name}_plane"] = f"{name}.stride(0)"
             if BATCH in read.index:
                 found[f"{name}_batch"] = f"{name}.stride({1 + read.index.index(BATCH)})"
@@ -279,9 +282,10 @@ class FormText:
 
     @property
     def document_lines(self) -> list[str]:
-        """The outermost keys of the rows' documents, and from where on all rows keep every key."""
+        """The outermost keys of the rows' documents and of the padding, and where all rows keep every key."""
         named, lines = self.bound_names, []
-        for read, name in zip(self.documents, self.runs, strict=True):
+        for read in self.documents:
+            name = f"{read.node}_runs"
             lines += ["# Where the documents of the rows lie."]
             lines += [f"at = {self.run(read)} + rows", "inside = rows < queries"]
             planes = (("first", "min", "keys"), ("last", "max", "0"), ("whole", "max", "0"))
@@ -290,10 +294,16 @@ class FormText:
                     step = " + " + (f"{plane} * " if plane > 1 else "") + f"{name}_plane" if plane else ""
                     load = f"tl.load(at{step}, mask=inside, other={other})"
                     lines.append(f"{read.node}_{word} = tl.{reduce}({load})")
+        for flag in self.padding:
+            lines += ["# Which keys the padding keeps."]
+            for plane, word in enumerate(("first", "end", "whole_first", "whole_end")):
+                if f"{flag.node}_{word}" in named:
+                    step = f" + {plane} * {flag.node}_runs_plane" if plane else ""
+                    lines.append(f"{flag.node}_{word} = tl.load({self.run(flag)}{step})")
         return lines
 
-    def run(self, read: Read) -> str:
-        """The first keys of the documents of one batch entry; the last ones and the whole ones are planes behind."""
+    def run(self, read: Read | BoolLoad) -> str:
+        """The first keys, of documents or of all that are kept, of a batch entry; the other ends are planes behind."""
         return f"{read.node}_runs" + (f" + b * {read.node}_runs_batch" if BATCH in read.index else "")
 
     @cached_property
@@ -380,13 +390,6 @@ class FormText:
 
 def variables_of(read: Read) -> frozenset[str]:
     return atom_variables(read)
-
-
-def names_of(bound: Bound) -> set[str]:
-    """The variables of a bound; data itself counts by the variables of its index."""
-    if isinstance(bound, Affine):
-        return {name for atom, _ in bound.terms for name in atom_variables(atom) or {str(atom)}}
-    return {name for part in bound.of for name in names_of(part)}
 
 
 def is_variable(position: Affine) -> bool:

@@ -7,7 +7,8 @@ and where there is one, no interval is proved to be kept whole. Everything here 
 
 Documents, ``t0[b, i] == t0[b, j]``, bound keys by what is known of their rows when the kernel runs: `t0_first` and
 `t0_last` are the outermost keys of the documents of the tile's rows, and from `t0_whole` to its first row every key is
-kept by every row (`attnopt/codegen/equal_runs.py`).
+kept by every row. Padding, ``t0[b, j]``, does so likewise: `t0_first` and `t0_end` bound what it keeps, and it keeps
+all of `t0_whole_first` to `t0_whole_end`. `attnopt/codegen/equal_runs.py` computes both.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Live:
     @property
     def grows(self) -> bool:
         """Whether later tiles keep more keys, as causal ones do."""
-        return self.live.high is not None and self.live.low is None
+        return "last" in names_of(self.live.high) and "first" not in names_of(self.live.low)
 
 
 def documents(form: Form) -> tuple[Read, ...]:
@@ -86,6 +87,28 @@ def document(clause: Clause) -> Read | None:
         return None
     at = {read.index[-1]: read for read in reads}
     return at[Affine.var("i")] if set(at) == {Affine.var("i"), Affine.var("j")} else None
+
+
+def names_of(bound: Bound | None) -> set[str]:
+    """The variables of a bound; data itself counts by the variables of its index."""
+    if isinstance(bound, Affine):
+        return {name for atom, _ in bound.terms for name in atom_variables(atom) or {str(atom)}}
+    return {name for part in bound.of for name in names_of(part)} if bound is not None else set()
+
+
+def flags(form: Form) -> tuple[BoolLoad, ...]:
+    """The clauses that are padding of keys."""
+    found = (padding(clause) for clause in form.clauses)
+    return tuple(dict.fromkeys(load for load in found if load is not None))
+
+
+def padding(clause: Clause) -> BoolLoad | None:
+    """``t[b, j]``, the position in the last dimension, where that is the clause."""
+    load = next(iter(clause))
+    if len(clause) > 1 or not isinstance(load, BoolLoad) or load.negated or load.index[-1:] != (Affine.var("j"),):
+        return None
+    before = load.index[:-1]
+    return load if all(e in (Affine(), Affine.var("b")) for e in before) and before.count(Affine.var("b")) < 2 else None
 
 
 def bounded(value: Affine, up: bool) -> Affine | None:
@@ -165,6 +188,8 @@ def hull(clause: Clause) -> Interval:
     """Around the keys that any literal of the clause may keep."""
     if (read := document(clause)) is not None:
         return Interval(Affine.var(f"{read.node}_first"), Affine.var(f"{read.node}_last") + 1)
+    if (load := padding(clause)) is not None:
+        return Interval(Affine.var(f"{load.node}_first"), Affine.var(f"{load.node}_end"))
     parts = [interval(x, False) for x in ordered(clause)]
     if any(p is None for p in parts):
         return Interval()
@@ -187,6 +212,8 @@ def kept_whole(clause: Clause) -> Interval | None:
     """Keys that every row of the tile keeps by the clause, as one interval."""
     if (read := document(clause)) is not None:
         return Interval(Affine.var(f"{read.node}_whole"), FIRST + 1)
+    if (load := padding(clause)) is not None:
+        return Interval(Affine.var(f"{load.node}_whole_first"), Affine.var(f"{load.node}_whole_end"))
     parts = [(x, interval(x, True)) for x in ordered(clause)]
     known = [(x, p) for x, p in parts if p is not None]
     if not known:
@@ -223,4 +250,15 @@ def live_range(form: Form) -> Live:
     return Live(live, gap, whole)
 
 
-__all__ = ["EqualZero", "Extreme", "Interval", "Live", "live_range"]
+__all__ = [
+    "Bound",
+    "Extreme",
+    "Interval",
+    "Live",
+    "document",
+    "documents",
+    "flags",
+    "live_range",
+    "names_of",
+    "padding",
+]

@@ -31,9 +31,9 @@ def masked_attention(
     """The attention that `form` is the text of (attnopt/masks/kernel_form.py), on the device's target.
 
     q (B, H, Sq, D), k (B, G, Sk, D), v (B, G, Sk, Dv); tensors: t0, t1, ... of the form, of any strides, and behind
-    them `equal_runs` of those that number documents; sizes: s0, s1, ...; sink: (H,) or (B, H, Sq) as the form says.
-    Returns (B, H, Sq, Dv), physically (B, Sq, H, Dv). ValueError where the target has no such kernel, AttnoptError
-    where `form` is no form.
+    them `equal_runs` of those that number documents and `kept_runs` of those that are padding; sizes: s0, s1, ...;
+    sink: (H,) or (B, H, Sq) as the form says. Returns (B, H, Sq, Dv), physically (B, Sq, H, Dv). ValueError where the
+    target has no such kernel, AttnoptError where `form` is no form.
     """
     spec = MaskedPrefill(
         target=settings.target(q.device.type),
@@ -66,3 +66,14 @@ def equal_runs(ids: Tensor) -> Tensor:
 @equal_runs.register_fake
 def _(ids):  # type: ignore[no-untyped-def]
     return ids.new_empty(3, *ids.shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("attnopt::kept_runs", mutates_args=())
+def kept_runs(flags: Tensor) -> Tensor:
+    """flags bool (..., N) -> int32 (4, ...), see attnopt/codegen/equal_runs.py. Any device."""
+    return runs.kept_runs(flags)
+
+
+@kept_runs.register_fake
+def _(flags):  # type: ignore[no-untyped-def]
+    return flags.new_empty(4, *flags.shape[:-1], dtype=torch.int32)

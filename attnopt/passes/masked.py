@@ -17,7 +17,7 @@ from attnopt.codegen.spec import MaskedPrefill
 from attnopt.errors import AttnoptError
 from attnopt.ir import Region
 from attnopt.masks.kernel_form import Bound, NoForm, form_of, positions_of, size_terms
-from attnopt.masks.live_range import documents
+from attnopt.masks.live_range import documents, flags
 from attnopt.passes.arrange import Sizes, rearrange
 from attnopt.passes.program import Builder, Program
 from attnopt.registry import TARGETS
@@ -75,7 +75,9 @@ def insert_masked(program: Program) -> Callable[[Region], Node]:
         builder, found = Builder(program.gm, region.out), bound_form(region)
         device = region.q.meta["val"].device
         tensors = [n if n.meta["val"].device == device else moved(builder, n, device) for n in found.nodes]
-        tensors += [runs_node(builder, tensors[read.node.number]) for read in documents(found.form)]
+        calls = [(torch.ops.attnopt.equal_runs.default, read.node) for read in documents(found.form)]
+        calls += [(torch.ops.attnopt.kept_runs.default, load.node) for load in flags(found.form)]
+        tensors += [runs_node(builder, target, tensors[slot.number]) for target, slot in calls]
         sizes = [size_node(builder, region, size) for size in found.sizes]
         return builder.call(
             torch.ops.attnopt.masked_attention.default,
@@ -90,15 +92,14 @@ def moved(builder: Builder, node: Node, device: torch.device) -> Node:
     return builder.call(aten._to_copy.default, node, device=device)
 
 
-def runs_node(builder: Builder, ids: Node) -> Node:
-    """Where documents lie, computed once for all sites that read the same numbers."""
-    target = torch.ops.attnopt.equal_runs.default
+def runs_node(builder: Builder, target: Any, read: Node) -> Node:
+    """Where documents or kept keys lie, computed once for all sites that read the same tensor."""
     for node in builder.gm.graph.nodes:
         if node is builder.like:
             break
-        if node.target is target and node.args == (ids,):
+        if node.target is target and node.args == (read,):
             return node
-    return builder.call(target, ids)
+    return builder.call(target, read)
 
 
 def sink_node(builder: Builder, region: Region, kind: str) -> Node | None:

@@ -29,6 +29,7 @@ def by_hand(name: str, tensors: list, scores: torch.Tensor) -> tuple[torch.Tenso
         "all, soft-capped": lambda: torch.ones_like(causal),
         "causal behind a cache, sink 0": lambda: j <= i + 30,
         "window and padding": lambda: causal & (i - j < 30) & t[:, None, None],
+        "causal and padding on the left, soft-capped": lambda: causal & t[:, None, None],
         "first keys and a window, sink of a head": lambda: causal & ((j < 4) | (i - j < 20)),
         "both sides": lambda: (i - j).abs() <= 20,
         "chunked, sink of a row": lambda: causal & (i // 24 == j // 24),
@@ -48,6 +49,7 @@ def by_hand(name: str, tensors: list, scores: torch.Tensor) -> tuple[torch.Tenso
         "table read from its end": lambda: scores + t[:, i - j],
         "data over pairs": lambda: scores + 2 * t,
         "all, soft-capped": lambda: 3 * torch.tanh(scores / 3),
+        "causal and padding on the left, soft-capped": lambda: 3 * torch.tanh(scores / 3),
         "causal, soft-capped": lambda: 3 * torch.tanh(scores / 3),
     }
     keep = keeps.get(name, lambda: causal)()
