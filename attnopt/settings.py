@@ -13,6 +13,7 @@ VARIABLES = {
     "ATTNOPT_VERIFY": ("0", "1 compares every recognised site with its original on random inputs while compiling"),
     "ATTNOPT_ALWAYS": ("0", "1 makes every rewrite that is right, also where it was measured not to pay"),
     "ATTNOPT_TARGET": ("auto", "kernel target: auto, cpu, triton or reference"),
+    "ATTNOPT_NATIVE": ("1", "0 compiles no C++ for CPU attention, which then runs out of torch's own operators"),
     "ATTNOPT_DEBUG": ("0", "1 prints every report line to standard error, 2 also the graphs before and after"),
     "ATTNOPT_CACHE": ("~/.cache/attnopt", "folder of emitted kernels and cost tables"),
 }
@@ -32,6 +33,10 @@ def verify() -> bool:
 
 def always() -> bool:
     return _value("ATTNOPT_ALWAYS") == "1"
+
+
+def native() -> bool:
+    return _value("ATTNOPT_NATIVE") == "1"
 
 
 def debug() -> int:

@@ -42,7 +42,8 @@ from benchmarks.cuda.spans import Spans
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
-TAKES, QUICK = "15 min", ("--quick",)
+TAKES = "15 min"
+QUICK = ("--quick",)
 HEADS, SINK = 8, 64
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 # What is compared with float64 is no longer than this: the reference holds every score.

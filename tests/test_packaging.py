@@ -22,9 +22,9 @@ HEAVY = (*OPTIONAL, "triton", "rich", "sympy", "networkx", "scipy")
 
 
 def package_files() -> set[str]:
-    """What belongs into the wheel: every module, and every file below attnopt/assets."""
+    """What belongs into the wheel: every module, Python and C++, and every file below attnopt/assets."""
     package = ROOT / "attnopt"
-    files = [*package.rglob("*.py"), *(p for p in package.glob("assets/**/*") if p.is_file())]
+    files = [*package.rglob("*.py"), *package.rglob("*.cpp"), *(p for p in package.glob("assets/**/*") if p.is_file())]
     return {p.relative_to(ROOT).as_posix() for p in files}
 
 

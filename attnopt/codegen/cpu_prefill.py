@@ -11,8 +11,9 @@ from attnopt.registry import TARGETS
 
 TEMPLATE = '''"""{spec}.
 
-Heads of equal span run together. Dense ones are causal SDPA; windowed ones are chunks of query rows against strided
-views of K and V, the query heads of a KV head packed into rows. attnopt/codegen/span_cpu.py has the functions.
+Dense heads are causal SDPA. Windowed ones run in the compiled kernel attnopt/codegen/span_prefill.cpp where it can be
+had; else those of equal span run together, as chunks of query rows against strided views of K and V, the query heads of
+a KV head packed into rows (attnopt/codegen/span_cpu.py).
 """
 
 import torch
@@ -21,6 +22,7 @@ from attnopt.codegen import span_cpu
 
 SHAPE = ({heads}, {kv_heads}, {head_dim}, {head_dim_v})  # query heads, KV heads, dim of q and k, dim of v
 DTYPE = torch.{dtype}
+# Of the chunks.
 TUNING = span_cpu.{tuning}
 
 

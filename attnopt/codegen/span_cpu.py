@@ -1,8 +1,9 @@
-"""Per-head sink + window causal prefill on the CPU, out of ATen's flash attention and strided copies.
+"""Per-head sink + window causal prefill on the CPU: dense heads out of SDPA, the others in the compiled kernel.
 
-Heads of one span that share a KV head become extra query rows of one call, so that K and V are read once and the
-products are large enough: at 32 dims in bfloat16 a score costs 1.9 ns with 32 query rows a call, 1.0 with 256, 0.7
-with 768 (0.8 in dense causal attention). A windowed group of sink S and window W runs in two parts:
+Where that kernel does not serve (native.py says where), out of ATen's flash attention and strided copies. Heads of one
+span that share a KV head become extra query rows of one call, so that K and V are read once and the products are large
+enough: at 32 dims in bfloat16 a score costs 1.9 ns with 32 query rows a call, 1.0 with 256, 0.7 with 768 (0.8 in dense
+causal attention). A windowed group of sink S and window W runs in two parts:
 
     rows below S + W    plain causal: the window still touches the sinks, every causal key is kept
     rows from S + W     chunks of C rows against [S sinks | W + C keys ending at the chunk's last row]; sinks and
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen import native
 from attnopt.codegen.padding_cpu import Run, after_run, real_runs
 
 # Score of a padded key: minus the square of this, times the scale. Finite in float16; exp of it is 0.
@@ -122,7 +124,7 @@ def _prefill(
 ) -> Tensor:
     """The output; logsumexps are written to `lse` (B, H, N) if it is given."""
     batch, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    tune = tune or tuning(q.dtype, q.shape[3])
+    tune, ours = tune or tuning(q.dtype, q.shape[3]), scale > 0 and native.takes(q.dtype, q.shape[3], width)
     if pad is not None and lse is not None:
         pad = None if bool(pad.all()) else pad
     elif pad is not None:
@@ -132,15 +134,23 @@ def _prefill(
     groups = group_heads(sinks.tolist(), windows.tolist(), k.shape[1], length)
     if len(groups) == 1 and groups[0].window == length and batch and length and lse is None:
         return _all_dense(q, k, v, scale, pad, tune)
-    if batch and length:
-        q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
-        # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     if not out.numel():
         return out
+    if ours:
+        # Dense heads are SDPA's, but where padding has holes.
+        spared = [group for group in groups if pad is None and group.window == length]
+        chosen = [head for group in groups if group not in spared for head in group.heads]
+        if chosen:
+            native.prefill(q, k, v, out, lse, sinks, windows, pad, chosen, scale)
+        groups = spared
+        if not groups:
+            return out
+    q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
+    # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     for group in groups:
-        whole = len(groups) == 1
+        whole = len(group.heads) == heads
         target = out if whole else out.new_empty(batch, length, len(group.heads), width).transpose(1, 2)
         sums = None if lse is None else lse.new_empty(batch, len(group.heads), length)
         taken = _take(q, group.heads), _take(k, group.kv_heads), _take(v, group.kv_heads)

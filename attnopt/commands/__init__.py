@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnopt import backend, hf, text
+from attnopt.codegen import native
 from attnopt.commands.common import Progress, emit, load, say, stages, token_ids, writable
 from attnopt.commands.planning import calibrate, plan
 from attnopt.commands.profiling import merge, profile
@@ -239,7 +240,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    data = environment()
+    data = {**environment(), "compiled CPU kernel": native.told()}
 
     def draw() -> None:
         for key, value in data.items():

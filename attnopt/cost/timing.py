@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnopt import __version__, settings
+from attnopt.codegen import native
 from attnopt.cost.table import CostTable
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def device_key(
         "device": device_name(device), "target": target, "dtype": dtype, "heads": heads, "kv_heads": kv_heads,
         "head_dim": head_dim, "threads": torch.get_num_threads(), "torch": torch.__version__, "attnopt": __version__,
     }  # fmt: skip
+    if target == "cpu":
+        key["native"] = not native.unusable(getattr(torch, dtype))
     return tuple((name, str(value)) for name, value in key.items())
 
 

@@ -36,6 +36,16 @@ def positions(extents: Mapping[str, int], generator: torch.Generator) -> dict[st
     return found
 
 
+def with_parts(position: Mapping[str, Tensor], extents: Mapping[str, int]) -> dict[str, Tensor]:
+    """The positions, and those along the parts of an axis that has several: h0 and h1 of h, the outer one first."""
+    found = dict(position)
+    for name, at in position.items():
+        parts = sorted((v for v in extents if v[0] == name and v[1:].isdecimal()), key=lambda v: int(v[1:]))
+        for part in reversed(parts):
+            found[part], at = at % extents[part], at // extents[part]
+    return found
+
+
 def probe(
     meaning: Meaning,
     terms: Sequence[Term],
@@ -48,10 +58,11 @@ def probe(
 ) -> None:
     """Raise VerificationError where `meaning` says something else than the graph.
 
-    extents: {"b": B, "h": H, "i": Sq, "j": Sk} as plain ints. evaluate: the value of any node of the graph, all from
-    the same inputs (data that an assumption of the meaning speaks of has to keep to it). size: of a symbolic size.
+    extents: {"b": B, "h": H, "i": Sq, "j": Sk} as plain ints, and those of the parts of an axis, {"h0": 2, "h1": 4}.
+    evaluate: the value of any node of the graph, all from the same inputs (data that an assumption of the meaning
+    speaks of has to keep to it). size: of a symbolic size.
     """
-    position = positions(extents, torch.Generator().manual_seed(seed))
+    position = with_parts(positions(extents, torch.Generator().manual_seed(seed)), extents)
     evaluation = Evaluation(position, lambda node: evaluate(node).cpu(), size)
     keep = position["j"] <= position["i"] if causal else torch.ones_like(position["i"], dtype=torch.bool)
     added = torch.zeros(keep.shape, dtype=torch.float64)

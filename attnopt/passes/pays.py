@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from attnopt import settings
+from attnopt.codegen import native
 from attnopt.ir import Region
 
 ANY = ("float32", "bfloat16", "float16", "float64")
@@ -24,7 +27,7 @@ class Facts:
     """What the time of an attention depends on. wide: heads over 128, or
     of unequal sizes; written: whether the products are written out; summed: whether a mask and a bias have to be added
     up before the call; training: whether gradients are needed; held: bytes of the keys and values of a KV head;
-    grouped: whether query heads share KV heads."""
+    grouped: whether query heads share KV heads; native: whether the compiled kernel of spans serves the site."""
 
     dtype: str
     queries: int
@@ -36,6 +39,7 @@ class Facts:
     training: bool = False
     held: int = 0
     grouped: bool = False
+    native: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,26 +65,31 @@ PRINTED = "kernel with the mask printed into it"
 DOCUMENTS = "documents apart"
 
 LOSSES = (
-    # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys.
+    # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys. The compiled kernel, 8 heads over 2.
+    # float32: 128 keys 0.64 0.66 0.67 0.63; 256 keys 1.35 1.34 1.20 1.07; 512 keys 2.9 2.6 2.1 1.8; 2048 keys 8.3 6.1
+    # 4.1 2.7. bfloat16: 256 keys 0.81 0.81 0.76 0.73; 512 keys 1.87 1.78 1.54 1.32; 2048 keys 6.2 4.9 3.7 2.5.
+    Loss(SPAN, "cpu", HIGH, lambda f: f.native and f.keys < 256, "below 256 keys it costs more than a mask"),
+    Loss(SPAN, "cpu", LOW, lambda f: f.native and f.keys < 512, "below 512 keys it costs more than a mask"),
+    # Out of torch's operators.
     # float32: 256 keys 0.54 0.51 0.72 0.74; 512 keys 1.12 1.09 1.23 0.81; 2048 keys 4.3 3.5 2.5 1.9.
     # bfloat16: 512 keys 0.59 0.57 0.81 0.78; 1024 keys, 1/16 and 1/4, 1.32 1.33; 2048 keys 2.8 2.4 1.8 1.7.
     # Of 8 heads over 2, whose rows make larger products: float32, 512 keys 2.43 1.93 1.60 1.19; 768 keys 3.6 2.9 2.1
     # 1.4. bfloat16, 512 keys 1.05 0.97 0.93 0.71; 768 keys 1.73 1.73 1.52 1.28. Over 4: 1.90 1.72 1.52 1.09 and 2.4 2.3
     # 1.9 1.4; 1.03 0.94 1.10 0.77 and 1.42 1.36 1.24 1.20.
-    Loss(SPAN, "cpu", HIGH, lambda f: f.keys < 512, "below 512 keys its chunks cost more than a mask"),
-    Loss(SPAN, "cpu", LOW, lambda f: f.keys < 768, "below 768 keys its chunks cost more than a mask"),
+    Loss(SPAN, "cpu", HIGH, lambda f: not f.native and f.keys < 512, "below 512 keys its chunks cost more than a mask"),
+    Loss(SPAN, "cpu", LOW, lambda f: not f.native and f.keys < 768, "below 768 keys its chunks cost more than a mask"),
     Loss(
         SPAN,
         "cpu",
         LOW,
-        lambda f: f.keys < 1024 and not f.grouped,
+        lambda f: not f.native and f.keys < 1024 and not f.grouped,
         "below 1024 keys its chunks cost more than a mask where no heads share keys",
     ),
     Loss(
         SPAN,
         "cpu",
         ANY,
-        lambda f: f.keys < 1024 and (2 if f.grouped else 4) * f.window > f.keys,
+        lambda f: not f.native and f.keys < 1024 and (2 if f.grouped else 4) * f.window > f.keys,
         "its window is over a quarter of the keys, or over half where heads share them",
     ),
     # With the backward pass (benchmarks/cpu_backward.py), same windows.
@@ -161,7 +170,10 @@ def facts_of(region: Region, training: bool = False) -> Facts:
     written = site.pattern != "sdpa"
     held = keys * (site.head_dim + site.head_dim_v) * region.k.meta["val"].element_size()
     grouped = site.heads > site.kv_heads
-    return Facts(site.dtype, queries, keys, site.mask.window or 0, wide, written, summed, training, held, grouped)
+    known = native.takes(getattr(torch, site.dtype), site.head_dim, site.head_dim_v)
+    return Facts(
+        site.dtype, queries, keys, site.mask.window or 0, wide, written, summed, training, held, grouped, known
+    )
 
 
 def against(lowering: str, device: str, region: Region, training: bool = False) -> str:

@@ -74,6 +74,16 @@ def negative(q, k, v):
     return torch.softmax((-scores_of(q, k)).masked_fill(j > i, -math.inf), -1) @ v
 
 
+def by_groups(q, k, v, slopes):
+    """Heads as (KV heads, heads of one): an axis of two parts."""
+    share = q.shape[1] // k.shape[1]
+    i, j = positions(q, k)
+    scores = torch.einsum("bgrid,bgjd->bgrij", q.unflatten(1, (-1, share)), k) * 0.3
+    scores = scores + slopes.view(1, -1, share, 1, 1) * j
+    weights = scores.masked_fill(j > i, -math.inf).softmax(-1)
+    return torch.einsum("bgrij,bgjd->bgrid", weights, v).flatten(1, 2)
+
+
 def masked_by_data(q, k, v, data):
     return call(q, k, v, data)
 
@@ -94,6 +104,7 @@ CASES = {
     "band, padding": (banded_and_padded, (flags(2, LENGTH),), {"kv_heads": 1}, "keep |i - j| < 4 and"),
     "first keys": (first_keys_and_window, (), {"kv_heads": 2}, "keep j <= i and (i <= j + 3 or j <= 1)"),
     "alibi": (alibi, (), {}, "bias=(j - i)*"),
+    "heads in groups": (by_groups, (torch.rand(HEADS),), {"kv_heads": 2}, "bias=j*"),
     "negative scale": (negative, (), {}, "keep j <= i"),
     "numbers": (masked_by_data, (torch.randn(2, 1, LENGTH, LENGTH),), {}, "keep all"),
     "flags": (masked_by_data, (flags(2, 1, LENGTH, 17),), {"keys": 17, "kv_heads": 2}, "[b, i, j]"),

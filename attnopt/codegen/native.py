@@ -1,0 +1,106 @@
+"""The CPU's own prefill kernel, span_prefill.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
+
+It serves float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where it cannot be had, no
+compiler above all, attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and
+`unusable` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attnopt import settings
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("span_prefill.cpp")
+# What the kernel's vector loops step by.
+FEATURES = 32
+
+
+def unusable(dtype: torch.dtype = torch.float32) -> str:
+    """Why the kernel cannot be used for a dtype in this process; empty where it can. Compiles it at the first call."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    if not settings.native():
+        return "ATTNOPT_NATIVE is 0"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "this CPU has no AVX-512"
+    library, reason = _loaded()
+    if library is not None and dtype == torch.bfloat16 and not library.has_matrix_unit():
+        return "this CPU has no matrix unit for bfloat16"
+    return reason
+
+
+def told() -> dict[str, str]:
+    """For people: dtype -> "compiled", or why torch's operators are used in its place."""
+    return {str(d).removeprefix("torch."): unusable(d) or "compiled" for d in (torch.float32, torch.bfloat16)}
+
+
+def takes(dtype: torch.dtype, dim: int, dim_v: int) -> bool:
+    """Whether the kernel serves CPU tensors of a dtype, with `dim` features in q and k and `dim_v` in v."""
+    return dim % FEATURES == 0 and dim_v % FEATURES == 0 and not unusable(dtype)
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor, windows: Tensor,
+    pad: Tensor | None, heads: list[int], scale: float,
+) -> None:  # fmt: skip
+    """The query heads `heads` of a span prefill, into out (B, H, N, Dv) and, if given, lse float32 (B, H, N).
+
+    q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), out: of one dtype, or ValueError; sinks, windows int (H,); pad bool
+    (B, N). scale is positive.
+    """
+    if not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(f"q, k, v and out are {q.dtype}, {k.dtype}, {v.dtype} and {out.dtype}, expected one dtype")
+    q, k, v = map(_readable, (q, k, v))
+    batch, count, length, dim = q.shape
+    held = (q, k, v, out)
+    sizes = (batch, k.shape[1], count // k.shape[1], length, dim, v.shape[3])
+    strides = [step for t in held for step in t.stride()[:3]]
+    tables = [t.to(torch.int32).contiguous() for t in (sinks, windows)]
+    pad = None if pad is None else pad.contiguous()
+    assert lse is None or lse.is_contiguous()
+    library, _ = _loaded()
+    assert library is not None
+    run = library.prefill_bfloat16 if q.dtype == torch.bfloat16 else library.prefill_float32
+    run(
+        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 12)(*strides), _pointer(lse),
+        *map(_pointer, tables), _pointer(pad), (ctypes.c_int64 * len(heads))(*heads), ctypes.c_int64(len(heads)),
+        (ctypes.c_int64 * 6)(*sizes), ctypes.c_float(scale),
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Features one after the other, and pairs of them at addresses of whole words."""
+    even = all(step % 2 == 0 for step in x.stride()[:3]) and x.storage_offset() % 2 == 0 and x.data_ptr() % 4 == 0
+    return x if x.stride(3) == 1 and even else x.contiguous()
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    try:
+        # Private to inductor, and may move: then this is what the reason says.
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
+        for run in (library.prefill_float32, library.prefill_bfloat16):
+            run.restype = None
+        return library, ""
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        log.warning(
+            "The CPU prefill runs out of torch's operators, which can take twice as long: its own kernel was not "
+            "compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
+        )  # fmt: skip
+        return None, f"not compiled: {said}"

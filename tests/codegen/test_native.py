@@ -1,0 +1,205 @@
+"""The compiled CPU kernel against the plain-PyTorch reference in float64, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from attnopt.codegen import native, span_cpu
+from attnopt.codegen.reference_prefill import prefill_lse as reference
+
+HEADS = 8
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+WIDEST = 2**31 - 1
+# (sink, window) of eight heads: nothing kept, one key, sinks past the window, around a block, a span and a tile, dense.
+SPANS = {
+    "mixed": [(0, 1), (4, 32), (90, 7), (16, 200), (0, WIDEST), (-1, 40), (3, -2), (0, 0)],
+    "blocks": [(31, 33), (32, 32), (33, 31), (64, 64), (65, 63), (1, 65), (0, 96), (128, 1)],
+    "long": [(0, 1023), (5, 1024), (0, 1025), (64, 600), (1100, 3), (0, 1088), (7, 1056), (0, 1500)],
+}
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, ("g++", "c++", "clang++")))
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the kernel must serve here: a failed build is no reason to skip."""
+    return has_compiler() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@pytest.fixture(params=TOLERANCE, ids=["float32", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    if not serves(request.param):
+        pytest.skip("needs a C++ compiler and AVX-512")
+    reason = native.unusable(request.param)
+    if "matrix unit" in reason:
+        pytest.skip(reason)
+    assert not reason
+    return request.param
+
+
+def inputs(length, dtype, batch=2, kv_heads=4, dim=32, dim_v=64):
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(heads, width):
+        return torch.randn(batch, length, heads, width, generator=generator).to(dtype).transpose(1, 2)
+
+    return normal(HEADS, dim), normal(kv_heads, dim), normal(kv_heads, dim_v)
+
+
+def tables(spans):
+    return tuple(torch.tensor(column, dtype=torch.int32) for column in zip(*spans, strict=True))
+
+
+def padding(name, length):
+    column = torch.arange(length)
+    rows = {
+        "none": None,
+        "holes": torch.rand(2, length, generator=torch.Generator().manual_seed(1)) > 0.4,
+        "dead blocks": ((column < 40) | (column > 170)).repeat(2, 1),
+        "all of one": torch.stack((column < 0, column >= 0)),
+    }
+    return rows[name]
+
+
+def run(q, k, v, spans, scale=0.2, pad=None, heads=range(HEADS)):
+    """All heads by the kernel alone, into poisoned memory."""
+    batch, count, length, _ = q.shape
+    out = torch.full((batch, length, count, v.shape[3]), float("nan"), dtype=q.dtype).transpose(1, 2)
+    lse = torch.full((batch, count, length), float("nan"))
+    native.prefill(q, k, v, out, lse, *tables(spans), pad, list(heads), scale)
+    return out, lse
+
+
+def errors(q, k, v, spans, scale=0.2, pad=None):
+    out, lse = run(q, k, v, spans, scale, pad)
+    expected, sums = reference(q.double(), k.double(), v.double(), *tables(spans), scale, pad)
+    assert out.isfinite().all() and torch.equal(lse.isneginf(), sums.isneginf())
+    assert (out[sums.isneginf()] == 0).all()
+    away = float((out.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    kept = sums.isfinite()
+    return away, float((lse.double() - sums)[kept].abs().max()) if kept.any() else 0.0
+
+
+@pytest.mark.parametrize("pad", ["none", "holes", "dead blocks", "all of one"])
+@pytest.mark.parametrize("length", [1, 31, 64, 65, 257])
+@pytest.mark.parametrize("name", ["mixed", "blocks"])
+def test_agrees_with_the_reference(name, length, pad, dtype):
+    away, sums = errors(*inputs(length, dtype), SPANS[name], pad=padding(pad, length))
+    assert away <= TOLERANCE[dtype] and sums <= 1e-5
+
+
+def test_spans_longer_than_what_is_held_at_once(dtype):
+    away, sums = errors(*inputs(1200, dtype, batch=1), SPANS["long"])
+    assert away <= TOLERANCE[dtype] and sums <= 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (128, 32), (256, 256)])
+def test_head_sharing_and_sizes(kv_heads, dim, dim_v, dtype):
+    q, k, v = inputs(130, dtype, kv_heads=kv_heads, dim=dim, dim_v=dim_v)
+    assert errors(q, k, v, SPANS["mixed"], dim**-0.5)[0] <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", ["heads first", "dims strided", "odd rows", "odd start"])
+def test_layouts(layout, dtype):
+    q, k, v = inputs(100, dtype, dim=32, dim_v=32)
+    if layout == "heads first":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    elif layout == "dims strided":
+        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+    else:
+        # Rows, or the first element, at addresses that are no multiple of a pair's.
+        width, start = (33, 0) if layout == "odd rows" else (34, 1)
+        wide = [x.new_zeros(*x.shape[:3], width) for x in (q, k, v)]
+        for x, into in zip((q, k, v), wide, strict=True):
+            into[..., start : start + 32] = x
+        q, k, v = (x[..., start : start + 32] for x in wide)
+    assert errors(q, k, v, SPANS["mixed"])[0] <= TOLERANCE[dtype]
+
+
+def test_only_the_named_heads_are_written(dtype):
+    q, k, v = inputs(70, dtype)
+    out, lse = run(q, k, v, SPANS["mixed"], heads=[1, 4])
+    whole, _ = run(q, k, v, SPANS["mixed"])
+    written = [1, 4]
+    others = [h for h in range(HEADS) if h not in written]
+    assert torch.equal(out[:, written], whole[:, written])
+    assert out[:, others].isnan().all() and lse[:, others].isnan().all()
+
+
+def test_threads_change_nothing(dtype):
+    q, k, v = inputs(1200, dtype)
+    alone = run(q, k, v, SPANS["long"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run(q, k, v, SPANS["long"])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (0, -1), (1, 0)])
+def test_a_span_off_by_one_is_out_of_tolerance(wrong, dtype):
+    q, k, v = inputs(257, dtype)
+    found, _ = run(q, k, v, [(4 + wrong[0], 32 + wrong[1])] * HEADS)
+    expected, _ = reference(q.double(), k.double(), v.double(), *tables([(4, 32)] * HEADS), 0.2)
+    assert float((found.double() - expected).norm() / expected.norm()) > 5 * TOLERANCE[dtype]
+
+
+def test_large_scores_do_not_overflow(dtype):
+    q, k, v = inputs(200, dtype)
+    assert errors(q * 30, k * 30, v, SPANS["mixed"])[0] <= 5 * TOLERANCE[dtype]
+
+
+def test_dtypes_must_agree(dtype):
+    q, k, v = inputs(10, dtype)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        run(q, k.double(), v, SPANS["mixed"])
+
+
+def test_the_prefill_takes_it(dtype, monkeypatch):
+    """Dense heads stay SDPA's; with the switch off nothing is the kernel's, and the results are as close."""
+    q, k, v = inputs(300, dtype, dim=64)
+    asked = []
+    monkeypatch.setattr(native, "prefill", lambda *a, kernel=native.prefill: (asked.append(a[8]), kernel(*a)))
+    with_kernel = span_cpu.prefill(q, k, v, *tables(SPANS["mixed"]), 0.2)
+    assert asked == [sorted({0, 1, 2, 3, 5, 6, 7}, key=asked[0].index)] and 4 not in asked[0]
+    monkeypatch.setenv("ATTNOPT_NATIVE", "0")
+    without = span_cpu.prefill(q, k, v, *tables(SPANS["mixed"]), 0.2)
+    assert len(asked) == 1
+    assert float((with_kernel - without).double().norm() / without.double().norm()) <= 2 * TOLERANCE[dtype]
+
+
+def test_what_it_does_not_serve_is_said(monkeypatch):
+    assert "float16" in native.unusable(torch.float16)
+    assert not native.takes(torch.float32, 40, 32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "AVX-512" in native.unusable()
+    monkeypatch.setenv("ATTNOPT_NATIVE", "0")
+    assert native.told() == dict.fromkeys(("float32", "bfloat16"), "ATTNOPT_NATIVE is 0")
+
+
+def test_without_a_compiler_torchs_operators_run(monkeypatch, caplog):
+    from torch._inductor.codecache import CppCodeCache
+
+    def missing(*_, **__):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(CppCodeCache, "load", missing)
+    native._loaded.cache_clear()
+    try:
+        q, k, v = inputs(100, torch.float32)
+        found = span_cpu.prefill(q, k, v, *tables(SPANS["mixed"]), 0.2)
+        assert "No working C++ compiler" in native.unusable()
+        (said,) = caplog.messages
+        assert "Install a C++ compiler" in said and "ATTNOPT_NATIVE=0" in said
+    finally:
+        native._loaded.cache_clear()
+    expected, _ = reference(q.double(), k.double(), v.double(), *tables(SPANS["mixed"]), 0.2)
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-5
