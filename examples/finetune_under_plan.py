@@ -2,8 +2,9 @@
 
     python examples/finetune_under_plan.py
 
-Every head but two of each layer keeps 2 sinks and a window of 4 tokens. The loss on held-out text rises; a few steps of
-training under the plan, whose windows the gradients follow, win a good part of it back. Under a minute on two cores.
+Every head but two of each layer keeps 2 sinks and a window of 4 tokens. The loss on held-out text rises by 0.77 nats;
+24 steps of training under the plan, whose windows the gradients follow, win 0.10 of them back. It takes 40 seconds of
+CPU time, most of it inductor's.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
         return sum(loss_of(call, ids).item() for ids in held_out) / len(held_out)
 
     dense, before = measured(model), measured(planned)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for step, ids in enumerate(sequences("calibrate", STEPS * BATCH).split(BATCH)):
         optimiser.zero_grad()
         loss = loss_of(planned, ids)
@@ -60,7 +61,7 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.3f}")
     after = measured(planned)
     print(f"held-out loss: {dense:.3f} dense, {before:.3f} under the plan, {after:.3f} fine-tuned under it")
-    print(f"won back: {(before - after) / (before - dense):.0%} of what the plan cost")
+    print(f"won back: {before - after:.3f} of {before - dense:.3f} nats")
 
 
 if __name__ == "__main__":

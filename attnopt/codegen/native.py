@@ -100,7 +100,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         log.warning(
-            "The CPU prefill runs out of torch's operators, up to half as long again: its own kernel was not compiled "
-            "(%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
+            "The CPU prefill runs out of torch's operators, which can take twice as long: its own kernel was not "
+            "compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
         )  # fmt: skip
         return None, f"not compiled: {said}"
