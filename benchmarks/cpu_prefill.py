@@ -34,7 +34,7 @@ from attnopt.codegen.emit import load
 from attnopt.codegen.reference_prefill import prefill as reference
 from attnopt.codegen.span_cpu import causal_padded
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import CostTable, break_even, layer_cost
+from attnopt.cost import MARGIN, CostTable, break_even, layer_cost
 from attnopt.cost.timing import measure as measure_costs
 from benchmarks.cuda.baselines import many_shapes
 from benchmarks.cuda.block_mask import block_mask
@@ -194,7 +194,7 @@ def by_cost_table(dtype: str, threads: int, quick: bool) -> tuple[list[Row], lis
         spans = spans_of(case)
         planned = layer_cost(table, length, list(zip(spans.sinks, spans.windows, strict=True)))
         dense = layer_cost(table, length, [(0, length)] * HEADS)
-        if length < least or planned >= dense:
+        if length < least or planned >= (1 - MARGIN) * dense:
             said = f"costs {planned / dense:.2f} of dense" if length >= least else f"below the break-even of {least}"
             notes.append(f"{dtype}, {threads} threads, {length} tokens: the table refuses the mixture, it {said}")
         else:

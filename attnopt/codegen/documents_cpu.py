@@ -53,6 +53,10 @@ class Cut:
     calls: tuple[Call, ...]
     order: Tensor | None
 
+    def whole(self, length: int) -> bool:
+        """Whether every sample is one document, so that there is nothing to take apart."""
+        return bool(self.calls) and all(call.length == length for call in self.calls)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -105,8 +109,7 @@ def prefill(
     rule, parts = Rule(causal, window, scale), cut(ids)
     pad = None if pad is None or bool(pad.all()) else pad
     sums = by_tokens(q, heads, 1, torch.promote_types(q.dtype, torch.float32)).zero_()
-    if parts.calls and all(call.length == length for call in parts.calls):
-        # Nothing to take apart.
+    if parts.whole(length):
         out, found = attend(q, k, v, pad, None, rule)
         return out, sums if found is None else found
     out = by_tokens(q, heads, v.shape[3])
@@ -141,6 +144,10 @@ def gradients(
     """Gradients of q, k and v for `grad` (B, H, N, Dv), that of `prefill`'s result; laid out as (B, N, heads, ·)."""
     rule, parts = Rule(causal, window, scale), cut(ids)
     pad = None if pad is None or bool(pad.all()) else pad
+    if parts.whole(q.shape[2]):
+        # As the forward pass, which decides for the batch as a whole what needs a mask and has no sums.
+        dq, dk, dv = attend_backward([grad, out, sums, q, k, v, pad, None], rule)
+        return dq, dk, dv
     results = [by_tokens(x, x.shape[1], x.shape[3]) for x in (q, k, v)]
     wholes = results if parts.order is None else [torch.empty_like(x) for x in results]
     where = parts.order if window else None

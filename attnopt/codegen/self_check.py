@@ -26,6 +26,8 @@ Results: TypeAlias = Tensor | tuple[Tensor, ...]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 # A timing ends after so many rounds or seconds, but never before three rounds.
 ROUNDS, SECONDS = 50, 2.0
+# Characters in one line of an emitted file, and of a text that is cut into lines there.
+LINE, PIECE = 120, 96
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class Race:
 
 def footer(spec: KernelSpec, home: str, functions: str) -> str:
     """The last lines of an emitted file: ``check(spec, *functions)`` of the module attnopt.codegen.`home`."""
-    fields = ", ".join(f'"{x}"' if isinstance(x, str) else repr(x) for x in astuple(spec))
-    return f"""
+    values = astuple(spec)
+    # A text that is longer than a name, such as a form, has lines of its own.
+    long = next((x for x in values if isinstance(x, str) and '"' in x), None)
+    fields = ", ".join("FORM" if x is long and long else f'"{x}"' if isinstance(x, str) else repr(x) for x in values)
+    return f"""{"" if long is None else _text(long)}
 
 if __name__ == "__main__":
     from attnopt.codegen.{home} import check
@@ -61,6 +66,15 @@ if __name__ == "__main__":
 
     check({type(spec).__name__}({fields}), {functions})
 """
+
+
+def _text(value: str) -> str:
+    """``FORM = ...``, in pieces of a line each."""
+    size = len(value) if len(f"FORM = '{value}'") <= LINE else PIECE
+    pieces = [value[n : n + size] for n in range(0, len(value), size)]
+    quoted = [f"'{piece}'" if '"' in piece else f'"{piece}"' for piece in pieces]
+    held = quoted[0] if len(quoted) == 1 else "(\n" + "".join(f"    {piece}\n" for piece in quoted) + ")"
+    return f"\n\n# What is kept and added, as attnopt/masks/kernel_form.py writes it.\nFORM = {held}\n"
 
 
 def device_of(target: str) -> torch.device:

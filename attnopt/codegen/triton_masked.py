@@ -9,6 +9,7 @@ Triton itself is imported by the emitted files alone.
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import MaskedPrefill
 from attnopt.codegen.triton_masked_text import LOG2E, FormText, indented
 from attnopt.codegen.triton_text import (
@@ -314,7 +315,8 @@ def source(spec: MaskedPrefill) -> str:
     check(spec)
     text = FormText(form_from(spec.form))
     kernel = _kernel_start(spec, text) + _loops(spec, text)
-    return _header(spec, text) + kernel + _launcher(spec, text) + _aot(spec, text)
+    run = footer(spec, "self_check_masked", "attend")
+    return _header(spec, text) + kernel + _launcher(spec, text) + _aot(spec, text) + run
 
 
 @TARGETS.register("triton masked_prefill")

@@ -66,12 +66,13 @@ def _measure_length(
     sizes = (heads, kv_heads, kv_heads)
     q, k, v = (torch.randn(1, n, length, dim, generator=generator).to(device, getattr(torch, dtype)) for n in sizes)
     tables = [([s] * heads, [w] * heads) for s, w in spans]
-    # Spans a token apart are equal work and distinct groups; their times against one group's are the fixed cost.
+    # What one more group of heads costs: spans a token apart are equal work in distinct groups, and dense heads beside
+    # others are a call of their own where all others share one.
     narrow = spans[1 + (len(spans) - 1) // 2] if len(spans) > 1 else None
-    split = min(heads, 4)
-    if narrow is not None and split > 1:
-        block = math.ceil(heads / split)
+    block, half = math.ceil(heads / min(heads, 4)), heads // 2
+    if narrow is not None and heads > 1:
         tables.append(([narrow[0]] * heads, [max(narrow[1] - h // block, 1) for h in range(heads)]))
+        tables.append(([0] * half + [narrow[0]] * (heads - half), [length] * half + [narrow[1]] * (heads - half)))
     calls = []
     for table in tables:
         sink, window = (torch.tensor(x, device=device) for x in table)
@@ -79,8 +80,10 @@ def _measure_length(
     times = interleaved(calls, rounds, device)
     if len(times) == len(spans) or narrow is None:
         return times, 0.0
-    distinct = len(set(tables[-1][1]))
-    return times[:-1], max((times[-1] - times[spans.index(narrow)]) / max(distinct - 1, 1), 0.0)
+    *times, apart, beside = times
+    dense, own, distinct = times[0], times[spans.index(narrow)], len(set(tables[-2][1]))
+    extra = (apart - own) / max(distinct - 1, 1), beside - (half * dense + (heads - half) * own) / heads
+    return times, max(*extra, 0.0)
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -> list[float]:

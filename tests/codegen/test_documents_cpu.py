@@ -40,6 +40,8 @@ def padding(kind, ids):
     if not kind:
         return None
     pad = torch.rand(ids.shape[1:], generator=GENERATOR().manual_seed(2)) > 0.5
+    if kind == "one sample":
+        pad[1:] = True
     if kind == "a whole document":
         pad[ids[0] == ids[0, 0, 0]] = False
     return pad
@@ -50,7 +52,7 @@ def relative(found, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padded", ["", "some tokens", "a whole document"])
+@pytest.mark.parametrize("padded", ["", "some tokens", "one sample", "a whole document"])
 @pytest.mark.parametrize("rule", [(True, 0), (True, 5), (False, 0)], ids=["causal", "window", "both ways"])
 def test_result_and_gradients_are_those_of_an_explicit_mask(kind, padded, rule):
     """Exact to double precision, so that one key too many or too few shows."""

@@ -128,6 +128,18 @@ def test_emitted_text_is_clean(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_an_emitted_file_checks_itself(tmp_path: Path) -> None:
+    """As it was emitted, and with a window that is shorter by a key."""
+    pytest.importorskip("triton", minversion="3.7")
+    path, environment = tmp_path / "kernel.py", {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    text = source(spec_of(CASES["window and padding"]))
+    for written, code in ((text, 0), (text.replace("keep &= i - j < 30", "keep &= i - j < 29"), 1)):
+        path.write_text(written, encoding="utf-8")
+        ran = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
+        assert ran.returncode == code, ran.stdout + ran.stderr
+        assert ("WRONG" in ran.stdout) == (code == 1)
+
+
 def test_the_predicate_is_there_to_be_read() -> None:
     text = source(spec_of(CASES["window and padding"]))
     assert "where ``i - j < 30 and j <= i and t0[b, j]``" in text

@@ -265,3 +265,17 @@ def aot_signature(target):
     constexprs = {"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
     options = {name: config[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
+
+
+# What is kept and added, as attnopt/masks/kernel_form.py writes it.
+FORM = (
+    '{"added": [], "keep": [[["ge", [0, [1, "i"], [-1, "j"]]]], [["ge", [19, [-1, "i"], [1, "j"]]], ['
+    '"ge", [3, [-1, "j"]]]]], "sink": "h", "softcap": 0.0}'
+)
+
+
+if __name__ == "__main__":
+    from attnopt.codegen.self_check_masked import check
+    from attnopt.codegen.spec import MaskedPrefill
+
+    check(MaskedPrefill("triton", "bfloat16", 32, 8, 128, 128, FORM), attend)
