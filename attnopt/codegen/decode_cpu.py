@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen import native
 from attnopt.codegen.decode_list import capacities_of
 
 # Slots of a head from which one head is shared among threads that would idle. Two threads, four rows of 128 bfloat16:
@@ -81,6 +82,10 @@ def decode(
     table = tuple(starts.tolist())
     if table[-1] != k.shape[1]:
         raise ValueError(f"starts ends at {table[-1]}, and the cache has {k.shape[1]} slots")
+    fits = heads // groups * tokens <= native.MOST_ROWS and q.numel() and width
+    if scale > 0 and fits and native.takes(q.dtype, dim, width):
+        capacities_of(table)  # which checks the table
+        return native.decode(q, k, v, starts, filled, scale, sinks, windows, positions, at)
     kept = None
     if positions is not None:
         assert sinks is not None and windows is not None and at is not None
