@@ -1,8 +1,9 @@
-"""Decoding over ragged per-head caches on the CPU: one SDPA call for each set of KV heads of equal length, on views.
+"""Decoding over ragged per-head caches on the CPU: the compiled kernel, or SDPA on views where it does not serve.
 
-The query heads of a KV head are rows of one product, so that its keys are read once: ATen's grouped SDPA reads them
-once for every query head (benchmarks/cpu_decode.py). Nothing of the cache is copied, and no slot beyond those that are
-filled is read: it may hold anything, NaN too.
+Without that kernel (native.py), one SDPA call for each set of KV heads of equal length. The query heads of a KV head
+are rows of one product, so that its keys are read once: ATen's grouped SDPA reads them once for every query head
+(benchmarks/cpu_decode.py). Nothing of the cache is copied, and no slot beyond those that are filled is read: it may
+hold anything, NaN too.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -81,20 +83,16 @@ void lay_out_keys(const BFloat16* keys, int64_t row, int64_t n, int64_t dim, BFl
 }
 
 // values (n, dim), n <= BLOCK, into (BLOCK / 2, dim, 2).
-__attribute__((optimize("tree-vectorize"))) void lay_out_values(
-    const BFloat16* values, int64_t row, int64_t n, int64_t dim, BFloat16* to) {
-  auto from = reinterpret_cast<const uint16_t*>(values);
-  auto words = reinterpret_cast<uint32_t*>(to);
+void lay_out_values(const BFloat16* values, int64_t row, int64_t n, int64_t dim, BFloat16* to) {
+  auto wide = [](const BFloat16* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  };
   for (int64_t j = 0; j < BLOCK; j += 2) {
-    const uint16_t* even = from + j * row;
-    const uint16_t* odd = even + row;
-    uint32_t* out = words + j / 2 * dim;
-    if (j + 1 < n) {
-      for (int64_t d = 0; d < dim; d++) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-    } else if (j < n) {
-      for (int64_t d = 0; d < dim; d++) out[d] = even[d];
-    } else {
-      std::fill(out, out + dim, 0u);
+    const BFloat16* even = values + j * row;
+    for (int64_t d = 0; d < dim; d += 16) {
+      __m512i pair = j < n ? wide(even + d) : _mm512_setzero_si512();
+      if (j + 1 < n) pair = _mm512_or_si512(pair, _mm512_slli_epi32(wide(even + row + d), 16));
+      _mm512_storeu_si512(to + j * dim + 2 * d, pair);
     }
   }
 }
