@@ -8,8 +8,9 @@ from attnopt.registry import TARGETS
 
 TEMPLATE = '''"""{spec}.
 
-KV heads of equal length are one SDPA call on views of the cache, the query heads of a KV head packed into rows.
-attnopt/codegen/decode_cpu.py has the functions.
+The query heads of a KV head are rows of one product with its slots: in the compiled kernel attnopt/codegen/spans.cpp
+where it can be had, else in one SDPA call on views of the cache for the KV heads of one length
+(attnopt/codegen/decode_cpu.py).
 """
 
 import torch

@@ -11,7 +11,7 @@ from attnopt.registry import TARGETS
 
 TEMPLATE = '''"""{spec}.
 
-Dense heads are causal SDPA. Windowed ones run in the compiled kernel attnopt/codegen/span_prefill.cpp where it can be
+Dense heads are causal SDPA. Windowed ones run in the compiled kernel attnopt/codegen/spans.cpp where it can be
 had; else those of equal span run together, as chunks of query rows against strided views of K and V, the query heads of
 a KV head packed into rows (attnopt/codegen/span_cpu.py).
 """

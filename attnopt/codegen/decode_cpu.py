@@ -1,8 +1,9 @@
-"""Decoding over ragged per-head caches on the CPU: one SDPA call for each set of KV heads of equal length, on views.
+"""Decoding over ragged per-head caches on the CPU: the compiled kernel, or SDPA on views where it does not serve.
 
-The query heads of a KV head are rows of one product, so that its keys are read once: ATen's grouped SDPA reads them
-once for every query head (benchmarks/cpu_decode.py). Nothing of the cache is copied, and no slot beyond those that are
-filled is read: it may hold anything, NaN too.
+Without that kernel (native.py), one SDPA call for each set of KV heads of equal length. The query heads of a KV head
+are rows of one product, so that its keys are read once: ATen's grouped SDPA reads them once for every query head
+(benchmarks/cpu_decode.py). Nothing of the cache is copied, and no slot beyond those that are filled is read: it may
+hold anything, NaN too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.codegen import native
 from attnopt.codegen.decode_list import capacities_of
 
 # Slots of a head from which one head is shared among threads that would idle. Two threads, four rows of 128 bfloat16:
@@ -81,6 +83,10 @@ def decode(
     table = tuple(starts.tolist())
     if table[-1] != k.shape[1]:
         raise ValueError(f"starts ends at {table[-1]}, and the cache has {k.shape[1]} slots")
+    fits = heads // groups * tokens <= native.MOST_ROWS and q.numel() and width
+    if scale > 0 and fits and native.takes(q.dtype, dim, width):
+        capacities_of(table)  # which checks the table
+        return native.decode(q, k, v, starts, filled, scale, sinks, windows, positions, at)
     kept = None
     if positions is not None:
         assert sinks is not None and windows is not None and at is not None

@@ -1,8 +1,8 @@
-"""The CPU's own prefill kernel, span_prefill.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
+"""The CPU's own kernels, spans.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
-It serves float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where it cannot be had, no
-compiler above all, attention runs out of torch's own operators (span_cpu.py): slower, the same within rounding, and
-`unusable` says why.
+They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where they cannot be had, no
+compiler above all, attention runs out of torch's own operators (span_cpu.py, decode_cpu.py): slower, the same within
+rounding, and `unusable` says why.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from attnopt import settings
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("span_prefill.cpp")
+SOURCE = Path(__file__).with_name("spans.cpp")
 # What the kernel's vector loops step by.
 FEATURES = 32
 
 
 def unusable(dtype: torch.dtype = torch.float32) -> str:
-    """Why the kernel cannot be used for a dtype in this process; empty where it can. Compiles it at the first call."""
+    """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them."""
     if dtype not in (torch.float32, torch.bfloat16):
-        return f"it has no {str(dtype).removeprefix('torch.')}"
+        return f"they have no {str(dtype).removeprefix('torch.')}"
     if not settings.native():
         return "ATTNOPT_NATIVE is 0"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -43,7 +43,7 @@ def told() -> dict[str, str]:
 
 
 def takes(dtype: torch.dtype, dim: int, dim_v: int) -> bool:
-    """Whether the kernel serves CPU tensors of a dtype, with `dim` features in q and k and `dim_v` in v."""
+    """Whether the kernels serve CPU tensors of a dtype, with `dim` features in q and k and `dim_v` in v."""
     return dim % FEATURES == 0 and dim_v % FEATURES == 0 and not unusable(dtype)
 
 
@@ -68,12 +68,45 @@ def prefill(
     assert lse is None or lse.is_contiguous()
     library, _ = _loaded()
     assert library is not None
-    run = library.prefill_bfloat16 if q.dtype == torch.bfloat16 else library.prefill_float32
-    run(
+    library[f"prefill_{str(q.dtype)[6:]}"](
         (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 12)(*strides), _pointer(lse),
         *map(_pointer, tables), _pointer(pad), (ctypes.c_int64 * len(heads))(*heads), ctypes.c_int64(len(heads)),
         (ctypes.c_int64 * 6)(*sizes), ctypes.c_float(scale),
     )  # fmt: skip
+
+
+# Query heads of a KV head times new tokens: rows that one piece of work holds.
+MOST_ROWS = 64
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, filled: Tensor, scale: float, sinks: Tensor | None = None,
+    windows: Tensor | None = None, positions: Tensor | None = None, at: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The contract of attnopt/codegen/reference_decode.py, for a positive scale: q (B, H, T, D), k (B, C, D),
+    v (B, C, Dv) -> (B, H, T, Dv). At most MOST_ROWS rows for a KV head.
+    """
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, tokens, dim = q.shape
+    groups, width = filled.shape[1], v.shape[2]
+    out = q.new_empty(batch, heads, tokens, width)
+    held = (q, k, v, out)
+    strides = (*q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3])
+    tables = [
+        None if t is None else t.to(torch.int32).contiguous() for t in (starts, filled, positions, at, sinks, windows)
+    ]
+    apart = 0 if positions is None or positions.ndim == 1 or positions.shape[0] == 1 else positions.shape[1]
+    pointers = list(map(_pointer, tables))
+    library, _ = _loaded()
+    assert library is not None
+    library[f"decode_{str(q.dtype)[6:]}"](
+        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 10)(*strides), *pointers[:3],
+        ctypes.c_int64(apart), *pointers[3:],
+        (ctypes.c_int64 * 7)(batch, groups, heads // groups, tokens, dim, width, k.shape[1]), ctypes.c_float(scale),
+    )  # fmt: skip
+    return out
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -94,13 +127,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
-        for run in (library.prefill_float32, library.prefill_bfloat16):
-            run.restype = None
+        for name in ("prefill", "decode"):
+            for dtype in ("float32", "bfloat16"):
+                library[f"{name}_{dtype}"].restype = None
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         log.warning(
-            "The CPU prefill runs out of torch's operators, which can take twice as long: its own kernel was not "
-            "compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
+            "Attention with spans runs out of torch's operators on this CPU, which can take twice as long: its own "
+            "kernels were not compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
         )  # fmt: skip
         return None, f"not compiled: {said}"

@@ -1,13 +1,16 @@
-"""The compiled CPU kernel against the plain-PyTorch reference in float64, and what happens where it cannot be had."""
+"""The compiled CPU kernels against the plain-PyTorch reference in float64, and what happens where it cannot be had."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from ragged import CASES, Case, arguments, drawn, relative
 
-from attnopt.codegen import native, span_cpu
+from attnopt.codegen import decode_cpu, native, span_cpu
+from attnopt.codegen.reference_decode import decode as decoded
 from attnopt.codegen.reference_prefill import prefill_lse as reference
 
 HEADS = 8
@@ -175,7 +178,69 @@ def test_the_prefill_takes_it(dtype, monkeypatch):
     assert float((with_kernel - without).double().norm() / without.double().norm()) <= 2 * TOLERANCE[dtype]
 
 
-def test_what_it_does_not_serve_is_said(monkeypatch):
+def decoding(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel alone gives for a cache, and what is right, in float64."""
+    q, k, v, *tables = arguments(case, dtype)
+    found = native.decode(q, k, v, *tables[:2], case.scale, *tables[2:])
+    assert found.dtype == dtype and found.is_contiguous()
+    return found, decoded(q.double(), k.double(), v.double(), *tables[:2], case.scale, *tables[2:])
+
+
+SERVED = [name for name, case in CASES.items() if case.batch and case.scale > 0]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_decoding_agrees_with_the_reference(name, dtype):
+    found, expected = decoding(replace(CASES[name], dims=(32, 64)), dtype)
+    assert relative(found, expected) <= TOLERANCE[dtype]
+    assert (found[expected.abs().sum(-1) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_decoding_in_several_pieces(threads, dtype):
+    """A piece cut off, a piece filled, three pieces; more rows than the products take at once."""
+    case = Case([511, 512, 1300, 1537], share=6, tokens=3, dims=(64, 32), windows=[700] * 12 + [2**30] * 12)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for each in (case, replace(case, windows=[], filled=[[511, 3, 1025, 0], [1, 512, 1300, 1537]])):
+            found, expected = decoding(each, dtype)
+            assert relative(found, expected) <= TOLERANCE[dtype]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_decoding_from_random_caches(dtype):
+    for seed in range(60):
+        case = replace(drawn(seed), dims=(32, 32))
+        found, expected = decoding(case, dtype)
+        assert relative(found, expected) <= TOLERANCE[dtype], case
+
+
+def test_a_slot_more_or_less_is_out_of_tolerance(dtype):
+    case = replace(CASES["one dense head of four"], dims=(32, 32))
+    q, k, v, starts, filled = arguments(case, dtype)
+    _, expected = decoding(case, dtype)
+    assert relative(native.decode(q, k, v, starts, filled - 1, case.scale), expected) > 5 * TOLERANCE[dtype]
+
+
+def test_the_decoding_takes_it(dtype, monkeypatch):
+    """Where the rows fit; and what cannot be a cache is refused before it is read."""
+    asked = []
+    monkeypatch.setattr(native, "decode", lambda *a, kernel=native.decode: asked.append(a) or kernel(*a))
+    case = replace(CASES["spans"], dims=(32, 32))
+    q, k, v, starts, filled, *spans = arguments(case, dtype)
+    decode_cpu.decode(q, k, v, starts, filled, 0.25, *spans)
+    assert len(asked) == 1
+    wide = replace(case, tokens=33, windows=[])
+    decode_cpu.decode(*arguments(wide, dtype), 0.25)
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="follow"):
+        decode_cpu.decode(q, k, v, starts.flip(0) * 0 + torch.tensor([0, 400, 40, 380]), filled, 0.25)
+    assert len(asked) == 1
+
+
+def test_what_they_do_not_serve_is_said(monkeypatch):
     assert "float16" in native.unusable(torch.float16)
     assert not native.takes(torch.float32, 40, 32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

@@ -1,11 +1,11 @@
-// Causal prefill whose heads keep their own sinks and windows: in bfloat16, for CPUs that multiply tiles of it (AMX), and
-// in float32.
+// Attention whose heads keep spans of their own: a causal prefill, and decoding from ragged caches. In bfloat16, for
+// CPUs that multiply tiles of it (AMX), and in float32.
 //
-// Key j is kept by query i of head h where  j <= i  and  (j < sinks[h] or i - j < windows[h])  and pad[b, j].
-//
+// Prefill. Key j is kept by query i of head h where  j <= i  and  (j < sinks[h] or i - j < windows[h])  and  pad[b, j].
 // The keys of a KV head are transposed once; in bfloat16 keys and values are laid out as the matrix unit reads them, in
-// pairs along the reduced dimension ("VNNI"). A tile of ROWS queries then walks the live keys: those of the sinks, and those from the window's left end to the
-// diagonal, in whole blocks. Only runs at an edge, or with padding in them, are masked.
+// pairs along the reduced dimension ("VNNI"). A tile of ROWS queries then walks the live keys: those of the sinks, and
+// those from the window's left end to the diagonal, in whole blocks. Only runs at an edge, or with padding in them, are
+// masked.
 //
 // ROWS, BLOCK, SPAN by share of the work-saved ideal, 8192 keys, bfloat16, one thread of a Xeon with AMX, torch 2.13:
 //                        64/64/512   64/32/512   32/32/512   64/32/1024   128/32/512
@@ -14,11 +14,17 @@
 //     D=128  W=256          .41         .44         .46          .49          .47
 //     D=128  W=2048         .79         .78         .78          .82          .79
 // Out of torch's operators (span_cpu.py): .28, .47, .28, .53.
+//
+// Decoding. The rows of a KV head, its query heads times the new tokens, are one product with each chunk of its slots.
+// Threads take chunks as they come, whatever head they are of; each leaves a soft-max of its own, and in the end these
+// are merged.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -77,20 +83,16 @@ void lay_out_keys(const BFloat16* keys, int64_t row, int64_t n, int64_t dim, BFl
 }
 
 // values (n, dim), n <= BLOCK, into (BLOCK / 2, dim, 2).
-__attribute__((optimize("tree-vectorize"))) void lay_out_values(
-    const BFloat16* values, int64_t row, int64_t n, int64_t dim, BFloat16* to) {
-  auto from = reinterpret_cast<const uint16_t*>(values);
-  auto words = reinterpret_cast<uint32_t*>(to);
+void lay_out_values(const BFloat16* values, int64_t row, int64_t n, int64_t dim, BFloat16* to) {
+  auto wide = [](const BFloat16* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  };
   for (int64_t j = 0; j < BLOCK; j += 2) {
-    const uint16_t* even = from + j * row;
-    const uint16_t* odd = even + row;
-    uint32_t* out = words + j / 2 * dim;
-    if (j + 1 < n) {
-      for (int64_t d = 0; d < dim; d++) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-    } else if (j < n) {
-      for (int64_t d = 0; d < dim; d++) out[d] = even[d];
-    } else {
-      std::fill(out, out + dim, 0u);
+    const BFloat16* even = values + j * row;
+    for (int64_t d = 0; d < dim; d += 16) {
+      __m512i pair = j < n ? wide(even + d) : _mm512_setzero_si512();
+      if (j + 1 < n) pair = _mm512_or_si512(pair, _mm512_slli_epi32(wide(even + row + d), 16));
+      _mm512_storeu_si512(to + j * dim + 2 * d, pair);
     }
   }
 }
@@ -98,7 +100,8 @@ __attribute__((optimize("tree-vectorize"))) void lay_out_values(
 // c (m, n) = a (m, k) b (k, n), added to c if `add`; leading dimensions follow their matrices. b in bfloat16: laid out.
 template <typename T>
 void multiply(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+    bool add) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
 }
 
@@ -121,8 +124,8 @@ struct Tile {
   std::vector<float> scores, sums, top, total;
   std::vector<T> weights;
 
-  explicit Tile(int64_t dim_v)
-      : scores(ROWS * SPAN), sums(ROWS * dim_v), top(ROWS), total(ROWS), weights(ROWS * SPAN) {}
+  Tile(int64_t rows, int64_t columns, int64_t dim_v)
+      : scores(rows * columns), sums(rows * dim_v), top(rows), total(rows), weights(rows * columns) {}
 
   void clear() {
     std::fill(sums.begin(), sums.end(), 0.0f);
@@ -167,13 +170,30 @@ struct Tile {
     for (float* x = &sums[r * dim_v]; x < &sums[r * dim_v] + dim_v; x += Vec::size()) (Vec::loadu(x) * less).store(x);
   }
 
+  // Add another soft-max of row r, over other keys: its largest score, its sum of weights, its weighted sum of values.
+  void merge(int64_t r, float most, float weight, const float* values, int64_t dim_v) {
+    float now = std::max(top[r], most), base = now == NONE ? 0.0f : now;
+    float own = std::exp(top[r] - base), other = std::exp(most - base);
+    total[r] = total[r] * own + weight * other;
+    top[r] = now;
+    Vec less(own), more(other);
+    for (int64_t d = 0; d < dim_v; d += Vec::size()) {
+      float* x = &sums[r * dim_v + d];
+      (Vec::loadu(x) * less + Vec::loadu(values + d) * more).store(x);
+    }
+  }
+
+  void write_row(int64_t r, int64_t dim_v, T* out) const {
+    Vec share(total[r] > 0 ? 1.0f / total[r] : 0.0f);
+    for (int64_t d = 0; d < dim_v; d += 2 * Vec::size()) {
+      const float* x = &sums[r * dim_v + d];
+      store(Vec::loadu(x) * share, Vec::loadu(x + Vec::size()) * share, out + d);
+    }
+  }
+
   void write(int64_t rows, int64_t dim_v, T* out, int64_t out_row, float* lse) const {
     for (int64_t r = 0; r < rows; r++) {
-      Vec share(total[r] > 0 ? 1.0f / total[r] : 0.0f);
-      for (int64_t d = 0; d < dim_v; d += 2 * Vec::size()) {
-        const float* x = &sums[r * dim_v + d];
-        store(Vec::loadu(x) * share, Vec::loadu(x + Vec::size()) * share, out + r * out_row + d);
-      }
+      write_row(r, dim_v, out + r * out_row);
       if (lse != nullptr) lse[r] = total[r] > 0 ? top[r] + std::log(total[r]) : NONE;
     }
   }
@@ -223,7 +243,7 @@ void prefill(
     int64_t items = tiles * static_cast<int64_t>(here.size());
     std::atomic<int64_t> next{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      Tile<T> tile(s.dim_v);
+      Tile<T> tile(ROWS, std::min(SPAN, blocks * BLOCK), s.dim_v);
       for (int64_t at = next++; at < items; at = next++) {
         int64_t head = here[at % here.size()], first = (tiles - 1 - at / static_cast<int64_t>(here.size())) * ROWS;
         int64_t rows = std::min(ROWS, s.length - first), last = (first + rows + BLOCK - 1) / BLOCK;
@@ -273,6 +293,121 @@ void prefill(
   }
 }
 
+struct Cache {
+  int64_t batch, kv_heads, share, tokens, dim, dim_v, slots;
+  int64_t rows() const { return share * tokens; }
+};
+
+// Slots of one piece of work. Those of a head are CHUNKs, so that a long head is shared among threads.
+constexpr int64_t CHUNK = 512;
+// The products take rows in sixteens.
+constexpr int64_t LANES = 16;
+
+// queries (rows, dim), a row of them at a time, into (dim, lanes), in pairs of features in bfloat16; lanes beyond the
+// rows are zero.
+template <typename T>
+void lay_out_queries(const Tensor<T>& q, const Cache& s, int64_t b, int64_t g, int64_t lanes, T* to) {
+  constexpr int64_t PAIR = std::is_same_v<T, float> ? 1 : 2;
+  std::fill_n(to, s.dim * lanes, T(0));
+  for (int64_t r = 0; r < s.rows(); r++) {
+    const T* from = q.at(b, g * s.share + r / s.tokens, r % s.tokens);
+    for (int64_t d = 0; d < s.dim; d++) to[(d / PAIR * lanes + r) * PAIR + d % PAIR] = from[d];
+  }
+}
+
+// q, out (B, H, T, ·): data[0], data[3], and strides of batch, head and token. k, v (B, C, ·): data[1], data[2], and
+// strides of batch and slot. starts (G + 1,), filled (B, G). positions (B or 1, C), held by `apart` entries from one
+// batch entry to the next, or null; with them at (B,), sinks and windows (H,). sizes: those of Cache.
+template <typename T>
+void decode(
+    T* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions, int64_t apart,
+    const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
+  constexpr bool PAIRS = !std::is_same_v<T, float>;
+  Cache s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
+  Tensor<T> q{data[0], strides[0], strides[1], strides[2]}, k{data[1], strides[3], 0, strides[4]};
+  Tensor<T> v{data[2], strides[5], 0, strides[6]}, out{data[3], strides[7], strides[8], strides[9]};
+  int64_t rows = s.rows(), lanes = (rows + LANES - 1) / LANES * LANES, held = rows * (s.dim_v + 2);
+
+  struct Piece {
+    int64_t b, g, first, size;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int64_t> begins;
+  for (int64_t b = 0; b < s.batch; b++) {
+    for (int64_t g = 0; g < s.kv_heads; g++) {
+      begins.push_back(pieces.size());
+      int64_t count = std::clamp<int64_t>(filled[b * s.kv_heads + g], 0, starts[g + 1] - starts[g]);
+      for (int64_t n = 0; n < count; n += CHUNK) pieces.push_back({b, g, starts[g] + n, std::min(CHUNK, count - n)});
+    }
+  }
+  begins.push_back(pieces.size());
+  int64_t count = pieces.size();
+  // Of each piece the largest scores, the sums of weights, and the weighted sums of values.
+  std::unique_ptr<float[]> found(new float[count * held]);
+
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+    Tile<T> tile(rows, CHUNK, s.dim_v);
+    std::vector<float> scores(CHUNK * lanes);
+    std::vector<T> queries(s.dim * lanes), values(PAIRS ? CHUNK * s.dim_v : 0);
+    int64_t now = -1;
+    for (int64_t n = next++; n < count; n = next++) {
+      const Piece& piece = pieces[n];
+      if (piece.b * s.kv_heads + piece.g != now) {
+        now = piece.b * s.kv_heads + piece.g;
+        lay_out_queries(q, s, piece.b, piece.g, lanes, queries.data());
+      }
+      int64_t columns = (piece.size + BLOCK - 1) / BLOCK * BLOCK;
+      const T *keys = k.at(piece.b, 0, piece.first), *seen = v.at(piece.b, 0, piece.first);
+      multiply(piece.size, lanes, s.dim, keys, k.row, queries.data(), lanes, scores.data(), lanes, false);
+      tile.clear();
+      for (int64_t r = 0; r < rows; r++) {
+        std::fill_n(&tile.scores[r * columns + piece.size], columns - piece.size, NONE);
+      }
+      at::vec::transpose_mxn<float>(scores.data(), lanes, tile.scores.data(), columns, piece.size, rows);
+      for (int64_t r = 0; r < rows; r++) {
+        if (positions != nullptr) {
+          const int* where = positions + piece.b * apart + piece.first;
+          int64_t head = piece.g * s.share + r / s.tokens, i = at[piece.b] + r % s.tokens;
+          for (int64_t c = 0; c < piece.size; c++) {
+            bool keep = where[c] <= i && (where[c] < sinks[head] || i - where[c] < windows[head]);
+            if (!keep) tile.scores[r * columns + c] = NONE;
+          }
+        }
+        tile.weigh(r, columns, s.dim_v, scale);
+      }
+      for (int64_t c = 0; PAIRS && c < columns; c += BLOCK) {
+        if constexpr (PAIRS) {
+          lay_out_values(seen + c * v.row, v.row, std::min(BLOCK, piece.size - c), s.dim_v, &values[c * s.dim_v]);
+        }
+      }
+      multiply(
+          rows, s.dim_v, PAIRS ? columns : piece.size, tile.weights.data(), columns, PAIRS ? values.data() : seen,
+          PAIRS ? s.dim_v : v.row, tile.sums.data(), s.dim_v, true);
+      float* into = &found[n * held];
+      std::copy_n(tile.top.data(), rows, into);
+      std::copy_n(tile.total.data(), rows, into + rows);
+      std::copy_n(tile.sums.data(), rows * s.dim_v, into + 2 * rows);
+    }
+    at::native::cpublas::brgemm_release(PAIRS);
+  });
+
+  Tile<T> whole(rows, 0, s.dim_v);
+  for (int64_t group = 0; group < s.batch * s.kv_heads; group++) {
+    whole.clear();
+    for (int64_t n = begins[group]; n < begins[group + 1]; n++) {
+      const float* part = &found[n * held];
+      for (int64_t r = 0; r < rows; r++) {
+        whole.merge(r, part[r], part[rows + r], part + 2 * rows + r * s.dim_v, s.dim_v);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t head = group % s.kv_heads * s.share + r / s.tokens;
+      whole.write_row(r, s.dim_v, out.at(group / s.kv_heads, head, r % s.tokens));
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -290,5 +425,17 @@ void prefill_float32(
     float* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
     const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
   prefill<float>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+}
+
+void decode_bfloat16(
+    BFloat16* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions,
+    int64_t apart, const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
+  decode<BFloat16>(data, strides, starts, filled, positions, apart, at, sinks, windows, sizes, scale);
+}
+
+void decode_float32(
+    float* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions,
+    int64_t apart, const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
+  decode<float>(data, strides, starts, filled, positions, apart, at, sinks, windows, sizes, scale);
 }
 }
