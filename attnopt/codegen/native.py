@@ -68,7 +68,7 @@ def prefill(
     assert lse is None or lse.is_contiguous()
     library, _ = _loaded()
     assert library is not None
-    library[f"prefill_{str(q.dtype)[6:]}"](
+    getattr(library, f"prefill_{str(q.dtype)[6:]}")(
         (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 12)(*strides), _pointer(lse),
         *map(_pointer, tables), _pointer(pad), (ctypes.c_int64 * len(heads))(*heads), ctypes.c_int64(len(heads)),
         (ctypes.c_int64 * 6)(*sizes), ctypes.c_float(scale),
@@ -101,7 +101,7 @@ def decode(
     pointers = list(map(_pointer, tables))
     library, _ = _loaded()
     assert library is not None
-    library[f"decode_{str(q.dtype)[6:]}"](
+    getattr(library, f"decode_{str(q.dtype)[6:]}")(
         (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 10)(*strides), *pointers[:3],
         ctypes.c_int64(apart), *pointers[3:],
         (ctypes.c_int64 * 7)(batch, groups, heads // groups, tokens, dim, width, k.shape[1]), ctypes.c_float(scale),
@@ -129,7 +129,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
         for name in ("prefill", "decode"):
             for dtype in ("float32", "bfloat16"):
-                library[f"{name}_{dtype}"].restype = None
+                getattr(library, f"{name}_{dtype}").restype = None
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

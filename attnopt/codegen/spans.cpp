@@ -348,23 +348,23 @@ void decode(
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
     Tile<T> tile(rows, CHUNK, s.dim_v);
-    std::vector<float> scores(CHUNK * lanes);
-    std::vector<T> queries(s.dim * lanes), values(PAIRS ? CHUNK * s.dim_v : 0);
+    std::unique_ptr<float[]> scores(new float[CHUNK * lanes]);
+    std::unique_ptr<T[]> queries(new T[s.dim * lanes]), values(PAIRS ? new T[CHUNK * s.dim_v] : nullptr);
     int64_t now = -1;
     for (int64_t n = next++; n < count; n = next++) {
       const Piece& piece = pieces[n];
       if (piece.b * s.kv_heads + piece.g != now) {
         now = piece.b * s.kv_heads + piece.g;
-        lay_out_queries(q, s, piece.b, piece.g, lanes, queries.data());
+        lay_out_queries(q, s, piece.b, piece.g, lanes, queries.get());
       }
       int64_t columns = (piece.size + BLOCK - 1) / BLOCK * BLOCK;
       const T *keys = k.at(piece.b, 0, piece.first), *seen = v.at(piece.b, 0, piece.first);
-      multiply(piece.size, lanes, s.dim, keys, k.row, queries.data(), lanes, scores.data(), lanes, false);
+      multiply(piece.size, lanes, s.dim, keys, k.row, queries.get(), lanes, scores.get(), lanes, false);
       tile.clear();
       for (int64_t r = 0; r < rows; r++) {
         std::fill_n(&tile.scores[r * columns + piece.size], columns - piece.size, NONE);
       }
-      at::vec::transpose_mxn<float>(scores.data(), lanes, tile.scores.data(), columns, piece.size, rows);
+      at::vec::transpose_mxn<float>(scores.get(), lanes, tile.scores.data(), columns, piece.size, rows);
       for (int64_t r = 0; r < rows; r++) {
         if (positions != nullptr) {
           const int* where = positions + piece.b * apart + piece.first;
@@ -382,7 +382,7 @@ void decode(
         }
       }
       multiply(
-          rows, s.dim_v, PAIRS ? columns : piece.size, tile.weights.data(), columns, PAIRS ? values.data() : seen,
+          rows, s.dim_v, PAIRS ? columns : piece.size, tile.weights.data(), columns, PAIRS ? values.get() : seen,
           PAIRS ? s.dim_v : v.row, tile.sums.data(), s.dim_v, true);
       float* into = &found[n * held];
       std::copy_n(tile.top.data(), rows, into);

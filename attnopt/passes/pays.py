@@ -170,7 +170,9 @@ def facts_of(region: Region, training: bool = False) -> Facts:
     written = site.pattern != "sdpa"
     held = keys * (site.head_dim + site.head_dim_v) * region.k.meta["val"].element_size()
     grouped = site.heads > site.kv_heads
-    known = native.takes(getattr(torch, site.dtype), site.head_dim, site.head_dim_v)
+    # Asked for windows alone: the first answer compiles the kernel.
+    windowed = site.mask.window is not None
+    known = windowed and native.takes(getattr(torch, site.dtype), site.head_dim, site.head_dim_v)
     return Facts(
         site.dtype, queries, keys, site.mask.window or 0, wide, written, summed, training, held, grouped, known
     )

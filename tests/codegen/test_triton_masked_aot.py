@@ -27,7 +27,6 @@ pytestmark = needs_compiler
 SPILLED_BEFORE_3_9 = {"sm_80": 64}
 GATES = [
     ("causal, soft-capped", "sm_90"),
-    ("packed documents", "sm_90"),
     ("data over pairs", "sm_90"),
     ("data over pairs", "sm_80"),
     ("packed documents", "gfx942"),
