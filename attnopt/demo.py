@@ -16,6 +16,7 @@ import torch
 
 from attnopt import backend, hf, settings, text
 from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
+from attnopt.errors import BudgetError
 from attnopt.plan import Budget
 from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
@@ -58,11 +59,19 @@ def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progre
         tokens = text.stream([], loaded.tokenizer, which, 2 * count * length)
         return {length: text.sequences(tokens, length, count, which)}
 
-    return make_plan(
-        loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
-        Budget("loss", LOSS_INCREASE), length, probe=Probe(loaded.tokenizer, split="final"), probe_documents=PROBES,
-        progress=progress, report=lambda record: tell(f"   {record}"),
-    )  # fmt: skip
+    def planned(percent: float) -> Made:
+        return make_plan(
+            loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
+            Budget("loss", percent), length, probe=Probe(loaded.tokenizer, split="final"), probe_documents=PROBES,
+            progress=progress, report=lambda record: tell(f"   {record}"),
+        )  # fmt: skip
+
+    try:
+        return planned(LOSS_INCREASE)
+    except BudgetError as error:
+        # Chosen as the last that holds on one text, a plan may miss on the next.
+        tell(f"   {error.problem}\n   Planned again, for half of the budget.")
+        return planned(LOSS_INCREASE / 2)
 
 
 def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progress: Progress) -> float:
