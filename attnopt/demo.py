@@ -69,7 +69,8 @@ def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progre
     try:
         return planned(LOSS_INCREASE)
     except BudgetError as error:
-        # Chosen as the last that holds on one text, a plan may miss on the next.
+        # Chosen as the last that holds on one text, a plan may miss on the next; and a second look at that text asks
+        # for more than the first did.
         tell(f"   {error.problem}\n   Planned again, for half of the budget.")
         return planned(LOSS_INCREASE / 2)
 
@@ -153,7 +154,7 @@ def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[A
         ("exact, against inductor", f"{result['exact_over_inductor']:.2f} times as fast"),
         ("planned, against exact", f"{result['planned_over_exact']:.2f} times as fast"),
         ("loss increase on held-out text", f"{result['loss_increase_percent']:.2f} % "
-         f"(at most {result['loss_increase_upper_95_percent']:.2f} %, budget {LOSS_INCREASE:g} %)"),
+         f"(at most {result['loss_increase_upper_95_percent']:.2f} %, budget {made.plan.budget})"),
         ("one window for all heads at the same cost", f"{result['uniform_loss_increase_percent']:.2f} %"),
         *plan_facts(plan),
     ]  # fmt: skip

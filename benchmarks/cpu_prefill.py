@@ -36,10 +36,9 @@ from attnopt.codegen.span_cpu import causal_padded
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import MARGIN, CostTable, break_even, layer_cost
 from attnopt.cost.timing import measure as measure_costs
-from benchmarks.cuda.baselines import many_shapes
-from benchmarks.cuda.block_mask import block_mask
-from benchmarks.cuda.spans import Spans
+from benchmarks.block_mask import block_mask, many_shapes
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
+from benchmarks.spans import Spans
 from benchmarks.timing import interleaved, ratio
 
 TAKES = "15 min"

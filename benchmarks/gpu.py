@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.block_mask import many_shapes
 from benchmarks.cuda import checks, decode, prefill
-from benchmarks.cuda.baselines import many_shapes
 from benchmarks.cuda.device import Budget, Device
-from benchmarks.cuda.spans import DRY, Sizes
 from benchmarks.record import RESULTS, Aim, Row, Run, environment
+from benchmarks.spans import DRY, Sizes
 
 TAKES = "8 min"
 NEEDS = "a GPU"

@@ -13,10 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from attnopt.codegen.reference_prefill import prefill as reference
 from benchmarks import gpu
+from benchmarks.block_mask import block_mask, mask_mod
 from benchmarks.cuda import baselines, checks, decode, prefill
-from benchmarks.cuda.block_mask import block_mask, mask_mod
 from benchmarks.cuda.device import Budget, Device, poisoned
-from benchmarks.cuda.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
+from benchmarks.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
 CPU = torch.device("cpu")
 SMALL = Sizes(32, 8, (16,), (96,), ((96, (1,)),), (50, 1), 64)

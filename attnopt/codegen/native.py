@@ -134,7 +134,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         log.warning(
-            "Attention with spans runs out of torch's operators on this CPU, which can take twice as long: its own "
+            "Attention with spans runs out of torch's operators on this CPU, which are slower: its own "
             "kernels were not compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,
         )  # fmt: skip
         return None, f"not compiled: {said}"

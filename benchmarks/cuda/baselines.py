@@ -6,10 +6,9 @@ a note by who measures it.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,9 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.cuda.block_mask import block_mask
+from benchmarks.block_mask import block_mask
 from benchmarks.cuda.device import Device
-from benchmarks.cuda.spans import Spans
+from benchmarks.spans import Spans
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -95,14 +94,6 @@ def sdpa(
 @cache
 def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
-
-
-@contextlib.contextmanager
-def many_shapes() -> Iterator[None]:
-    """Room for every shape that is measured: beyond Dynamo's limit FlexAttention would silently run uncompiled."""
-    names = ("recompile_limit", "accumulated_recompile_limit")
-    with torch._dynamo.config.patch({**dict.fromkeys(names, 1024), "fail_on_recompile_limit_hit": True}):
-        yield
 
 
 def flex(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.codegen.self_check import Results
 from benchmarks.cuda.device import Device
-from benchmarks.cuda.spans import Sizes
+from benchmarks.spans import Sizes
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from attnopt.registry import TARGETS
 from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.masked import masked_checks
-from benchmarks.cuda.spans import Sizes
 from benchmarks.record import Row
+from benchmarks.spans import Sizes
 
 # Sinks and windows that the heads take in turn: dense, inside a block, whole blocks, and beyond what there is.
 SINKS, WINDOWS = (0, 5, 64, 100), (2**30, 1, 300, 2000)

@@ -18,8 +18,8 @@ from benchmarks import timing
 from benchmarks.cuda.baselines import Baseline, Call, decode_libraries, flex, sdpa
 from benchmarks.cuda.device import Budget, Device
 from benchmarks.cuda.prefill import BEST, FLEX
-from benchmarks.cuda.spans import Sizes, Spans, dense, mixture
 from benchmarks.record import Aim, Row, relative_error
+from benchmarks.spans import Sizes, Spans, dense, mixture
 
 TOLERANCE = 1e-2
 OF_COPY = "share of copy"

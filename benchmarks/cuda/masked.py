@@ -19,7 +19,7 @@ from attnopt.masks.predicates import BoolLoad, at_least_zero, equal_zero, single
 from attnopt.masks.values import Sum
 from benchmarks.cuda.check import Check, prefill_inputs
 from benchmarks.cuda.device import Device
-from benchmarks.cuda.spans import Sizes
+from benchmarks.spans import Sizes
 
 QUERY, J, BATCH, HEAD = (Affine.var(name) for name in "ijbh")
 CAUSAL = at_least_zero(QUERY - J)

@@ -13,8 +13,8 @@ from attnopt.codegen.spec import SpanPrefill
 from benchmarks import timing
 from benchmarks.cuda.baselines import Baseline, flex, libraries, sdpa
 from benchmarks.cuda.device import Budget, Device
-from benchmarks.cuda.spans import Sizes, Spans, dense, inputs, mixture, sampled_error, uniform
 from benchmarks.record import Aim, Row
+from benchmarks.spans import Sizes, Spans, dense, inputs, mixture, sampled_error, uniform
 
 TOLERANCE = 1e-2
 # SDPA's efficient backend takes some three times as long as its others; at these lengths it would cost the others their

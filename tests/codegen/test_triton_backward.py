@@ -7,14 +7,12 @@ script with TRITON_INTERPRET=1, which prints one JSON object per case.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from emitting import check_clean, check_golden, interpreted_rows
 
 from attnopt.codegen import emit, work_list_backward
 from attnopt.codegen.reference_backward import backward as reference
@@ -23,8 +21,6 @@ from attnopt.codegen.spec import SpanBackward
 from attnopt.codegen.triton_backward import launches, source
 from attnopt.registry import TARGETS
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden"
 # Relative Frobenius norms against float64 of dq, dk and dv; of their own norm and a tenth of dv's.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
 DENSE = 2**31 - 1
@@ -152,14 +148,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    # The interpreter of triton 3.6 fails on loops with run-time bounds under numpy 2.4.
-    pytest.importorskip("triton", minversion="3.7")
-    cache = str(tmp_path_factory.mktemp("kernels"))
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_CACHE": cache}
-    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines()]
-    return {row["case"]: row for row in rows}
+    return interpreted_rows(__file__, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,22 +200,11 @@ ODD = [
 
 
 def test_golden_text() -> None:
-    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
-    path, text = GOLDEN / "span_backward_bfloat16.py", source(SPEC)
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        path.write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text
+    check_golden("span_backward_bfloat16.py", source(SPEC))
 
 
-@pytest.mark.parametrize("spec", ODD, ids=str)
-def test_emitted_text_is_clean(spec: SpanBackward, tmp_path: Path) -> None:
-    ruff = pytest.importorskip("ruff").find_ruff_bin()
-    path = tmp_path / "kernel.py"
-    path.write_text(source(spec), encoding="utf-8")
-    config = ["--config", str(ROOT / "pyproject.toml"), str(path)]
-    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
-        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_emitted_text_is_clean(tmp_path: Path) -> None:
+    check_clean(tmp_path, map(source, ODD))
 
 
 def test_blocks_divide_tiles() -> None:

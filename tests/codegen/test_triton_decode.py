@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emitting import check_clean, check_golden, interpreted_rows
 from ragged import CASES, TOLERANCE, Case, arguments, drawn, relative
 
 from attnopt.codegen import decode_list, emit, self_check_decode
@@ -19,8 +17,6 @@ from attnopt.codegen.spec import SpanDecode
 from attnopt.codegen.triton_decode import source
 from attnopt.registry import TARGETS
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden"
 # Chunks of this many slots, so that short segments are divided; some cases run with others too.
 CHUNK = 64
 RUNS: dict[str, tuple[str | Case, torch.dtype, int]] = {
@@ -93,14 +89,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    # The interpreter of triton 3.6 fails on loops with run-time bounds under numpy 2.4.
-    pytest.importorskip("triton", minversion="3.7")
-    cache, path = str(tmp_path_factory.mktemp("kernels")), os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "ATTNOPT_CACHE": cache}
-    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
-    return {row["run"]: row for row in rows}
+    return interpreted_rows(__file__, tmp_path_factory.mktemp("kernels"), "run")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -141,22 +130,11 @@ ODD = [
 
 
 def test_golden_text() -> None:
-    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
-    path, text = GOLDEN / "span_decode_bfloat16.py", source(SPEC)
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        path.write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text
+    check_golden("span_decode_bfloat16.py", source(SPEC))
 
 
-@pytest.mark.parametrize("spec", ODD, ids=str)
-def test_emitted_text_is_clean(spec: SpanDecode, tmp_path: Path) -> None:
-    ruff = pytest.importorskip("ruff").find_ruff_bin()
-    path = tmp_path / "kernel.py"
-    path.write_text(source(spec), encoding="utf-8")
-    config = ["--config", str(ROOT / "pyproject.toml"), str(path)]
-    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
-        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_emitted_text_is_clean(tmp_path: Path) -> None:
+    check_clean(tmp_path, map(source, ODD))
 
 
 def test_unsupported_specs_are_refused() -> None:

@@ -12,12 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
-
 import pytest
 import torch
+from emitting import ROOT, check_clean, check_golden, interpreted_rows
 from forms import CASES, Case, doubled, error, inputs_of
 
 from attnopt.codegen import emit
@@ -26,7 +23,6 @@ from attnopt.codegen.spec import MaskedPrefill
 from attnopt.codegen.triton_masked import source
 from attnopt.registry import TARGETS
 
-GOLDEN = Path(__file__).parent / "golden" / "masked_prefill_bfloat16.py"
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 # (query rows, keys per block): two tiles of rows, three blocks of keys, the last of both cut off; smaller ones where a
 # narrow span is to leave blocks out, or to keep some whole.
@@ -80,13 +76,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton", minversion="3.7")
-    cache = str(tmp_path_factory.mktemp("kernels"))
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_CACHE": cache}
-    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines()]
-    return {row["case"]: row for row in rows}
+    return interpreted_rows(__file__, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,23 +99,12 @@ def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, An
 
 
 def test_golden_text() -> None:
-    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
     form = CASES["first keys and a window, sink of a head"].form
-    text = source(MaskedPrefill("triton", "bfloat16", 32, 8, 128, 128, form.text))
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert GOLDEN.read_text(encoding="utf-8") == text
+    check_golden("masked_prefill_bfloat16.py", source(MaskedPrefill("triton", "bfloat16", 32, 8, 128, 128, form.text)))
 
 
 def test_emitted_text_is_clean(tmp_path: Path) -> None:
-    ruff = pytest.importorskip("ruff").find_ruff_bin()
-    for n, case in enumerate(CASES.values()):
-        for dim in (16, 24):
-            (tmp_path / f"kernel_{n}_{dim}.py").write_text(source(spec_of(case, dim)), encoding="utf-8")
-    config = ["--config", str(ROOT / "pyproject.toml"), str(tmp_path)]
-    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
-        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    check_clean(tmp_path, [source(spec_of(case, dim)) for case in CASES.values() for dim in (16, 24)])
 
 
 def test_an_emitted_file_checks_itself(tmp_path: Path) -> None:

@@ -11,16 +11,14 @@ import functools
 import importlib.util
 import io
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emitting import check_clean, check_golden, interpreted_rows
 
 from attnopt.codegen import emit, work_list
 from attnopt.codegen.emit import write_atomically
@@ -31,8 +29,6 @@ from attnopt.codegen.triton_prefill import launches, source
 from attnopt.errors import DependencyError
 from attnopt.registry import TARGETS
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden"
 # Relative Frobenius norms against float64, and the largest error of a logarithm, which stays in float32.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 TOLERANCE_LSE = 1e-5
@@ -248,14 +244,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    # The interpreter of triton 3.6 fails on loops with run-time bounds under numpy 2.4.
-    pytest.importorskip("triton", minversion="3.7")
-    cache = str(tmp_path_factory.mktemp("kernels"))
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_CACHE": cache}
-    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines()]
-    return {row["case"]: row for row in rows}
+    return interpreted_rows(__file__, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -320,22 +309,11 @@ ODD = [
 
 
 def test_golden_text() -> None:
-    """UPDATE_GOLDEN=1 writes the file anew; read the difference before you commit it."""
-    path, text = GOLDEN / "span_prefill_bfloat16.py", source(SPEC)
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        path.write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text
+    check_golden("span_prefill_bfloat16.py", source(SPEC))
 
 
-@pytest.mark.parametrize("spec", ODD, ids=str)
-def test_emitted_text_is_clean(spec: SpanPrefill, tmp_path: Path) -> None:
-    ruff = pytest.importorskip("ruff").find_ruff_bin()
-    path = tmp_path / "kernel.py"
-    path.write_text(source(spec), encoding="utf-8")
-    config = ["--config", str(ROOT / "pyproject.toml"), str(path)]
-    for command in (["check", "--output-format=concise"], ["format", "--diff"]):
-        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_emitted_text_is_clean(tmp_path: Path) -> None:
+    check_clean(tmp_path, map(source, ODD))
 
 
 def test_constants_are_literals() -> None:

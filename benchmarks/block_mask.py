@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from benchmarks.cuda.spans import Spans
+from benchmarks.spans import Spans
 
 BLOCK = 128
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -64,3 +65,11 @@ def block_mask(spans: Spans, queries: int, length: int, device: torch.device, bl
         partial_count, partial, whole_count, whole, BLOCK_SIZE=block, mask_mod=mask_mod(spans, device, offset),
         seq_lengths=(queries, length), compute_q_blocks=False,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def many_shapes() -> Iterator[None]:
+    """Room for every shape that is measured: beyond Dynamo's limit FlexAttention would silently run uncompiled."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    with torch._dynamo.config.patch({**dict.fromkeys(names, 1024), "fail_on_recompile_limit_hit": True}):
+        yield
