@@ -2,6 +2,7 @@
 
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
+from attnopt.ops.linear import linear_decode, linear_far, linear_far_backward, linear_state
 from attnopt.ops.masked import masked_attention
 from attnopt.ops.span import (
     launches,
@@ -15,6 +16,10 @@ from attnopt.ops.span import (
 __all__ = [
     "document_attention",
     "launches",
+    "linear_decode",
+    "linear_far",
+    "linear_far_backward",
+    "linear_state",
     "masked_attention",
     "prefill",
     "span_attention",
