@@ -43,7 +43,11 @@ def tables(served=SERVED, sinks=SINKS, windows=WINDOWS):
 
 def site(sinks=SINKS, windows=WINDOWS):
     """The same of all heads, as operators take them: sinks, alphas int32 (H,), betas float64 (H,)."""
-    return torch.tensor(sinks, dtype=torch.int32), torch.tensor(windows, dtype=torch.int32), torch.zeros(len(sinks)).double()
+    return (
+        torch.tensor(sinks, dtype=torch.int32),
+        torch.tensor(windows, dtype=torch.int32),
+        torch.zeros(len(sinks)).double(),
+    )
 
 
 def padding(name, length):

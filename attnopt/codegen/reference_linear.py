@@ -90,9 +90,7 @@ def backward(
     dk = at_keys(row.k, maps, row.g, dweights.mT @ row.f)
     dv = row.weights.mT @ (dout * inverse)
     found = ((dq, heads.long(), q), (dk, kv, k), (dv, kv, v))
-    dq, dk, dv = (
-        torch.zeros_like(like, dtype=wide).index_add_(1, to, x).to(like.dtype) for x, to, like in found
-    )
+    dq, dk, dv = (torch.zeros_like(like, dtype=wide).index_add_(1, to, x).to(like.dtype) for x, to, like in found)
     return dq, dk, dv
 
 

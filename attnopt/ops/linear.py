@@ -179,8 +179,8 @@ linear_far_backward.register_autograd(_no_second)
 # Decoding is called once for each layer and token: low-level, as attnopt::span_decode, for what a call costs.
 _library = torch.library.Library("attnopt", "FRAGMENT")
 _library.define(
-    f"linear_state(Tensor k, Tensor v, Tensor heads, int query_heads, Tensor sinks, Tensor windows, Tensor? pad, {MAPS}, "
-    "str kind) -> Tensor"
+    "linear_state(Tensor k, Tensor v, Tensor heads, int query_heads, Tensor sinks, Tensor windows, Tensor? pad, "
+    f"{MAPS}, str kind) -> Tensor"
 )
 _library.define(
     f"linear_decode(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor heads, Tensor(a!) state, {MAPS}, str kind) "
