@@ -36,8 +36,7 @@ class Tried(Candidate):
         return []
 
     def tried(self, fitted: Fitted, site: str) -> list[Choice]:
-        seen = (trials.choices for (name, _), trials in fitted.trials.items() if name == site)
-        return list(dict.fromkeys(c for choices in seen for c in choices if c.candidate == self.name))
+        return [choice for choice in fitted.choices(site) if choice.candidate == self.name]
 
     def refuse(self, site: Site) -> Refusal | None:
         no = refuse_span(site)
@@ -54,9 +53,7 @@ class Tried(Candidate):
         self, observation: Observation, params: Params, length: int, own_window: int | None = None
     ) -> torch.Tensor:
         plain = self.plain(params)
-        return torch.as_tensor(
-            CANDIDATES[plain.candidate].damage(observation, dict(plain.params), length, own_window)
-        )
+        return torch.as_tensor(CANDIDATES[plain.candidate].damage(observation, dict(plain.params), length, own_window))
 
 
 def hybrid(

@@ -19,9 +19,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def any_inputs() -> Inputs:
     """q (B, H, N, D), k and v (B, G, N, D), float64."""
     made = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, n, LENGTH, DIM, generator=made, dtype=torch.float64) for n in (HEADS, KV_HEADS, KV_HEADS)
-    )
+    q, k, v = (torch.randn(2, n, LENGTH, DIM, generator=made, dtype=torch.float64) for n in (HEADS, KV_HEADS, KV_HEADS))
     return q, k, v
 
 

@@ -25,7 +25,9 @@ def test_every_candidate_says_where_it_changes_nothing(name: str) -> None:
     assert settings_of(name), f"tests/candidates/test_{name}.py lists no DEGENERATE settings"
 
 
-@pytest.mark.parametrize(("name", "at"), [pytest.param(n, d, id=f"{n}: {d.why}") for n in NAMES for d in settings_of(n)])
+@pytest.mark.parametrize(
+    ("name", "at"), [pytest.param(n, d, id=f"{n}: {d.why}") for n in NAMES for d in settings_of(n)]
+)
 def test_it_equals_dense_there(name: str, at: Degenerate) -> None:
     q, k, v = at.inputs()
     candidate = CANDIDATES[name]

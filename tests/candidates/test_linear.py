@@ -71,6 +71,8 @@ def test_a_sliding_site_has_no_far_keys() -> None:
     assert candidate.refuse(site()) is None
 
 
-@pytest.mark.parametrize(("changed", "text"), [({"features": 0}, "features must be"), ({"window": 0}, "window must be")])
+@pytest.mark.parametrize(
+    ("changed", "text"), [({"features": 0}, "features must be"), ({"window": 0}, "window must be")]
+)
 def test_wrong_parameters_are_named(changed: dict[str, int], text: str) -> None:
     assert text in candidate.problem({**PARAMS, **changed})
