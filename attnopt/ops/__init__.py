@@ -3,6 +3,8 @@
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
 from attnopt.ops.masked import masked_attention
+from attnopt.ops.mean_far import mean_far
+from attnopt.ops.merge import merge
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -16,6 +18,8 @@ __all__ = [
     "document_attention",
     "launches",
     "masked_attention",
+    "mean_far",
+    "merge",
     "prefill",
     "span_attention",
     "span_attention_backward",
