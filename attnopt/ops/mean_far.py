@@ -106,9 +106,9 @@ def mean_far(
     """The mean far token of the query heads `heads`, int32 (h,) ascending, on the CPU as the tables are.
 
     q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv); sinks and alphas int32 (H,), betas float64 (H,), pad bool (B, N)
-    and min_length as in `span_attention`, whose near keys these are not. Returns the mean values (B, h, N, Dv), physically
-    (B, N, h, Dv), and log |F_i| + scale q_i.k' (B, h, N) in float32 (float64 for float64 inputs); 0 and -inf in a row
-    without a far key. Both have gradients at q, k and v.
+    and min_length as in `span_attention`, whose near keys these are not. Returns the mean values (B, h, N, Dv),
+    physically (B, N, h, Dv), and log |F_i| + scale q_i.k' (B, h, N) in float32 (float64 for float64 inputs); 0 and -inf
+    in a row without a far key. Both have gradients at q, k and v.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, length, served = q.shape[0], q.shape[2], heads.shape[0]
