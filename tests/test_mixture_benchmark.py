@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
+from attnopt.feature_maps import FeatureMap
+from attnopt.fingerprint import Fingerprint
+from attnopt.fitted import Fitted, Header, HeadFit
+from attnopt.ir import DENSE, Choice, Mask, Site
+from benchmarks.mixtures.decoding import Layer, Token, cache_bytes, expected
 from benchmarks.mixtures.documents import DIFFUSE, RECALL, Documents
+from benchmarks.record import relative_error
 
 SMALL = Documents("small", 3, 4, 0.5, 0.7)
 
@@ -45,3 +51,47 @@ def test_far_keys_are_worth_a_histogram_or_a_lookup():
         near, everything = (kind.best_losses(ids, w)[:, 1024:].mean().item() for w in (64, None))
         worth[kind.name] = near - everything
     assert worth["diffuse"] > 0.3 and worth["recall"] > 1.2
+
+
+def random_map(kind: str, heads: int, rank: int, dim: int, generator: torch.Generator) -> FeatureMap:
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    # A map of the second order has no use for the squared norms.
+    squares = [draw(heads).abs() if kind == "exp" else torch.zeros(heads) for _ in range(2)]
+    query, key = ((draw(heads, rank, dim), draw(heads, rank), c) for c in squares)
+    return FeatureMap(kind, *query, *key, draw(heads, dim), draw(heads))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("length", [17, 40, 150])
+def test_a_decoding_step_is_what_the_choices_say(kv_heads, length):
+    """At 17 tokens some windows leave nothing far, or one key: the very one that leaves with this query."""
+    generator = torch.Generator().manual_seed(length)
+    site = Site("a", 0, "sdpa", 4, kv_heads, 16, 16, 0.3, "float32", Mask(causal=True))
+    fitted = Fitted(Header(Fingerprint("x", (1.0,))), means={"a": torch.randn(4, 16, generator=generator)})
+    fits = [HeadFit("random", 0.1)] * 4
+    fitted.add_map("a", "linear/8", random_map("exp", 4, 8, 16, generator), fits)
+    fitted.add_map("a", "taylor/3", random_map("taylor", 4, 3, 16, generator), fits)
+    linear = Choice.of("linear", {"sink": 4, "window": 16, "features": 8})
+    wider = Choice.of("linear", {"sink": 0, "window": 64, "features": 8})
+    taylor = Choice.of("taylor", {"sink": 4, "window": 32, "rank": 3})
+    mean = Choice.of("compensation", {"sink": 0, "alpha": 16, "beta": 0.0})
+    plain, gone = Choice.of("sink_window", {"sink": 4, "alpha": 16, "beta": 0.0}), Choice.of("pruned")
+    for choices in (
+        (linear, taylor, mean, DENSE), (linear,) * 4, (gone, plain, DENSE, linear), (gone,) * 4,
+        (mean, mean, gone, wider), (linear, wider, plain, plain), (plain, linear, wider, DENSE), (DENSE,) * 4,
+    ):  # fmt: skip
+        token = Token.random(site, length)
+        layer = Layer(site, token, choices, fitted)
+        assert relative_error(layer.step(token.q), expected(site, token, choices, fitted)) < 1e-5, choices
+
+
+def test_a_cache_holds_unions_and_states():
+    site = Site("a", 0, "sdpa", 4, 2, 16, 8, 0.3, "bfloat16", Mask(causal=True))
+    plain, gone = Choice.of("sink_window", {"sink": 4, "alpha": 16, "beta": 0.0}), Choice.of("pruned")
+    linear = Choice.of("linear", {"sink": 0, "window": 32, "features": 8})
+    per_key = (16 + 8) * 2
+    assert cache_bytes(site, (DENSE,) * 4, 1000) == 2 * 1000 * per_key
+    assert cache_bytes(site, (plain, linear, gone, gone), 1000) == 36 * per_key + 8 * 9 * 4
+    assert cache_bytes(site, (plain, linear, gone, plain), 30) == (30 + 20) * per_key  # nothing is far in 30 tokens

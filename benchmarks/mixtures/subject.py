@@ -1,33 +1,39 @@
-"""A model to mix replacements on: its text in three splits, its profile and its fits, kept in the cache folder."""
+"""A model to mix replacements on: its text in three splits, its profile, its fits, and what a plan does to its loss."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt import hf, settings, text
+from attnopt import hf, text
 from attnopt.fitted import Fitted
-from attnopt.ir import Site
+from attnopt.instrument import Attention, Instrumented
+from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
+from attnopt.mixed import attend
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
+from attnopt.registry import CANDIDATES
+from attnopt.statistics import attention
 from benchmarks.mixtures.documents import KINDS
 from benchmarks.mixtures.trained import trained
+from benchmarks.record import relative_error
 
 Say = Callable[[str], None]
+Choices = Mapping[str, Sequence[Choice]]
+# Tokens on which operators are compared with the definition, which forms all pairs; and how far they may be off in
+# float32, features being exponentials of sums of many terms.
+CHECKED, TOLERANCE = 640, 1e-3
 
 
 @dataclass(frozen=True)
 class Sizes:
     """lengths: profiled and tried at, `samples` sequences each; length: planned for, and measured at on `final`
-    sequences. features, ranks, windows, sinks, steps: what `attnopt distill` fits and tries."""
+    sequences. features, ranks, windows, sinks, steps: what is fitted and tried."""
 
     lengths: tuple[int, ...]
     length: int
@@ -49,13 +55,20 @@ class Outcome:
 
 
 class Subject:
-    """name: "demo", "diffuse" or "recall", the latter two trained here."""
+    """name: "demo", which ships, or one of `KINDS`, which are trained here."""
 
     def __init__(self, name: str, sizes: Sizes, say: Say = print) -> None:
         self.name, self.sizes, self.say = name, sizes, say
         loaded = hf.load("demo" if name == "demo" else str(trained(KINDS[name], say=say)))
         self.model, self.tokenizer = loaded.model.eval(), loaded.tokenizer
         self.calibration = [r[None] for n in sizes.lengths for r in self.split("calibrate", n, sizes.samples)]
+        say(f"{name}: profiling {len(self.calibration)} sequences")
+        self.profile = profile_model(self.model, self.calibration)
+        self.fitted = self._fitted()
+        self.spans = Spans(self.model, self.fitted)
+        self.spans.losses(self.split("verify", 64, 1), None)
+        self.sites: list[Site] = list(self.spans.sites.values())
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def split(self, which: str, length: int, samples: int) -> Tensor:
         """Token ids int64 (samples, length)."""
@@ -64,9 +77,8 @@ class Subject:
         tokens = text.stream([], self.tokenizer, which, 2 * samples * length)
         return text.sequences(tokens, length, samples, which)
 
-    def profiled(self) -> Profile:
-        self.say(f"{self.name}: profiling at {self.sizes.lengths}")
-        return profile_model(self.model, self.calibration)
+    def _fitted(self) -> Fitted:
+        raise NotImplementedError
 
     @torch.no_grad()
     def inputs(self, ids: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -74,11 +86,56 @@ class Subject:
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
         def observer(site: Site) -> Attention:
-            def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            def seen(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
                 found[site.name] = q.clone(), k.clone(), v.clone()
                 return attention(q, k, v, site.scale, pad, site.mask.window, site.softcap)
 
-            return attend
+            return seen
 
         Instrumented(self.model, observer).logits(ids)
         return found
+
+    def _log_probs(self, row: Tensor) -> Tensor:
+        return self.spans.instrumented.logits(row[None])[0].float().log_softmax(-1)
+
+    @torch.no_grad()
+    def measure(self, choices: Choices, length: int, samples: int) -> Outcome:
+        """On the final split; the dense model's predictions are kept."""
+        if length not in self._held:
+            ids = self.split("final", length, samples)
+            self.spans.set(None)
+            self._held[length] = ids, torch.stack([self._log_probs(row) for row in ids])
+        ids, dense = self._held[length]
+        kl = loss = before = 0.0
+        self.spans.set(choices)
+        for row, wanted in zip(ids, dense, strict=True):
+            found = self._log_probs(row)
+            kl += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
+            loss += F.nll_loss(found[:-1], row[1:], reduction="sum").item()
+            before += F.nll_loss(wanted[:-1], row[1:], reduction="sum").item()
+        self.spans.set(None)
+        return Outcome(100 * (loss / before - 1), kl / ids.numel())
+
+    @torch.no_grad()
+    def error(self, choices: Choices) -> float:
+        """The largest relative error of a site's operators against the candidates' own references in float64."""
+        given = self.inputs(self.split("verify", CHECKED, 1))
+        worst = 0.0
+        for site in self.sites:
+            of_site = choices[site.name]
+            found = attend(*given[site.name], of_site, site, self.fitted, None)
+            worst = max(worst, relative_error(found, reference(site, of_site, self.fitted, *given[site.name])))
+        return worst
+
+
+def reference(site: Site, choices: Sequence[Choice], fitted: Fitted, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `attend` is to return, by the references of the candidates, head by head in float64."""
+    share, heads = site.heads // site.kv_heads, []
+    for h, choice in enumerate(choices):
+        kind, params = CANDIDATES[choice.candidate], dict(choice.params)
+        group = slice(h // share, h // share + 1)
+        given = fitted.map_of(site.name, kind.map_name(params), [h]) if kind.map_name(params) else None
+        given = fitted.mean_of(site.name, [h]) if kind.far == "gone" else given
+        own = (x.double() for x in (q[:, h : h + 1], k[:, group], v[:, group]))
+        heads.append(kind.reference(*own, params, site.scale, None, given))
+    return torch.cat(heads, 1)
