@@ -58,7 +58,7 @@ def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float)
     if not len(damages):
         return best
     low, high, least = math.log(float(damages.min())) - 1.0, math.log(float(damages.max())), problem.dense.cost
-    at = min(max(math.log(most / 100 * subject.dense_loss), low), high)
+    at = min(max(math.log(most / 100 * subject.dense_loss(length, subject.sizes.final)), low), high)
     for _ in range(TRIES):
         solution = sweep.pick(max_damage=math.exp(at))
         if solution is None:

@@ -4,8 +4,8 @@ A document is pairs of a marker and a value: ``m v m v ...``. Each of F markers 
 document draws, for every marker, a distribution over those from Dirichlet(concentration): what is to be learned while
 reading. Markers follow a table that all documents share: the next one is mostly a function of the last two.
 
-    diffuse   8 markers, 32 values, concentration 0.5: hundreds of occurrences, all alike, add up to a histogram
-    recall    512 markers, 8 values, concentration 0.01: nearly always one value, seen once or twice and far above
+    diffuse   8 markers, 16 values, concentration 0.15: hundreds of occurrences, all alike, add up to a histogram
+    recall    256 markers, 4 values, concentration 0.01: nearly always one value, seen a few times and far above
 
 Both take the same attention, from a marker to the values of that marker; in the first it spreads over an eighth of all
 keys, in the second it must find one key among thousands.
@@ -77,6 +77,6 @@ class Documents:
         return found
 
 
-DIFFUSE = Documents("diffuse", 8, 32, 0.5, 0.7)
-RECALL = Documents("recall", 512, 8, 0.01, 0.0)
+DIFFUSE = Documents("diffuse", 8, 16, 0.15, 0.7)
+RECALL = Documents("recall", 256, 4, 0.01, 0.0)
 KINDS = {kind.name: kind for kind in (DIFFUSE, RECALL)}

@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt import hf, text
+from attnopt.cost import Costs
+from attnopt.distill import Menu, distill_model
 from attnopt.fitted import Fitted
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
 from attnopt.mixed import attend
-from attnopt.profile_file import Profile
+from attnopt.planner import Problem
+from attnopt.planner.make import cost_tables, with_far_parts
+from attnopt.planner.problem import make_problem
 from attnopt.profiler import profile_model
 from attnopt.registry import CANDIDATES
 from attnopt.statistics import attention
@@ -69,6 +73,8 @@ class Subject:
         self.spans.losses(self.split("verify", 64, 1), None)
         self.sites: list[Site] = list(self.spans.sites.values())
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[int, dict[str, Costs]] = {}
+        self._checked: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def split(self, which: str, length: int, samples: int) -> Tensor:
         """Token ids int64 (samples, length)."""
@@ -78,7 +84,45 @@ class Subject:
         return text.sequences(tokens, length, samples, which)
 
     def _fitted(self) -> Fitted:
-        raise NotImplementedError
+        """Fitted to three sequences, one of them held out, and tried on what was profiled."""
+        sizes, longest = self.sizes, max(self.sizes.lengths)
+        menu = Menu(sizes.features, sizes.ranks, sizes.windows, sizes.sinks, sizes.steps)
+        self.say(f"{self.name}: fitting {menu.line}")
+        return distill_model(self.model, self.apart(longest), self.calibration, menu, profile=self.profile)
+
+    def apart(self, length: int) -> list[Tensor]:
+        """Three sequences (1, length) of the calibration split that are not profiled."""
+        if self.name in KINDS:
+            return [row[None] for row in KINDS[self.name].sequences("calibrate", length, 3, seed=1)]
+        used = {tuple(row[0, :64].tolist()) for row in self.calibration}
+        rows = self.split("calibrate", length, 4 * self.sizes.samples + 3)
+        return [row[None] for row in rows if tuple(row[:64].tolist()) not in used][-3:]
+
+    def problem(self, length: int, objective: str, allowed: Sequence[str]) -> Problem:
+        """The knapsack at `length` with the families allowed; costs are timed on this machine, once."""
+        return make_problem(
+            self.profile, self.tables(length), self.sites, length, objective=objective, fitted=self.fitted,
+            allow=tuple(allowed),
+        )  # fmt: skip
+
+    def tables(self, length: int) -> dict[str, Costs]:
+        if length not in self._tables:
+            self.say(f"{self.name}: timing kernels at {length}")
+            spans = cost_tables(self.sites, self.profile, "cpu", "cpu", [length], None)
+            families = ("linear", "taylor", "compensation")
+            self._tables[length] = with_far_parts(spans, self.sites, self.fitted, families, "cpu", "cpu", [length], None)
+        return self._tables[length]
+
+    def offers(self) -> list[str]:
+        """On how many heads each family would be offered: below the damage of its own window at no length."""
+        heads, said = sum(s.heads for s in self.sites), []
+        choices = dict.fromkeys(c for s in self.sites for c in self.fitted.choices(s.name))
+        for choice in choices:
+            if CANDIDATES[choice.candidate].far not in ("linear", "mean"):
+                continue
+            count = sum(int(self.fitted.offered(s.name, choice).sum()) for s in self.sites)
+            said.append(f"{choice} {count}")
+        return [f"{self.name}: offered, of {heads} heads: {'; '.join(said)}."]
 
     @torch.no_grad()
     def inputs(self, ids: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -95,17 +139,27 @@ class Subject:
         Instrumented(self.model, observer).logits(ids)
         return found
 
+    @torch.no_grad()
+    def dense_loss(self, length: int, samples: int) -> float:
+        """Nats per token of the dense model on the final split."""
+        ids, dense = self._dense(length, samples)
+        return sum(F.nll_loss(d[:-1], row[1:]).item() for row, d in zip(ids, dense, strict=True)) / len(ids)
+
+    def _dense(self, length: int, samples: int) -> tuple[Tensor, Tensor]:
+        """Token ids of the final split and what dense predicts; of one length at a time, since that is large."""
+        if length not in self._held:
+            ids = self.split("final", length, samples)
+            self.spans.set(None)
+            self._held = {length: (ids, torch.stack([self._log_probs(row) for row in ids]))}
+        return self._held[length]
+
     def _log_probs(self, row: Tensor) -> Tensor:
         return self.spans.instrumented.logits(row[None])[0].float().log_softmax(-1)
 
     @torch.no_grad()
     def measure(self, choices: Choices, length: int, samples: int) -> Outcome:
         """On the final split; the dense model's predictions are kept."""
-        if length not in self._held:
-            ids = self.split("final", length, samples)
-            self.spans.set(None)
-            self._held[length] = ids, torch.stack([self._log_probs(row) for row in ids])
-        ids, dense = self._held[length]
+        ids, dense = self._dense(length, samples)
         kl = loss = before = 0.0
         self.spans.set(choices)
         for row, wanted in zip(ids, dense, strict=True):
@@ -119,8 +173,8 @@ class Subject:
     @torch.no_grad()
     def error(self, choices: Choices) -> float:
         """The largest relative error of a site's operators against the candidates' own references in float64."""
-        given = self.inputs(self.split("verify", CHECKED, 1))
-        worst = 0.0
+        self._checked = self._checked or self.inputs(self.split("verify", CHECKED, 1))
+        given, worst = self._checked, 0.0
         for site in self.sites:
             of_site = choices[site.name]
             found = attend(*given[site.name], of_site, site, self.fitted, None)

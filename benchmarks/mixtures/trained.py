@@ -28,8 +28,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """layers, width, heads, kv_heads, dim: the model. steps of `batch` sequences of `length` tokens, whose positions
-    are spread over `reach`: what is far is met at any distance, at the cost of short sequences (PoSE, Zhu et al. 2023).
+    """layers, width, heads, kv_heads, dim: the model. steps of `tokens` tokens, in sequences of the first of `lengths`
+    and for the last third of the steps of the second; positions are spread over `reach`: what is far is met at any
+    distance, at the cost of short sequences (PoSE, Zhu et al. 2023).
     """
 
     layers: int = 2
@@ -37,9 +38,9 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 4
     dim: int = 64
-    length: int = 1024
-    batch: int = 2
-    steps: int = 600
+    lengths: tuple[int, int] = (512, 2048)
+    tokens: int = 2048
+    steps: int = 1000
     reach: int = 65536
     theta: float = 1e6
     rate: float = 3e-3
@@ -66,7 +67,7 @@ def build(kind: Documents, recipe: Recipe) -> Any:
         head_dim=recipe.dim,
         max_position_embeddings=recipe.reach,
         rope_parameters={"rope_type": "default", "rope_theta": recipe.theta},
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
         attn_implementation="sdpa",
@@ -94,9 +95,10 @@ def train(kind: Documents, recipe: Recipe, say: Say = print) -> Any:
     ]
     rng, begun = random.Random(recipe.seed), time.perf_counter()
     for step in range(recipe.steps):
-        ids = kind.sequences("train", recipe.length + 1, recipe.batch, recipe.seed * 1_000_003 + step)
-        places = torch.tensor([positions(rng, recipe.length, recipe.reach) for _ in range(recipe.batch)])
         done = step / recipe.steps
+        length = recipe.lengths[done > 2 / 3]
+        ids = kind.sequences("train", length + 1, recipe.tokens // length, recipe.seed * 1_000_003 + step)
+        places = torch.tensor([positions(rng, length, recipe.reach) for _ in ids])
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 20, (1 - done) / 0.4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
