@@ -1,9 +1,9 @@
 """Fit what may stand in for heads' far keys, and measure what it does to the loss: `attnopt distill`.
 
-Two parts of the calibration text, disjoint. On one the model runs forward and backward once, rows of every site are kept,
-and maps are fitted to them (attnopt/fitting). On the other every choice is tried: its outputs are computed in the backward
-pass of a run as the profiler's, by the operators that a plan runs through, and turned into nats by the profiler's formula
-(attnopt/statistics/trials.py). The model's weights are not touched.
+Two parts of the calibration text, disjoint. On one the model runs forward and backward once, rows of every site are
+kept, and maps are fitted to them (attnopt/fitting). On the other every choice is tried: its outputs are computed in the
+backward pass of a run as the profiler's, by the operators that a plan runs through, and turned into nats by the
+profiler's formula (attnopt/statistics/trials.py). The model's weights are not touched.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def distill_model(
     check_text([Sample(ids) for ids in fit], samples)
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
-    fresh = run.begin([Sample(ids).mark for ids in fit], sorted({s.length for s in samples}), profile)
+    fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
     fitted = fresh if partial is None else resumed(fresh, partial)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
     run.fit(fitted, [ids for ids in fit], keep)
@@ -163,6 +163,8 @@ class _Recorder:
             return attention(q, k, v, site.scale, pad, window, softcap)
 
         def replaced(choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            if CANDIDATES[choice.candidate].far == "gone" and self.fitted is not None:
+                return self.fitted.means[site.name].to(v)[None, :, None].expand(*q.shape[:3], -1)
             return attend(q, k, v, [choice] * site.heads, site, self.fitted, pad)
 
         return run
@@ -177,7 +179,7 @@ class _Run:
         self.instrumented = Instrumented(model, self.recorder)
         self.sites: dict[str, Site] = {}
 
-    def begin(self, fit: list[str], lengths: list[int], profile: Profile | None) -> Fitted:
+    def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
         device = next(self.model.parameters()).device
         with torch.no_grad():
@@ -193,12 +195,12 @@ class _Run:
                 f"Nothing may stand in for far keys at any of the {len(every)} attentions of this model.",
                 "`attnopt examine` lists them with their masks; causal ones without further terms can be fitted.",
             )
-        longest, reach = lengths[-1], self.menu.sinks[0] + self.menu.windows[0]
+        longest, reach = min(lengths[-1], *(s.length for s in fit)), self.menu.sinks[0] + self.menu.windows[0]
         if longest <= reach:
             raise FittedError(
                 f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
             )
-        marks = tuple(sorted(f"{mark}-fit" for mark in fit))
+        marks = tuple(sorted(f"{s.mark}-fit" for s in fit))
         return Fitted(Header(fingerprint, marks, tuple(lengths), self.seed, self.menu.line))
 
     def fit(self, fitted: Fitted, fit: list[Tensor], keep: Callable[[], None]) -> None:

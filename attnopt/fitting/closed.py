@@ -11,6 +11,7 @@ All heads of a site at once; float64 inside. q (H, n, D) are sampled queries, k 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,14 +22,16 @@ from attnopt.fitting.rows import Rows
 
 LLOYD = 8
 UNITY = 50
+# Of a cluster, in units of the mean square of keys: exponents of this size are off by 2e-4 in float32.
+SHARPEST = 3e3
 # Of a row's level, relative to what a query's coordinates vary by: without it a head of 128 dimensions follows noise.
 RIDGE = 1e-2
 
 
 def random(q: Tensor, k: Tensor, scale: float, features: int, generator: torch.Generator) -> FeatureMap:
-    """exp(x.y) = E_w exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2), w normal, drawn in orthogonal blocks (Choromanski et al.,
-    arXiv:2009.14794, lemma 1 and section 2.4), x and y the centred q and k, scaled to be of one size: the variance grows
-    with |x + y|^2, and what the centres contribute are exact factors of rows and of keys."""
+    """exp(x.y) = E_w exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2), w normal, drawn in orthogonal blocks (Choromanski et
+    al., arXiv:2009.14794, lemma 1 and section 2.4), x and y the centred q and k, scaled to be of one size: the variance
+    grows with |x + y|^2, and what the centres contribute are exact factors of rows and of keys."""
     q, k, dim = q.double(), k.double(), q.shape[-1]
     middle, mu = q.mean(1), k.mean(1)
     size_q, size_k = ((x - c[:, None]).square().sum(-1).mean(-1).clamp(min=1e-12) for x, c in ((q, middle), (k, mu)))
@@ -72,7 +75,9 @@ def centroids(k: Tensor, scale: float, features: int, generator: torch.Generator
         sums = torch.zeros_like(centres).scatter_add_(1, nearest[..., None].expand(-1, -1, dim), k)
         centres = torch.where(members > 0, sums / members.clamp(min=1), centres)
     distances = _distances(k, centres)
-    width = distances.amin(-1).mean(-1).clamp(min=1e-9) / dim
+    width = distances.amin(-1).mean(-1) / dim
+    # Narrower Gaussians would be differences of exponents too large for float32.
+    width = width.maximum(k.square().sum(-1).mean(-1) / (2 * SHARPEST)).clamp(min=1e-30)
     shares = (-distances / (2 * width[:, None, None])).clamp(min=-80).exp()
     # Non-negative least squares of shares.x = 1, by multiplicative updates (Lee and Seung, 2001).
     gram, wanted = shares.mT @ shares, shares.sum(1)
@@ -120,8 +125,8 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def levelled(map: FeatureMap, rows: list[Rows], scale: float, sink: int, windows: tuple[int, ...]) -> FeatureMap:
-    """`map` with u and u0 moved by a ridge regression on queries of how far the logarithm of a row's far sum is off, rows
-    weighted by what that moves: m (1 - m) at a far mass of m."""
+    """`map` with u and u0 moved by a ridge regression on queries of how far the logarithm of a row's far sum is off,
+    rows weighted by what that moves: m (1 - m) at a far mass of m."""
     dim = map.wq.shape[-1]
     gram = torch.zeros(map.heads, dim + 1, dim + 1, dtype=torch.float64)
     wanted = torch.zeros(map.heads, dim + 1, dtype=torch.float64)
@@ -140,7 +145,7 @@ def levelled(map: FeatureMap, rows: list[Rows], scale: float, sink: int, windows
     ridge = RIDGE * gram[:, :dim, :dim].diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
     penalty = torch.diag_embed(torch.cat((ridge[:, None].expand(-1, dim), (1e-6 * total)[:, None]), -1))
     found = torch.linalg.solve(gram + penalty, wanted[..., None])[..., 0].to(map.u)
-    return FeatureMap(map.kind, *map.tensors[:6], map.u + found[:, :dim], map.u0 + found[:, dim])
+    return replace(map, u=map.u + found[:, :dim], u0=map.u0 + found[:, dim])
 
 
 def _level(head: Exact, map: FeatureMap) -> tuple[Tensor, Tensor]:
@@ -152,4 +157,5 @@ def _level(head: Exact, map: FeatureMap) -> tuple[Tensor, Tensor]:
 
 
 def _map(kind: str, *tensors: Tensor) -> FeatureMap:
-    return FeatureMap(kind, *(x.float() for x in tensors))
+    wq, bq, cq, wk, bk, ck, u, u0 = (x.float() for x in tensors)
+    return FeatureMap(kind, wq, bq, cq, wk, bk, ck, u, u0)

@@ -1,6 +1,6 @@
 """A head with soft-max over near keys and a feature map for the far ones, and how far it is from the head as it was.
 
-    O_i = (sum_K e^{a_ij} v_j + sum_F W_ij v_j) / (sum_K e^{a_ij} + sum_F W_ij),    K = {j < s or i - j < w}, F the others
+    O_i = (sum_K e^{a_ij} v_j + sum_F W_ij v_j) / (sum_K e^{a_ij} + sum_F W_ij),    K = {j < s or i - j < w}, F the rest
 
 The quadratic twin of what kernels run in chunks, over a few rows: for fitting, and differentiable at the map.
 """
@@ -23,8 +23,8 @@ AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """Of some heads h at M rows, float32: q (h, M, D); k, v (h, N, .); far bool (M, N); scores (h, M, N); of all keys lse
-    (h, M) and out (h, M, Dv); near_lse, near_out of the near keys alone."""
+    """Of some heads h at M rows, float32: q (h, M, D); k, v (h, N, .); far bool (M, N); scores (h, M, N); of all keys
+    lse (h, M) and out (h, M, Dv); near_lse, near_out of the near keys alone."""
 
     q: Tensor
     k: Tensor
@@ -44,7 +44,7 @@ class Exact:
 
 @dataclass(frozen=True, eq=False)
 class Approximate:
-    """The same head with a map: weights W / exp(shift) (h, M, N) of far keys, shift, far_lse (h, M) and out (h, M, Dv)."""
+    """With a map: weights W / exp(shift) (h, M, N) of far keys, shift and far_lse (h, M), out (h, M, Dv)."""
 
     weights: Tensor
     shift: Tensor

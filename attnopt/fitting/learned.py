@@ -1,7 +1,7 @@
 """Exponential maps trained on a head's own output, all heads of a site at once.
 
-As Hedgehog (Zhang et al., arXiv:2402.04347) and LoLCATs (Zhang et al., arXiv:2410.10254) do, the loss is the error of the
-head's output plus the cross-entropy of its attention weights, here those of the whole hybrid head under its one
+As Hedgehog (Zhang et al., arXiv:2402.04347) and LoLCATs (Zhang et al., arXiv:2410.10254) do, the loss is the error of
+the head's output plus the cross-entropy of its attention weights, here those of the whole hybrid head under its one
 normaliser. Every head has its own loss, in units of what dropping the far keys costs it.
 """
 

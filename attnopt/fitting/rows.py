@@ -14,8 +14,8 @@ from attnopt.statistics import attention
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Of one sequence: queries q (H, M, D) at positions `at`, int64 (M,) ascending; keys k (G, N, D), values v (G, N, Dv).
-    In the model's dtype."""
+    """Of one sequence: queries q (H, M, D) at positions `at`, int64 (M,) ascending; keys k (G, N, D), values v
+    (G, N, Dv). In the model's dtype."""
 
     q: Tensor
     at: Tensor
@@ -83,7 +83,7 @@ class Collect(torch.autograd.Function):
         with torch.enable_grad():
             out = attention(*inputs, ctx.scale, None, None)  # type: ignore[call-arg]
         found = torch.autograd.grad(out, inputs, grads[0])
-        into, (batch, heads, length, _) = ctx.into, out.shape
+        into, (batch, _, length, _) = ctx.into, out.shape
         with torch.no_grad():
             upstream = grads[0].double()
             sums = out.double().sum((0, 2)), torch.einsum("bhni,bhnj->hij", upstream, upstream)

@@ -70,7 +70,7 @@ class SiteFit:
 
 
 def best_of(made: Sequence[tuple[str, FeatureMap, Tensor]]) -> tuple[FeatureMap, list[HeadFit]]:
-    """Per head the map with the least error; a head whose maps are all not finite gets one that is 0, and is refused."""
+    """Per head the map with the least error; a head none of whose maps is finite gets one that is 0, and is refused."""
     errors = torch.stack([error.nan_to_num(nan=torch.inf) for _, _, error in made])
     finite = torch.stack([_finite(map) for _, map, _ in made])
     least, chosen = errors.masked_fill(~finite, torch.inf).min(0)
