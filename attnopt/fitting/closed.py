@@ -28,10 +28,14 @@ SHARPEST = 3e3
 RIDGE = 1e-2
 
 
-def random(q: Tensor, k: Tensor, scale: float, features: int, generator: torch.Generator) -> FeatureMap:
+def random(
+    q: Tensor, k: Tensor, scale: float, features: int, generator: torch.Generator, strength: float = 1.0
+) -> FeatureMap:
     """exp(x.y) = E_w exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2), w normal, drawn in orthogonal blocks (Choromanski et
     al., arXiv:2009.14794, lemma 1 and section 2.4), x and y the centred q and k, scaled to be of one size: the variance
-    grows with |x + y|^2, and what the centres contribute are exact factors of rows and of keys."""
+    grows with |x + y|^2, and what the centres contribute are exact factors of rows and of keys. What features see of
+    a score is multiplied by `strength`, which is the variance's exponent too."""
+    of_mean, scale = scale, scale * strength
     q, k, dim = q.double(), k.double(), q.shape[-1]
     middle, mu = q.mean(1), k.mean(1)
     size_q, size_k = ((x - c[:, None]).square().sum(-1).mean(-1).clamp(min=1e-12) for x, c in ((q, middle), (k, mu)))
@@ -45,7 +49,7 @@ def random(q: Tensor, k: Tensor, scale: float, features: int, generator: torch.G
     bk = -(wk * mu[:, None]).sum(-1) - (ck * mu.square().sum(-1) + scale * (middle * mu).sum(-1))[:, None]
     wq = wq + 2 * (cq[:, None] * middle)[:, None]
     wk = wk + (2 * ck[:, None] * mu + scale * middle)[:, None]
-    return _map("exp", wq, bq, cq, wk, bk, ck, scale * mu, torch.zeros_like(cq))
+    return _map("exp", wq, bq, cq, wk, bk, ck, of_mean * mu, torch.zeros_like(cq))
 
 
 def _orthogonal(count: int, dim: int, generator: torch.Generator) -> Tensor:
@@ -58,10 +62,8 @@ def _orthogonal(count: int, dim: int, generator: torch.Generator) -> Tensor:
     return torch.cat(blocks)[:count]
 
 
-def centroids(k: Tensor, scale: float, features: int, generator: torch.Generator) -> FeatureMap:
-    """exp(scale q.k) where k is near a centre c is exp(scale q.c): keys are shared out to clusters (Vyas et al., "Fast
-    transformers with clustered attention", arXiv:2007.04825) by Gaussians around the centres, as wide as clusters are,
-    whose weights are such that a key's shares add up to one, as nearly as they can."""
+def clusters(k: Tensor, features: int, generator: torch.Generator) -> Tensor:
+    """Centres of keys, float64 (H, F, D): k-means of a few rounds."""
     k = k.double()
     heads, count, dim = k.shape
     chosen = torch.stack([torch.randperm(count, generator=generator)[:features] for _ in range(heads)]).to(k.device)
@@ -74,8 +76,17 @@ def centroids(k: Tensor, scale: float, features: int, generator: torch.Generator
         members.scatter_add_(1, nearest[..., None], torch.ones_like(k[..., :1]))
         sums = torch.zeros_like(centres).scatter_add_(1, nearest[..., None].expand(-1, -1, dim), k)
         centres = torch.where(members > 0, sums / members.clamp(min=1), centres)
+    return centres
+
+
+def centroids(k: Tensor, centres: Tensor, scale: float, breadth: float = 1.0) -> FeatureMap:
+    """exp(scale q.k) where k is near a centre c is exp(scale q.c): keys are shared out to clusters (Vyas et al., "Fast
+    transformers with clustered attention", arXiv:2007.04825) by Gaussians around the centres whose weights are such
+    that a key's shares add up to one, as nearly as they can. Their variance is that of clusters times `breadth`: in
+    many dimensions narrow ones leave most keys out."""
+    k, dim = k.double(), k.shape[-1]
     distances = _distances(k, centres)
-    width = distances.amin(-1).mean(-1) / dim
+    width = breadth * distances.amin(-1).mean(-1) / dim
     # Narrower Gaussians would be differences of exponents too large for float32.
     width = width.maximum(k.square().sum(-1).mean(-1) / (2 * SHARPEST)).clamp(min=1e-30)
     shares = (-distances / (2 * width[:, None, None])).clamp(min=-80).exp()
@@ -88,8 +99,7 @@ def centroids(k: Tensor, scale: float, features: int, generator: torch.Generator
     ck = 1 / (2 * width)
     wk = 2 * ck[:, None, None] * centres
     bk = -ck[:, None] * centres.square().sum(-1) + weights.log()
-    nothing = torch.zeros(heads, dtype=k.dtype, device=k.device)
-    mu = k.mean(1)
+    mu, nothing = k.mean(1), torch.zeros_like(width)
     wq = scale * (centres - mu[:, None])
     return _map("exp", wq, torch.zeros_like(bk), nothing, wk, bk, ck, scale * mu, nothing)
 

@@ -27,6 +27,10 @@ def per_head(part: Rows) -> Tensor:
     return part.k.repeat_interleave(H // G, 0)
 
 
+def centres_of(keys: Tensor, features: int) -> Tensor:
+    return closed.clusters(keys, features, torch.Generator().manual_seed(0))
+
+
 def error(part: Rows, map: FeatureMap) -> Tensor:
     return held_out_error([part], map, torch.eye(DV).expand(H, DV, DV), SCALE, SINK, WINDOWS)
 
@@ -35,7 +39,7 @@ def test_keys_of_few_kinds_are_linear_attention() -> None:
     """With as many features as there are different keys, exp(scale q.c) and which key it is are exact features."""
     kinds = 3 * torch.randn(G, 5, D)
     part = rows(kinds[:, torch.arange(N) % 5], size=2.0)
-    map = closed.centroids(per_head(part), SCALE, 40, torch.Generator().manual_seed(0))
+    map = closed.centroids(per_head(part), centres_of(per_head(part), 40), SCALE)
     assert (error(part, map) < 1e-6).all()
     # And the weights of attention, not only what comes of them.
     head = exact(part, torch.arange(H), SCALE, SINK, WINDOWS[0])
@@ -91,5 +95,5 @@ def test_a_level_that_is_off_is_set_right() -> None:
 @pytest.mark.parametrize("features", [3, 20])
 def test_fewer_keys_than_features(features: int) -> None:
     keys = torch.randn(H, 7, D)
-    map = closed.centroids(keys, SCALE, features, torch.Generator().manual_seed(0))
+    map = closed.centroids(keys, centres_of(keys, features), SCALE)
     assert map.rank == features and not map.problem(D)
