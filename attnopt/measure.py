@@ -16,7 +16,7 @@ from attnopt import ops
 from attnopt.errors import PlanError
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import DENSE, Choice, Site
-from attnopt.passes.span import tables
+from attnopt.mixed import tables
 from attnopt.statistics import attention
 
 # Rows of logits in float32 at a time: 1024 x a 128k vocabulary is half a gigabyte.

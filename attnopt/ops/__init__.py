@@ -5,7 +5,7 @@ from attnopt.ops.documents import document_attention
 from attnopt.ops.linear import linear_decode, linear_far, linear_far_backward, linear_state
 from attnopt.ops.masked import masked_attention
 from attnopt.ops.mean_far import mean_far
-from attnopt.ops.merge import merge
+from attnopt.ops.merge import compute, merge
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -16,6 +16,7 @@ from attnopt.ops.span import (
 )
 
 __all__ = [
+    "compute",
     "document_attention",
     "launches",
     "linear_decode",
