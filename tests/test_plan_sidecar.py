@@ -36,7 +36,7 @@ def fits(fingerprint: Fingerprint = MODEL) -> Fitted:
             made.add_map(site, f"linear/{rank}", FeatureMap("exp", *tensors), [HeadFit("random", 0.5)] * HEADS)
         made.means[site] = torch.randn(HEADS, DIM, generator=drawn)
     sums = torch.ones(HEADS, 1, dtype=torch.float64)
-    made.trials["a", 64] = Trials((LINEAR,), sums, sums, sums, 63.0)
+    made.trials["a", 64] = Trials((LINEAR,), sums, sums.clone(), sums.clone(), 63.0)
     return made
 
 
