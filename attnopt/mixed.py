@@ -123,8 +123,8 @@ def compose(
         far = both(call, *far_call(q, k, v, rules, part, pad, scale, min_length))
         if part.index is None:
             return ops.merge(near, lse, *far, call=call)
-        taken = [call(aten.index_select.default, x, 1, part.index) for x in (near, lse)]
-        out = call(aten.index_copy.default, out, 1, part.index, ops.merge(*taken, *far, call=call))
+        near_out, near_lse = (call(aten.index_select.default, x, 1, part.index) for x in (near, lse))
+        out = call(aten.index_copy.default, out, 1, part.index, ops.merge(near_out, near_lse, *far, call=call))
     return out
 
 
