@@ -125,8 +125,14 @@ def left_dense(sites: Sequence[Site]) -> tuple[str, ...]:
 
 def kept_dense(problem: Problem, protect: Mapping[str, Sequence[int]]) -> Problem:
     """The problem with nothing but dense for the heads of `protect`, by site name."""
-    damage = problem.damage.copy()
-    damage[[head in protect.get(site, ()) for site, head in problem.heads], 1:] = np.inf
+    return closed(problem, protect, problem.choices[1:])
+
+
+def closed(problem: Problem, heads: Mapping[str, Sequence[int]], choices: Sequence[Choice]) -> Problem:
+    """The problem without some choices for `heads`, by site name."""
+    damage, columns = problem.damage.copy(), [c for c, choice in enumerate(problem.choices) if choice in choices]
+    rows = [h for h, (site, head) in enumerate(problem.heads) if head in heads.get(site, ())]
+    damage[np.ix_(rows, columns)] = np.inf
     return replace(problem, damage=damage)
 
 
