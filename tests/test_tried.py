@@ -185,7 +185,7 @@ def gone_and_far(seed: int, group_cost: float, cached: bool) -> Problem:
     ids=str,
 )  # fmt: skip
 def test_front_and_exact_plan_against_every_assignment(group_cost: float, cached: bool, limits: Limits) -> None:
-    for seed in range(4):
+    for seed in range(2):
         problem, every = gone_and_far(seed, group_cost, cached), []
         spans = [(0, 1024), (4, 64), (4, 64), (0, 256), (0, 0)]
         for index in itertools.product(range(5), repeat=4):
