@@ -50,7 +50,7 @@ def test_far_keys_are_worth_a_histogram_or_a_lookup():
         ids = kind.sequences("verify", 4096, 1)
         near, everything = (kind.best_losses(ids, w)[:, 1024:].mean().item() for w in (64, None))
         worth[kind.name] = near - everything
-    assert worth["diffuse"] > 0.3 and worth["recall"] > 1.2
+    assert worth["diffuse"] > 0.3 and worth["recall"] > 0.9
 
 
 def random_map(kind: str, heads: int, rank: int, dim: int, generator: torch.Generator) -> FeatureMap:
@@ -82,7 +82,7 @@ def test_a_decoding_step_is_what_the_choices_say(kv_heads, length):
         (linear, taylor, mean, DENSE), (linear,) * 4, (gone, plain, DENSE, linear), (gone,) * 4,
         (mean, mean, gone, wider), (linear, wider, plain, plain), (plain, linear, wider, DENSE), (DENSE,) * 4,
     ):  # fmt: skip
-        token = Token.random(site, length)
+        token = Token.random(site, length, batch=2)
         layer = Layer(site, token, choices, fitted)
         assert relative_error(layer.step(token.q), expected(site, token, choices, fitted)) < 1e-5, choices
 

@@ -25,22 +25,22 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Token:
-    """The last of N tokens at a site: its queries q (1, H, 1, D), and the keys k (1, G, N, D) and values v
-    (1, G, N, Dv) up to its own."""
+    """The last of N tokens of B sequences at a site: its queries q (B, H, 1, D), and the keys k (B, G, N, D) and values
+    v (B, G, N, Dv) up to its own."""
 
     q: Tensor
     k: Tensor
     v: Tensor
 
     @classmethod
-    def random(cls, site: Site, length: int, seed: int = 0) -> Token:
+    def random(cls, site: Site, length: int, batch: int = 1, seed: int = 0) -> Token:
         generator = torch.Generator().manual_seed(seed)
         sizes = (
             (site.heads, 1, site.head_dim),
             (site.kv_heads, length, site.head_dim),
             (site.kv_heads, length, site.head_dim_v),
         )
-        return cls(*(torch.randn(1, *size, generator=generator).to(getattr(torch, site.dtype)) for size in sizes))
+        return cls(*(torch.randn(batch, *size, generator=generator).to(getattr(torch, site.dtype)) for size in sizes))
 
     @property
     def length(self) -> int:
@@ -100,12 +100,12 @@ class Plain:
             torch.cat([x[:, g, at] for g, at in zip(order, held, strict=True)], 1) for x in (token.k, token.v)
         )
         self.starts = torch.tensor([0, *map(len, held)]).cumsum(0).to(torch.int32)
-        self.filled = torch.tensor([[len(at) for at in held]], dtype=torch.int32)
+        self.filled = torch.tensor([[len(at) for at in held]] * len(token.q), dtype=torch.int32)
         self.own: tuple[Tensor, ...] = ()
         if any(spans[h] != unions[h // share] for h in self.heads.tolist()):
             sinks, windows = (torch.tensor([spans[h][n] for h in self.heads], dtype=torch.int32) for n in (0, 1))
             positions = torch.tensor([p for at in held for p in at], dtype=torch.int32)
-            self.own = sinks, windows, positions, torch.tensor([token.length - 1], dtype=torch.int32)
+            self.own = sinks, windows, positions, torch.tensor([token.length - 1] * len(token.q), dtype=torch.int32)
         self.as_given = self.heads.tolist() == list(range(token.q.shape[1]))
 
     def step(self, q: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class LinearTail:
         leaving = [token.length - 1 - w for _, w in spans]
         self.k, self.v = (x[:, kv, leaving].contiguous() for x in (token.k, token.v))
         there = [at if last >= s else -1 for at, ((s, _), last) in enumerate(zip(spans, leaving, strict=True))]
-        self.slots = torch.tensor([there], dtype=torch.int32)
+        self.slots = torch.tensor([there] * len(token.q), dtype=torch.int32)
 
     def step(self, q: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.attnopt.linear_decode(
@@ -153,11 +153,11 @@ class MeanTail:
         for h in heads:
             sinks, window = span_of(choices[h], token.length)
             end = token.length - window
-            both = torch.cat([x[0, h // token.share].float() for x in (token.k, token.v)], -1)
-            sums.append(both[sinks : end - 1].sum(0))
-            leaving.append(both[end - 1])
+            both = torch.cat([x[:, h // token.share].float() for x in (token.k, token.v)], -1)
+            sums.append(both[:, sinks : end - 1].sum(1))
+            leaving.append(both[:, end - 1])
             counts.append(end - sinks)
-        self.sums, self.leaving = torch.stack(sums)[None, :, None], torch.stack(leaving)[None, :, None]
+        self.sums, self.leaving = torch.stack(sums, 1)[:, :, None], torch.stack(leaving, 1)[:, :, None]
         self.counts = torch.tensor(counts, dtype=torch.float32)[None, :, None]
         self.dim = token.q.shape[3]
 
@@ -179,13 +179,13 @@ class Hybrid:
         spans = [span_of(choices[h], length) for h in heads]
         whole = union(spans, length)
         at = kept(whole, length)
-        self.heads, self.shape = torch.tensor(heads), (1, len(groups), share, token.q.shape[3])
+        self.heads, self.shape = torch.tensor(heads), (len(token.q), len(groups), share, token.q.shape[3])
         self.k, self.v = (x[:, groups][:, :, at].contiguous() for x in (token.k, token.v))
         place = torch.tensor(at)
         rows = torch.stack([(place < s) | (length - 1 - place < w) for s, w in spans])
         # Additive, where a head keeps less than its KV head holds.
         mask = torch.zeros(rows.shape, dtype=token.q.dtype).masked_fill_(~rows, float("-inf"))
-        self.mask = None if bool(rows.all()) else mask.view(*self.shape[:3], -1)
+        self.mask = None if bool(rows.all()) else mask.view(1, *self.shape[1:3], -1)
         users: dict[str, list[int]] = {}
         for h in heads:
             if far_of(choices[h], length) in TAILS:
@@ -199,7 +199,7 @@ class Hybrid:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             own.reshape(self.shape), self.k, self.v, attn_mask=self.mask, scale=self.scale
         )
-        out, lse = out.reshape(1, len(self.heads), 1, -1), lse.reshape(1, -1, 1)
+        out, lse = out.reshape(len(q), len(self.heads), 1, -1), lse.reshape(len(q), -1, 1)
         if len(self.tails) == 1 and len(self.places[0]) == len(self.heads):
             return merge(out, lse, *self.tails[0].step(q))
         for at, tail in zip(self.places, self.tails, strict=True):
@@ -231,11 +231,11 @@ class Layer:
         self.in_order = not gone and done.tolist() == list(range(site.heads))
 
     def step(self, q: Tensor) -> Tensor:
-        """q (1, H, 1, D) -> (1, H, 1, Dv). Heads that are gone would be part of a bias; here they are put in."""
+        """q (B, H, 1, D) -> (B, H, 1, Dv). Heads that are gone would be part of a bias; here they are put in."""
         found = [block.step(q).to(q.dtype) for block in self.blocks]
         if self.in_order:
             return found[0] if len(found) == 1 else torch.cat(found, 1)
-        out = q.new_empty(1, self.heads, 1, self.width(found))
+        out = q.new_empty(len(q), self.heads, 1, self.width(found))
         if found:
             out[:, self.done] = torch.cat(found, 1)
         if self.constants is not None:
@@ -247,7 +247,10 @@ class Layer:
 
 
 def expected(site: Site, token: Token, choices: Sequence[Choice], fitted: Fitted) -> Tensor:
-    """What `Layer.step` is to return, by the definition, head by head in float64."""
+    """What `Layer.step` is to return, by the definition, sequence by sequence and head by head in float64."""
+    if len(token.q) > 1:
+        parts = zip(token.q, token.k, token.v, strict=True)
+        return torch.cat([expected(site, Token(*(x[None] for x in part)), choices, fitted) for part in parts])
     q, k, v = (x.double() for x in (token.q, token.k, token.v))
     rows, length = [], token.length
     for h, choice in enumerate(choices):

@@ -5,7 +5,7 @@ document draws, for every marker, a distribution over those from Dirichlet(conce
 reading. Markers follow a table that all documents share: the next one is mostly a function of the last two.
 
     diffuse   8 markers, 16 values, concentration 0.15: hundreds of occurrences, all alike, add up to a histogram
-    recall    256 markers, 4 values, concentration 0.01: nearly always one value, seen a few times and far above
+    recall    64 markers, 8 values, concentration 0.02: nearly always one value, most often seen far above
 
 Both take the same attention, from a marker to the values of that marker; in the first it spreads over an eighth of all
 keys, in the second it must find one key among thousands.
@@ -78,5 +78,5 @@ class Documents:
 
 
 DIFFUSE = Documents("diffuse", 8, 16, 0.15, 0.7)
-RECALL = Documents("recall", 256, 4, 0.01, 0.0)
+RECALL = Documents("recall", 64, 8, 0.02, 0.0)
 KINDS = {kind.name: kind for kind in (DIFFUSE, RECALL)}
