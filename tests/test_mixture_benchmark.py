@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from attnopt.feature_maps import FeatureMap
 from attnopt.fingerprint import Fingerprint
 from attnopt.fitted import Fitted, Header, HeadFit
 from attnopt.ir import DENSE, Choice, Mask, Site
+from benchmarks import linear_decode, mixture
+from benchmarks.mixtures import subject as subject_module
+from benchmarks.mixtures import trained
 from benchmarks.mixtures.decoding import Layer, Token, cache_bytes, expected
 from benchmarks.mixtures.documents import DIFFUSE, RECALL, Documents
+from benchmarks.mixtures.subject import Sizes, Subject
 from benchmarks.record import relative_error
 
 SMALL = Documents("small", 3, 4, 0.5, 0.7)
@@ -95,3 +100,53 @@ def test_a_cache_holds_unions_and_states():
     assert cache_bytes(site, (DENSE,) * 4, 1000) == 2 * 1000 * per_key
     assert cache_bytes(site, (plain, linear, gone, gone), 1000) == 36 * per_key + 8 * 9 * 4
     assert cache_bytes(site, (plain, linear, gone, plain), 30) == (30 + 20) * per_key  # nothing is far in 30 tokens
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    """A model of one layer, hardly trained, profiled and fitted at its smallest."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ATTNOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setitem(trained.RECIPES, "diffuse", trained.Recipe(1, 32, 2, 2, 16, (64, 64), 128, 3))
+        sizes = Sizes((96, 160), 192, 1, 1, features=(8,), ranks=(2,), windows=(32,), steps=4)
+        yield Subject("diffuse", sizes, lambda line: None)
+
+
+def test_every_family_is_measured_and_a_wrong_operator_has_no_figures(subject, monkeypatch, tmp_path):
+    made = mixture.Mixture(subject, (0.6,))
+    rows = [row for objective in mixture.OBJECTIVES for row in made.rows(objective)]
+    dense, *times = made.times(1)
+    assert len(times) == len(rows) and dense > 0
+    rows = [replace(r, timed=ms / dense) for r, ms in zip(rows, times, strict=True)]
+    by = {(r.objective, r.families): r for r in rows}
+    assert all(r.planned <= 0.6 + 1e-9 and r.error < 1e-5 and sum(r.heads.values()) == 2 for r in rows)
+    spans = by["memory", "spans"]
+    assert set(spans.heads) <= {"dense", "sink_window"} and spans.cache == pytest.approx(spans.planned)
+    assert "pruned" not in by["memory", "no prune"].heads
+    assert set(by["memory", "mean"].heads) <= {"dense", "sink_window", "compensation"}
+    text = mixture.described("diffuse", rows, mixture.against_window(rows), subject.sizes)
+    assert "| no taylor |" in text and "WRONG" not in text and "compensation tokens against plain windows" in text
+    mixture.figure(rows, tmp_path / "one.svg")
+    assert (tmp_path / "one.svg").stat().st_size > 1000
+    monkeypatch.setattr(Subject, "error", lambda self, choices: 0.1)
+    (wrong,) = [r for r in mixture.Mixture(subject, (0.6,)).rows("memory") if r.families == "spans"]
+    assert wrong.increase is None and "WRONG" in str(wrong) and mixture.cell(wrong, "memory") == "WRONG"
+
+
+def test_decoding_at_equal_loss_holds_what_was_asked(subject):
+    rows, said = linear_decode.rows_of(subject, 160, 5.0, [1], 3)
+    assert [r.case["plan"] for r in rows] == ["dense", "spans", "tails"]
+    dense, spans, tails = (r.ratios for r in rows)
+    assert dense["cache"] == 1.0 <= spans["cache"] and tails["cache, over spans"] == tails["cache"] / spans["cache"]
+    assert len(said) == 2 and all(r.error < 1e-5 for r in rows)
+    assert all(float(line.split("loss ")[1].split()[0]) <= 5.0 for line in said)
+
+
+def test_operators_are_held_against_the_references(subject, monkeypatch):
+    choices = {
+        s.name: (Choice.of("linear", {"sink": 4, "window": 32, "features": 8}),) * s.heads for s in subject.sites
+    }
+    assert subject.error(choices) < 1e-5
+    right = subject_module.attend
+    monkeypatch.setattr(subject_module, "attend", lambda *given: right(*given) * 1.01)
+    assert subject.error(choices) == pytest.approx(0.01, rel=0.01)
