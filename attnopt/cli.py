@@ -73,6 +73,11 @@ def whole_numbers(text: str) -> list[int]:
     return sorted(set(numbers))
 
 
+def names(text: str) -> list[str]:
+    """Words between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def numbers_or_none(text: str) -> list[int]:
     """Whole numbers of which 0 may be one."""
     found = [0] if "0" in [p.strip() for p in text.split(",")] else []
@@ -244,6 +249,10 @@ def build_parser() -> Parser:
     plan.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
     plan.add_argument("--exact", type=positive, nargs="?", const=10.0, metavar="SECONDS",
                       help="solve with HiGHS as well, at most so long for each point tried (default 10)")  # fmt: skip
+    plan.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: weigh it beside spans")
+    plan.add_argument("--allow", type=names, metavar="FAMILIES",
+                      help="of linear, taylor, compensation and prune, those weighed (default with --fitted: all but "
+                      "prune, which removes heads)")  # fmt: skip
     plan.add_argument("--device-preset", metavar="NAME",
                       help="a100, h100, h200, b200 or mi300x: costs by its peak figures, not measured")  # fmt: skip
     plan.add_argument("--tensor-parallel", type=count, default=1, metavar="D", help="of such devices (default 1)")
