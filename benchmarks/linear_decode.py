@@ -41,7 +41,7 @@ TAKES = "15 min"
 QUICK = ("--quick",)
 TOLERANCE = 1e-4
 ALLOWED = {"spans": (), "tails": ("linear", "taylor", "compensation")}
-SIZES = Sizes((1024, 2048, 4096), 4096, 2, 2, windows=(32, 128))
+SIZES = Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200)
 SHORT = Sizes((256, 512), 512, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
 # Plans that are measured at each length and set of families, closing in on the largest predicted damage that holds.
 TRIES = 7
