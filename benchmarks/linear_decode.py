@@ -141,8 +141,10 @@ def rows_of(
     plans = {"dense": dense, **{name: choices for name, (choices, _) in found.items()}}
     ids, rows = subject.split("final", length, 1), []
     for batch in batches:
-        decoding = Decoding(subject, ids, batch, plans)
+        decoding, threads = Decoding(subject, ids, batch, plans), torch.get_num_threads()
+        torch.set_num_threads(1)
         times = interleaved(decoding.calls(), repeats, "thread", seconds=20)
+        torch.set_num_threads(threads)
         rows += [row(decoding, name, times) for name in plans]
     said = []
     for name, (choices, outcome) in found.items():
@@ -192,7 +194,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     sizes, lengths = (SHORT, [512]) if args.quick else (SIZES, args.lengths)
     subject = Subject(args.model, sizes, lambda line: print(line, flush=True))
     rows: list[Row] = []
