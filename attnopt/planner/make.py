@@ -277,7 +277,8 @@ def posed(
         profile, tables, sites, length, objective=objective, retrieval=weight, fitted=fitted, allow=asked.allow
     )
     if "prune" in asked.allow:
-        free = closed(free, not_pruned(profile, sites), [c for c in free.choices if c.candidate == "pruned"])
+        kept = {site: list(heads) for site, heads in not_pruned(profile, [s.name for s in sites]).items()}
+        free = closed(free, kept, [c for c in free.choices if CANDIDATES[c.candidate].far == "gone"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)
