@@ -109,7 +109,7 @@ def distill_model(
     """
     menu = Menu() if menu is None else menu
     samples = [s if isinstance(s, Sample) else Sample(s) for s in tried]
-    check_text([Sample(ids) for ids in fit], samples)
+    check_text([Sample(ids) for ids in fit], samples, menu)
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
@@ -122,8 +122,8 @@ def distill_model(
     return fitted
 
 
-def check_text(fit: Sequence[Sample], tried: Sequence[Sample]) -> None:
-    """FittedError unless there is text for both parts, and none of it in both."""
+def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> None:
+    """FittedError unless there is text for both parts, none of it in both, and some of it far."""
     if len(fit) < 2 or not tried:
         raise FittedError(
             f"{len(fit)} sequences to fit on and {len(tried)} to try on are too few.",
@@ -131,6 +131,11 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample]) -> None:
         )
     if {s.mark for s in fit} & {s.mark for s in tried}:
         raise FittedError("A sequence would be fitted and tried on.", "Keep the two parts of the text apart.")
+    longest, reach = min(max(s.length for s in part) for part in (fit, tried)), menu.sinks[0] + menu.windows[0]
+    if longest <= reach:
+        raise FittedError(
+            f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
+        )
 
 
 def resumed(fresh: Fitted, partial: Path) -> Fitted:
@@ -181,9 +186,9 @@ class _Run:
 
     def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            self.instrumented.logits(torch.zeros(1, 64, dtype=torch.long, device=device))
+        # The graph that rows are collected in: with gradients, of the length that is fitted on.
+        with gradients_through(self.model):
+            self.instrumented.logits(fit[0].ids)
         self.instrumented.need_sites()
         every = list(self.instrumented.sites.values())
         fingerprint = fingerprint_of(self.model, every)
@@ -194,11 +199,6 @@ class _Run:
             raise FittedError(
                 f"Nothing may stand in for far keys at any of the {len(every)} attentions of this model.",
                 "`attnopt examine` lists them with their masks; causal ones without further terms can be fitted.",
-            )
-        longest, reach = min(lengths[-1], *(s.length for s in fit)), self.menu.sinks[0] + self.menu.windows[0]
-        if longest <= reach:
-            raise FittedError(
-                f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
             )
         marks = tuple(sorted(f"{s.mark}-fit" for s in fit))
         return Fitted(Header(fingerprint, marks, tuple(lengths), self.seed, self.menu.line))
