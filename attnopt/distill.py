@@ -160,9 +160,9 @@ class _Recorder:
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
-                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at)
             window, softcap = site.mask.window, site.softcap
+            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
+                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
@@ -183,6 +183,7 @@ class _Run:
         self.recorder = _Recorder()
         self.instrumented = Instrumented(model, self.recorder)
         self.sites: dict[str, Site] = {}
+        self.remaining = 0
 
     def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
@@ -206,10 +207,12 @@ class _Run:
     def fit(self, fitted: Fitted, fit: list[Tensor], keep: Callable[[], None]) -> None:
         """Fit the sites that have not been yet, and `keep` what there is after each."""
         left = [name for name in self.sites if name not in fitted.means]
+        self.remaining = len(left)
         while left:
             here = left[: self._at_once(fit)]
             for name, found in self._collect(here, fit).items():
                 self._fit_site(fitted, name, found)
+                self.remaining -= 1
                 keep()
             left = left[len(here) :]
 
@@ -249,17 +252,18 @@ class _Run:
         maps = list(menu.maps(site))
         if maps:
             work = SiteFit(found, menu.sinks[0], windows, self._seed_of(name))
+        stage = f"fitting {name}, {self.remaining} left"
         steps = max(1, menu.steps * sum(family == "linear" for family, _ in maps))
         done = 0
         for family, size in maps:
             if family == "linear":
-                report = lambda step, before=done: self.progress(f"fitting {name}", before + step, steps)  # noqa: E731
+                report = lambda step, before=done: self.progress(stage, before + step, steps)  # noqa: E731
                 map, fits = work.exponential(size, menu.steps, report)
                 done += menu.steps
             else:
                 map, fits = work.expansion(min(size, site.head_dim))
-            fitted.add_map(name, f"{family}/{size}", map, fits)
-        self.progress(f"fitting {name}", steps, steps)
+            fitted.add_map(name, f"{family}/{size}", map.to("cpu"), fits)
+        self.progress(stage, steps, steps)
         fitted.means[name] = found.mean().cpu()
 
     def _seed_of(self, name: str) -> int:
