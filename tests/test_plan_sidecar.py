@@ -133,7 +133,9 @@ def test_a_wrong_or_missing_file_is_refused(name: str, saved: Path) -> None:
     saved.write_text(json.dumps(data))
     with pytest.raises(PlanError) as caught:
         Plan.load(saved)
-    assert caught.value.remedy and all(text in str(caught.value) for text in (str(saved.with_suffix("")), *texts)), caught.value
+    assert caught.value.remedy and all(text in str(caught.value) for text in (str(saved.with_suffix("")), *texts)), (
+        caught.value
+    )
 
 
 def test_an_edit_that_needs_nothing_new_loads(saved: Path) -> None:
