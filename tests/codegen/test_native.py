@@ -235,9 +235,9 @@ def test_the_decoding_takes_it(dtype, monkeypatch):
     wide = replace(case, tokens=33, windows=[])
     decode_cpu.decode(*arguments(wide, dtype), 0.25)
     assert len(asked) == 1
-    with pytest.raises(ValueError, match="follow"):
-        decode_cpu.decode(q, k, v, starts.flip(0) * 0 + torch.tensor([0, 400, 40, 380]), filled, 0.25)
-    assert len(asked) == 1
+    for segments, reason in (([0, 400, 40, 380], "follow"), ([1, 40, 60, 380], "begin"), ([0, 4, 8, 379], "ends at 379")):
+        with pytest.raises(ValueError, match=reason):
+            decode_cpu.decode(q, k, v, torch.tensor(segments), filled, 0.25)
 
 
 def test_what_they_do_not_serve_is_said(monkeypatch):
