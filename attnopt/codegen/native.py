@@ -29,14 +29,18 @@ FEATURES = 32
 
 def unusable(dtype: torch.dtype = torch.float32) -> str:
     """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them."""
+    return _cannot(dtype) if settings.native() else "ATTNOPT_NATIVE is 0"
+
+
+# Kept: asked before every call, and from a cold cache the answer took as long as reading half a megabyte.
+@cache
+def _cannot(dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {str(dtype).removeprefix('torch.')}"
-    if not settings.native():
-        return "ATTNOPT_NATIVE is 0"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "this CPU has no AVX-512"
     library, reason = _loaded()
-    if library is not None and dtype == torch.bfloat16 and not _has_matrix_unit():
+    if library is not None and dtype == torch.bfloat16 and not library.has_matrix_unit():
         return "this CPU has no matrix unit for bfloat16"
     return reason
 
@@ -99,7 +103,9 @@ def decode(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, dim = q.shape
     groups, width, slots = filled.shape[1], v.shape[2], k.shape[1]
-    out = q.new_empty((batch, heads, tokens, width))
+    # Of the two ways the shorter where it will do: every line of code is cold as well.
+    same = width == dim and q.is_contiguous()
+    out = torch.empty_like(q) if same else q.new_empty((batch, heads, tokens, width))
     starts, filled = _table(starts), _table(filled)
     addresses, apart = [x.data_ptr() for x in (q, k, v, out, starts, filled)], 0
     if positions is None:
@@ -130,12 +136,6 @@ def _table(x: Tensor) -> Tensor:
 def _entry(name: str, dtype: torch.dtype) -> Any:
     """The function of the library for a dtype."""
     return getattr(_loaded()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    library, _ = _loaded()
-    return library is not None and bool(library.has_matrix_unit())
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
