@@ -101,7 +101,8 @@ def test_calls_take_turns_and_each_is_called_once_before():
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     seen.clear()
-    timing.interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2, before=lambda: seen.append("-"))
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    timing.interleaved(calls, 2, before=lambda: seen.append("-"))
     assert "".join(seen) == "ab" + "-a-b" + "-a-b"
     with pytest.raises(KeyError):
         timing.interleaved({}, 1, clock="sundial")

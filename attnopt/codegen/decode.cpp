@@ -18,8 +18,8 @@ struct Piece {
 };
 
 // What one call is given. q, out (B, H, T, ·): strides of batch, head and token. k, v (B, C, ·): strides of batch and
-// slot. starts (G + 1,), filled (B, G). positions (B or 1, C), held by `apart` entries from one batch entry to the next,
-// or null; with them at (B,), sinks and windows (H,).
+// slot. starts (G + 1,), filled (B, G). positions (B or 1, C), `apart` entries from one batch entry to the next, or
+// null; with them at (B,), sinks and windows (H,).
 template <typename T>
 struct Decoding {
   Cache s;
@@ -330,7 +330,8 @@ struct Many {
     }
     for (int64_t c = 0; PAIRS && c < columns; c += BLOCK) {
       if constexpr (PAIRS) {
-        lay_out_values(seen + c * call.v.row, call.v.row, std::min(BLOCK, piece.size - c), s.dim_v, &pairs[c * s.dim_v]);
+        int64_t n = std::min(BLOCK, piece.size - c);
+        lay_out_values(seen + c * call.v.row, call.v.row, n, s.dim_v, &pairs[c * s.dim_v]);
       }
     }
     multiply(
@@ -365,7 +366,8 @@ Outcome decode(const Decoding<T>& call) {
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t g = 0; g < s.kv_heads; g++) {
       begins.push_back(pieces.size());
-      int64_t first = call.starts[g], n = std::clamp<int64_t>(call.filled[b * s.kv_heads + g], 0, call.starts[g + 1] - first);
+      int64_t first = call.starts[g], slots = call.starts[g + 1] - first;
+      int64_t n = std::clamp<int64_t>(call.filled[b * s.kv_heads + g], 0, slots);
       for (int64_t at = 0; at < n; at += whole) pieces.push_back({b, g, first + at, std::min(whole, n - at)});
     }
   }

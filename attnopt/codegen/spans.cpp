@@ -1,5 +1,5 @@
-// Attention whose heads keep spans of their own: a causal prefill, and decoding from ragged caches (decode.cpp, which is
-// compiled with this file, after it). In bfloat16, for CPUs that multiply tiles of it (AMX), and in float32.
+// Attention whose heads keep spans of their own: a causal prefill, and decoding from ragged caches (decode.cpp, compiled
+// with this file, after it). In bfloat16, for CPUs that multiply tiles of it (AMX), and in float32.
 //
 // Prefill. Key j is kept by query i of head h where  j <= i  and  (j < sinks[h] or i - j < windows[h])  and  pad[b, j].
 // The keys of a KV head are transposed once; in bfloat16 keys and values are laid out as the matrix unit reads them, in
