@@ -135,12 +135,14 @@ class Rotated(Attention):
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().operands(x)
-        angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 3 ** torch.arange(self.dim // 2, dtype=x.dtype)
-        wide = torch.cat([angles, angles], -1)
-        q = self.scale * (q * torch.rsqrt(q.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angles = torch.arange(x.shape[1])[:, None].to(wide) / 3 ** torch.arange(self.dim // 2).to(wide)
+        cos, sin = (torch.cat([f(angles), f(angles)], -1).to(x.dtype) for f in (torch.cos, torch.sin))
+        q = self.scale * (q * torch.rsqrt(q.to(wide).pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype))
         half = torch.cat([-q[..., self.dim // 2 :], q[..., : self.dim // 2]], -1)
-        k = torch.view_as_complex(self.layer_norm(k).reshape(*k.shape[:3], -1, 2)) * torch.polar(torch.ones_like(angles), angles)
-        return q * wide.cos() + half * wide.sin(), torch.view_as_real(k).flatten(3), self.norm(v)
+        pairs = self.layer_norm(k).to(wide).reshape(*k.shape[:3], -1, 2)
+        turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)
+        return q * cos + half * sin, torch.view_as_real(turned).flatten(3).type_as(x), self.norm(v)
 
 
 class Adapted(Attention):
@@ -168,8 +170,8 @@ class Dequantised(Attention):
     """Weights kept as 8-bit integers with a scale for each row, made whole before each product."""
 
     def build(self, bias: bool) -> None:
-        for name, rows, width in (("q", self.heads * self.dim, WIDTH), ("k", self.groups * self.dim, WIDTH),
-                                  ("v", self.groups * self.dim, WIDTH), ("p", WIDTH, self.heads * self.dim)):  # fmt: skip
+        own, shared = self.heads * self.dim, self.groups * self.dim
+        for name, rows, width in (("q", own, WIDTH), ("k", shared, WIDTH), ("v", shared, WIDTH), ("p", WIDTH, own)):
             self.register_buffer(f"{name}_whole", torch.randint(-9, 9, (rows, width), dtype=torch.int8))
             self.register_buffer(f"{name}_scale", torch.rand(rows, 1) / 20)
 

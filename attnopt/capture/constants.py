@@ -53,16 +53,23 @@ def small_buffers(placeholders: Sequence[Node], exported: Sequence[Node]) -> dic
     return found
 
 
-def owned(node: Node) -> Tensor | None:
-    """The parameter or buffer that a captured graph's placeholder stands for; None for an argument of the call, and
-    for one whose writes cannot be told or whose values are computed."""
+def parameter_of(node: Node) -> Tensor | None:
+    """The parameter or buffer of a module that a captured graph's placeholder stands for; None for an argument."""
     try:
-        found = node.meta["grapharg"].example
+        found: Any = node.meta["grapharg"].example
     except (KeyError, AttributeError, TypeError, AssertionError):
         return None
-    if type(found) is not Parameter and not (type(found) is Tensor and is_buffer(node, ("_buffers", "_parameters"))):
+    if isinstance(found, Parameter) or (isinstance(found, Tensor) and is_buffer(node, ("_buffers", "_parameters"))):
+        return found
+    return None
+
+
+def owned(node: Node) -> Tensor | None:
+    """The same without its gradient; None where its values are computed, or its writes cannot be told."""
+    found = parameter_of(node)
+    if found is None or type(found) not in (Tensor, Parameter) or found.is_inference() or found.device.type == "meta":
         return None
-    return None if found.is_inference() or found.device.type == "meta" else found.detach()
+    return found.detach()
 
 
 def hold(gm: GraphModule, node: Node) -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
+from torch.nn import Parameter
 
-from attnopt.capture.constants import hold, owned
+from attnopt.capture.constants import hold, owned, parameter_of
 from attnopt.ir import Refusal
 from attnopt.passes.program import Builder, Program
 from attnopt.passes.remove_dead_code import impure
@@ -286,15 +287,17 @@ def at_compile_time() -> ExitStack:
 
 
 def unheld(node: Node) -> Refusal:
-    if node.op == "placeholder":
-        held = node.meta.get("grapharg")
-        kind = type(getattr(held, "example", None)).__name__
-        if kind in ("Tensor", "FakeTensor", "NoneType"):
-            return Refusal(
-                "its heads are an input of the graph, expected a product with a parameter", code="prune-no-projection"
-            )
-        return Refusal(f"a projection's weight is a {kind} whose entries cannot be taken", code="prune-opaque-weight")
-    return Refusal(f"its heads are made by {described(node)}, expected a parameter", code="prune-no-projection")
+    """Why nothing can be taken of what a walk ended at."""
+    if node.op != "placeholder":
+        return Refusal(f"its heads are made by {described(node)}, expected a parameter", code="prune-no-projection")
+    found = parameter_of(node)
+    if found is None:
+        said = "its heads are an input of the graph, expected a product with a parameter"
+        return Refusal(said, code="prune-no-projection")
+    how = "made in inference mode" if type(found) in (Tensor, Parameter) else f"a {type(found).__name__}"
+    return Refusal(
+        f"a weight of its projections is {how}, so that no constant can stand for it", code="prune-opaque-weight"
+    )
 
 
 def shapes_agree(node: Node, dims: Dims) -> bool:

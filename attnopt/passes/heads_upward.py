@@ -287,7 +287,7 @@ def again(slices: Slices, heads: Heads, node: Node, dims: Dims, source: Node) ->
 
 
 def new_sizes(heads: Heads, node: Node, dims: Dims, stretched: bool) -> list[Any]:
-    """What a view or an expansion is given: numbers, sizes the graph had, or -1 for one that follows from the others."""
+    """What a view or an expansion is given: numbers, sizes of the graph, or -1 for one that follows from the others."""
     kept = heads.kept(dims)
     found: list[Any] = []
     given = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()

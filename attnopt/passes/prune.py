@@ -19,7 +19,7 @@ the reason.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +36,9 @@ from attnopt.passes.head_slices import Heads, Slices, Unpushed, unheld
 from attnopt.passes.heads_downward import Downward
 from attnopt.passes.heads_upward import Upward
 from attnopt.passes.lineage import REDUCTIONS
+from attnopt.passes.planned import described as described_choices
+from attnopt.passes.planned import insert_planned
 from attnopt.passes.program import Builder, Program
-from attnopt.passes.span import insert_span
 from attnopt.patterns import Match
 from attnopt.patterns.layout import Atom, Space, same, shape_of
 from attnopt.patterns.sdpa import Sdpa
@@ -108,9 +109,6 @@ def unfit(program: Program, region: Region) -> Refusal | None:
     if program.needs_grad:
         said = "gradients are asked for, and the new weights are constants"
         return Refusal(said, code="prune-needs-grad")
-    if program.watch is not None:
-        said = "its plan may be exchanged while it runs, and a head that is gone cannot come back"
-        return Refusal(said, code="prune-live-plan")
     if means_of(program, region) is None:
         return Refusal("the plan holds no mean outputs of this site", code="prune-no-means")
     if site.softcap or site.sink or not site.heads or site.scale <= 0:
@@ -296,9 +294,10 @@ def lower(
 ) -> None:  # fmt: skip
     """Lower what stays of a site by its choices, or exactly, and report the site as one rewrite."""
     before, how = len(program.rewrites), []
+    planned = any(choices[h] != DENSE for h in kept.heads)
     for part, rest in zip(kept.classes, regions, strict=True):
         heads = kept.heads[part.first_head : part.first_head + part.heads]
-        how.append(lower_rest(program, rest, [choices[h] for h in heads], heads))
+        how.append(lower_rest(program, rest, [choices[h] for h in heads], heads, planned))
     del program.rewrites[before:]
     count, total = len(removed), region.site.heads
     said = f"{count} of {total} heads removed" if regions else f"all {total} heads removed"
@@ -309,21 +308,29 @@ def lower(
     program.done.add(region.site.name)
 
 
-def lower_rest(program: Program, rest: Region, choices: Sequence[Choice], heads: Sequence[int]) -> str:
-    """Put the cheapest that serves these heads in the place of their SDPA call; what it is called."""
+def lower_rest(program: Program, rest: Region, choices: Sequence[Choice], heads: Sequence[int], planned: bool) -> str:
+    """Put the cheapest that serves these heads in the place of their SDPA call; what it is called. planned: whether
+    any head of the site has a span, so that under a plan that may be exchanged each of them has a table."""
     plan = program.plan
     assert plan is not None
-    if any(choice != DENSE for choice in choices):
+    if any(choice != DENSE for choice in choices) or (planned and program.watch is not None):
         asked = [lower_planned.refusal(rest), *(CANDIDATES[c.candidate].refuse(rest.site) for c in choices)]
         no = next((r for r in asked if r is not None), None)
         if no is None:
-            program.replace(rest, insert_span(program, choices, plan.min_length), "span kernel", tuple(choices))
-            return f"span kernel, {len(set(choices))} span{'s' * (len(set(choices)) > 1)}"
+            build = insert_planned(program, choices, plan, rest.site.name, heads)
+            return put(program, rest, build, described_choices(choices))
         said = f"planned, but {no.reason}; the heads that stay are exact"
         program.notes.append(located(replace(no, reason=said, path=rest.site.name), rest.anchor))
     chosen = lower_exact.choose(program, rest)
-    if isinstance(chosen, Refusal):
-        return "SDPA is_causal" if rest.match.causal else "SDPA with the mask as it was" if rest.match.terms else "SDPA"
-    build, lowering = chosen
+    return as_one_call(rest) if isinstance(chosen, Refusal) else put(program, rest, *chosen)
+
+
+def put(program: Program, rest: Region, build: Callable[[Region], Node], lowering: str) -> str:
+    """Replace the SDPA call of the heads that stay; where that fails it stays, and the refusal is reported."""
+    before = len(program.rewrites)
     program.replace(rest, build, lowering)
-    return lowering
+    return lowering if len(program.rewrites) > before else as_one_call(rest)
+
+
+def as_one_call(rest: Region) -> str:
+    return "SDPA is_causal" if rest.match.causal else "SDPA with the mask as it was" if rest.match.terms else "SDPA"
