@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import types
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from models import make_plan
 from torch import Tensor, nn
 from tracing import Traced, trace
 
+from attnopt.fitted import Fitted, Header
 from attnopt.ir import DENSE, Choice
 
 PRUNED = Choice("pruned")
@@ -230,8 +231,7 @@ def choices_for(heads: int, gone: Any, other: Choice = DENSE) -> tuple[Choice, .
 
 def plan_of(choices: dict[str, tuple[Choice, ...]], means: dict[str, Tensor], **more: Any) -> Any:
     plan = make_plan(choices, **more)
-    object.__setattr__(plan, "fitted", types.SimpleNamespace(means=means))
-    return plan
+    return replace(plan, fitted=Fitted(Header(plan.fingerprint), means=means))
 
 
 def built(kind: type[Attention], *sizes: Any, seed: int = 0, **more: Any) -> Attention:

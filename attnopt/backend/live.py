@@ -75,7 +75,7 @@ class LivePlan:
                 if far_of(now) != far_of(then):
                     said = f"Head {head} of {site} is {then} in the compiled plan and {now} in this one."
                     raise PlanError(f"{said} Only what a span keeps can change.", REMEDY)
-            if not equal_maps(site, choices, getattr(new, "fitted", None), getattr(old, "fitted", None)):
+            if not equal_maps(site, choices, new.fitted, old.fitted):
                 raise PlanError(f"The feature maps of {site} are others than those of the compiled plan.", REMEDY)
             # Without tables the site is dense attention in the graph, or there is no graph yet.
             if self._tables and site not in self._tables and dense(before) and not dense(choices):

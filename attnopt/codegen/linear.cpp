@@ -80,11 +80,6 @@ void exponentials(float* x, int64_t size, float less) {
   at::vec::map<float>([less](Vec a) { return (a - Vec(less)).exp(); }, x, x, size);
 }
 
-// x (size,) += factor y
-void add_scaled(float* x, float factor, const float* y, int64_t size) {
-  for (int64_t d = 0; d < size; d++) x[d] += factor * y[d];
-}
-
 void widen(const float* from, float* to, int64_t size) { std::copy_n(from, size, to); }
 
 void widen(const BFloat16* from, float* to, int64_t size) { at::vec::convert(from, to, size); }
@@ -305,6 +300,45 @@ void second_order(const float* y, int64_t rank, float* to) {
   }
 }
 
+// Adds g_r (values, 1) to row r of a state (F, Dv + 1), if there is a g, and leaves the sum of f_r times row r in sums.
+struct Walk {
+  float *state, *sums;
+  const float *f, *g, *values;
+  int64_t width, row;
+
+  // Columns from d on, N vectors of them, the last of which has `last` entries.
+  template <int N>
+  void columns(int64_t d, int64_t last) const {
+    auto load = [last](const float* from, int n) {
+      return n < N - 1 ? Vec::loadu(from + n * Vec::size()) : Vec::loadu(from + n * Vec::size(), last);
+    };
+    Vec all[N], added[N];
+    for (int n = 0; n < N; n++) {
+      all[n] = Vec(0.0f);
+      added[n] = g == nullptr ? all[n] : load(values + d, n);
+    }
+    for (int64_t r = 0; r < width; r++) {
+      float* at = state + r * row + d;
+      Vec weight(f[r]), grown(g == nullptr ? 0.0f : g[r]);
+      for (int n = 0; n < N; n++) {
+        Vec now = load(at, n);
+        if (g != nullptr) {
+          now = at::vec::fmadd(grown, added[n], now);
+          now.store(at + n * Vec::size(), n < N - 1 ? Vec::size() : last);
+        }
+        all[n] = at::vec::fmadd(weight, now, all[n]);
+      }
+    }
+    for (int n = 0; n < N; n++) all[n].store(sums + d + n * Vec::size(), n < N - 1 ? Vec::size() : last);
+  }
+
+  void operator()() const {
+    int64_t d = 0;
+    for (; d + 4 * Vec::size() < row; d += 4 * Vec::size()) columns<4>(d, Vec::size());
+    for (; d < row; d += Vec::size()) columns<1>(d, std::min<int64_t>(Vec::size(), row - d));
+  }
+};
+
 // q (B, H, 1, D), with strides of batch and head; k (B, C, D) and v (B, C, Dv), of batch and slot. out (B, h, 1, Dv), lse
 // (B, h), slots (B, h), heads (h,), state (B, h, F, Dv + 1) with F as attnopt/feature_maps.py has it, and maps are
 // contiguous. The length of the shape is C. 1, and nothing done, where a slot is beyond it.
@@ -354,12 +388,7 @@ int decode(const int64_t* packed) {
         exponentials(f.get(), width, most);
         shift += most - *own.cq * dot(x.get(), x.get(), s.dim);
       }
-      std::fill_n(sums.get(), row, 0.0f);
-      for (int64_t r = 0; r < width; r++) {
-        float* at = held + r * row;
-        if (slot >= 0) add_scaled(at, g[r], values.get(), row);
-        add_scaled(sums.get(), f[r], at, row);
-      }
+      Walk{held, sums.get(), f.get(), slot >= 0 ? g.get() : nullptr, values.get(), width, row}();
       float total = sums[s.dim_v];
       float share = total > 0.0f ? total : std::numeric_limits<float>::infinity();
       for (int64_t d = 0; d < s.dim_v; d++) sums[d] /= share;

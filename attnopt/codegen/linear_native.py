@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt import settings
 from attnopt.codegen import native
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,12 @@ def unusable(dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {str(dtype).removeprefix('torch.')}"
     # They need no matrix unit, which those of spans do for bfloat16.
-    return native.unusable(torch.float32) or _loaded()[1]
+    return _reason() if settings.native() else native.unusable()
+
+
+@cache
+def _reason() -> str:
+    return native.unusable() or _loaded()[1]
 
 
 def prefill(

@@ -71,7 +71,7 @@ def check_plan(program: Program, plan: Plan) -> None:
     for site in named:
         choices = plan.choices[site.name]
         for part in far_parts(choices):
-            hold(part, len(choices), getattr(plan, "fitted", None), site.name, range(len(choices)), torch.device("cpu"))
+            hold(part, len(choices), plan.fitted, site.name, range(len(choices)), torch.device("cpu"))
 
 
 def run(program: Program) -> None:

@@ -46,7 +46,7 @@ def insert_planned(
         rules = [held(program, region, f"attnopt_{table}", tensor) for table, tensor in made.items()]
         device = region.q.meta["val"].device
         parts = [
-            nodes_of(program, region, hold(part, len(choices), getattr(plan, "fitted", None), name, heads, device))
+            nodes_of(program, region, hold(part, len(choices), plan.fitted, name, heads, device))
             for part in far_parts(choices)
         ]
         pad = key_padding(builder, region) if region.loads else None

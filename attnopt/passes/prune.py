@@ -121,7 +121,7 @@ def unfit(program: Program, region: Region) -> Refusal | None:
 
 def means_of(program: Program, region: Region) -> Tensor | None:
     """The mean outputs (H, Dv) of a site's heads, float64; None where there are none of this shape."""
-    fitted = getattr(program.plan, "fitted", None)
+    fitted = program.plan.fitted if program.plan is not None else None
     found = fitted.means.get(region.site.name) if fitted is not None else None
     if found is None or tuple(found.shape) != (region.site.heads, region.site.head_dim_v):
         return None

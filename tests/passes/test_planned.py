@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,9 +25,7 @@ FITTED = fits({"attention": CHOICES})
 
 
 def plan_of(choices: dict[str, tuple[Choice, ...]], fitted: Any = FITTED, min_length: int = 0) -> Any:
-    plan = make_plan(choices, min_length)
-    object.__setattr__(plan, "fitted", fitted)
-    return plan
+    return replace(make_plan(choices, min_length), fitted=fitted)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
