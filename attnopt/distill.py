@@ -160,9 +160,9 @@ class _Recorder:
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
-                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at)
             window, softcap = site.mask.window, site.softcap
+            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
+                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
@@ -262,7 +262,7 @@ class _Run:
                 done += menu.steps
             else:
                 map, fits = work.expansion(min(size, site.head_dim))
-            fitted.add_map(name, f"{family}/{size}", map, fits)
+            fitted.add_map(name, f"{family}/{size}", map.to("cpu"), fits)
         self.progress(stage, steps, steps)
         fitted.means[name] = found.mean().cpu()
 
