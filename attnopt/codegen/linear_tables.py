@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,12 +49,12 @@ def _made(
     length: int,
     device: torch.device,
 ) -> FarTables:
-    if any(a >= b for a, b in zip(heads, heads[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(heads)):
         raise ValueError(f"served heads are {list(heads)}: each once, in ascending order")
     groups = [sum(h < g * share for h in heads) for g in range(kv_heads + 1)]
     far = [length - max(0, w) for s, w in zip(sinks, windows, strict=True) if s < length - max(0, w)]
-    tables = (_sent(t, device) for t in (heads, sinks, windows, tuple(groups)))
-    return FarTables(*tables, max(far, default=0))
+    sent = [_sent(t, device) for t in (heads, sinks, windows, tuple(groups))]
+    return FarTables(sent[0], sent[1], sent[2], sent[3], max(far, default=0))
 
 
 def segments(keys: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from attnopt.codegen.self_check import TOLERANCE, Check, Race, Results
 from attnopt.codegen.spec import Linear, LinearBackward, LinearDecode, LinearPrefill
 from attnopt.feature_maps import FeatureMap, shapes
 
+reference_prefill: Callable[..., Any] = reference_linear.prefill
+reference_backward: Callable[..., Any] = reference_linear.backward
+reference_state: Callable[..., Any] = reference_linear.state
 # Sinks and windows that the served heads take in turn; the last has nothing far at any length that is checked.
 SINKS, WINDOWS = (0, 5, 64, 3), (7, 1, 40, 2**30)
 # Tokens and the window that are timed, by type of device, and sequences that decode.
@@ -25,12 +28,12 @@ def check(spec: Linear, *functions: Callable[..., Any]) -> NoReturn:
     """Compare the functions of an emitted file with the reference, time the first, and exit."""
     device = self_check.device_of(spec.target)
     if isinstance(spec, LinearDecode):
-        checks, races = _decode_checks(spec, *functions, device), _decode_races(spec, functions[0], device)
+        checks, races = _decode_checks(spec, functions, device), _decode_races(spec, functions[0], device)
     elif isinstance(spec, LinearBackward):
-        checks, races = _backward_checks(spec, *functions, device), iter(())
+        checks, races = _backward_checks(spec, functions[0], device), iter(())
     else:
         assert isinstance(spec, LinearPrefill)
-        checks, races = _prefill_checks(spec, *functions, device), _prefill_races(spec, functions[0], device)
+        checks, races = _prefill_checks(spec, functions, device), _prefill_races(spec, functions[0], device)
     self_check.run(spec, device, checks, races)
 
 
@@ -67,76 +70,79 @@ def _padding(spec: LinearPrefill, length: int, device: torch.device) -> Tensor |
 
 
 def _prefill_checks(
-    spec: LinearPrefill, prefill: Callable[..., Results], state: Callable[..., Tensor], device: torch.device
+    spec: LinearPrefill, functions: tuple[Callable[..., Any], ...], device: torch.device
 ) -> Iterator[Check]:
-    heads, sinks, windows = tables_of(spec)
+    prefill, state = functions
+    heads, sinks, windows = (x.to(device) for x in tables_of(spec))
     maps, tolerance = maps_of(spec, device), TOLERANCE[spec.dtype]
     for length in (1, 65, 200):
         given = _inputs(spec, spec.kv_heads, 2, length, device)
-        pad = _padding(spec, length, device)
+        wide, pad = [x.double() for x in given], _padding(spec, length, device)
         found = partial(prefill, *given, heads, sinks, windows, maps, pad)
-        wide = [x.double() for x in given]
-        expected, wrong = (
-            partial(reference_linear.prefill, *wide, heads.to(device), sinks.to(device), at.to(device), maps, pad)
-            for at in (windows, windows + 1)
-        )
-        # Of one token no head has a far key; the logarithms of sums are compared where there are some.
+        expected = partial(reference_prefill, *wide, heads, sinks, windows, maps, pad)
+        wrong = partial(_out_of, reference_prefill, *wide, heads, sinks, windows, maps, pad)
+        # Of one token no head has a far key.
         yield Check(f"out, lse, N = {length}", found, expected, tolerance, wrong if length > 1 else None)
-    rest = maps, pad
-    kept = partial(state, *given[1:], heads, spec.heads, sinks, windows, *rest)
+    kept = partial(state, *given[1:], heads, spec.heads, sinks, windows, maps, pad)
     at, off = (
-        partial(reference_linear.state, *wide[1:], heads.to(device), spec.heads, sinks.to(device), w.to(device), *rest)
-        for w in (windows, windows + 1)
+        partial(reference_state, *wide[1:], heads, spec.heads, sinks, ends, maps, pad)
+        for ends in (windows, windows + 1)
     )
     yield Check(f"state, N = {length}", kept, at, tolerance, off)
 
 
-def _backward_checks(
-    spec: LinearBackward, backward: Callable[..., Results], device: torch.device
-) -> Iterator[Check]:
-    heads, sinks, windows = tables_of(spec)
+def _out_of(prefill: Callable[..., Any], *given: Any) -> Results:
+    """The right logarithms beside an out of windows that are one key longer."""
+    *inputs, windows, maps, pad = given
+    return prefill(*inputs, windows + 1, maps, pad)[0], prefill(*given)[1]
+
+
+def _backward_checks(spec: LinearBackward, backward: Callable[..., Results], device: torch.device) -> Iterator[Check]:
+    heads, sinks, windows = (x.to(device) for x in tables_of(spec))
     maps = maps_of(spec, device)
     for length in (1, 65, 200):
         given = _inputs(spec, spec.kv_heads, 2, length, device)
-        pad = _padding(spec, length, device)
-        wide = [x.double() for x in given]
-        far = heads.to(device), sinks.to(device), windows.to(device)
-        out, lse = reference_linear.prefill(*wide, *far, maps, pad)
-        dout = torch.randn(2, length, spec.served, spec.head_dim_v, device=device).transpose(1, 2)
+        wide, pad = [x.double() for x in given], _padding(spec, length, device)
+        out, lse = reference_prefill(*wide, heads, sinks, windows, maps, pad)
+        dout = torch.randn(out.shape, device=device).to(given[0].dtype)
         dlse = torch.randn(lse.shape, device=device)
-        dout = dout.to(given[0].dtype)
-        found = partial(backward, dout, dlse, *given, out.to(dout.dtype), lse.float(), heads, sinks, windows, maps, pad)
-        results = dout.double(), dlse.double(), *wide, out, lse
-        expected = partial(reference_linear.backward, *results, *far, maps, pad)
-        wrong = partial(reference_linear.backward, *results, *far[:2], far[2] + 1, maps, pad)
-        # Gradients are sums of products that were themselves rounded: twice what a prefill may err.
-        yield Check(
-            f"dq, dk, dv, N = {length}", found, expected, 2 * TOLERANCE[spec.dtype], wrong if length > 1 else None
+        of = dout, dlse, *given, out.to(dout.dtype), lse.float()
+        found = partial(backward, *of, heads, sinks, windows, maps, pad)
+        of = dout.double(), dlse.double(), *wide, out, lse
+        expected, wrong = (
+            partial(reference_backward, *of, heads, sinks, ends, maps, pad) for ends in (windows, windows + 1)
         )
+        # Gradients are sums of products that were themselves rounded: twice what a prefill may err.
+        tolerance = 2 * TOLERANCE[spec.dtype]
+        yield Check(f"dq, dk, dv, N = {length}", found, expected, tolerance, wrong if length > 1 else None)
 
 
 def _decode_checks(
-    spec: LinearDecode, decode: Callable[..., Results], state: Callable[..., Tensor], device: torch.device
+    spec: LinearDecode, functions: tuple[Callable[..., Any], ...], device: torch.device
 ) -> Iterator[Check]:
-    heads, sinks, windows = tables_of(spec)
+    decode, state = functions
+    heads, sinks, windows = (x.to(device) for x in tables_of(spec))
     maps, tolerance, batch = maps_of(spec, device), TOLERANCE[spec.dtype], 3
-    q, k, v = (x for x in _inputs(spec, 1, batch, 65, device))
-    keys, values = k[:, 0], v[:, 0]
-    slots = torch.arange(batch * spec.served, dtype=torch.int32).view(batch, -1).to(device) % 66 - 1
-    given = q[:, :, -1:], keys, values, slots, heads
-    wide = *(x.double() for x in given[:3]), slots, heads.to(device)
+    q, k, v = _inputs(spec, 1, batch, 65, device)
+    slots = (torch.arange(batch * spec.served, device=device).view(batch, -1) % 66 - 1).int()
+    given = q[:, :, -1:], k[:, 0], v[:, 0]
+    wide = [x.double() for x in given]
     first = torch.rand(batch, spec.served, maps.width, spec.head_dim_v + 1, device=device)
+    found = partial(_stepped, decode, *given, slots, heads, first, maps)
+    expected, wrong = (
+        partial(_stepped, reference_linear.decode, *wide, at, heads, first.double(), maps) for at in (slots, slots - 1)
+    )
+    yield Check("out, lse, state", found, expected, tolerance, wrong)
+    rest = heads, spec.heads, sinks, windows, maps
+    kept = partial(state, k, v, *rest)
+    yield Check("state of a prompt", kept, partial(reference_state, k.double(), v.double(), *rest), tolerance)
 
-    def stepped(step: Callable[..., Results], *held: Tensor, of: Tensor) -> Results:
-        kept = of.clone()
-        return *step(*held, kept, maps), kept
 
-    found, expected = partial(stepped, decode, *given, of=first), partial(stepped, reference_linear.decode, *wide, of=first.double())
-    off = *wide[:3], slots - 1, wide[4]
-    yield Check("out, lse, state", found, expected, tolerance, partial(stepped, reference_linear.decode, *off, of=first.double()))
-    tables = heads.to(device), spec.heads, sinks.to(device), windows.to(device), maps
-    kept = partial(state, k, v, heads, spec.heads, sinks, windows, maps)
-    yield Check("state of a prompt", kept, partial(reference_linear.state, k.double(), v.double(), *tables), tolerance)
+def _stepped(decode: Callable[..., Any], *given: Any) -> Results:
+    """out, lse, and the state as the step leaves it."""
+    *inputs, state, maps = given
+    kept = state.clone()
+    return *decode(*inputs, kept, maps), kept
 
 
 def _prefill_races(spec: LinearPrefill, prefill: Callable[..., Results], device: torch.device) -> Iterator[Race]:
@@ -146,10 +152,10 @@ def _prefill_races(spec: LinearPrefill, prefill: Callable[..., Results], device:
     q, k, v = _inputs(spec, spec.kv_heads, 1, length, device)
     heads, sinks, windows = tables_of(spec)
     held = heads, torch.full_like(sinks, 4), torch.full_like(windows, window), maps_of(spec, device)
-    share = spec.heads // spec.kv_heads
-    alike = q[:, heads.long().to(device)], *(x[:, heads.long().to(device) // share] for x in (k, v))
-    dense = partial(F.scaled_dot_product_attention, *alike, is_causal=True)
-    yield Race(f"N = {length}", {"this kernel": partial(prefill, q, k, v, *held), "dense SDPA": dense})
+    share, served = spec.heads // spec.kv_heads, heads.long().to(device)
+    alike = q[:, served], k[:, served // share], v[:, served // share]
+    dense = partial(F.scaled_dot_product_attention, is_causal=True)
+    yield Race(f"N = {length}", {"this kernel": partial(prefill, q, k, v, *held), "dense SDPA": partial(dense, *alike)})
 
 
 def _decode_races(spec: LinearDecode, decode: Callable[..., Results], device: torch.device) -> Iterator[Race]:

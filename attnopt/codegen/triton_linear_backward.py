@@ -19,10 +19,12 @@ from attnopt.codegen.triton_linear_text import (
     check_linear,
     dot,
     first_states,
+    held,
     key_block,
     key_pointers,
     load_key_map,
     load_query_map,
+    loop,
     map_text,
     maps_of,
     narrow,
@@ -33,6 +35,7 @@ from attnopt.codegen.triton_linear_text import (
     query_block,
     state_place,
     states_text,
+    value_block,
 )
 from attnopt.codegen.triton_text import dim_mask, load_text, mask_argument, need_triton, padded_dim
 from attnopt.registry import TARGETS
@@ -42,9 +45,8 @@ KERNELS = ("key_states", "linear_dq", "query_states", "linear_dkv")
 
 def launches(spec: LinearBackward) -> dict[str, dict[str, Launch]]:
     """The shipped launches by target; tests compile them ahead of time and check what they spill."""
-    if spec.dtype != "bfloat16" or padded_dim(max(spec.head_dim, spec.head_dim_v)) > 128:
-        return {target: dict.fromkeys(KERNELS, (32, 8, 1)) for target in ("sm_90", "sm_80", "hip")}
-    return {target: dict.fromkeys(KERNELS, (64, 8, 1)) for target in ("sm_90", "sm_80", "hip")}
+    launch = {"sm_90": (32, 8, 1), "sm_80": (32, 8, 1), "hip": (32, 4, 1)}
+    return {target: dict.fromkeys(KERNELS, values) for target, values in launch.items()}
 
 
 def _row_sums(spec: LinearBackward) -> str:
@@ -75,8 +77,10 @@ def row_sums(
     wide = rows[:, None].to(tl.int64)
     dout += batch * dout_batch + slot.to(tl.int64) * dout_head
     out += batch * out_batch + slot.to(tl.int64) * out_head
-    douts = {load_text("dout + wide * dout_row + dims_v[None, :]", *mask)}
-    outs = {load_text("out + wide * out_row + dims_v[None, :]", *mask)}
+    dout += wide * dout_row + dims_v[None, :]
+    out += wide * out_row + dims_v[None, :]
+    douts = {load_text("dout", *mask)}
+    outs = {load_text("out", *mask)}
     at = (batch * {spec.served} + slot) * length + rows
     sums = tl.load(lse + at, mask=rows < length, other=0.0)
     there = sums != float("-inf")
@@ -93,7 +97,7 @@ def _map_gradients(spec: LinearBackward) -> str:
         return f'''
 
 @triton.jit
-def from_features(d, f, x, weight, rest, bias):
+def from_features(d, f, x, weight, rest, b, slot):
     """The gradient at x (rows, {padded_dim(spec.head_dim)}) where that at its features f is d, but for |x|^2."""
     change = {dot(spec, _as(spec, "(d * f)", "x"), f"tl.trans({_wide(spec, 'weight')})")}
     # The map is one of exponents of 2.
@@ -106,9 +110,9 @@ def from_features(d, f, x, weight, rest, bias):
     return f'''
 
 @triton.jit
-def from_features(d, f, x, weight, rest, bias):
+def from_features(d, f, x, weight, rest, b, slot):
     """The gradient at x (rows, {padded_dim(spec.head_dim)}) where that at its features f is d."""
-    y = project(x, weight, rest) + bias[None, :]
+    y = project(x, weight, rest, b, slot)
     left, right, one, other, root = places()
     first = factor(y, left, one, x.dtype)
     second = factor(y, right, other, x.dtype)
@@ -128,9 +132,8 @@ def _wide(spec: LinearBackward, name: str) -> str:
 
 def _row_gradients(spec: LinearBackward) -> str:
     """Lines in the loop that load dout of the rows beside the keys and divide it by the rows' sums of weights."""
-    douts = load_text("dout_block + dout_tile", "cols[:, None] < last", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
-    return f"""        dout_block = dout + tl.cast(start + window, tl.int64) * dout_row
-        douts = {douts}
+    douts = load_text("dout + row * dout_row + dims_v[None, :]", held(spec.head_dim_v, "dims_v"))
+    return f"""        douts = {douts}
         of_rows = (batch * {spec.served} + slot) * length + window + cols
         bounds = tl.load(bound + of_rows, mask=cols < last, other=float("inf"))
         inverse = tl.exp2(shift - bounds)
@@ -140,9 +143,7 @@ def _row_gradients(spec: LinearBackward) -> str:
 
 def _row_pointers() -> str:
     return """    q += batch * q_batch + head.to(tl.int64) * q_head
-    dout += batch * dout_batch + slot.to(tl.int64) * dout_head
-    q_tile = local[:, None] * q_row + dims[None, :]
-    dout_tile = local[:, None] * dout_row + dims_v[None, :]"""
+    dout += batch * dout_batch + slot.to(tl.int64) * dout_head"""
 
 
 def _arguments(spec: LinearBackward, *names: str) -> str:
@@ -154,18 +155,20 @@ def _tables(spec: LinearBackward) -> str:
 
 
 def _numbers(*names: str) -> str:
-    return f"\n    length,\n    segments,\n    segment,{strides(*names)}\n    BLOCK: tl.constexpr,"
+    numbers = "\n    length,\n    segments,\n    segment,"
+    return f"{numbers}{strides(*names)}\n    BLOCK: tl.constexpr,\n    RELOAD: tl.constexpr,"
 
 
 def _near(spec: LinearBackward) -> str:
-    """Lines that set `dnear`, the gradient at the weights of a block's keys in the rows beside it, but for their shift."""
-    return f"""        dnear = {dot(spec, narrow(spec, "gradient"), f"tl.trans({operand(spec, 'values')})")} - deltas[:, None]
-        dnear = tl.where(local[:, None] >= local[None, :], dnear, 0.0)"""
+    """Lines that set `dnear`, the gradient at the products of a block's features with those of the rows beside it."""
+    of_values = dot(spec, narrow(spec, "gradient"), f"tl.trans({operand(spec, 'values')})")
+    return f"""        dnear = {of_values} - deltas[:, None]
+        dnear = tl.where(cols[:, None] >= cols[None, :], dnear, 0.0)"""
 
 
 def _dq(spec: LinearBackward) -> str:
     dim, dim_v = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
-    mask = mask_argument("cols[:, None] < last", dim_mask(spec.head_dim, "dims[None, :]"))
+    mask = mask_argument(held(spec.head_dim, "dims"))
     square = " - 2.0 * q_square * queries.to(tl.float32)" if spec.kind == "exp" else ""
     return f'''
 
@@ -181,14 +184,14 @@ def linear_dq({_arguments(spec, "dout", "q", "k", "v", "dlse", "delta", "bound",
     dims_v = tl.arange(0, {dim_v})
 {_row_pointers()}
     dq += batch * dq_batch + head.to(tl.int64) * dq_head
-    dq_tile = local[:, None] * dq_row + dims[None, :]
 {key_pointers(spec.padded)}
 {load_query_map(spec)}
 {load_key_map(spec)}
 {first_states(spec)}
-    for start in range(begin, end, BLOCK):
-{key_block(spec, spec.padded)}
+{loop(spec)}
 {query_block(spec)}
+{key_block(spec, spec.padded)}
+{value_block(spec)}
 {_row_gradients(spec)}
 {_near(spec)}
         change = {dot(spec, narrow(spec, "dnear"), narrow(spec, "of_keys"))}
@@ -198,10 +201,9 @@ def linear_dq({_arguments(spec, "dout", "q", "k", "v", "dlse", "delta", "bound",
         total += tl.sum(of_keys, 0)
 
         dlses = tl.load(dlse + of_rows, mask=(cols < last) & (bounds != float("inf")), other=0.0)
-        change = from_features(change, of_queries, queries, q_map, q_rest, q_bias)
+        change = from_features(change, of_queries, queries, q_map, q_rest, bq, slot)
         change += dlses[:, None] * (q_linear[None, :]{square})
-        dq_block = dq + tl.cast(start + window, tl.int64) * dq_row
-        tl.store(dq_block + dq_tile, change.to(dq.dtype.element_ty){mask})
+        tl.store(dq + row * dq_row + dims[None, :], change.to(dq.dtype.element_ty){mask})
 '''
 
 
@@ -219,12 +221,13 @@ def query_states({_arguments(spec, "dout", "q", "v", "delta", "bound", "states",
     parts,
     segment,{strides("dout", "q")}
     BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """The sums of f_i g_i^T and of f_i delta_i / sum_i over the rows beside each segment of keys but the first.
 
     g is dout over the row's sum of weights. states, totals: as key_states leaves them.
     """
-{place_text(spec, "parts").replace("% parts", "% parts + 1")}
+{place_text(spec, "parts", False).replace("% parts", "% parts + 1")}
     local = tl.arange(0, BLOCK)
     dims = tl.arange(0, {dim})
     dims_v = tl.arange(0, {dim_v})
@@ -232,8 +235,7 @@ def query_states({_arguments(spec, "dout", "q", "v", "delta", "bound", "states",
 {load_query_map(spec)}
     state = tl.zeros([{size}, {dim_v}], tl.float32)
     total = tl.zeros([{size}], tl.float32)
-    for start in range(begin, end, BLOCK):
-        cols = start + local
+{loop(spec)}
 {query_block(spec)}
 {_row_gradients(spec)}
         state = {_onto(spec)}
@@ -251,8 +253,7 @@ def _onto(spec: LinearBackward) -> str:
 
 def _dkv(spec: LinearBackward) -> str:
     dim, dim_v, groups = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v), spec.kv_heads
-    k_mask = "cols[:, None] < last", dim_mask(spec.head_dim, "dims[None, :]")
-    v_mask = "cols[:, None] < last", dim_mask(spec.head_dim_v, "dims_v[None, :]")
+    k_mask, v_mask = held(spec.head_dim, "dims"), held(spec.head_dim_v, "dims_v")
     # In a loop over the heads of a KV head all lines of a head stand four spaces further in.
     inner = "\n".join(
         (
@@ -260,15 +261,20 @@ def _dkv(spec: LinearBackward) -> str:
             load_query_map(spec),
             load_key_map(spec),
             first_states(spec),
-            "    for n in range(0, tl.cdiv(tl.maximum(end - begin, 0), BLOCK)):",
-            "        start = begin + (tl.cdiv(end - begin, BLOCK) - 1 - n) * BLOCK",
-            key_block(spec, spec.padded),
+            "    blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK)",
+            "    for n in tl.range(0, blocks, disable_licm=True):",
+            "        cols = begin + (blocks - 1 - n) * BLOCK + local",
+            "        held = cols[:, None] < last",
             query_block(spec),
+            key_block(spec, spec.padded),
+            value_block(spec),
             _row_gradients(spec),
             _near(spec),
-            _gradients(spec, load_text("dk_block + k_at", *k_mask), load_text("dv_block + v_at", *v_mask)),
-            f"        tl.store(dk_block + k_at, change{mask_argument(*k_mask)})",
-            f"        tl.store(dv_block + v_at, of_values{mask_argument(*v_mask)})",
+            _gradients(
+                spec, load_text("dk_rows + dims[None, :]", k_mask), load_text("dv_rows + dims_v[None, :]", v_mask)
+            ),
+            f"        tl.store(dk_rows + dims[None, :], change{mask_argument(k_mask)})",
+            f"        tl.store(dv_rows + dims_v[None, :], of_values{mask_argument(v_mask)})",
             f"        state = {_onto(spec)}",
             "        total += tl.sum(of_queries * deltas[:, None], 0)",
             "    # The next head adds to what this one has stored, maybe from other threads.",
@@ -300,12 +306,8 @@ def linear_dkv({_arguments(spec, "dout", "q", "k", "v", "delta", "bound", "dk", 
     dims_v = tl.arange(0, {dim_v})
     k += batch * k_batch + kv_head.to(tl.int64) * k_head
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
-    k_tile = local[:, None] * k_row + dims[None, :]
-    v_tile = local[:, None] * v_row + dims_v[None, :]
     dk += (batch * length * {groups} + kv_head) * {spec.head_dim}
-    dv += (batch * length * {groups} + kv_head) * {spec.head_dim_v}
-    k_at = local[:, None] * {groups * spec.head_dim} + dims[None, :]
-    v_at = local[:, None] * {groups * spec.head_dim_v} + dims_v[None, :]{pad}
+    dv += (batch * length * {groups} + kv_head) * {spec.head_dim_v}{pad}
     q_start = q
     dout_start = dout
     for slot in range(tl.load(groups + kv_head), tl.load(groups + kv_head + 1)):
@@ -317,14 +319,12 @@ def _of_head(spec: LinearBackward) -> str:
     return """    head = tl.load(heads + slot)
     sink = tl.minimum(tl.maximum(tl.load(sinks + slot), 0), length)
     window = tl.minimum(tl.maximum(tl.load(windows + slot), 0), length)
-    # Keys before `last` are far from some row.
-    last = length - window
+    # Keys from the sink up to `last` are far from some row.
+    last = tl.where(sink < length - window, length - window, 0)
     begin = tl.maximum(part * segment, sink // BLOCK * BLOCK)
     end = tl.minimum((part + 1) * segment, last)
     q = q_start + batch * q_batch + head.to(tl.int64) * q_head
-    dout = dout_start + batch * dout_batch + tl.cast(slot, tl.int64) * dout_head
-    q_tile = local[:, None] * q_row + dims[None, :]
-    dout_tile = local[:, None] * dout_row + dims_v[None, :]"""
+    dout = dout_start + batch * dout_batch + tl.cast(slot, tl.int64) * dout_head"""
 
 
 def _gradients(spec: LinearBackward, old_dk: str, old_dv: str) -> str:
@@ -336,14 +336,15 @@ def _gradients(spec: LinearBackward, old_dk: str, old_dv: str) -> str:
         # Where the exponent was cut at 40 the feature does not change with the key.
         tail = """        change = tl.where(of_keys < 2.3538e17, change, 0.0)
         norms = tl.sum(change * of_keys, 1) * (2.0 * k_square)
-        change = from_features(change, of_keys, keys, k_map, k_rest, k_bias) - norms[:, None] * keys.to(tl.float32)"""
+        change = from_features(change, of_keys, keys, k_map, k_rest, bk, slot)
+        change -= norms[:, None] * keys.to(tl.float32)"""
     else:
         tail = """        change = tl.where(far[:, None], change, 0.0)
-        change = from_features(change, of_keys, keys, k_map, k_rest, k_bias)"""
+        change = from_features(change, of_keys, keys, k_map, k_rest, bk, slot)"""
     return f"""        near = {near}
-        near = tl.where(local[:, None] >= local[None, :], near, 0.0)
-        dk_block = dk + tl.cast(start, tl.int64) * {spec.kv_heads * spec.head_dim}
-        dv_block = dv + tl.cast(start, tl.int64) * {spec.kv_heads * spec.head_dim_v}
+        near = tl.where(cols[:, None] >= cols[None, :], near, 0.0)
+        dk_rows = dk + wide * {spec.kv_heads * spec.head_dim}
+        dv_rows = dv + wide * {spec.kv_heads * spec.head_dim_v}
         of_values = {old_dv}
         of_values = {dot(spec, narrow(spec, "of_keys"), narrow(spec, "state"), "of_values")}
         of_values = {onto_values}
@@ -355,7 +356,7 @@ def _gradients(spec: LinearBackward, old_dk: str, old_dv: str) -> str:
 
 def _launcher(spec: LinearBackward) -> str:
     heads, groups, served, dim, dim_v = spec.heads, spec.kv_heads, spec.served, spec.head_dim, spec.head_dim_v
-    of_queries = ", ".join(f'maps["{name}"]' for name in maps_of(spec, "q"))
+    of_queries = ", ".join(f'"{name}"' for name in maps_of(spec, "q"))
     return f'''{checks(spec, "linear_dq")}{states_launcher(spec)}
 
 def _behind(dout, q, v, delta, bound, far, maps, length, cut, launch):
@@ -363,8 +364,9 @@ def _behind(dout, q, v, delta, bound, far, maps, length, cut, launch):
     count, size = cut
     states = _empty_states(q.shape[0], count, q.device)
     if count > 1:
+        of_queries = [maps[name] for name in ({of_queries})]
         query_states[(q.shape[0] * {served} * (count - 1),)](
-            *(dout, q, v, delta, bound, *states, *far[:3], {of_queries}, length, count, count - 1, size),
+            *(dout, q, v, delta, bound, *states, *far[:3], *of_queries, length, count, count - 1, size),
             *_steps(dout, q),
             **launch["query_states"],
             **FUSED,
@@ -374,21 +376,24 @@ def _behind(dout, q, v, delta, bound, far, maps, length, cut, launch):
 
 
 def backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, pad=None):
-    """Gradients at q (B, {heads}, N, {dim}), k (B, {groups}, N, {dim}) and v (B, {groups}, N, {dim_v}), laid out as (B, N, heads, dim).
+    """Gradients at q (B, {heads}, N, {dim}), k (B, {groups}, N, {dim}) and v (B, {groups}, N, {dim_v}).
 
-    Those of a prefill with the results out (B, {served}, N, {dim_v}) and lse (B, {served}, N) and the gradients dout and dlse at
-    these; the rest as prefill has them. A head that is not served has a gradient of 0.
+    Those of a prefill with the results out (B, {served}, N, {dim_v}) and lse (B, {served}, N) and the gradients dout
+    and dlse at these; the rest as prefill has them. They are laid out as (B, N, heads, dim), and 0 for heads that are
+    not served.
     """
     _check(q, k, v, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype
     if dout.shape != out.shape or out.shape != (batch, {served}, length, {dim_v}) or lse.shape != out.shape[:3]:
-        raise ValueError(f"dout, out, lse have shapes {{tuple(dout.shape)}}, {{tuple(out.shape)}}, {{tuple(lse.shape)}}")
+        shapes = [tuple(x.shape) for x in (dout, out, lse)]
+        raise ValueError(f"dout, out, lse have shapes {{shapes}}; this kernel serves {served} heads")
     far, tables = _far(heads, sinks, windows, pad, length, q.device)
     maps = _maps(maps, q.device){upcast(spec, "dout, q, k, v, out")}
     dout, q, k, v, out = _rows(dout, q, k, v, out)
     dlse, lse = dlse.float().contiguous(), lse.contiguous()
     dq = torch.zeros((batch, length, {heads}, {dim}), dtype=q.dtype, device=q.device).transpose(1, 2)
-    dk, dv = (torch.zeros((batch, length, {groups}, d), dtype=torch.float32, device=q.device) for d in ({dim}, {dim_v}))
+    sizes = ((batch, length, {groups}, width) for width in ({dim}, {dim_v}))
+    dk, dv = (torch.zeros(size, dtype=torch.float32, device=q.device) for size in sizes)
     delta, bound = torch.empty_like(lse), torch.empty_like(lse)
     if lse.numel():
         with torch.cuda.device_of(q):
@@ -417,7 +422,7 @@ def backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, pad=Non
 '''
 
 
-ABOUT = """Gradients of a prefill in which query i weighs key j by exp(shift_i) f(q_i) . f(k_j), where sink <= j <= i - window{real}.
+ABOUT = """Gradients where query i weighs by exp(shift_i) f(q_i) . f(k_j) all keys sink <= j <= i - window{real}.
 With the sums of weights exp(lse_i) and delta_i = dout_i . out_i - dlse_i, the gradient at f(q_i) . f(k_j) is
 (dout_i . v_j - delta_i) exp(shift_i - lse_i)."""
 IMPORTS = """from attnopt.codegen.linear_tables import far_tables, segments
@@ -429,7 +434,7 @@ SUMMED = 64"""
 def source(spec: LinearBackward) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check_linear(spec)
-    about = ABOUT.format(real=" and\npad[b, j]" if spec.padded else "")
+    about = ABOUT.format(real=" and pad[b, j]" if spec.padded else "")
     kernels = map_text(spec) + states_text(spec, spec.padded) + _map_gradients(spec) + _row_sums(spec)
     kernels += _dq(spec) + _query_states(spec) + _dkv(spec)
     told = aot(spec, "dout q k v out dq", "key_states add_up linear_dq query_states linear_dkv")

@@ -33,11 +33,7 @@ def _features(spec: LinearDecode, x: str) -> str:
 def _map(spec: LinearDecode, side: str, x: str) -> str:
     rank, tile, dim = spec.rank, padded_dim(spec.rank), spec.head_dim
     where = "" if rank == tile else f"row < {rank}"
-    weight = load_text(
-        f"w{side} + slot * {rank * dim} + row[:, None] * {dim} + dims[None, :]",
-        "" if rank == tile else f"row[:, None] < {rank}",
-        dim_mask(dim, "dims[None, :]"),
-    )
+    weight = load_text(f"w{side} + slot * {rank * dim} + in_map", "inside" if rank != tile or dim_mask(dim, "") else "")
     empty = 'float("-inf")' if spec.kind == "exp" else "0.0"
     bias = f"tl.load(b{side} + slot * {rank} + row{f', mask={where}, other={empty}' if where else ''})"
     return f"    {x}_map = {weight}\n    {x}_bias = {bias}"
@@ -52,8 +48,7 @@ def _made(spec: LinearDecode) -> str:
     top = tl.max(e, 0)
     of_query = tl.exp2((e - top) * {LOG2_E})
     shift = top + tl.sum(query * (linear - tl.load(cq + slot) * query), 0) + tl.load(u0 + slot)"""
-    rank = spec.rank
-    return f"""    y = tl.sum(key_map * key[None, :], 1) + key_bias
+    return """    y = tl.sum(key_map * key[None, :], 1) + key_bias
     of_key = second_order(y)
     y = tl.sum(query_map * query[None, :], 1) + query_bias
     of_query = second_order(y)
@@ -68,7 +63,7 @@ def _second_order(spec: LinearDecode) -> str:
 
 @triton.jit
 def second_order(y):
-    """f ({size},): 1, y and all y_a y_b / sqrt 2 of y ({tile},), so that two of them make 1 + s + s^2 / 2 of s = y . y'."""
+    """f ({size},): 1, y and all y_a y_b / sqrt 2 of y ({tile},); two of them make 1 + s + s^2 / 2 of s = y . y'."""
     row = tl.arange(0, {tile})[:, None]
     at = tl.arange(0, {size})
     pair = at - {1 + rank}
@@ -85,9 +80,12 @@ def _kernel(spec: LinearDecode) -> str:
     dim, dim_v, size = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v), padded_features(spec)
     wide, width = spec.head_dim_v + 1, features(spec)
     pointers = "".join(f"\n    {name}," for name in maps_of(spec))
-    in_dims, in_dims_v = (
-        dim_mask(d, name) for d, name in ((spec.head_dim, "dims"), (spec.head_dim_v, "dims_v"))
+    in_dims, in_dims_v = (dim_mask(d, name) for d, name in ((spec.head_dim, "dims"), (spec.head_dim_v, "dims_v")))
+    conditions = (
+        "" if spec.rank == padded_dim(spec.rank) else f"row[:, None] < {spec.rank}",
+        dim_mask(spec.head_dim, "dims[None, :]"),
     )
+    inside = mask_argument(*conditions).replace(", mask=", "\n    inside = ")
     there = "" if width == size else f"at < {width}"
     there_rows = "" if width == size else f"at[:, None] < {width}"
     state_mask = there_rows, dim_mask(spec.head_dim_v, "dims_v[None, :]")
@@ -132,6 +130,7 @@ def linear_decode(
     value = {load_text("v + dims_v", f"tl.where(dims_v < {spec.head_dim_v}, leaving, -1) >= 0")}.to(tl.float32)
     q += batch * q_batch + head.to(tl.int64) * q_head
     query = {load_text("q + dims", in_dims)}.to(tl.float32)
+    in_map = row[:, None] * {spec.head_dim} + dims[None, :]{inside}
 {_map(spec, "k", "key")}
 {_map(spec, "q", "query")}
     linear = {load_text(f"u + slot * {spec.head_dim} + dims", in_dims)}
@@ -140,7 +139,8 @@ def linear_decode(
 
     state += program.to(tl.int64) * {width * wide}
     cells = at[:, None] * {wide} + dims_v[None, :]
-    sums = {load_text("state + cells", *state_mask)} + of_key[:, None] * value[None, :]
+    sums = {load_text("state + cells", *state_mask)}
+    sums += of_key[:, None] * value[None, :]
     total = {load_text(f"state + at * {wide} + {spec.head_dim_v}", there)} + of_key
     tl.store(state + cells, sums{mask_argument(*state_mask)})
     tl.store(state + at * {wide} + {spec.head_dim_v}, total{mask_argument(there)})
@@ -148,10 +148,11 @@ def linear_decode(
     weight = tl.sum(of_query * total, 0)
     acc = tl.sum(of_query[:, None] * sums, 0) / tl.where(weight > 0.0, weight, 1.0)
     acc = tl.where(weight > 0.0, acc, 0.0)
-    tl.store(out + program.to(tl.int64) * {spec.head_dim_v} + dims_v, acc.to(out.dtype.element_ty){mask_argument(in_dims_v)})
+    out += program.to(tl.int64) * {spec.head_dim_v}
+    tl.store(out + dims_v, acc.to(out.dtype.element_ty){mask_argument(in_dims_v)})
     # From base 2 to the natural logarithm.
-    sums = tl.where(weight > 0.0, shift + tl.log2(weight) * {LN_2}, float("-inf"))
-    tl.store(lse + program, sums)
+    sums = shift + tl.log2(tl.where(weight > 0.0, weight, 1.0)) * {LN_2}
+    tl.store(lse + program, tl.where(weight > 0.0, sums, float("-inf")))
 '''
 
 
@@ -160,9 +161,7 @@ def _launcher(spec: LinearDecode) -> str:
     return f'''
 
 # Chosen by TRITON_INTERPRET when this file is imported.
-INTERPRETED = not isinstance(linear_decode, triton.JITFunction)
-
-{maps_text(spec)}
+INTERPRETED = not isinstance(linear_decode, triton.JITFunction){maps_text(spec)}
 
 def _check(q, k, v, slots, state):
     batch, held = q.shape[0], k.shape[1]
@@ -182,11 +181,12 @@ def _check(q, k, v, slots, state):
 
 
 def decode(q, k, v, slots, heads, state, maps):
-    """q (B, {heads}, 1, {dim}), k (B, C, {dim}), v (B, C, {dim_v}), all {spec.dtype} -> out (B, {served}, 1, {dim_v}) and lse (B, {served}, 1).
+    """q (B, {heads}, 1, {dim}), k (B, C, {dim}), v (B, C, {dim_v}) -> out (B, {served}, 1, {dim_v}),
+    lse (B, {served}, 1).
 
-    slots int32 (B, {served}): where the key and value lie that leave the window of each served head, negative for none;
-    they are added to state, float32 (B, {served}, {width}, {dim_v} + 1), before it is read. heads: int ({served},), the served ones;
-    maps: their FeatureMap. lse is float32 and natural, -inf for an empty state.
+    All {spec.dtype}, but lse float32: natural, -inf for an empty state. heads: int ({served},), the served ones; maps:
+    their FeatureMap. slots int32 (B, {served}): where the key and value lie that leave the window of each, negative for
+    none; they are added to state, float32 (B, {served}, {width}, {dim_v} + 1), before it is read.
     """
     _check(q, k, v, slots, state)
     maps, batch, dtype = _maps(maps, q.device), q.shape[0], q.dtype{upcast(spec, "q, k, v")}
@@ -205,7 +205,7 @@ def decode(q, k, v, slots, heads, state, maps):
 
 
 def state(k, v, heads, query_heads, sinks, windows, maps, pad=None):
-    """What decoding goes on from after a prompt: the state of its last row, float32 (B, {served}, {width}, {dim_v} + 1).
+    """What decoding goes on from after a prompt: the state of its last row, (B, {served}, {width}, {dim_v} + 1).
 
     k (B, G, N, {dim}), v (B, G, N, {dim_v}); sinks, windows int ({served},); pad bool (B, N) or None.
     """
@@ -215,8 +215,8 @@ def state(k, v, heads, query_heads, sinks, windows, maps, pad=None):
 '''
 
 
-ABOUT = """A key far from a query, as all are whose sum is in `state`, weighs exp(shift) f(q) . f(k_j): out is the mean of the
-values under these weights, and lse the logarithm of their sum."""
+ABOUT = """A query weighs keys whose features are summed in `state` by exp(shift) f(q) . f(k_j): out is the mean of
+their values under these weights, and lse the logarithm of their sum."""
 IMPORTS = """from attnopt.codegen.emit import load
 from attnopt.codegen.linear_tables import on_device
 from attnopt.codegen.spec import LinearPrefill

@@ -18,6 +18,8 @@ def _launches(launches: dict[str, dict[str, Launch]]) -> str:
         text += f'\n    "{device}": {{'
         for kernel, values in kernels.items():
             shown = ", ".join(f'"{name}": {x}' for name, x in zip(names, values, strict=True))
+            if kernel != "linear_decode":
+                shown += f', "RELOAD": {device == "hip"}'
             text += f'\n        "{kernel}": {{{shown}}},'
         text += "\n    },"
     return f"LAUNCHES = {{{text}\n}}"
@@ -67,6 +69,9 @@ def maps_text(spec: Linear) -> str:
     names = ", ".join(f'"{name}"' for name in maps_of(spec))
     return f'''
 
+MAPS = ({names})
+
+
 def _maps(maps, device):
     """The tensors of a FeatureMap by name, contiguous on `device`."""
     if (maps.kind, maps.heads, maps.rank) != ("{spec.kind}", {spec.served}, {spec.rank}):
@@ -74,7 +79,7 @@ def _maps(maps, device):
         raise ValueError(f"{{found}} are given; this kernel wants {spec.served} maps {spec.kind}/{spec.rank}")
     if maps.wq.dtype != torch.float32 or maps.wq.shape[2] != {spec.head_dim}:
         raise ValueError(f"maps of {{maps.wq.shape[2]}} {{maps.wq.dtype}}; this kernel wants {spec.head_dim} float32")
-    return {{name: getattr(maps, name).to(device).contiguous() for name in ({names})}}
+    return {{name: getattr(maps, name).to(device).contiguous() for name in MAPS}}
 '''
 
 
@@ -124,7 +129,7 @@ def _far(heads, sinks, windows, pad, length, device):
 def states_launcher(spec: LinearPrefill) -> str:
     """`_empty_states` and `_before`, which fills them with what lies before each segment."""
     size, dim_v, served = padded_features(spec), padded_dim(spec.head_dim_v), spec.served
-    maps = ", ".join(f'maps["{name}"]' for name in maps_of(spec, "k"))
+    maps = ", ".join(f'"{name}"' for name in maps_of(spec, "k"))
     return f'''
 
 def _empty_states(batch, count, device):
@@ -142,7 +147,7 @@ def _sums(k, v, far, maps, length, cut, parts, launch):
     count, size = cut
     states = _empty_states(k.shape[0], count, k.device)
     if parts:
-        of_keys = ({maps})
+        of_keys = [maps[name] for name in ({maps})]
         key_states[(k.shape[0] * {served} * parts,)](
             k, v, *states, *far, *of_keys, length, count, parts, size, *_steps(k, v), **launch["key_states"], **FUSED
         )
@@ -162,7 +167,10 @@ def aot(spec: Linear, inputs: str, kernels: str) -> str:
     """`aot_signatures`. inputs: names of parameters that point at the spec's dtype; kernels: names, all with a launch
     of their own but add_up."""
     listed = ", ".join(f'"{name}"' for name in inputs.split())
-    added = f' | ({{"REVERSE": False, "BLOCK": {ADDED}}} if kernel is add_up else {{}})' if "add_up" in kernels else ""
+    many = "".join(f"\n        {name}," for name in kernels.split()) + "\n    " if " " in kernels else f"{kernels},"
+    added = "{}"
+    if " " in kernels:
+        added = f'{{"REVERSE": False, "BLOCK": {ADDED}}}'
     return f'''
 
 def aot_signatures(target="sm_90"):
@@ -171,14 +179,16 @@ def aot_signatures(target="sm_90"):
     kinds = {{
         **dict.fromkeys(({listed}), "*{TRITON_DTYPES[spec.dtype]}"),
         **dict.fromkeys(("sinks", "windows", "heads", "groups", "slots"), "*i32"),
-        **{{"pad": "*u8", "BLOCK": "constexpr", "REVERSE": "constexpr"}},
+        "pad": "*u8",
+        **dict.fromkeys(("BLOCK", "REVERSE", "RELOAD"), "constexpr"),
         **plain,
     }}
-    for kernel in ({kernels.replace(" ", ", ")},):
-        config = LAUNCHES[target].get(kernel.__name__, {{}}){added}
+    unaligned = ("length", "segments", "parts", "BLOCK", "REVERSE", "RELOAD")
+    for kernel in ({many}):
+        config = LAUNCHES[target].get(kernel.__name__, {added})
         steps = ("_batch", "_head", "_row", "_slot")
         signature = {{n: kinds.get(n, "i32" if n.endswith(steps) else "*fp32") for n in kernel.arg_names}}
-        aligned = [i for i, n in enumerate(signature) if n not in ("length", "segments", "parts", "BLOCK", "REVERSE")]
+        aligned = [i for i, n in enumerate(signature) if n not in unaligned]
         yield {{
             "kernel": kernel,
             "signature": signature,

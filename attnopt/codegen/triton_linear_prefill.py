@@ -19,20 +19,23 @@ from attnopt.codegen.triton_linear_text import (
     LN_2,
     check_linear,
     dot,
+    features,
     first_states,
+    held,
     key_block,
     key_pointers,
     load_key_map,
     load_query_map,
+    loop,
     map_text,
     maps_of,
     narrow,
     operand,
-    features,
     pad_pointer,
     place_text,
     query_block,
     states_text,
+    value_block,
 )
 from attnopt.codegen.triton_text import dim_mask, mask_argument, need_triton, padded_dim
 from attnopt.registry import TARGETS
@@ -43,7 +46,9 @@ def launches(spec: LinearPrefill) -> dict[str, dict[str, Launch]]:
     names = ("key_states", "linear_prefill")
     if spec.dtype != "bfloat16" or padded_dim(max(spec.head_dim, spec.head_dim_v)) > 128:
         return {target: dict.fromkeys(names, (32, 8, 1)) for target in ("sm_90", "sm_80", "hip")}
-    return {target: dict.fromkeys(names, (64, 4, 2)) for target in ("sm_90", "sm_80", "hip")}
+    # Two programs of four warps share an SM of sm_90.
+    launch = {"sm_90": (32, 4, 2), "sm_80": (32, 8, 2), "hip": (32, 4, 1)}
+    return {target: dict.fromkeys(names, values) for target, values in launch.items()}
 
 
 def _kernel(spec: LinearPrefill) -> str:
@@ -51,7 +56,7 @@ def _kernel(spec: LinearPrefill) -> str:
     pointers = "".join(f"\n    {name}," for name in maps_of(spec))
     steps = strides("q", "k", "v", "out")
     no_mask = mask_argument("rows[:, None] < none", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
-    out_mask = mask_argument("cols[:, None] < last", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
+    out_mask = mask_argument(held(spec.head_dim_v, "dims_v"))
     near = dot(spec, narrow(spec, "of_queries"), f"tl.trans({narrow(spec, 'of_keys')})")
     far = dot(spec, narrow(spec, "of_queries"), narrow(spec, "state"))
     update = dot(spec, f"tl.trans({narrow(spec, 'of_keys')})", operand(spec, "values"), "state")
@@ -73,10 +78,11 @@ def linear_prefill(
     segments,
     segment,{steps}
     BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """One segment of `segment` keys of one served head and the rows beside it, in blocks of BLOCK.
 
-    lse: float32 (batch, {spec.served}, length), contiguous.
+    lse: float32 (batch, {spec.served}, length), contiguous. RELOAD: maps are loaded for every block.
     """
 {place_text(spec, "segments")}
     local = tl.arange(0, BLOCK)
@@ -84,40 +90,40 @@ def linear_prefill(
     dims_v = tl.arange(0, {dim_v})
     out += batch * out_batch + slot.to(tl.int64) * out_head
     lse += (batch * {spec.served} + slot) * length
-    out_tile = local[:, None] * out_row + dims_v[None, :]
 
     # Rows before the first key's have none that is far; the programs of a head share them out.
     none = tl.where(first < last, first + window, length)
     for start in range(part * BLOCK, none, segments * BLOCK):
         rows = start + local
-        nothing = tl.zeros([BLOCK, {dim_v}], tl.float32)
-        out_block = out + tl.cast(start, tl.int64) * out_row
-        tl.store(out_block + out_tile, nothing.to(out.dtype.element_ty){no_mask})
+        nothing = tl.zeros([BLOCK, {dim_v}], tl.float32).to(out.dtype.element_ty)
+        out_rows = out + rows[:, None].to(tl.int64) * out_row
+        tl.store(out_rows + dims_v[None, :], nothing{no_mask})
         tl.store(lse + rows, tl.full([BLOCK], float("-inf"), tl.float32), mask=rows < none)
 
     q += batch * q_batch + head.to(tl.int64) * q_head
-    q_tile = local[:, None] * q_row + dims[None, :]
 {key_pointers(spec.padded)}
 {load_query_map(spec)}
 {load_key_map(spec)}
 {first_states(spec)}
-    for start in range(begin, end, BLOCK):
-{key_block(spec, spec.padded)}
+{loop(spec)}
 {query_block(spec)}
+        weight = tl.sum(of_queries * total[None, :], 1)
+{key_block(spec, spec.padded)}
+        total += tl.sum(of_keys, 0)
+{value_block(spec)}
         near = {near}
-        near = tl.where(local[:, None] >= local[None, :], near, 0.0)
-        weight = tl.sum(of_queries * total[None, :], 1) + tl.sum(near, 1)
+        near = tl.where(cols[:, None] >= cols[None, :], near, 0.0)
+        weight += tl.sum(near, 1)
         acc = {far}
         acc = {dot(spec, narrow(spec, "near"), operand(spec, "values"), "acc")}
         state = {update}
-        total += tl.sum(of_keys, 0)
 
         # A row whose far keys are all padding is 0, and its logarithm -inf.
-        acc = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
-        out_block = out + tl.cast(start + window, tl.int64) * out_row
-        tl.store(out_block + out_tile, acc.to(out.dtype.element_ty){out_mask})
+        acc = (acc / tl.where(weight > 0.0, weight, 1.0)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + row * out_row + dims_v[None, :], acc{out_mask})
         # From base 2 to the natural logarithm.
-        sums = tl.where(weight > 0.0, (shift + tl.log2(weight)) * {LN_2}, float("-inf"))
+        sums = (shift + tl.log2(tl.where(weight > 0.0, weight, 1.0))) * {LN_2}
+        sums = tl.where(weight > 0.0, sums, float("-inf"))
         tl.store(lse + cols + window, sums, mask=cols < last)
 '''
 
@@ -129,7 +135,8 @@ def _launcher(spec: LinearPrefill) -> str:
     return f'''{checks(spec, "linear_prefill")}{states_launcher(spec)}
 
 def prefill(q, k, v, heads, sinks, windows, maps, pad=None):
-    """q (B, {heads}, N, {dim}), k (B, {groups}, N, {dim}), v (B, {groups}, N, {dim_v}) -> out (B, {served}, N, {dim_v}) and lse (B, {served}, N).
+    """q (B, {heads}, N, {dim}), k (B, {groups}, N, {dim}), v (B, {groups}, N, {dim_v})
+    -> out (B, {served}, N, {dim_v}), lse (B, {served}, N).
 
     All {spec.dtype}, but lse float32: the natural logarithm of a row's sum of weights, -inf where no key is far.
     heads, sinks, windows: int ({served},), best on the CPU; maps: the FeatureMap of these heads; pad {pad_doc}.
@@ -180,15 +187,15 @@ def _blocks(launch):
 '''
 
 
-ABOUT = """Query i of a served head weighs key j by exp(shift_i) f(q_i) . f(k_j), where sink <= j <= i - window{real}: out is
-the mean of the values under these weights, and lse the logarithm of their sum."""
+ABOUT = """Query i of a served head weighs by exp(shift_i) f(q_i) . f(k_j) all keys sink <= j <= i - window{real}:
+out is the mean of their values, and lse the logarithm of the sum of these weights."""
 IMPORTS = "from attnopt.codegen.linear_tables import far_tables, segments\n"
 
 
 def source(spec: LinearPrefill) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check_linear(spec)
-    about = ABOUT.format(real="\nand pad[b, j]" if spec.padded else "")
+    about = ABOUT.format(real=" with pad[b, j]" if spec.padded else "")
     kernels = map_text(spec) + states_text(spec, spec.padded) + _kernel(spec)
     told = aot(spec, "q k v out", "key_states add_up linear_prefill")
     last = footer(spec, "self_check_linear", "prefill, state")

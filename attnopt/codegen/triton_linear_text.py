@@ -8,7 +8,7 @@ k where they are used, and never written to memory.
 
 from __future__ import annotations
 
-from attnopt.codegen.spec import Linear, LinearDecode
+from attnopt.codegen.spec import Linear
 from attnopt.codegen.triton_text import check, dim_mask, load_text, mask_argument, padded_dim
 
 # The most features of a map, padded to a power of two: their state takes half of an SM's registers.
@@ -75,13 +75,9 @@ def map_text(spec: Linear) -> str:
 def _load_map(spec: Linear) -> str:
     rank, dim, tile = spec.rank, spec.head_dim, padded_dim(spec.rank)
     base = f" * {LOG2_E}" if spec.kind == "exp" else ""
-    weight = load_text(
-        f"w + slot * {rank * dim} + at[None, :] * {dim} + dims[:, None]",
-        "" if rank == tile else f"at[None, :] < {rank}",
-        dim_mask(dim, "dims[:, None]"),
-    )
+    inside = mask_argument("" if rank == tile else f"at[None, :] < {rank}", dim_mask(dim, "dims[:, None]"))
     empty = 'float("-inf")' if spec.kind == "exp" else "0.0"
-    bias = f"tl.load(b + slot * {rank} + at{'' if rank == tile else f', mask=at < {rank}, other={empty}'})"
+    bias_mask = "" if rank == tile else f", mask=at[None, :] < {rank}, other={empty}"
     if spec.dtype == "float32":
         parts, product = "weight, 0.0", 'tl.dot(x, weight, input_precision="ieee")'
     else:
@@ -91,19 +87,22 @@ def _load_map(spec: Linear) -> str:
     return f'''
 
 @triton.jit
-def load_map(w, b, slot, x_type: tl.constexpr):
-    """A served head's map ({padded_dim(dim)}, {tile}), what x_type leaves of it, and its bias ({tile},){in_base}."""
+def load_map(w, slot, x_type: tl.constexpr):
+    """A served head's map ({padded_dim(dim)}, {tile}), and what x_type leaves of it{in_base}."""
     at = tl.arange(0, {tile})
     dims = tl.arange(0, {padded_dim(dim)})
-    weight = {weight}{base}
-    bias = {bias}{base}
-    return {parts}, bias
+    places = w + slot * {rank * dim} + at[None, :] * {dim} + dims[:, None]
+    weight = tl.load(places{inside}{", other=0.0" if inside else ""}){base}
+    return {parts}
 
 
 @triton.jit
-def project(x, weight, rest):
+def project(x, weight, rest, b, slot):
     """x (rows, {padded_dim(dim)}) times a map in two parts: one alone would cost as much as rounding x again."""
-    return {product}
+    at = tl.arange(0, {tile})
+    # Loaded where it is added, as it would take registers all the time.
+    bias = tl.load(b + slot * {rank} + at[None, :]{bias_mask}){base}
+    return {product} + bias
 
 
 @triton.jit
@@ -118,20 +117,19 @@ def _exponentials(spec: Linear) -> str:
     return f'''
 
 @triton.jit
-def query_features(x, weight, rest, bias, square, linear, constant):
-    """f (rows, {padded_features(spec)}), at most 1, and (rows,) the logarithm in base 2 of what they are still to be
-    multiplied by."""
-    e = project(x, weight, rest) + bias[None, :]
+def query_features(x, weight, rest, b, slot, square, linear, constant):
+    """f (rows, {padded_features(spec)}), at most 1, and (rows,): log2 of the factor that they still lack."""
+    e = project(x, weight, rest, b, slot)
     top = tl.max(e, 1)
     return tl.exp2(e - top[:, None]), top + row_factor(x, square, linear, constant) * {LOG2_E}
 
 
 @triton.jit
-def key_features(x, weight, rest, bias, square):
+def key_features(x, weight, rest, b, slot, square):
     """f (rows, {padded_features(spec)}), at most e^40."""
     wide = x.to(tl.float32)
     norm = tl.sum(wide * wide, 1) * (square * {LOG2_E})
-    return tl.exp2(tl.minimum(project(x, weight, rest) + bias[None, :] - norm[:, None], 57.70780163555853))
+    return tl.exp2(tl.minimum(project(x, weight, rest, b, slot) - norm[:, None], 57.70780163555853))
 '''
 
 
@@ -161,7 +159,8 @@ def places():
     of_right = tl.where(is_pair, pair % {rank}, -1)
     left = tl.where(row == of_left[None, :], 1.0, 0.0)
     right = tl.where(row == of_right[None, :], 1.0, 0.0)
-    return left, right, tl.where(at == 0, 1.0, 0.0), tl.where(is_pair, 0.0, 1.0), tl.where(is_pair, {2**-0.5}, 1.0)
+    root = tl.where(is_pair, {2**-0.5}, 1.0)
+    return left, right, tl.where(at == 0, 1.0, 0.0), tl.where(is_pair, 0.0, 1.0), root
 
 
 @triton.jit
@@ -171,22 +170,22 @@ def factor(y, place, beside, x_type: tl.constexpr):
 
 
 @triton.jit
-def second_order(x, weight, rest, bias):
+def second_order(x, weight, rest, b, slot):
     """f (rows, {size}): 1, y and all y_a y_b / sqrt 2, so that two of them make 1 + s + s^2 / 2 of s = y . y'."""
-    y = project(x, weight, rest) + bias[None, :]
+    y = project(x, weight, rest, b, slot)
     left, right, one, other, root = places()
     return factor(y, left, one, x.dtype) * factor(y, right, other, x.dtype) * root[None, :]
 
 
 @triton.jit
-def query_features(x, weight, rest, bias, linear, constant):
-    """f (rows, {size}) and (rows,) the logarithm in base 2 of what they are still to be multiplied by."""
-    return second_order(x, weight, rest, bias), row_factor(x, 0.0, linear, constant) * {LOG2_E}
+def query_features(x, weight, rest, b, slot, linear, constant):
+    """f (rows, {size}) and (rows,): log2 of the factor that they still lack."""
+    return second_order(x, weight, rest, b, slot), row_factor(x, 0.0, linear, constant) * {LOG2_E}
 
 
 @triton.jit
-def key_features(x, weight, rest, bias):
-    return second_order(x, weight, rest, bias)
+def key_features(x, weight, rest, b, slot):
+    return second_order(x, weight, rest, b, slot)
 '''
 
 
@@ -216,11 +215,12 @@ def key_states(
     v_head,
     v_row,
     BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """The sums of f_j v_j^T and of f_j over the far keys of one segment of `segment` keys, for one served head.
 
-    states: float32 (batch, {spec.served}, segments, {size}, {dim_v}), totals: float32 (batch, {spec.served}, segments, {size}); of them
-    the first `parts` segments are written.
+    states: float32 (batch, {spec.served}, segments, {size}, {dim_v}), totals: the same without its last axis; of the
+    segments the first `parts` are written.
     """
 {place_text(spec, "parts")}
     local = tl.arange(0, BLOCK)
@@ -230,8 +230,9 @@ def key_states(
 {load_key_map(spec)}
     state = tl.zeros([{size}, {dim_v}], tl.float32)
     total = tl.zeros([{size}], tl.float32)
-    for start in range(begin, end, BLOCK):
+{loop(spec)}
 {key_block(spec, padded)}
+{value_block(spec)}
         state = {dot(spec, f"tl.trans({narrow(spec, 'of_keys')})", operand(spec, "values"), "state")}
         total += tl.sum(of_keys, 0)
 {store_states(spec)}
@@ -264,20 +265,20 @@ def pad_pointer(padded: bool) -> str:
     return "\n    pad," if padded else ""
 
 
-def place_text(spec: Linear, segments: str) -> str:
+def place_text(spec: Linear, segments: str, keys: bool = True) -> str:
     """Lines that say which segment of which served head a program has; `segments` names how many are walked."""
-    return f"""    # Which segment: (batch * segments + segment) * {spec.served} served heads + head, so that heads of a KV head share L2.
+    kv_head = f"\n    kv_head = head // {spec.heads // spec.kv_heads}" if keys else ""
+    return f"""    # Which segment: (batch * segments + segment) * {spec.served} + head; heads of a KV head share L2.
     program = tl.program_id(0)
     slot = program % {spec.served}
     part = program // {spec.served} % {segments}
     # 64 bits: a large batch has more elements than 32 bits count.
     batch = (program // {spec.served} // {segments}).to(tl.int64)
-    head = tl.load(heads + slot)
-    kv_head = head // {spec.heads // spec.kv_heads}
+    head = tl.load(heads + slot){kv_head}
     sink = tl.minimum(tl.maximum(tl.load(sinks + slot), 0), length)
     window = tl.minimum(tl.maximum(tl.load(windows + slot), 0), length)
-    # Keys before `last` are far from some row.
-    last = length - window
+    # Keys from the sink up to `last` are far from some row.
+    last = tl.where(sink < length - window, length - window, 0)
     first = sink // BLOCK * BLOCK
     begin = tl.maximum(part * segment, first)
     end = tl.minimum((part + 1) * segment, last)"""
@@ -286,53 +287,71 @@ def place_text(spec: Linear, segments: str) -> str:
 def key_pointers(padded: bool) -> str:
     pad = "\n    pad += batch * length" if padded else ""
     return f"""    k += batch * k_batch + kv_head.to(tl.int64) * k_head
-    v += batch * v_batch + kv_head.to(tl.int64) * v_head
-    k_tile = local[:, None] * k_row + dims[None, :]
-    v_tile = local[:, None] * v_row + dims_v[None, :]{pad}"""
+    v += batch * v_batch + kv_head.to(tl.int64) * v_head{pad}"""
 
 
 def load_key_map(spec: Linear) -> str:
     square = "\n    k_square = tl.load(ck + slot)" if spec.kind == "exp" else ""
-    return f"    k_map, k_rest, k_bias = load_map(wk, bk, slot, k.dtype.element_ty){square}"
+    return f"""    if not RELOAD:
+        k_map, k_rest = load_map(wk, slot, k.dtype.element_ty){square}"""
 
 
 def load_query_map(spec: Linear) -> str:
     dims = mask_argument(dim_mask(spec.head_dim, "dims"))
     square = "\n    q_square = tl.load(cq + slot)" if spec.kind == "exp" else ""
-    return f"""    q_map, q_rest, q_bias = load_map(wq, bq, slot, q.dtype.element_ty)
+    return f"""    if not RELOAD:
+        q_map, q_rest = load_map(wq, slot, q.dtype.element_ty)
     q_linear = tl.load(u + slot * {spec.head_dim} + dims{dims}{", other=0.0" if dims else ""})
     q_constant = tl.load(u0 + slot){square}"""
 
 
 def of_keys(spec: Linear) -> str:
-    return f"key_features(keys, k_map, k_rest, k_bias{', k_square' if spec.kind == 'exp' else ''})"
+    return f"key_features(keys, k_map, k_rest, bk, slot{', k_square' if spec.kind == 'exp' else ''})"
 
 
 def of_queries(spec: Linear) -> str:
     square = "q_square, " if spec.kind == "exp" else ""
-    return f"query_features(queries, q_map, q_rest, q_bias, {square}q_linear, q_constant)"
+    return f"query_features(queries, q_map, q_rest, bq, slot, {square}q_linear, q_constant)"
+
+
+def loop(spec: Linear) -> str:
+    """The head of a loop over a segment's blocks, and its first line."""
+    # What does not change from block to block, constants of every product above all, would be kept in registers and
+    # not fit there: linear_prefill on sm_90, D=128, 64 rows and 4 warps, spills 476 bytes, and so 100.
+    return """    for start in tl.range(begin, end, BLOCK, disable_licm=True):
+        cols = start + local
+        held = cols[:, None] < last"""
+
+
+def held(dim: int, name: str) -> str:
+    """Which elements of a tile of keys, or of the rows beside them, there are; `name`: of the tile's axis of `dim`."""
+    return f"held & ({name}[None, :] < {dim})" if dim_mask(dim, name) else "held"
 
 
 def key_block(spec: Linear, padded: bool) -> str:
-    """Lines in a loop over `start` that load a block of keys and values and make the features of those that are far."""
-    keys = load_text("k_block + k_tile", "cols[:, None] < last", dim_mask(spec.head_dim, "dims[None, :]"))
-    values = load_text("v_block + v_tile", "cols[:, None] < last", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
+    """Lines in a loop that load a block of keys and make the features of those that are far."""
+    keys = load_text("k + wide * k_row + dims[None, :]", held(spec.head_dim, "dims"))
     real = "\n        far = far & (tl.load(pad + cols, mask=cols < last, other=0) != 0)" if padded else ""
-    return f"""        cols = start + local
-        k_block = k + tl.cast(start, tl.int64) * k_row
-        v_block = v + tl.cast(start, tl.int64) * v_row
+    return f"""        wide = cols[:, None].to(tl.int64)
         keys = {keys}
-        values = {values}
+        if RELOAD:
+            k_map, k_rest = load_map(wk, slot, keys.dtype)
         far = (cols >= sink) & (cols < last){real}
         of_keys = tl.where(far[:, None], {of_keys(spec)}, 0.0)"""
 
 
+def value_block(spec: Linear) -> str:
+    return "        values = " + load_text("v + wide * v_row + dims_v[None, :]", held(spec.head_dim_v, "dims_v"))
+
+
 def query_block(spec: Linear) -> str:
-    """Lines in the loop that load the query rows beside the keys, `window` behind them, and make their features."""
-    queries = load_text("q_block + q_tile", "cols[:, None] < last", dim_mask(spec.head_dim, "dims[None, :]"))
+    """Lines in a loop that load the query rows beside the keys, `window` behind them, and make their features."""
+    queries = load_text("q + row * q_row + dims[None, :]", held(spec.head_dim, "dims"))
     return f"""        # The rows whose windows end there, start + window and on.
-        q_block = q + tl.cast(start + window, tl.int64) * q_row
+        row = (cols + window)[:, None].to(tl.int64)
         queries = {queries}
+        if RELOAD:
+            q_map, q_rest = load_map(wq, slot, queries.dtype)
         of_queries, shift = {of_queries(spec)}"""
 
 
