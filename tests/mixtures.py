@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.feature_maps import FeatureMap, key_features, query_features
@@ -98,3 +100,29 @@ def naive(
         total = found.sum(-1, keepdim=True)
         outs.append(found @ v[:, head // (of.heads // of.kv_heads)].double() / total.masked_fill(total == 0, 1.0))
     return torch.stack(outs, 1)
+
+
+class ExplicitMixtures:
+    """A context in which each causal SDPA call of a model, in order, is `naive` under the choices of its site."""
+
+    def __init__(self, choices: dict[str, tuple[Choice, ...]], fitted: Fitted) -> None:
+        self.choices, self.fitted, self.calls = choices, fitted, 0
+
+    def __enter__(self) -> ExplicitMixtures:
+        self.original = F.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention = self.mixed  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.nn.functional.scaled_dot_product_attention = self.original  # type: ignore[assignment]
+
+    def mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, scale: Any = None, **kw: Any
+    ) -> Tensor:
+        name = list(self.choices)[self.calls % len(self.choices)]
+        self.calls += 1
+        of = replace(site(q.shape[1], k.shape[1], q.shape[3], name), scale=scale or q.shape[3] ** -0.5)
+        # Of a causal mask with padding, the last query's row is the padding.
+        last = None if attn_mask is None else attn_mask[:, 0, -1]
+        pad = last if last is None or last.dtype == torch.bool else last > -1e4
+        return naive(q, k, v, self.choices[name], of, self.fitted, pad).to(q.dtype)
