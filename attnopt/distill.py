@@ -109,7 +109,7 @@ def distill_model(
     """
     menu = Menu() if menu is None else menu
     samples = [s if isinstance(s, Sample) else Sample(s) for s in tried]
-    check_text([Sample(ids) for ids in fit], samples)
+    check_text([Sample(ids) for ids in fit], samples, menu)
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
@@ -122,8 +122,8 @@ def distill_model(
     return fitted
 
 
-def check_text(fit: Sequence[Sample], tried: Sequence[Sample]) -> None:
-    """FittedError unless there is text for both parts, and none of it in both."""
+def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> None:
+    """FittedError unless there is text for both parts, none of it in both, and some of it far."""
     if len(fit) < 2 or not tried:
         raise FittedError(
             f"{len(fit)} sequences to fit on and {len(tried)} to try on are too few.",
@@ -131,6 +131,11 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample]) -> None:
         )
     if {s.mark for s in fit} & {s.mark for s in tried}:
         raise FittedError("A sequence would be fitted and tried on.", "Keep the two parts of the text apart.")
+    longest, reach = min(max(s.length for s in part) for part in (fit, tried)), menu.sinks[0] + menu.windows[0]
+    if longest <= reach:
+        raise FittedError(
+            f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
+        )
 
 
 def resumed(fresh: Fitted, partial: Path) -> Fitted:
@@ -155,9 +160,9 @@ class _Recorder:
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
-                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at)
             window, softcap = site.mask.window, site.softcap
+            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
+                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
@@ -178,12 +183,13 @@ class _Run:
         self.recorder = _Recorder()
         self.instrumented = Instrumented(model, self.recorder)
         self.sites: dict[str, Site] = {}
+        self.remaining = 0
 
     def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            self.instrumented.logits(torch.zeros(1, 64, dtype=torch.long, device=device))
+        # The graph that rows are collected in: with gradients, of the length that is fitted on.
+        with gradients_through(self.model):
+            self.instrumented.logits(fit[0].ids)
         self.instrumented.need_sites()
         every = list(self.instrumented.sites.values())
         fingerprint = fingerprint_of(self.model, every)
@@ -195,21 +201,18 @@ class _Run:
                 f"Nothing may stand in for far keys at any of the {len(every)} attentions of this model.",
                 "`attnopt examine` lists them with their masks; causal ones without further terms can be fitted.",
             )
-        longest, reach = min(lengths[-1], *(s.length for s in fit)), self.menu.sinks[0] + self.menu.windows[0]
-        if longest <= reach:
-            raise FittedError(
-                f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
-            )
         marks = tuple(sorted(f"{s.mark}-fit" for s in fit))
         return Fitted(Header(fingerprint, marks, tuple(lengths), self.seed, self.menu.line))
 
     def fit(self, fitted: Fitted, fit: list[Tensor], keep: Callable[[], None]) -> None:
         """Fit the sites that have not been yet, and `keep` what there is after each."""
         left = [name for name in self.sites if name not in fitted.means]
+        self.remaining = len(left)
         while left:
             here = left[: self._at_once(fit)]
             for name, found in self._collect(here, fit).items():
                 self._fit_site(fitted, name, found)
+                self.remaining -= 1
                 keep()
             left = left[len(here) :]
 
@@ -249,17 +252,18 @@ class _Run:
         maps = list(menu.maps(site))
         if maps:
             work = SiteFit(found, menu.sinks[0], windows, self._seed_of(name))
+        stage = f"fitting {name}, {self.remaining} left"
         steps = max(1, menu.steps * sum(family == "linear" for family, _ in maps))
         done = 0
         for family, size in maps:
             if family == "linear":
-                report = lambda step, before=done: self.progress(f"fitting {name}", before + step, steps)  # noqa: E731
+                report = lambda step, before=done: self.progress(stage, before + step, steps)  # noqa: E731
                 map, fits = work.exponential(size, menu.steps, report)
                 done += menu.steps
             else:
                 map, fits = work.expansion(min(size, site.head_dim))
-            fitted.add_map(name, f"{family}/{size}", map, fits)
-        self.progress(f"fitting {name}", steps, steps)
+            fitted.add_map(name, f"{family}/{size}", map.to("cpu"), fits)
+        self.progress(stage, steps, steps)
         fitted.means[name] = found.mean().cpu()
 
     def _seed_of(self, name: str) -> int:

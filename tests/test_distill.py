@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import HEADS, LAYERS, build, tokens
+from models import HEAD_DIM, HEADS, LAYERS, NanoGPT, build, tokens
 
 from attnopt import distill
 from attnopt.distill import Menu, distill_model
 from attnopt.errors import FittedError, OptionError, ProfileError
 from attnopt.fitted import Fitted
 from attnopt.ir import Choice
+from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
 from attnopt.supervision import Sample
@@ -22,7 +24,7 @@ LENGTH = 64
 FIT = [tokens(1, LENGTH, seed=n) for n in range(2)]
 TRIED = [tokens(1, LENGTH, seed=n) for n in (7, 8)]
 MENU = Menu((6,), (3,), (4, 16), (2,), steps=4)
-SITES = tuple(f"model.layers.{n}.self_attn" for n in range(LAYERS))
+SITES = tuple(f"h.{n}" for n in range(LAYERS))
 
 
 def window(size: int) -> Choice:
@@ -31,22 +33,26 @@ def window(size: int) -> Choice:
 
 @pytest.fixture(scope="module")
 def whole() -> Fitted:
-    return distill_model(build("llama"), FIT, TRIED, MENU)
+    return distill_model(NanoGPT().eval(), FIT, TRIED, MENU)
 
 
 def test_what_is_fitted_and_tried(whole: Fitted) -> None:
     assert whole.sites == SITES and whole.header.lengths == (LENGTH,) and len(whole.header.data) == 4
     assert set(whole.maps) == {(site, name) for site in SITES for name in ("linear/6", "taylor/3")}
     for found in whole.maps.values():
-        assert found.heads == HEADS and not found.problem(16)
+        assert found.heads == HEADS and not found.problem(HEAD_DIM)
     # Two windows: a window alone, the mean, features, an expansion; and nothing at all.
     assert all(len(whole.choices(site)) == 2 * 4 + 1 for site in SITES)
     assert all((whole.damage(site, LENGTH, choice) >= 0).all() for site in SITES for choice in whole.choices(site))
 
 
-def test_windows_are_worth_what_a_profile_says(whole: Fitted) -> None:
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return profile_model(NanoGPT().eval(), TRIED, Grid((0, 2), (4, 16)))
+
+
+def test_windows_are_worth_what_a_profile_says(whole: Fitted, profile: Profile) -> None:
     """The same text, labels and formula: the profile's own sums."""
-    profile = profile_model(build("llama"), TRIED, Grid((0, 2), (4, 16)))
     for site in SITES:
         seen = profile.observations[site, LENGTH]
         for size in (4, 16):
@@ -71,7 +77,7 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_and_ends_alike(
     whole: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    partial, model = tmp_path / "partial", build("llama")
+    partial, model = tmp_path / "partial", NanoGPT().eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     stages: list[str] = []
 
@@ -95,9 +101,11 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     assert again.to_bytes() == whole.to_bytes()
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
 
-    # Of other settings nothing is taken up: it starts with the first site.
-    with pytest.raises(Interrupted):
-        distill_model(model, FIT, TRIED, MENU, seed=1, progress=stop_at(f"fitting {SITES[0]}"), partial=partial)
+    # Of another seed or other settings nothing is taken up.
+    fit_marks = tuple(mark for mark in whole.header.data if mark.endswith("-fit"))
+    for other in (replace(whole.header, seed=1), replace(whole.header, settings="")):
+        assert distill.resumed(Fitted(replace(other, data=fit_marks)), partial).maps == {}
+    assert distill.resumed(Fitted(replace(whole.header, data=fit_marks)), partial).maps != {}
 
 
 def test_maps_that_break_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +119,20 @@ def test_maps_that_break_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return map, fits
 
     monkeypatch.setattr(distill.SiteFit, "expansion", broken)
-    made = distill_model(build("llama", num_hidden_layers=1), FIT, TRIED[:1], menu)
+    # What is tried may weigh its tokens.
+    weights = torch.zeros(LENGTH)
+    weights[-8:] = 1.0
+    made = distill_model(build("llama", num_hidden_layers=1), FIT, [Sample(TRIED[0], weights)], menu)
+    assert made.trials["model.layers.0.self_attn", LENGTH].tokens == 8.0
     choice = Choice.of("taylor", {"sink": 2, "window": 4, "rank": 3})
-    refused = [fit.refused for fit in made.fits[SITES[0], "taylor/3"]]
+    refused = [fit.refused for fit in made.fits["model.layers.0.self_attn", "taylor/3"]]
     assert refused == ["", "outputs were not finite on the text tried", "", ""]
-    assert not made.offered(SITES[0], choice)[1]
+    assert not made.offered("model.layers.0.self_attn", choice)[1]
     assert Fitted.from_bytes(made.to_bytes(), "again").to_bytes() == made.to_bytes()
 
 
-def test_what_cannot_be_distilled() -> None:
-    model = build("llama")
+def test_what_cannot_be_distilled(profile: Profile) -> None:
+    model = build("llama", seed=1)
     with pytest.raises(FittedError, match="1 sequences to fit on"):
         distill_model(model, FIT[:1], TRIED, MENU)
     with pytest.raises(FittedError, match="fitted and tried on"):
@@ -133,14 +145,5 @@ def test_what_cannot_be_distilled() -> None:
         Menu(windows=(128, 64))
     with pytest.raises(OptionError, match="Without a window"):
         Menu(windows=())
-    other = profile_model(build("llama", seed=1), TRIED[:1], Grid((0,), (4,)))
     with pytest.raises(ProfileError, match="another model"):
-        distill_model(model, FIT, TRIED, MENU, profile=other)
-
-
-def test_samples_with_weights_count_what_they_weigh() -> None:
-    weights = torch.zeros(LENGTH)
-    weights[-8:] = 1.0
-    menu = Menu((), (), (4,), (2,), families=("pruned",))
-    made = distill_model(build("llama", num_hidden_layers=1), FIT, [Sample(TRIED[0], weights)], menu)
-    assert made.trials[SITES[0], LENGTH].tokens == 8.0
+        distill_model(model, FIT, TRIED, MENU, profile=profile)

@@ -134,7 +134,7 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def levelled(map: FeatureMap, rows: list[Rows], scale: float, sink: int, windows: tuple[int, ...]) -> FeatureMap:
+def levelled(map: FeatureMap, rows: list[Rows], scale: float, sink: int, window: int) -> FeatureMap:
     """`map` with u and u0 moved by a ridge regression on queries of how far the logarithm of a row's far sum is off,
     rows weighted by what that moves: m (1 - m) at a far mass of m."""
     dim = map.wq.shape[-1]
@@ -144,13 +144,12 @@ def levelled(map: FeatureMap, rows: list[Rows], scale: float, sink: int, windows
         step = max(1, AT_ONCE // (part.at.numel() * part.k.shape[1]))
         for first in range(0, map.heads, step):
             some = torch.arange(first, min(first + step, map.heads))
-            for window in windows:
-                head = exact(part, some, scale, sink, window)
-                off, weight = _level(head, map.of(some))
-                x = torch.cat((head.q, torch.ones_like(head.q[..., :1])), -1).double()
-                weighted = x * weight[..., None]
-                gram[some] += (weighted.mT @ x).cpu()
-                wanted[some] += (weighted * off[..., None]).sum(1).cpu()
+            head = exact(part, some, scale, sink, window)
+            off, weight = _level(head, map.of(some))
+            x = torch.cat((head.q, torch.ones_like(head.q[..., :1])), -1).double()
+            weighted = x * weight[..., None]
+            gram[some] += (weighted.mT @ x).cpu()
+            wanted[some] += (weighted * off[..., None]).sum(1).cpu()
     total = gram[:, -1, -1].clamp(min=1e-30)
     ridge = RIDGE * gram[:, :dim, :dim].diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
     penalty = torch.diag_embed(torch.cat((ridge[:, None].expand(-1, dim), (1e-6 * total)[:, None]), -1))

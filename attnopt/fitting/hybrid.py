@@ -7,6 +7,7 @@ The quadratic twin of what kernels run in chunks, over a few rows: for fitting, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,25 +53,42 @@ class Approximate:
     out: Tensor
 
 
-def exact(rows: Rows, heads: Tensor, scale: float, sink: int, window: int) -> Exact:
-    """The head itself, at the rows given."""
+def exact_at(rows: Rows, heads: Tensor, scale: float, sink: int, windows: Sequence[int]) -> list[Exact]:
+    """The head itself, at the rows given, for each window; what does not depend on these is shared."""
     repeat = rows.q.shape[0] // rows.k.shape[0]
     q, k, v = rows.q[heads].float(), rows.k[heads // repeat].float(), rows.v[heads // repeat].float()
     i, j = rows.at[:, None], torch.arange(k.shape[1], device=k.device)
     causal = j <= i
-    near = causal & ((j < sink) | (i - j < window))
     scores = scale * q @ k.mT
-    parts = []
-    for keep in (causal, near):
-        masked = scores.masked_fill(~keep, -torch.inf)
-        parts += [masked.logsumexp(-1), masked.softmax(-1) @ v]
-    return Exact(q, k, v, causal & ~near, scores, *parts)
+    whole = _parts(scores, causal, v)
+    found = []
+    for window in windows:
+        near = causal & ((j < sink) | (i - j < window))
+        found.append(Exact(q, k, v, causal & ~near, scores, *whole, *_parts(scores, near, v)))
+    return found
 
 
-def approximate(head: Exact, map: FeatureMap) -> Approximate:
-    """The head with `map`, which is of the same heads."""
+def exact(rows: Rows, heads: Tensor, scale: float, sink: int, window: int) -> Exact:
+    """The head itself, at the rows given."""
+    return exact_at(rows, heads, scale, sink, (window,))[0]
+
+
+def _parts(scores: Tensor, keep: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """lse (h, M) and out (h, M, Dv) of the keys kept."""
+    masked = scores.masked_fill(~keep, -torch.inf)
+    return masked.logsumexp(-1), masked.softmax(-1) @ v
+
+
+def products(head: Exact, map: FeatureMap) -> tuple[Tensor, Tensor]:
+    """W / exp(shift) of all keys (h, M, N), and shift (h, M); the same for every window."""
     of_q, shift = query_features(head.q, map)
-    weights = (of_q @ key_features(head.k, map).mT) * head.far
+    return of_q @ key_features(head.k, map).mT, shift
+
+
+def approximate(head: Exact, map: FeatureMap, made: tuple[Tensor, Tensor] | None = None) -> Approximate:
+    """The head with `map`, which is of the same heads; made: its `products`, where they are there already."""
+    weights, shift = products(head, map) if made is None else made
+    weights = weights * head.far
     total = weights.sum(-1).clamp(min=TINY)
     far_lse = shift + total.log()
     share = torch.sigmoid(far_lse - head.near_lse)[..., None]
@@ -91,23 +109,35 @@ def divergence(head: Exact, found: Approximate) -> Tensor:
     return moved + torch.logaddexp(head.near_lse, found.far_lse) - head.lse
 
 
-@torch.no_grad()
-def held_out_error(
-    rows: list[Rows], map: FeatureMap, metric: Tensor, scale: float, sink: int, windows: tuple[int, ...]
-) -> Tensor:
-    """float64 (H,): the squared error of outputs relative to that of dropping the far keys, mean over windows. Where
-    dropping changes nothing it is 1: nothing is to be gained there."""
-    heads = map.heads
-    sums = torch.zeros(2, len(windows), heads, dtype=torch.float64)
-    for part in rows:
-        step = max(1, AT_ONCE // (part.at.numel() * part.k.shape[1]))
-        for first in range(0, heads, step):
-            some = torch.arange(first, min(first + step, heads))
+class HeldOut:
+    """Rows that maps are judged by, and what their heads do exactly: computed once, for all maps."""
+
+    @torch.no_grad()
+    def __init__(self, rows: Rows, metric: Tensor, scale: float, sink: int, windows: Sequence[int]) -> None:
+        self.metric, heads = metric, metric.shape[0]
+        step = max(1, AT_ONCE // (rows.at.numel() * rows.k.shape[1]))
+        self.groups = [torch.arange(first, min(first + step, heads)) for first in range(0, heads, step)]
+        self.exact = [exact_at(rows, some, scale, sink, windows) for some in self.groups]
+        self.dropped = torch.cat(
+            [
+                torch.stack([self._sum(head, head.near_out, some) for head in of_windows], -1)
+                for some, of_windows in zip(self.groups, self.exact, strict=True)
+            ]
+        )
+
+    def _sum(self, head: Exact, out: Tensor, some: Tensor) -> Tensor:
+        return squared_error(head, out, self.metric[some]).double().sum(-1)
+
+    @torch.no_grad()
+    def error(self, map: FeatureMap) -> Tensor:
+        """float64 (H,): the squared error of outputs relative to that of dropping the far keys, mean over windows.
+        Where dropping changes nothing it is 1, nothing is to be gained there; what is not finite is worse than all."""
+        sums = []
+        for some, of_windows in zip(self.groups, self.exact, strict=True):
             of = map.of(some)
-            for n, window in enumerate(windows):
-                head = exact(part, some, scale, sink, window)
-                for m, out in enumerate((approximate(head, of).out, head.near_out)):
-                    sums[m, n, some] += squared_error(head, out, metric[some]).double().sum(-1).cpu()
-    found = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-300), 1.0)
-    # What is not finite is worse than anything.
-    return found.mean(0).nan_to_num(nan=torch.inf)
+            made = products(of_windows[0], of)
+            sums.append(
+                torch.stack([self._sum(head, approximate(head, of, made).out, some) for head in of_windows], -1)
+            )
+        found = torch.where(self.dropped > 0, torch.cat(sums) / self.dropped.clamp(min=1e-300), 1.0)
+        return found.mean(-1).nan_to_num(nan=torch.inf).cpu()

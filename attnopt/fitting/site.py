@@ -10,8 +10,8 @@ from torch import Tensor
 from attnopt.feature_maps import FeatureMap
 from attnopt.fitted import HeadFit
 from attnopt.fitting import closed, learned
-from attnopt.fitting.hybrid import held_out_error
-from attnopt.fitting.rows import Collected
+from attnopt.fitting.hybrid import HeldOut
+from attnopt.fitting.rows import Collected, Rows
 
 # Keys that clusters, means and covariances are taken from.
 KEYS = 2048
@@ -22,6 +22,8 @@ STRENGTHS = (1.0, 0.7, 0.4)
 # alone the median head of the first layer is off by 0.65 of what dropping costs, with a choice by 0.14.
 RANDOM_STRENGTHS = (1.0, 0.5, 0.25, 0.1)
 BREADTHS = (1.0, 4.0, 16.0, 64.0)
+# Of so many rows one is looked at for a level.
+LEVEL = 3
 Kept = list[tuple[str, FeatureMap, Tensor]]
 
 
@@ -31,7 +33,10 @@ class SiteFit:
     def __init__(self, found: Collected, sink: int, windows: tuple[int, ...], seed: int) -> None:
         self.found, self.sink, self.windows = found, sink, windows
         self.scale, self.metric = found.scale, found.metric()
-        self.train, self.held_out = found.rows[:-1], found.rows[-1:]
+        self.train = found.rows[:-1]
+        self.held_out = HeldOut(found.rows[-1], self.metric, self.scale, sink, windows)
+        # A row's level has few numbers to be found: a part of the rows is enough.
+        self.few = [Rows(part.q[:, ::LEVEL], part.at[::LEVEL], part.k, part.v) for part in self.train]
         self.generator = torch.Generator().manual_seed(seed)
         heads, kv_heads = found.rows[0].q.shape[0], found.rows[0].k.shape[0]
         self.queries = torch.cat([part.q for part in self.train], 1).float()
@@ -41,7 +46,7 @@ class SiteFit:
 
     def error(self, map: FeatureMap) -> Tensor:
         """On the rows held out, float64 (H,)."""
-        return held_out_error(self.held_out, map, self.metric, self.scale, self.sink, self.windows)
+        return self.held_out.error(map)
 
     def exponential(
         self, features: int, steps: int, progress: Callable[[int], None] | None = None
@@ -72,14 +77,14 @@ class SiteFit:
         return best_of(made)
 
     def _levelled(self, method: str, map: FeatureMap) -> Kept:
-        level = closed.levelled(map, self.train, self.scale, self.sink, self.windows)
+        level = closed.levelled(map, self.few, self.scale, self.sink, self.windows[0])
         return [(method, m, self.error(m)) for m in (map, level)]
 
 
 def best_of(made: Sequence[tuple[str, FeatureMap, Tensor]]) -> tuple[FeatureMap, list[HeadFit]]:
     """Per head the map with the least error; a head none of whose maps is finite gets one that is 0, and is refused."""
-    errors = torch.stack([error.nan_to_num(nan=torch.inf) for _, _, error in made])
-    finite = torch.stack([_finite(map) for _, map, _ in made])
+    errors = torch.stack([error.cpu().nan_to_num(nan=torch.inf) for _, _, error in made])
+    finite = torch.stack([_finite(map).cpu() for _, map, _ in made])
     least, chosen = errors.masked_fill(~finite, torch.inf).min(0)
     maps = [map for _, map, _ in made]
     tensors = [torch.stack([maps[n].tensors[t][h] for h, n in enumerate(chosen.tolist())]) for t in range(8)]

@@ -80,6 +80,8 @@ def run(program: Program) -> None:
         return
     check_plan(program, plan)
     for region in program.pending:
+        if region.site.name in program.exact:
+            continue
         choices = plan.choices.get(region.site.name)
         if choices is None:
             said = "the plan does not name this site; it stays exact"

@@ -38,6 +38,8 @@ class Program:
     matches: list[Match] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    # Sites that the plan names and that stay exact all the same, for a reason that stands in `notes`.
+    exact: set[str] = field(default_factory=set)
     rewrites: list[Rewrite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     # Said of a site that was dealt with all the same: planned, but left exact.
