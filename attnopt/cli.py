@@ -286,6 +286,7 @@ def build_parser() -> Parser:
     explain.add_argument("plan", metavar="PLAN")
     explain.add_argument("head", metavar="SITE.HEAD", help="for example model.layers.3.self_attn.5")
     explain.add_argument("--profile", required=True, metavar="FILE")
+    explain.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: what was tried for the head")
 
     bench = command("bench")
     with_model(bench)

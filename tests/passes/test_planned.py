@@ -79,7 +79,7 @@ def test_all_heads_alike_and_spans_alone() -> None:
         torch.testing.assert_close(traced.output, naive(q, k, v, choices, site(), FITTED), atol=1e-10, rtol=1e-10)
         assert traced.rewrites == [lowering] and operators(traced) == names
         targets = {n.target for n in traced.program.gm.graph.nodes}
-        assert (torch.ops.aten.index_copy.default in targets) == copied
+        assert (torch.ops.aten.index_put.default in targets) == copied
 
 
 def test_the_least_length() -> None:
