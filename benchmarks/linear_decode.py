@@ -41,7 +41,7 @@ TAKES = "15 min"
 QUICK = ("--quick",)
 TOLERANCE = 1e-4
 ALLOWED = {"spans": (), "tails": ("linear", "taylor", "compensation")}
-SIZES = Sizes((1024, 2048, 4096), 4096, 2, 2, windows=(32, 128))
+SIZES = Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200)
 SHORT = Sizes((256, 512), 512, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
 # Plans that are measured at each length and set of families, closing in on the largest predicted damage that holds.
 TRIES = 7
@@ -141,8 +141,10 @@ def rows_of(
     plans = {"dense": dense, **{name: choices for name, (choices, _) in found.items()}}
     ids, rows = subject.split("final", length, 1), []
     for batch in batches:
-        decoding = Decoding(subject, ids, batch, plans)
+        decoding, threads = Decoding(subject, ids, batch, plans), torch.get_num_threads()
+        torch.set_num_threads(1)
         times = interleaved(decoding.calls(), repeats, "thread", seconds=20)
+        torch.set_num_threads(threads)
         rows += [row(decoding, name, times) for name in plans]
     said = []
     for name, (choices, outcome) in found.items():
@@ -192,7 +194,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     sizes, lengths = (SHORT, [512]) if args.quick else (SIZES, args.lengths)
     subject = Subject(args.model, sizes, lambda line: print(line, flush=True))
     rows: list[Row] = []
