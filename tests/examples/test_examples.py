@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,31 @@ def test_fine_tuning_lowers_the_loss(monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr().out
     won = re.search(r"won back: (\S+) of (\S+) nats", said)
     assert "step 8: loss" in said and won is not None and 0.01 < float(won[1]) < float(won[2])
+
+
+def test_tails_are_fitted_planned_and_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example itself on a model of one untrained layer: its forty seconds are those of 48 heads."""
+    import transformers
+
+    from attnopt import hf
+
+    spec = importlib.util.spec_from_file_location("linear_tail", ROOT / "examples" / "linear_tail.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+    tokenizer = hf.tokenizer_of(str(hf.demo_model_path()))
+    monkeypatch.setattr(example.hf, "load", lambda name: hf.Loaded(model, tokenizer, name))
+    example.PROFILED, example.PLANNED, example.SAMPLES = 96, 128, 8
+    example.MENU = replace(example.MENU, steps=2)
+    example.main()
+    said = capsys.readouterr().out
+    assert said.count("offered on") == 3 and "of 4 heads" in said and "budget 5 %; cache " in said
+    assert "plan.json" in said and int(re.search(r"cache (\d+)% of dense", said)[1]) < 100  # type: ignore[index]
 
 
 def test_the_documented_pattern_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
