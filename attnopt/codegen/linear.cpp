@@ -2,7 +2,7 @@
 // attnopt/codegen/reference_linear.py; the order of the work, attnopt/codegen/linear_cpu.py. Inputs are float32 or
 // bfloat16; features, products and states are float32.
 //
-// Prefill. One head of one sequence after the other, in chunks of CHUNK rows. Row r of a run is query s + w + r, for the
+// Prefill. One head of one sequence after the other, or pieces of one side by side, in chunks of CHUNK rows. Row r of a run is query s + w + r, for the
 // sink s and the window w of the head, and its keys are s to s + r. The features of a chunk's keys are made as
 // columns, (F, CHUNK): as they are the right-hand side of the products within the chunk and, later, the left-hand side of
 // what the chunk adds to the state.
@@ -129,6 +129,15 @@ struct Chunk {
     std::fill_n(normaliser.get(), width, 0.0f);
   }
 
+  void save(float* to) const {
+    std::copy_n(normaliser.get(), width, std::copy_n(state.get(), width * s.dim_v, to));
+  }
+
+  void restore(const float* from) {
+    std::copy_n(from, width * s.dim_v, state.get());
+    std::copy_n(from + width * s.dim_v, width, normaliser.get());
+  }
+
   // keys (n, D) -> features as columns, g (F, n) of rows CHUNK apart; 0 in padding.
   void keys(const float* x, int64_t ld, int64_t n, const Maps& maps, const bool* pad) {
     at::vec::transpose_mxn<float>(x, ld, transposed.get(), CHUNK, n, s.dim);
@@ -187,7 +196,7 @@ struct Chunk {
     }
   }
 
-  // The sums of n rows over keys up to each, into `sums` (n, Dv) and `total`; the state then has the chunk's keys too.
+  // The sums of n rows over keys up to each, into `sums` (n, Dv) and `total`.
   void attend(const float* v, int64_t ld, int64_t n) {
     if (s.taylor) {
       multiply(n, n, s.rank, y.get(), s.rank, g.get() + CHUNK, CHUNK, products.get(), CHUNK, false);
@@ -206,6 +215,10 @@ struct Chunk {
     }
     multiply(n, s.dim_v, n, products.get(), CHUNK, v, ld, sums.get(), s.dim_v, false);
     multiply(n, s.dim_v, width, f.get(), width, state.get(), s.dim_v, sums.get(), s.dim_v, true);
+  }
+
+  // The state takes the chunk's keys.
+  void add(const float* v, int64_t ld, int64_t n) {
     multiply(width, s.dim_v, n, g.get(), CHUNK, v, ld, state.get(), s.dim_v, true);
     for (int64_t r = 0; r < width; r++) {
       const float* row = g.get() + r * CHUNK;
@@ -253,26 +266,34 @@ int prefill(const int64_t* packed) {
   Tensor<T> q{data[0], strides[0], strides[1], strides[2]}, k{data[1], strides[3], strides[4], strides[5]};
   Tensor<T> v{data[2], strides[6], strides[7], strides[8]}, out{data[3], strides[9], strides[10], strides[11]};
 
-  at::parallel_for(0, s.batch * s.served, 1, [&](int64_t begin, int64_t end) {
-    Chunk chunk(s);
-    for (int64_t item = begin; item < end; item++) {
-      int64_t b = item / s.served, n = item % s.served, head = heads[n], kv = head / (s.heads / s.kv_heads);
-      int64_t sink = std::max(sinks[n], 0), window = std::max(windows[n], 0);
-      int64_t none = std::min(sink + window, s.length), rows = s.length - none;
-      Maps own = maps_of(maps, s, n);
-      float* sums = lse + item * s.length;
-      std::fill_n(sums, none, NONE);
-      for (int64_t i = 0; i < none; i++) std::fill_n(out.at(b, n, i), s.dim_v, T(0.0f));
-      chunk.clear();
-      for (int64_t first = 0; first < rows; first += CHUNK) {
-        int64_t count = std::min(CHUNK, rows - first), from = sink + first, ld;
-        const bool* real = pad == nullptr ? nullptr : pad + b * s.length + from;
-        const float* x = wide_rows(k.at(b, kv, from), k.row, count, s.dim, real, chunk.rows.get(), &ld);
-        chunk.keys(x, ld, count, own, real);
+  // Where heads are fewer than threads, each is cut into pieces of whole chunks. What the keys of a piece add to the
+  // state is then summed before any piece is read, so that their features are made twice.
+  int64_t items = s.batch * s.served, threads = at::get_num_threads(), size = s.width() * (s.dim_v + 1);
+  int64_t chunks = (s.length + CHUNK - 1) / CHUNK, pieces = items < threads ? std::min(threads / items, chunks) : 1;
+  int64_t stride = (chunks + pieces - 1) / pieces * CHUNK;
+  std::unique_ptr<float[]> states(pieces > 1 ? new float[items * pieces * size] : nullptr);
+
+  auto walk = [&](Chunk& chunk, int64_t item, int64_t piece, bool read) {
+    int64_t b = item / s.served, n = item % s.served, head = heads[n], kv = head / (s.heads / s.kv_heads);
+    int64_t sink = std::max(sinks[n], 0), none = std::min<int64_t>(sink + std::max(windows[n], 0), s.length);
+    int64_t rows = s.length - none, last = std::min((piece + 1) * stride, rows);
+    Maps own = maps_of(maps, s, n);
+    float* sums = lse + item * s.length;
+    for (int64_t i = 0; read && piece == 0 && i < none; i++) {
+      sums[i] = NONE;
+      std::fill_n(out.at(b, n, i), s.dim_v, T(0.0f));
+    }
+    for (int64_t first = piece * stride; first < last; first += CHUNK) {
+      int64_t count = std::min(CHUNK, last - first), from = sink + first, ld;
+      const bool* real = pad == nullptr ? nullptr : pad + b * s.length + from;
+      const float* x = wide_rows(k.at(b, kv, from), k.row, count, s.dim, real, chunk.rows.get(), &ld);
+      chunk.keys(x, ld, count, own, real);
+      int64_t ld_v;
+      const float* values = wide_rows(v.at(b, kv, from), v.row, count, s.dim_v, real, chunk.values.get(), &ld_v);
+      if (read) {
         x = wide_rows(q.at(b, head, none + first), q.row, count, s.dim, nullptr, chunk.rows.get(), &ld);
         chunk.queries(x, ld, count, own);
-        x = wide_rows(v.at(b, kv, from), v.row, count, s.dim_v, real, chunk.values.get(), &ld);
-        chunk.attend(x, ld, count);
+        chunk.attend(values, ld_v, count);
         for (int64_t i = 0; i < count; i++) {
           float total = chunk.total[i], *row = chunk.sums.get() + i * s.dim_v;
           // A total of 0 comes with sums of 0: what is left of them is 0.
@@ -282,6 +303,34 @@ int prefill(const int64_t* packed) {
           sums[none + first + i] = total > 0.0f ? chunk.shift[i] + std::log(total) : NONE;
         }
       }
+      chunk.add(values, ld_v, count);
+    }
+  };
+
+  if (pieces > 1) {
+    at::parallel_for(0, items * pieces, 1, [&](int64_t begin, int64_t end) {
+      Chunk chunk(s);
+      for (int64_t n = begin; n < end; n++) {
+        chunk.clear();
+        // Nobody reads what the last piece adds.
+        if (n % pieces + 1 < pieces) walk(chunk, n / pieces, n % pieces, false);
+        chunk.save(&states[n * size]);
+      }
+      at::native::cpublas::brgemm_release(false);
+    });
+    for (int64_t item = 0; item < items; item++) {
+      float *from = &states[item * pieces * size], *sum = from;
+      for (int64_t piece = 1; piece + 1 < pieces; piece++, sum += size) {
+        for (int64_t n = 0; n < size; n++) sum[size + n] += sum[n];
+      }
+    }
+  }
+  at::parallel_for(0, items * pieces, 1, [&](int64_t begin, int64_t end) {
+    Chunk chunk(s);
+    for (int64_t n = begin; n < end; n++) {
+      chunk.clear();
+      if (n % pieces) chunk.restore(&states[(n - 1) * size]);
+      walk(chunk, n / pieces, n % pieces, true);
     }
     at::native::cpublas::brgemm_release(false);
   });
@@ -359,7 +408,8 @@ int decode(const int64_t* packed) {
   if (std::any_of(slots, slots + s.batch * s.served, [&](int slot) { return slot >= s.length; })) return 1;
   int64_t width = s.taylor ? 1 + s.rank + s.rank * s.rank : s.rank, row = s.dim_v + 1;
 
-  at::parallel_for(0, s.batch * s.served, 1, [&](int64_t begin, int64_t end) {
+  // A thread is woken for some microseconds of work: a state of 64 features of 64 takes one and a half.
+  at::parallel_for(0, s.batch * s.served, std::max<int64_t>(1, (1 << 15) / (width * row)), [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> x(new float[s.dim]), y(new float[s.rank]), f(new float[width]), g(new float[width]);
     std::unique_ptr<float[]> values(new float[row]), sums(new float[row]);
     for (int64_t item = begin; item < end; item++) {

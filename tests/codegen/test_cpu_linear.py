@@ -67,6 +67,20 @@ def test_head_sharing(kv_heads):
         check(q, k, v, tables, linears.maps("exp", len(served), 8), None, 2e-6)
 
 
+@pytest.mark.parametrize("length", [40, 64, 129, 700])
+def test_few_heads_are_cut_among_threads(length):
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        for kind in linears.RANK:
+            q, k, v = linears.inputs(length)
+            tables = linears.tables((1,)), linears.tables((6,), windows=(1,) * 8)
+            for each in tables:
+                check(q, k, v, each, linears.maps(kind, 1, 16), linears.padding("holes", length), 2e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_layouts_and_an_empty_batch():
     q, k, v = linears.inputs(100)
     maps = linears.maps("exp", 5, 16)
