@@ -30,6 +30,8 @@ from attnopt.statistics import attention
 from attnopt.statistics.trials import Trials, Try
 from attnopt.supervision import Sample, loss_and_gradient
 
+# As `attnopt plan --allow` calls them.
+FAMILIES = ("linear", "taylor", "compensation", "prune")
 Progress = Callable[[str, int, int], None]
 # Rows of queries kept of a sequence and head.
 ROWS = 256
@@ -42,20 +44,25 @@ SEEDS = 1 << 31
 @dataclass(frozen=True)
 class Menu:
     """What is fitted and tried: features of exponential maps, ranks of expansions, windows and sinks beside them, steps
-    of training. families: which of "linear", "taylor", "compensation" and "pruned"."""
+    of training. families: some of FAMILIES."""
 
     features: tuple[int, ...] = (32, 64)
     ranks: tuple[int, ...] = (8,)
     windows: tuple[int, ...] = (64, 128, 256)
     sinks: tuple[int, ...] = (4,)
     steps: int = 200
-    families: tuple[str, ...] = ("linear", "taylor", "compensation", "pruned")
+    families: tuple[str, ...] = FAMILIES
 
     def __post_init__(self) -> None:
         for name, least in (("features", 1), ("ranks", 1), ("windows", 1), ("sinks", 0)):
             values = getattr(self, name)
             if list(values) != sorted(set(values)) or (values and values[0] < least):
                 raise OptionError(f"{name} {values} are not ascending numbers of at least {least}.", "Correct them.")
+        unknown = [name for name in self.families if name not in FAMILIES]
+        if unknown or not self.families:
+            raise OptionError(
+                f"There is no family {', '.join(unknown) or 'to fit'}.", f"Name some of {', '.join(FAMILIES)}."
+            )
         if not self.windows or not self.sinks:
             raise OptionError("Without a window and a sink there is no hybrid head.", "Name one of each at least.")
 
@@ -77,8 +84,11 @@ class Menu:
                 found += [Choice.of("linear", {**near, "features": n}) for n in self.features]
                 found += [Choice.of("taylor", {**near, "rank": n}) for n in self.ranks]
         found.append(Choice.of("pruned"))
-        wanted = {"sink_window", *self.families}
-        return tuple(c for c in found if c.candidate in wanted and CANDIDATES[c.candidate].refuse(site) is None)
+        return tuple(
+            c
+            for c in found
+            if CANDIDATES[c.candidate].family in ("", *self.families) and CANDIDATES[c.candidate].refuse(site) is None
+        )
 
     def serves(self, site: Site) -> bool:
         """Whether anything but a window may stand there."""

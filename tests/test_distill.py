@@ -143,6 +143,8 @@ def test_what_cannot_be_distilled(profile: Profile) -> None:
         distill_model(build("mistral"), FIT, TRIED, Menu((6,), (), (4,), (2,), families=("linear",)))
     with pytest.raises(OptionError, match="not ascending"):
         Menu(windows=(128, 64))
+    with pytest.raises(OptionError, match="no family hedgehog"):
+        Menu(families=("linear", "hedgehog"))
     with pytest.raises(OptionError, match="Without a window"):
         Menu(windows=())
     with pytest.raises(ProfileError, match="another model"):
