@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import linears
 import pytest
 import torch
+from emitting import check_clean
 
 from attnopt.codegen import linear_cpu, linear_native, reference_linear
 from attnopt.codegen.emit import load
 from attnopt.codegen.self_check import error
 from attnopt.codegen.spec import LinearBackward, LinearDecode, LinearPrefill
+from attnopt.registry import TARGETS
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3}
 SIZES = "cpu", "float32", 8, 4, 16, 24, 5
@@ -219,3 +222,10 @@ def test_the_state_grows_to_64k_tokens(dtype):
     assert error(lse[:, :, -1:], row[1]) <= (1e-6 if dtype == torch.float32 else 1e-4)
     found = linear_cpu.state(k, v, tables[0], 8, *tables[1:], maps)
     assert error(found, state) <= 1e-6
+
+
+def test_emitted_files_are_clean(tmp_path):
+    sizes = "cpu", "bfloat16", 32, 8, 64, 128, 12, "taylor", 8
+    specs = [LinearDecode(*sizes), *(f(*sizes, pad) for f in (LinearPrefill, LinearBackward) for pad in (True, False))]
+    both = [replace(spec, target=target) for spec in specs for target in ("cpu", "reference")]
+    check_clean(tmp_path, (TARGETS[f"{spec.target} {spec.kernel}"].emit(spec) for spec in both))
