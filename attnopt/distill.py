@@ -33,8 +33,9 @@ from attnopt.supervision import Sample, loss_and_gradient
 # As `attnopt plan --allow` calls them.
 FAMILIES = ("linear", "taylor", "compensation", "prune")
 Progress = Callable[[str, int, int], None]
-# Rows of queries kept of a sequence and head.
-ROWS = 256
+# Rows of queries kept of a sequence and head, fewer where their scores would be more than so many of a site.
+ROWS, FEWEST_ROWS = 256, 32
+SCORES = 1 << 26
 # Bytes of queries, keys and values kept at a time; sites beyond that wait for a further run over the same text.
 KEPT = 1 << 30
 # A name's place among 2^31 seeds.
@@ -246,7 +247,8 @@ class _Run:
             for n, ids in enumerate(fit):
                 self.progress(f"collecting from {len(names)} sites", n, len(fit))
                 first = self.menu.sinks[0] + self.menu.windows[0]
-                at = drawn_rows(ids.shape[1], first, ROWS, generator)
+                rows = SCORES // (ids.shape[1] * max(site.heads for site in self.sites.values()))
+                at = drawn_rows(ids.shape[1], first, min(ROWS, max(FEWEST_ROWS, rows)), generator)
                 self.recorder.at = at.to(ids.device)
                 self._backward(Sample(ids), "fit")
             self.progress(f"collecting from {len(names)} sites", len(fit), len(fit))
