@@ -124,9 +124,10 @@ def distill_model(
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
-    fitted = fresh if partial is None else resumed(fresh, partial)
+    asked = {f"{s.mark}-{seed}" for s in samples}
+    fitted = fresh if partial is None else resumed(fresh, partial, asked)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
-    run.fit(fitted, [ids for ids in fit], keep)
+    run.fit(fitted, list(fit), keep)
     run.try_all(fitted, samples, keep)
     order = {name: n for n, name in enumerate(run.sites)}
     fitted.trials = dict(sorted(fitted.trials.items(), key=lambda item: (item[0][1], order[item[0][0]])))
@@ -149,15 +150,17 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> No
         )
 
 
-def resumed(fresh: Fitted, partial: Path) -> Fitted:
-    """What an earlier call left, if it was asked for the same; otherwise `fresh`."""
+def resumed(fresh: Fitted, partial: Path, asked: set[str]) -> Fitted:
+    """What an earlier call left, if it was asked for the same and tried no text but what is `asked` for; otherwise
+    `fresh`."""
     try:
         left = Fitted.load(partial)
         left.check_model(fresh.header.fingerprint)
     except FittedError:
         return fresh
     same = replace(left.header, data=fresh.header.data, fingerprint=fresh.header.fingerprint) == fresh.header
-    return left if same and set(fresh.header.data) <= set(left.header.data) else fresh
+    fitted_on, done = set(fresh.header.data), set(left.header.data)
+    return left if same and fitted_on <= done <= fitted_on | asked else fresh
 
 
 @dataclass

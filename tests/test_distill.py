@@ -101,11 +101,15 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     assert again.to_bytes() == whole.to_bytes()
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
 
-    # Of another seed or other settings nothing is taken up.
+    # Of another seed, other settings or other text nothing is taken up.
     fit_marks = tuple(mark for mark in whole.header.data if mark.endswith("-fit"))
+    tried = set(whole.header.data) - set(fit_marks)
     for other in (replace(whole.header, seed=1), replace(whole.header, settings="")):
-        assert distill.resumed(Fitted(replace(other, data=fit_marks)), partial).maps == {}
-    assert distill.resumed(Fitted(replace(whole.header, data=fit_marks)), partial).maps != {}
+        assert distill.resumed(Fitted(replace(other, data=fit_marks)), partial, tried).maps == {}
+    alike = Fitted(replace(whole.header, data=fit_marks))
+    assert distill.resumed(alike, partial, tried).maps != {}
+    assert distill.resumed(alike, partial, set()).maps == {}
+    assert distill.resumed(Fitted(replace(whole.header, data=("0-fit",))), partial, tried).maps == {}
 
 
 def test_maps_that_break_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
