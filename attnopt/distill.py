@@ -33,8 +33,9 @@ from attnopt.supervision import Sample, loss_and_gradient
 # As `attnopt plan --allow` calls them.
 FAMILIES = ("linear", "taylor", "compensation", "prune")
 Progress = Callable[[str, int, int], None]
-# Rows of queries kept of a sequence and head.
-ROWS = 256
+# Rows of queries kept of a sequence and head, fewer where their scores would be more than so many of a site.
+ROWS, FEWEST_ROWS = 256, 32
+SCORES = 1 << 26
 # Bytes of queries, keys and values kept at a time; sites beyond that wait for a further run over the same text.
 KEPT = 1 << 30
 # A name's place among 2^31 seeds.
@@ -123,9 +124,10 @@ def distill_model(
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
-    fitted = fresh if partial is None else resumed(fresh, partial)
+    asked = {f"{s.mark}-{seed}" for s in samples}
+    fitted = fresh if partial is None else resumed(fresh, partial, asked)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
-    run.fit(fitted, [ids for ids in fit], keep)
+    run.fit(fitted, list(fit), keep)
     run.try_all(fitted, samples, keep)
     order = {name: n for n, name in enumerate(run.sites)}
     fitted.trials = dict(sorted(fitted.trials.items(), key=lambda item: (item[0][1], order[item[0][0]])))
@@ -148,15 +150,17 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> No
         )
 
 
-def resumed(fresh: Fitted, partial: Path) -> Fitted:
-    """What an earlier call left, if it was asked for the same; otherwise `fresh`."""
+def resumed(fresh: Fitted, partial: Path, asked: set[str]) -> Fitted:
+    """What an earlier call left, if it was asked for the same and tried no text but what is `asked` for; otherwise
+    `fresh`."""
     try:
         left = Fitted.load(partial)
         left.check_model(fresh.header.fingerprint)
     except FittedError:
         return fresh
     same = replace(left.header, data=fresh.header.data, fingerprint=fresh.header.fingerprint) == fresh.header
-    return left if same and set(fresh.header.data) <= set(left.header.data) else fresh
+    fitted_on, done = set(fresh.header.data), set(left.header.data)
+    return left if same and fitted_on <= done <= fitted_on | asked else fresh
 
 
 @dataclass
@@ -246,7 +250,8 @@ class _Run:
             for n, ids in enumerate(fit):
                 self.progress(f"collecting from {len(names)} sites", n, len(fit))
                 first = self.menu.sinks[0] + self.menu.windows[0]
-                at = drawn_rows(ids.shape[1], first, ROWS, generator)
+                rows = SCORES // (ids.shape[1] * max(site.heads for site in self.sites.values()))
+                at = drawn_rows(ids.shape[1], first, min(ROWS, max(FEWEST_ROWS, rows)), generator)
                 self.recorder.at = at.to(ids.device)
                 self._backward(Sample(ids), "fit")
             self.progress(f"collecting from {len(names)} sites", len(fit), len(fit))
