@@ -1,6 +1,7 @@
 """Every candidate equals dense where it should change nothing, in its reference and in the operators that plans run.
 
-A candidate inherits these tests by naming those settings in its own: ``DEGENERATE`` of tests/candidates/test_NAME.py."""
+A candidate inherits these tests by naming those settings in its own: ``DEGENERATE`` of tests/candidates/test_NAME.py.
+"""
 
 from __future__ import annotations
 
