@@ -4,8 +4,8 @@
 //
 // One head of one sequence after the other, or pieces of one side by side, in chunks of CHUNK rows. Row r of a run is
 // query s + w + r, for the sink s and the window w of the head, and its keys are s to s + r. The features of a chunk's
-// keys are made as columns, (F, CHUNK): as they are the right-hand side of the products within the chunk and, later, the
-// left-hand side of what the chunk adds to the state.
+// keys are made as columns, (F, CHUNK): as they are the right-hand side of the products within the chunk and, later,
+// the left-hand side of what the chunk adds to the state.
 //
 // linear_prefill.cpp and linear_decode.cpp are compiled with this text, after it.
 
@@ -105,7 +105,8 @@ void narrow(const float* from, BFloat16* to, int64_t size) { at::vec::convert(fr
 
 // Rows of a tensor in float32: where they lie, or in `held` if they have to be converted or hidden.
 template <typename T>
-const float* wide_rows(const T* from, int64_t row, int64_t count, int64_t size, const bool* pad, float* held, int64_t* ld) {
+const float* wide_rows(
+    const T* from, int64_t row, int64_t count, int64_t size, const bool* pad, float* held, int64_t* ld) {
   if constexpr (std::is_same_v<T, float>) {
     if (pad == nullptr) {
       *ld = row;
@@ -135,7 +136,8 @@ struct Chunk {
   float shift[CHUNK], total[CHUNK], squares[CHUNK];
 
   explicit Chunk(const Shape& s)
-      : s(s), width(s.width()), vector(new float[s.dim]), rows(new float[CHUNK * s.dim]), values(new float[CHUNK * s.dim_v]),
+      : s(s), width(s.width()), vector(new float[s.dim]), rows(new float[CHUNK * s.dim]),
+        values(new float[CHUNK * s.dim_v]),
         transposed(new float[CHUNK * s.dim]), y(new float[CHUNK * s.rank]), f(new float[CHUNK * width]),
         g(new float[CHUNK * width]), products(new float[CHUNK * CHUNK]), sums(new float[CHUNK * s.dim_v]),
         state(new float[width * s.dim_v]), normaliser(new float[width]) {}

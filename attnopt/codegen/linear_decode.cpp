@@ -1,5 +1,5 @@
-// One decoded token of linear far parts; compiled with linear.cpp, after it. Each head's state is walked once: a row takes
-// what leaves the window and is read for the query.
+// One decoded token of linear far parts; compiled with linear.cpp, after it. Each head's state is walked once: a row
+// takes what leaves the window and is read for the query.
 
 namespace {
 
@@ -56,8 +56,8 @@ struct Walk {
   }
 };
 
-// q (B, H, 1, D), with strides of batch and head; k (B, C, D) and v (B, C, Dv), of batch and slot. out (B, h, 1, Dv), lse
-// (B, h), slots (B, h), heads (h,), state (B, h, F, Dv + 1) with F as attnopt/feature_maps.py has it, and maps are
+// q (B, H, 1, D), with strides of batch and head; k (B, C, D) and v (B, C, Dv), of batch and slot. out (B, h, 1, Dv),
+// lse (B, h), slots (B, h), heads (h,), state (B, h, F, Dv + 1) with F as attnopt/feature_maps.py has it, and maps are
 // contiguous. The length of the shape is C. 1, and nothing done, where a slot is beyond it.
 template <typename T>
 int decode(const int64_t* packed) {
@@ -75,7 +75,8 @@ int decode(const int64_t* packed) {
   int64_t width = s.taylor ? 1 + s.rank + s.rank * s.rank : s.rank, row = s.dim_v + 1;
 
   // A thread is woken for some microseconds of work: a state of 64 features of 64 takes one and a half.
-  at::parallel_for(0, s.batch * s.served, std::max<int64_t>(1, (1 << 15) / (width * row)), [&](int64_t begin, int64_t end) {
+  int64_t together = std::max<int64_t>(1, (1 << 15) / (width * row));
+  at::parallel_for(0, s.batch * s.served, together, [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> x(new float[s.dim]), y(new float[s.rank]), f(new float[width]), g(new float[width]);
     std::unique_ptr<float[]> values(new float[row]), sums(new float[row]);
     for (int64_t item = begin; item < end; item++) {

@@ -3,7 +3,8 @@
 namespace {
 
 // x (n, dim), n <= count, into pairs of rows (count / 2, dim, 2): 0 for rows that are not there, or padding.
-void lay_out_pairs(const BFloat16* x, int64_t row, int64_t n, int64_t count, int64_t dim, const bool* pad, BFloat16* to) {
+void lay_out_pairs(
+    const BFloat16* x, int64_t row, int64_t n, int64_t count, int64_t dim, const bool* pad, BFloat16* to) {
   auto load = [&](int64_t j, int64_t d) {
     if (j >= n || (pad != nullptr && !pad[j])) return _mm512_setzero_si512();
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j * row + d)));
@@ -17,8 +18,8 @@ void lay_out_pairs(const BFloat16* x, int64_t row, int64_t n, int64_t count, int
 }
 
 // A chunk of kind exp in bfloat16, for CPUs with a matrix unit. State, normaliser and exponents are float32, the last
-// because a projection is a product with each half of its weights, w = high + low. What is rounded to bfloat16 is what is
-// multiplied: features (none is above 1 in queries), their products, and the state as it is read.
+// because a projection is a product with each half of its weights, w = high + low. What is rounded to bfloat16 is what
+// is multiplied: features (none is above 1 in queries), their products, and the state as it is read.
 struct Pairs : Chunk {
   std::unique_ptr<BFloat16[]> wq, wk, turned, queries, keys, key_pairs, weights, value_pairs, narrowed, state_pairs;
 
@@ -107,7 +108,8 @@ int prefill(const int64_t* packed) {
   T* data[4];
   for (T*& x : data) x = call.pointer<T>();
   float* lse = call.pointer<float>();
-  const int *heads = call.pointer<const int>(), *sinks = call.pointer<const int>(), *windows = call.pointer<const int>();
+  const int *heads = call.pointer<const int>(), *sinks = call.pointer<const int>();
+  const int* windows = call.pointer<const int>();
   const bool* pad = call.pointer<const bool>();
   Maps maps = call.maps();
   const int64_t* strides = call.next;
