@@ -8,8 +8,8 @@ from attnopt.codegen.triton_text import TRITON_DTYPES, padded_dim
 
 # Elements of a state that a program of add_up takes.
 ADDED = 1024
-# Keys and rows of a block, warps, pipeline stages, and whether maps are loaded for every block anew, as where they do not
-# fit into registers and shared memory beside the rest.
+# Keys and rows of a block, warps, pipeline stages, and whether maps are loaded for every block anew, as where they
+# do not fit into registers and shared memory beside the rest.
 Launch = tuple[int, int, int, bool]
 
 

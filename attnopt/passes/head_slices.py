@@ -14,7 +14,7 @@ Nothing of the graph changes until `commit`; `undo` takes away what was inserted
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -200,6 +200,17 @@ class Slices:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    def instead(self, make: Callable[[], Node]) -> Node:
+        """What `make` yields when it chooses all heads in order; whatever is made on the way and equals what it was
+        made of takes its place for every reader."""
+        self.twins, before = {}, self.twins
+        made = make()
+        for old, new in self.twins.items():
+            if old.op == "call_function" and [*map(str, shape_of(old))] == [*map(str, shape_of(new))]:
+                self.replacements.append((old, new))
+        self.twins = {**before, **self.twins}
+        return made
+
     def measured(self) -> list[tuple[Node, Node]]:
         """(size of a node, node made of it that has the same size): read off there, it needs no head that is gone."""
         found = []
@@ -273,6 +284,8 @@ class Slices:
                 part = builder.call(aten.slice.Tensor, whole, len(node.meta["val"].shape) - 1, at, at + wide)
                 at += wide
                 node.replace_all_uses_with(part)
+                self.replacements = [(old, part if new is node else new) for old, new in self.replacements]
+                self.twins = {old: part if new is node else new for old, new in self.twins.items()}
         for node in nodes:
             self.gm.graph.erase_node(node)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from attnopt.passes.planned import described as described_choices
 from attnopt.passes.planned import insert_planned
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import Match
-from attnopt.patterns.layout import Atom, Space, same, shape_of
+from attnopt.patterns.layout import Atom, Space, is_one, same, shape_of
 from attnopt.patterns.sdpa import Sdpa
 from attnopt.reasons import described, located
 from attnopt.registry import CANDIDATES
@@ -128,39 +129,44 @@ def means_of(program: Program, region: Region) -> Tensor | None:
     return found.detach().to("cpu", torch.float64)
 
 
+# What happens to keys and values, in the order of trials: nothing at all; rows of heads that are gone go; they stay
+# whole, and the attention reads the groups it wants; the same, made by products apart from that of the queries.
+UNTOUCHED, CUT, WHOLE, APART = "untouched", "cut", "whole", "apart"
+
+
 def cut(program: Program, region: Region, choices: Sequence[Choice], removed: Sequence[int]) -> Refusal | None:
     """Rewrite one site; or why it stays, with nothing changed."""
     site = region.site
     kept = kept_of(site.heads, site.kv_heads, removed)
-    # K and V of all groups in order stay as they are, unless one product made them together with q.
-    whole = kept.groups == tuple(range(site.kv_heads))
-    answer: Refusal | None = None
-    regions: list[Region] = []
-    for keys in (False, True) if whole and kept.heads else (True,):
+    natural = kept.groups == tuple(range(site.kv_heads)) or not kept.heads
+    against: list[Refusal] = []
+    for way in (UNTOUCHED, APART) if natural else (CUT, WHOLE, APART):
         slices = Slices(program)
+        no: Refusal | None = None
         try:
-            regions = cut_apart(program, region, kept, keys, slices)
-            answer = None if not kept.heads else still_needed(slices)
-            if answer is None:
+            regions = cut_apart(program, region, kept, way, slices)
+            no = still_needed(slices) if kept.heads else None
+            if no is None:
                 slices.commit()
-                break
-        except Unpushed as no:
-            answer = no.refusal
+        except Unpushed as error:
+            no = error.refusal
         except Exception as error:
             if settings.strict():
                 slices.undo()
                 raise
             said = str(error).splitlines()[0] if str(error) else ""
-            answer = Refusal(f"{type(error).__name__} while cutting it: {said}", code="rewrite-failed")
+            no = Refusal(f"{type(error).__name__} while cutting it: {said}", code="rewrite-failed")
+        if no is None:
+            lower(program, region, regions, kept, choices, against[0].reason if against and not natural else "")
+            return None
         slices.undo()
-        if answer.code != "prune-read-elsewhere":
+        against.append(no)
+        if not kept.heads:
             break
-    if answer is None:
-        lower(program, region, regions, kept, choices, removed)
-    return answer
+    return against[0]
 
 
-def cut_apart(program: Program, region: Region, kept: Kept, keys: bool, slices: Slices) -> list[Region]:
+def cut_apart(program: Program, region: Region, kept: Kept, way: str, slices: Slices) -> list[Region]:
     """Insert the attention of the heads that stay and its projections, unused yet; one Region for each class."""
     means = means_of(program, region)
     assert means is not None
@@ -168,11 +174,14 @@ def cut_apart(program: Program, region: Region, kept: Kept, keys: bool, slices: 
     regions: list[Region] = []
     out: Node | None = None
     if kept.heads:
-        q = narrowed(slices, region.q, kept.heads)
-        k = narrowed(slices, region.k, kept.groups) if keys else region.k
-        v = narrowed(slices, region.v, kept.groups) if keys else region.v
+        q, k, v = narrowed(slices, region.q, kept.heads), region.k, region.v
+        if way == CUT:
+            k, v = (narrowed(slices, x, kept.groups) for x in (k, v))
+        if way == APART:
+            every = range(region.site.kv_heads)
+            k, v = (slices.instead(partial(narrowed, slices, x, every)) for x in (k, v))
         with program.gm.graph.inserting_before(region.out):
-            regions = attentions(program, region, kept, (q, k, v), slices)
+            regions = attentions(program, region, kept, (q, k, v), way == CUT, slices)
             out = joined(Builder(program.gm, region.out), [r.out for r in regions])
     push_down(program, region, kept, means, out, slices)
     return regions
@@ -191,19 +200,40 @@ def narrowed(slices: Slices, operand: Node, chosen: Sequence[int]) -> Node:
     return walk.narrowed(operand, (batch, heads, length, features))
 
 
+def runs(kept: Kept) -> tuple[Class, ...]:
+    """The classes, cut where their KV heads are no neighbours in the model."""
+    found: list[Class] = []
+    for part in kept.classes:
+        each = part.heads // part.groups
+        for n in range(part.groups):
+            at = part.first_group + n
+            if n and kept.groups[at] == kept.groups[at - 1] + 1:
+                last = found.pop()
+                found.append(replace(last, heads=last.heads + each, groups=last.groups + 1))
+            else:
+                found.append(Class(part.first_head + n * each, each, at, 1))
+    return tuple(found)
+
+
 def attentions(
-    program: Program, region: Region, kept: Kept, operands: tuple[Node, Node, Node], slices: Slices
+    program: Program, region: Region, kept: Kept, operands: tuple[Node, Node, Node], cut: bool, slices: Slices
 ) -> list[Region]:
-    """One SDPA call for each class on its part of q, k and v, the mask as the graph has it."""
+    """One SDPA call for each class on its part of q, k and v, the mask as the graph has it. cut: whether k and v have
+    the KV heads that stay alone."""
     builder, site = Builder(program.gm, region.out), region.site
     mask = operand_mask(builder, region.match, operands[0].meta["val"].dtype)
     if mask is not None and not same_for_all(mask):
-        index = slices.constant(torch.tensor(kept.heads, device=mask.meta["val"].device), region.out)
-        mask = builder.call(aten.index_select.default, mask, 1, index)
+        mask = picked(builder, mask, kept.heads, slices)
+    # A single query costs what its keys cost to read: they are not copied for it.
+    single = not cut and is_one(shape_of(operands[0])[2])
     found = []
-    for part in kept.classes:
-        bounds = [(part.first_head, part.heads), *[(part.first_group, part.groups)] * 2]
-        q, k, v = (sliced(builder, x, *at) for x, at in zip(operands, bounds, strict=True))
+    for part in runs(kept) if single else kept.classes:
+        q = sliced(builder, operands[0], part.first_head, part.heads)
+        groups = kept.groups[part.first_group : part.first_group + part.groups]
+        if cut:
+            k, v = (sliced(builder, x, part.first_group, part.groups) for x in operands[1:])
+        else:
+            k, v = (picked(builder, x, groups, slices) for x in operands[1:])
         own = mask if mask is None or same_for_all(mask) else sliced(builder, mask, part.first_head, part.heads)
         out = builder.call(
             aten.scaled_dot_product_attention.default, q, k, v, own, 0.0, region.match.causal, scale=site.scale,
@@ -215,6 +245,15 @@ def attentions(
         rest = replace(site, heads=part.heads, kv_heads=part.groups, pattern="sdpa")
         found.append(Region(rest, q, k, v, out, out, dict(region.loads), match, region.meaning))
     return found
+
+
+def picked(builder: Builder, tensor: Node, heads: Sequence[int], slices: Slices) -> Node:
+    """Some entries of dimension 1: a view where they are neighbours, else a copy."""
+    first = heads[0]
+    if tuple(heads) == tuple(range(first, first + len(heads))):
+        return sliced(builder, tensor, first, len(heads))
+    index = torch.tensor(heads, device=tensor.meta["val"].device)
+    return builder.call(aten.index_select.default, tensor, 1, slices.constant(index, tensor))
 
 
 def same_for_all(mask: Node) -> bool:
@@ -289,20 +328,23 @@ def reduces(node: Node) -> bool:
 
 
 def lower(
-    program: Program, region: Region, regions: Sequence[Region], kept: Kept, choices: Sequence[Choice],
-    removed: Sequence[int],
-) -> None:  # fmt: skip
-    """Lower what stays of a site by its choices, or exactly, and report the site as one rewrite."""
-    before, how = len(program.rewrites), []
+    program: Program, region: Region, regions: Sequence[Region], kept: Kept, choices: Sequence[Choice], whole: str
+) -> None:
+    """Lower what stays of a site by its choices, or exactly, and report the site as one rewrite. whole: why keys and
+    values of the heads that are gone had to stay."""
+    before, at, how = len(program.rewrites), 0, []
     planned = any(choices[h] != DENSE for h in kept.heads)
-    for part, rest in zip(kept.classes, regions, strict=True):
-        heads = kept.heads[part.first_head : part.first_head + part.heads]
+    for rest in regions:
+        heads = kept.heads[at : at + rest.site.heads]
+        at += rest.site.heads
         how.append(lower_rest(program, rest, [choices[h] for h in heads], heads, planned))
     del program.rewrites[before:]
-    count, total = len(removed), region.site.heads
-    said = f"{count} of {total} heads removed" if regions else f"all {total} heads removed"
+    total = region.site.heads
+    said = f"{total - len(kept.heads)} of {total} heads removed" if regions else f"all {total} heads removed"
     groups = region.site.kv_heads - len(kept.groups)
     note = f"{groups} of {region.site.kv_heads} KV heads with them" if groups and regions else ""
+    if whole:
+        note = f"keys and values stay whole, {whole}"
     lowering = "; ".join([said, *dict.fromkeys(how)])
     program.rewrites.append(Rewrite(region.site, lowering, tuple(choices), note))
     program.done.add(region.site.name)

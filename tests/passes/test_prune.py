@@ -7,6 +7,7 @@ import copy
 import pruning
 import pytest
 import torch
+import torch.nn.functional as F
 from pruning import BATCH, LENGTH, WIDTH, built, error, means_for, plan_of, pruned, rows
 from tracing import trace
 
@@ -64,7 +65,6 @@ def test_groups_of_equal_numbers_lie_side_by_side():
 SPELLINGS = [
     ("Attention", (8, 4), (0, 1, 2, 5)),
     ("Attention", (4, 1), (2,)),
-    ("Thirds", (6, 2), (1,)),
     ("Thirds", (4, 1), (0, 3)),
     ("Thirds", (6, 2), (0, 1, 2, 4)),
     ("Stacked", (4, 4), (0, 2)),
@@ -74,20 +74,19 @@ SPELLINGS = [
     ("Conv", (4, 4), (1, 2)),
     ("Einsum", (6, 3), (0, 1, 4)),
     ("Rotated", (6, 2), (0, 4, 5)),
-    ("Rotated", (6, 3), (0, 1)),
     ("Adapted", (6, 2), (3,)),
     ("Adapted", (4, 4), (3,)),
     ("Dequantised", (6, 3), (2, 3)),
     ("Tied", (4, 4), (2,)),
     ("WrittenOut", (6, 2), (0, 1, 2, 4)),
-    ("WrittenOut", (6, 2), range(6)),
+    ("Attention", (4, 1), range(4)),
 ]
 
 
 @pytest.mark.parametrize(("name", "sizes", "gone"), SPELLINGS, ids=lambda v: str(v) if isinstance(v, str) else "")
 def test_a_spelling(name, sizes, gone):
     module = built(getattr(pruning, name), *sizes)
-    traced = pruned(module, gone, dynamic=len(gone) == 4)
+    traced = pruned(module, gone, dynamic=len(gone) == 4, verify=name == "WrittenOut")
     assert len(traced.rewrites) == 1 and not traced.left, traced.left
     assert error(module, gone, traced) < 2e-6
     heads = [shape[1] for name, shape in calls(traced) if name == "scaled_dot_product_attention"]
@@ -120,7 +119,7 @@ def test_half_precision():
 
 def test_heads_that_stay_follow_their_spans():
     module, span = built(pruning.Attention, 6, 2), Choice.of("sink_window", {"sink": 1, "alpha": 4, "beta": 0.0})
-    traced = pruned(module, (0, 4), other=span, verify=False)
+    traced = pruned(module, (0, 4), other=span)
     assert traced.rewrites == ["2 of 6 heads removed; span kernel, 1 span"] and not traced.left
     module.attend = lambda q, k, v: spanned(q, k, v, 1, 4)
     assert error(module, (0, 4), traced) < 1e-6
@@ -147,6 +146,87 @@ def test_a_module_in_two_layers():
     assert float((traced.output - twin.layer(inner)).abs().max()) < 1e-6
     (only,) = (shape for name, shape in calls(traced) if name == "scaled_dot_product_attention")
     assert only[1] == 3
+
+
+class Cached(pruning.Attention):
+    """Keys are returned, and values written into a buffer."""
+
+    def build(self, bias):
+        super().build(bias)
+        self.register_buffer("held", torch.zeros(BATCH, self.groups, LENGTH, self.dim), persistent=False)
+
+    def operands(self, x):
+        q, k, v = super().operands(x)
+        self.held.copy_(v)
+        self.keys = k
+        return q, k, v
+
+    def forward(self, x):
+        return super().forward(x), self.keys
+
+
+class CachedThirds(Cached, pruning.Thirds):
+    """The same, of one projection."""
+
+
+class JointNorm(pruning.Attention):
+    """Keys are normalised over all heads together."""
+
+    def operands(self, x):
+        q, _, v = super().operands(x)
+        return q, self.split(F.layer_norm(self.k(x), (self.groups * self.dim,))), v
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "gone", "heads"),
+    [(Cached, (4, 2), (1, 2), [2]), (Cached, (6, 3), (0, 2, 3), [2, 1]), (CachedThirds, (4, 4), (1,), [3]),
+     (CachedThirds, (6, 2), (0, 5), [4]), (CachedThirds, (4, 1), (0,), [3]), (JointNorm, (4, 4), (0,), [3])],
+)  # fmt: skip
+def test_keys_and_values_that_are_read_elsewhere_stay_whole(kind, sizes, gone, heads):
+    """The queries and the output are cut all the same."""
+    module = built(kind, *sizes)
+    traced = pruned(module, gone)
+    assert len(traced.rewrites) == 1 and not traced.left, traced.left
+    out, *keys = traced.output if isinstance(traced.output, tuple) else (traced.output,)
+    traced.output = out
+    means = means_for(module.heads)
+    reference = pruning.expected(module, rows(), {module: {h: means[h] for h in gone}})
+    if keys:
+        torch.testing.assert_close(keys[0].double(), reference[1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(module.held.double(), module.operands(rows())[2].double(), atol=1e-6, rtol=0)
+        reference = reference[0]
+    assert float((out - reference).abs().max()) < 1e-6
+    assert [shape[1] for name, shape in calls(traced) if name == "scaled_dot_product_attention"] == heads
+    products = [shape[-1] for name, shape in calls(traced) if name == "linear"]
+    own, whole = (sizes[0] - len(gone)) * 8, sizes[1] * 8
+    assert products == ([own + 2 * whole, WIDTH] if kind is CachedThirds else [own, whole, whole, WIDTH])
+    (rewrite,) = traced.program.rewrites
+    assert ("keys and values stay whole" in rewrite.note) == (len(heads) > 1 or sizes[0] == sizes[1])
+
+
+def test_a_single_query_reads_keys_where_they_are():
+    """Neighbouring KV heads are a view of the cache; nothing is copied."""
+    module = built(Decoding, 6, 6)
+    traced = pruned(module, (2,))
+    assert [shape for name, shape in calls(traced) if name in ("index_select", "slice")] and len(traced.rewrites) == 1
+    assert not [name for name, _ in calls(traced) if name == "index_select"]
+    assert [shape[1] for name, shape in calls(traced) if name == "scaled_dot_product_attention"] == [2, 3]
+    assert error(module, (2,), traced) < 1e-6
+
+
+class Decoding(pruning.Attention):
+    """The last token's query over the keys of all."""
+
+    def operands(self, x):
+        _, k, v = super().operands(x)
+        self.seen = k
+        return self.split(self.q(x[:, -1:])), k, v
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def output(self, out):
+        return super().output(out) + self.seen.mean((1, 2, 3))[:, None, None]
 
 
 def test_a_site_without_pruned_heads_is_not_touched():
