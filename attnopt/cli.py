@@ -31,7 +31,6 @@ EXAMPLES = {
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
 }
-FAMILIES = ("linear", "taylor", "compensation", "pruned")
 HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
     "profile": "measure what dropping keys would do to the loss, head by head",
@@ -224,8 +223,8 @@ def build_parser() -> Parser:
                          help="of training a learned map; 0: none is learned (default 200)")  # fmt: skip
     distill.add_argument("--samples", type=count, default=4,
                          help="sequences to fit on, and to try on at each length (default 4)")  # fmt: skip
-    distill.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES,
-                         help="what is fitted and tried (default: all)")  # fmt: skip
+    distill.add_argument("--families", type=names, metavar="FAMILIES",
+                         help="what is fitted and tried (default: linear,taylor,compensation,prune)")  # fmt: skip
 
     plan = command("plan")
     with_model(plan)

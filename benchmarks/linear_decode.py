@@ -41,25 +41,27 @@ TAKES = "15 min"
 QUICK = ("--quick",)
 TOLERANCE = 1e-4
 ALLOWED = {"spans": (), "tails": ("linear", "taylor", "compensation")}
-SIZES = Sizes((1024, 2048, 4096), 4096, 2, 2, windows=(32, 128))
+SIZES = Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200)
 SHORT = Sizes((256, 512), 512, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
-# Plans that are measured at each length and set of families, closing in on the largest predicted damage that holds.
-TRIES = 7
+# Plans that are measured at each length and set of families, closing in on the smallest cache that holds, and how near
+# in the logarithm of its bytes is near enough.
+TRIES, CLOSE = 8, 0.05
 
 
 def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float) -> tuple[Choices, Outcome]:
     """The plan with the least cache of those measured to lose at most `most` percent at `length`; dense if none did."""
     problem = subject.problem(length, "memory", allowed)
     sweep, samples = front(problem), subject.sizes.final
-    damages = sweep.damage[sweep.damage > 0]
     best: tuple[Choices, Outcome] = ({s.name: (DENSE,) * s.heads for s in subject.sites}, Outcome(0.0, 0.0))
-    if not len(damages):
+    if len(sweep) < 2:
         return best
-    low, high, least = math.log(float(damages.min())) - 1.0, math.log(float(damages.max())), problem.dense.cost
-    at = min(max(math.log(most / 100 * subject.dense_loss(length, samples)), low), high)
+    low, high = math.log(float(sweep.cost.min())), math.log(problem.dense.cost)
+    # Where the prediction meets the limit; from there on halfway between what holds and what misses, in log bytes.
+    nats = most / 100 * subject.dense_loss(length, samples)
+    at = min(max(math.log(float(sweep.cost[sweep.within(nats)])), low), high)
     seen: dict[bytes, Outcome] = {}
     for _ in range(TRIES):
-        solution = sweep.pick(max_damage=math.exp(at))
+        solution = sweep.pick(max_cost=math.exp(at) * (1 + 1e-9))
         if solution is None:
             break
         choices, key = choices_from(problem, solution), solution.index.tobytes()
@@ -70,12 +72,10 @@ def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float)
                 f"of dense, loss {seen[key].increase:+.3f} %"
             )
         if seen[key].increase <= most:
-            low = at
-            if solution.cost < least:
-                least, best = solution.cost, (choices, seen[key])
+            high, best = math.log(solution.cost), (choices, seen[key])
         else:
-            high = at
-        if high - low < 0.05:
+            low = at
+        if high - low < CLOSE:
             break
         at = (low + high) / 2
     return best
@@ -141,8 +141,10 @@ def rows_of(
     plans = {"dense": dense, **{name: choices for name, (choices, _) in found.items()}}
     ids, rows = subject.split("final", length, 1), []
     for batch in batches:
-        decoding = Decoding(subject, ids, batch, plans)
+        decoding, threads = Decoding(subject, ids, batch, plans), torch.get_num_threads()
+        torch.set_num_threads(1)
         times = interleaved(decoding.calls(), repeats, "thread", seconds=20)
+        torch.set_num_threads(threads)
         rows += [row(decoding, name, times) for name in plans]
     said = []
     for name, (choices, outcome) in found.items():
@@ -192,7 +194,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     sizes, lengths = (SHORT, [512]) if args.quick else (SIZES, args.lengths)
     subject = Subject(args.model, sizes, lambda line: print(line, flush=True))
     rows: list[Row] = []

@@ -52,12 +52,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 OBJECTIVES = ("prefill", "memory")
 SIZES = {
-    "demo": Sizes((1024, 2048), 4096, 3, 3),
-    "diffuse": Sizes((1024, 2048, 4096), 8192, 2, 3, windows=(32, 128)),
-    "recall": Sizes((1024, 2048), 4096, 2, 3, windows=(32, 128)),
+    "demo": Sizes((1024, 2048), 4096, 2, 2, steps=200),
+    "diffuse": Sizes((1024, 2048), 8192, 2, 2, windows=(32, 128), steps=200),
+    "recall": Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200),
 }
 SHORT = Sizes((256, 512), 768, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
-SHARES = (0.7, 0.5, 0.35, 0.2, 0.1)
+SHARES = (0.5, 0.3, 0.15, 0.05)
 
 
 @dataclass(frozen=True)

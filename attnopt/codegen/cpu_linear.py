@@ -38,9 +38,7 @@ from attnopt.codegen import linear_cpu_backward
 
 def backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, pad=None):
     """Arguments and results as those of attnopt.codegen.reference_linear.backward."""
-{check}    return linear_cpu_backward.backward(
-        dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, {pad}
-    )
+{check}    return linear_cpu_backward.backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, {pad})
 '''
 DECODE = '''"""{spec}.
 

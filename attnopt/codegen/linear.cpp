@@ -1,6 +1,6 @@
 // Linear attention to far keys: a causal prefill with a running state, and one decoded token. What the results are says
 // attnopt/codegen/reference_linear.py; the order of the work, attnopt/codegen/linear_cpu.py. Inputs are float32 or
-// bfloat16; features, products and states are float32.
+// bfloat16; features and states are float32, and so are products unless the CPU has a matrix unit for bfloat16.
 //
 // Prefill. One head of one sequence after the other, or pieces of one side by side, in chunks of CHUNK rows. Row r of a run is query s + w + r, for the
 // sink s and the window w of the head, and its keys are s to s + r. The features of a chunk's keys are made as
@@ -13,6 +13,8 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +29,7 @@ using at::BFloat16;
 using Vec = at::vec::Vectorized<float>;
 
 // Microseconds of a token and head by CHUNK 32, 64, 128, D = R = 64, one thread of a Xeon with AVX-512, torch 2.13:
-// float32 .78 .79 .93, bfloat16 .77 .76 .92.
+// float32 .78 .81 .89, bfloat16 .66 .58 .59.
 constexpr int64_t CHUNK = 64;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 // As attnopt/feature_maps.py has it.
@@ -68,6 +70,13 @@ void multiply(
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
 }
 
+// The same in bfloat16, b in pairs of its rows, (k / 2, n, 2), as the matrix unit reads it.
+void multiply(
+    int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
+    int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, true);
+}
+
 float dot(const float* a, const float* b, int64_t n) {
   Vec all(0.0f);
   int64_t d = 0;
@@ -75,6 +84,10 @@ float dot(const float* a, const float* b, int64_t n) {
   float found = at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, all);
   for (; d < n; d++) found += a[d] * b[d];
   return found;
+}
+
+float sum(const float* x, int64_t n) {
+  return at::vec::reduce_all<float>([](Vec a, Vec b) { return a + b; }, x, n);
 }
 
 // exp(x - less), for `size` entries.
@@ -115,11 +128,14 @@ const float* wide_rows(const T* from, int64_t row, int64_t count, int64_t size, 
 struct Chunk {
   const Shape& s;
   int64_t width;
-  std::unique_ptr<float[]> rows, values, transposed, y, f, g, products, sums, state, normaliser;
+  std::unique_ptr<float[]> vector, rows, values, transposed, y, f, g, products, sums, state, normaliser;
+  // The chunk's values, and how far apart their rows are.
+  const float* seen = nullptr;
+  int64_t seen_row = 0;
   float shift[CHUNK], total[CHUNK], squares[CHUNK];
 
   explicit Chunk(const Shape& s)
-      : s(s), width(s.width()), rows(new float[CHUNK * s.dim]), values(new float[CHUNK * s.dim_v]),
+      : s(s), width(s.width()), vector(new float[s.dim]), rows(new float[CHUNK * s.dim]), values(new float[CHUNK * s.dim_v]),
         transposed(new float[CHUNK * s.dim]), y(new float[CHUNK * s.rank]), f(new float[CHUNK * width]),
         g(new float[CHUNK * width]), products(new float[CHUNK * CHUNK]), sums(new float[CHUNK * s.dim_v]),
         state(new float[width * s.dim_v]), normaliser(new float[width]) {}
@@ -138,24 +154,32 @@ struct Chunk {
     std::copy_n(from + width * s.dim_v, width, normaliser.get());
   }
 
+  void begin(const Maps&) {}
+
   // keys (n, D) -> features as columns, g (F, n) of rows CHUNK apart; 0 in padding.
-  void keys(const float* x, int64_t ld, int64_t n, const Maps& maps, const bool* pad) {
+  template <typename T>
+  void take_keys(const T* keys, int64_t row, int64_t n, const Maps& maps, const bool* pad) {
+    int64_t ld;
+    const float* x = wide_rows(keys, row, n, s.dim, pad, rows.get(), &ld);
     at::vec::transpose_mxn<float>(x, ld, transposed.get(), CHUNK, n, s.dim);
     // Of kind taylor the first feature is 1.
+    multiply(
+        s.rank, n, s.dim, maps.wk, s.dim, transposed.get(), CHUNK, g.get() + (s.taylor ? CHUNK : 0), CHUNK, false);
+    finish_keys(keys, row, n, maps, pad);
+  }
+
+  // From projections to features. The keys are read where their squares count.
+  template <typename T>
+  void finish_keys(const T* keys, int64_t row, int64_t n, const Maps& maps, const bool* pad) {
     float* own = g.get() + (s.taylor ? CHUNK : 0);
-    multiply(s.rank, n, s.dim, maps.wk, s.dim, transposed.get(), CHUNK, own, CHUNK, false);
-    if (!s.taylor && *maps.ck != 0.0f) {
-      for (int64_t c = 0; c < n; c++) squares[c] = *maps.ck * dot(x + c * ld, x + c * ld, s.dim);
-    } else {
-      std::fill_n(squares, n, 0.0f);
-    }
+    square(keys, row, n, s.taylor ? 0.0f : *maps.ck);
     for (int64_t r = 0; r < s.rank; r++) {
-      float *row = own + r * CHUNK, bias = maps.bk[r];
+      float *at = own + r * CHUNK, bias = maps.bk[r];
       if (s.taylor) {
-        for (int64_t c = 0; c < n; c++) row[c] += bias;
+        for (int64_t c = 0; c < n; c++) at[c] += bias;
       } else {
-        for (int64_t c = 0; c < n; c++) row[c] = std::min(row[c] + bias - squares[c], KEY_CAP);
-        exponentials(row, n, 0.0f);
+        for (int64_t c = 0; c < n; c++) at[c] = std::min(at[c] + bias - squares[c], KEY_CAP);
+        exponentials(at, n, 0.0f);
       }
     }
     if (s.taylor) {
@@ -173,18 +197,24 @@ struct Chunk {
     }
   }
 
+  // squares (n,) = factor |x|²
+  template <typename T>
+  void square(const T* x, int64_t row, int64_t n, float factor) {
+    std::fill_n(squares, n, 0.0f);
+    for (int64_t i = 0; factor != 0.0f && i < n; i++) {
+      widen(x + i * row, vector.get(), s.dim);
+      squares[i] = factor * dot(vector.get(), vector.get(), s.dim);
+    }
+  }
+
   // queries (n, D) -> features f (n, F), shift.
-  void queries(const float* x, int64_t ld, int64_t n, const Maps& maps) {
+  template <typename T>
+  void take_queries(const T* queries, int64_t row, int64_t n, const Maps& maps) {
+    int64_t ld;
+    const float* x = wide_rows(queries, row, n, s.dim, nullptr, rows.get(), &ld);
     multiply(n, s.rank, s.dim, x, ld, maps.wq, s.rank, s.taylor ? y.get() : f.get(), s.rank, false);
+    if (!s.taylor) return finish_queries(queries, row, n, maps);
     for (int64_t i = 0; i < n; i++) {
-      if (!s.taylor) {
-        float *row = f.get() + i * s.rank, most = NONE;
-        for (int64_t r = 0; r < s.rank; r++) row[r] += maps.bq[r];
-        most = at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, row, s.rank);
-        exponentials(row, s.rank, most);
-        shift[i] = *maps.cq == 0.0f ? most : most - *maps.cq * dot(x + i * ld, x + i * ld, s.dim);
-        continue;
-      }
       float *own = y.get() + i * s.rank, *to = f.get() + i * width;
       *to++ = 1.0f;
       for (int64_t r = 0; r < s.rank; r++) *to++ = own[r] += maps.bq[r];
@@ -196,8 +226,33 @@ struct Chunk {
     }
   }
 
+  // Of kind exp, from projections to features and shifts.
+  template <typename T>
+  void finish_queries(const T* queries, int64_t row, int64_t n, const Maps& maps) {
+    square(queries, row, n, *maps.cq);
+    for (int64_t i = 0; i < n; i++) {
+      float* at = f.get() + i * s.rank;
+      for (int64_t r = 0; r < s.rank; r++) at[r] += maps.bq[r];
+      float most = at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, at, s.rank);
+      exponentials(at, s.rank, most);
+      shift[i] = most - squares[i];
+    }
+  }
+
+  template <typename T>
+  void take_values(const T* v, int64_t row, int64_t n, const bool* pad) {
+    seen = wide_rows(v, row, n, s.dim_v, pad, values.get(), &seen_row);
+  }
+
+  // Products of row i, (n,): 0 for later keys. Their sum and that of keys before the chunk is `total`.
+  void finish_products(int64_t i, int64_t n) {
+    float* row = products.get() + i * CHUNK;
+    std::fill(row + i + 1, row + n, 0.0f);
+    total[i] = dot(f.get() + i * width, normaliser.get(), width) + sum(row, i + 1);
+  }
+
   // The sums of n rows over keys up to each, into `sums` (n, Dv) and `total`.
-  void attend(const float* v, int64_t ld, int64_t n) {
+  void attend(int64_t n) {
     if (s.taylor) {
       multiply(n, n, s.rank, y.get(), s.rank, g.get() + CHUNK, CHUNK, products.get(), CHUNK, false);
     } else {
@@ -205,27 +260,113 @@ struct Chunk {
     }
     for (int64_t i = 0; i < n; i++) {
       float* row = products.get() + i * CHUNK;
-      if (s.taylor) {
-        // The first feature of a key is 1, and 0 in padding.
-        for (int64_t c = 0; c <= i; c++) row[c] = g[c] + row[c] * (1.0f + 0.5f * row[c]);
-      }
-      std::fill(row + i + 1, row + n, 0.0f);
-      total[i] = dot(f.get() + i * width, normaliser.get(), width);
-      for (int64_t c = 0; c <= i; c++) total[i] += row[c];
+      // The first feature of a key is 1, and 0 in padding.
+      for (int64_t c = 0; s.taylor && c <= i; c++) row[c] = g[c] + row[c] * (1.0f + 0.5f * row[c]);
+      finish_products(i, n);
     }
-    multiply(n, s.dim_v, n, products.get(), CHUNK, v, ld, sums.get(), s.dim_v, false);
+    multiply(n, s.dim_v, n, products.get(), CHUNK, seen, seen_row, sums.get(), s.dim_v, false);
     multiply(n, s.dim_v, width, f.get(), width, state.get(), s.dim_v, sums.get(), s.dim_v, true);
   }
 
   // The state takes the chunk's keys.
-  void add(const float* v, int64_t ld, int64_t n) {
-    multiply(width, s.dim_v, n, g.get(), CHUNK, v, ld, state.get(), s.dim_v, true);
-    for (int64_t r = 0; r < width; r++) {
-      const float* row = g.get() + r * CHUNK;
-      float all = 0.0f;
-      for (int64_t c = 0; c < n; c++) all += row[c];
-      normaliser[r] += all;
+  void add(int64_t n) {
+    multiply(width, s.dim_v, n, g.get(), CHUNK, seen, seen_row, state.get(), s.dim_v, true);
+    add_to_normaliser(n);
+  }
+
+  void add_to_normaliser(int64_t n) {
+    for (int64_t r = 0; r < width; r++) normaliser[r] += sum(g.get() + r * CHUNK, n);
+  }
+};
+
+// x (n, dim), n <= count, into pairs of rows (count / 2, dim, 2): 0 for rows that are not there, or padding.
+void lay_out_pairs(const BFloat16* x, int64_t row, int64_t n, int64_t count, int64_t dim, const bool* pad, BFloat16* to) {
+  auto load = [&](int64_t j, int64_t d) {
+    if (j >= n || (pad != nullptr && !pad[j])) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j * row + d)));
+  };
+  for (int64_t j = 0; j < count; j += 2) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      __m512i pair = _mm512_or_si512(load(j, d), _mm512_slli_epi32(load(j + 1, d), 16));
+      _mm512_storeu_si512(to + j * dim + 2 * d, pair);
     }
+  }
+}
+
+// A chunk of kind exp in bfloat16, for CPUs with a matrix unit. State, normaliser and exponents are float32, the last
+// because a projection is a product with each half of its weights, w = high + low. What is rounded to bfloat16 is what is
+// multiplied: features (none is above 1 in queries), their products, and the state as it is read.
+struct Pairs : Chunk {
+  std::unique_ptr<BFloat16[]> wq, wk, turned, queries, keys, key_pairs, weights, value_pairs, narrowed, state_pairs;
+
+  explicit Pairs(const Shape& s)
+      : Chunk(s), wq(new BFloat16[2 * s.dim * s.rank]), wk(new BFloat16[2 * s.dim * s.rank]),
+        turned(new BFloat16[s.dim * CHUNK]()), queries(new BFloat16[CHUNK * s.rank]),
+        keys(new BFloat16[s.rank * CHUNK]), key_pairs(new BFloat16[s.rank * CHUNK]),
+        weights(new BFloat16[CHUNK * CHUNK]), value_pairs(new BFloat16[CHUNK * s.dim_v]),
+        narrowed(new BFloat16[s.rank * s.dim_v]), state_pairs(new BFloat16[s.rank * s.dim_v]) {}
+
+  // The kernel's vector loops and tiles step by 32; keys are moved as words of two features.
+  static bool serve(const Shape& s, const Tensor<BFloat16>& k) {
+    bool even = k.batch % 2 == 0 && k.head % 2 == 0 && k.row % 2 == 0 && reinterpret_cast<uintptr_t>(k.data) % 4 == 0;
+    return !s.taylor && s.dim % 32 == 0 && s.dim_v % 32 == 0 && s.rank % 32 == 0 && even &&
+        at::native::cpublas::could_pack(at::kBFloat16);
+  }
+
+  void begin(const Maps& maps) {
+    int64_t size = s.dim * s.rank;
+    for (int64_t d = 0; d < s.dim; d++) {
+      for (int64_t r = 0; r < s.rank; r++) {
+        split(maps.wq[d * s.rank + r], &wq[(d / 2 * s.rank + r) * 2 + d % 2], size);
+        split(maps.wk[r * s.dim + d], &wk[r * s.dim + d], size);
+      }
+    }
+  }
+
+  static void split(float w, BFloat16* to, int64_t apart) {
+    to[0] = w;
+    to[apart] = w - static_cast<float>(to[0]);
+  }
+
+  void take_keys(const BFloat16* x, int64_t row, int64_t n, const Maps& maps, const bool* pad) {
+    at::vec::transpose_mxn<float>(
+        reinterpret_cast<const float*>(x), row / 2, reinterpret_cast<float*>(turned.get()), CHUNK, n, s.dim / 2);
+    for (int64_t half = 0; half < 2; half++) {
+      const BFloat16* w = wk.get() + half * s.dim * s.rank;
+      multiply(s.rank, CHUNK, s.dim, w, s.dim, turned.get(), CHUNK, g.get(), CHUNK, half == 1);
+    }
+    finish_keys(x, row, n, maps, pad);
+    for (int64_t r = 0; n < CHUNK && r < s.rank; r++) std::fill(&g[r * CHUNK + n], &g[r * CHUNK + CHUNK], 0.0f);
+    narrow(g.get(), keys.get(), s.rank * CHUNK);
+    lay_out_pairs(keys.get(), CHUNK, s.rank, s.rank, CHUNK, nullptr, key_pairs.get());
+  }
+
+  void take_queries(const BFloat16* x, int64_t row, int64_t n, const Maps& maps) {
+    for (int64_t half = 0; half < 2; half++) {
+      const BFloat16* w = wq.get() + half * s.dim * s.rank;
+      multiply(n, s.rank, s.dim, x, row, w, s.rank, f.get(), s.rank, half == 1);
+    }
+    finish_queries(x, row, n, maps);
+    narrow(f.get(), queries.get(), n * s.rank);
+  }
+
+  void take_values(const BFloat16* v, int64_t row, int64_t n, const bool* pad) {
+    lay_out_pairs(v, row, n, CHUNK, s.dim_v, pad, value_pairs.get());
+  }
+
+  void attend(int64_t n) {
+    multiply(n, CHUNK, s.rank, queries.get(), s.rank, key_pairs.get(), CHUNK, products.get(), CHUNK, false);
+    for (int64_t i = 0; i < n; i++) finish_products(i, CHUNK);
+    narrow(products.get(), weights.get(), n * CHUNK);
+    narrow(state.get(), narrowed.get(), s.rank * s.dim_v);
+    lay_out_pairs(narrowed.get(), s.dim_v, s.rank, s.rank, s.dim_v, nullptr, state_pairs.get());
+    multiply(n, s.dim_v, CHUNK, weights.get(), CHUNK, value_pairs.get(), s.dim_v, sums.get(), s.dim_v, false);
+    multiply(n, s.dim_v, s.rank, queries.get(), s.rank, state_pairs.get(), s.dim_v, sums.get(), s.dim_v, true);
+  }
+
+  void add(int64_t n) {
+    multiply(s.rank, s.dim_v, CHUNK, keys.get(), CHUNK, value_pairs.get(), s.dim_v, state.get(), s.dim_v, true);
+    add_to_normaliser(n);
   }
 };
 
@@ -247,6 +388,12 @@ struct Call {
     next += 9;
     return found;
   }
+};
+
+// A type, to be passed.
+template <typename X>
+struct As {
+  using type = X;
 };
 
 // q, k, v, out (B, heads, N, ·), features one after the other; out has the served heads alone. lse (B, h, N), heads,
@@ -273,7 +420,7 @@ int prefill(const int64_t* packed) {
   int64_t stride = (chunks + pieces - 1) / pieces * CHUNK;
   std::unique_ptr<float[]> states(pieces > 1 ? new float[items * pieces * size] : nullptr);
 
-  auto walk = [&](Chunk& chunk, int64_t item, int64_t piece, bool read) {
+  auto walk = [&](auto& chunk, int64_t item, int64_t piece, bool read) {
     int64_t b = item / s.served, n = item % s.served, head = heads[n], kv = head / (s.heads / s.kv_heads);
     int64_t sink = std::max(sinks[n], 0), none = std::min<int64_t>(sink + std::max(windows[n], 0), s.length);
     int64_t rows = s.length - none, last = std::min((piece + 1) * stride, rows);
@@ -283,17 +430,15 @@ int prefill(const int64_t* packed) {
       sums[i] = NONE;
       std::fill_n(out.at(b, n, i), s.dim_v, T(0.0f));
     }
+    chunk.begin(own);
     for (int64_t first = piece * stride; first < last; first += CHUNK) {
-      int64_t count = std::min(CHUNK, last - first), from = sink + first, ld;
+      int64_t count = std::min(CHUNK, last - first), from = sink + first;
       const bool* real = pad == nullptr ? nullptr : pad + b * s.length + from;
-      const float* x = wide_rows(k.at(b, kv, from), k.row, count, s.dim, real, chunk.rows.get(), &ld);
-      chunk.keys(x, ld, count, own, real);
-      int64_t ld_v;
-      const float* values = wide_rows(v.at(b, kv, from), v.row, count, s.dim_v, real, chunk.values.get(), &ld_v);
+      chunk.take_keys(k.at(b, kv, from), k.row, count, own, real);
+      chunk.take_values(v.at(b, kv, from), v.row, count, real);
       if (read) {
-        x = wide_rows(q.at(b, head, none + first), q.row, count, s.dim, nullptr, chunk.rows.get(), &ld);
-        chunk.queries(x, ld, count, own);
-        chunk.attend(values, ld_v, count);
+        chunk.take_queries(q.at(b, head, none + first), q.row, count, own);
+        chunk.attend(count);
         for (int64_t i = 0; i < count; i++) {
           float total = chunk.total[i], *row = chunk.sums.get() + i * s.dim_v;
           // A total of 0 comes with sums of 0: what is left of them is 0.
@@ -303,37 +448,47 @@ int prefill(const int64_t* packed) {
           sums[none + first + i] = total > 0.0f ? chunk.shift[i] + std::log(total) : NONE;
         }
       }
-      chunk.add(values, ld_v, count);
+      chunk.add(count);
     }
   };
 
-  if (pieces > 1) {
+  auto run = [&](auto made) {
+    using Own = typename decltype(made)::type;
+    if (pieces > 1) {
+      at::parallel_for(0, items * pieces, 1, [&](int64_t begin, int64_t end) {
+        Own chunk(s);
+        for (int64_t n = begin; n < end; n++) {
+          chunk.clear();
+          // Nobody reads what the last piece adds.
+          if (n % pieces + 1 < pieces) walk(chunk, n / pieces, n % pieces, false);
+          chunk.save(&states[n * size]);
+        }
+        at::native::cpublas::brgemm_release(std::is_same_v<Own, Pairs>);
+      });
+      for (int64_t item = 0; item < items; item++) {
+        float* sum = &states[item * pieces * size];
+        for (int64_t piece = 1; piece + 1 < pieces; piece++, sum += size) {
+          for (int64_t n = 0; n < size; n++) sum[size + n] += sum[n];
+        }
+      }
+    }
     at::parallel_for(0, items * pieces, 1, [&](int64_t begin, int64_t end) {
-      Chunk chunk(s);
+      Own chunk(s);
       for (int64_t n = begin; n < end; n++) {
         chunk.clear();
-        // Nobody reads what the last piece adds.
-        if (n % pieces + 1 < pieces) walk(chunk, n / pieces, n % pieces, false);
-        chunk.save(&states[n * size]);
+        if (n % pieces) chunk.restore(&states[(n - 1) * size]);
+        walk(chunk, n / pieces, n % pieces, true);
       }
-      at::native::cpublas::brgemm_release(false);
+      at::native::cpublas::brgemm_release(std::is_same_v<Own, Pairs>);
     });
-    for (int64_t item = 0; item < items; item++) {
-      float *from = &states[item * pieces * size], *sum = from;
-      for (int64_t piece = 1; piece + 1 < pieces; piece++, sum += size) {
-        for (int64_t n = 0; n < size; n++) sum[size + n] += sum[n];
-      }
+  };
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (Pairs::serve(s, k)) {
+      run(As<Pairs>{});
+      return 0;
     }
   }
-  at::parallel_for(0, items * pieces, 1, [&](int64_t begin, int64_t end) {
-    Chunk chunk(s);
-    for (int64_t n = begin; n < end; n++) {
-      chunk.clear();
-      if (n % pieces) chunk.restore(&states[(n - 1) * size]);
-      walk(chunk, n / pieces, n % pieces, true);
-    }
-    at::native::cpublas::brgemm_release(false);
-  });
+  run(As<Chunk>{});
   return 0;
 }
 

@@ -28,7 +28,7 @@ def unusable(dtype: torch.dtype) -> str:
     """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {str(dtype).removeprefix('torch.')}"
-    # They need no matrix unit, which those of spans do for bfloat16.
+    # They use a matrix unit where there is one and need none, as those of spans do for bfloat16.
     return _reason() if settings.native() else native.unusable()
 
 

@@ -69,7 +69,7 @@ def make_problem(
     state: list[Array] = []
     for site in sites:
         seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
-        of_text = _damage(site, choices, allowed, up_to(seen, target_length))
+        of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
         for choice in tried[site.name]:
             of_text[:, choices.index(choice)] = damage_of(fitted, site, choice, seen, target_length)
         damage.append(of_text)

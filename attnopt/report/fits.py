@@ -37,7 +37,7 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     plain = plain_window(choice)
     return {
         "choice": str(choice),
-        "family": choice.candidate,
+        "family": CANDIDATES[choice.candidate].family,
         "replacement": name or choice.candidate,
         "window": None if plain is None else str(plain),
         "offered": fitted.offered(site, choice).nonzero()[:, 0].tolist(),
@@ -98,7 +98,7 @@ def _offered(sites: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[int, int
 
 
 def _why(family: str, some_not: bool) -> str:
-    if CANDIDATES[family].far == "gone":
+    if family == "prune":
         return " (whatever it loses: a plan's budget decides)"
     return "; on the others no choice of it is better than its own window at every length" if some_not else ""
 
