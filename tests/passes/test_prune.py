@@ -180,7 +180,7 @@ class JointNorm(pruning.Attention):
 
 @pytest.mark.parametrize(
     ("kind", "sizes", "gone", "heads"),
-    [(Cached, (4, 2), (1, 2), [2]), (Cached, (6, 3), (0, 2, 3), [2, 1]), (CachedThirds, (4, 4), (1,), [3]),
+    [(Cached, (4, 2), (1, 2), [2]), (Cached, (6, 3), (0, 2, 3), [1, 2]), (CachedThirds, (4, 4), (1,), [3]),
      (CachedThirds, (6, 2), (0, 5), [4]), (CachedThirds, (4, 1), (0,), [3]), (JointNorm, (4, 4), (0,), [3])],
 )  # fmt: skip
 def test_keys_and_values_that_are_read_elsewhere_stay_whole(kind, sizes, gone, heads):
