@@ -45,7 +45,9 @@ KERNELS = ("key_states", "linear_dq", "query_states", "linear_dkv")
 
 def launches(spec: LinearBackward) -> dict[str, dict[str, Launch]]:
     """The shipped launches by target; tests compile them ahead of time and check what they spill."""
-    launch = {"sm_90": (32, 8, 1), "sm_80": (32, 8, 1), "hip": (32, 4, 1)}
+    wide, many = padded_dim(max(spec.head_dim, spec.head_dim_v)) > 128, padded_features(spec) > 64
+    most = 16 if spec.dtype == "float32" or wide or many else 32
+    launch: dict[str, Launch] = {"sm_90": (most, 8, 1, False), "sm_80": (most, 8, 1, many), "hip": (16, 4, 1, True)}
     return {target: dict.fromkeys(KERNELS, values) for target, values in launch.items()}
 
 

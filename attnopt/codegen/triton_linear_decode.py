@@ -21,13 +21,9 @@ def launches(spec: LinearDecode) -> dict[str, dict[str, Launch]]:
     tile = padded_features(spec) * padded_dim(max(spec.head_dim, spec.head_dim_v))
     warps = min(16, max(1, tile // (32 * 64)))
     # A wavefront of AMD is 64 threads.
-    launch = {"sm_90": (1, warps, 1), "sm_80": (1, warps, 1), "hip": (1, max(1, warps // 2), 1)}
+    launch: dict[str, Launch] = {"sm_90": (1, warps, 1, False), "sm_80": (1, warps, 1, False)}
+    launch["hip"] = (1, max(1, warps // 2), 1, False)
     return {target: {"linear_decode": values} for target, values in launch.items()}
-
-
-def _features(spec: LinearDecode, x: str) -> str:
-    """Lines that make of x (D,), float32, its exponents of 2 or its y."""
-    return f"tl.sum({x}_map * {x}[None, :], 1) + {x}_bias"
 
 
 def _map(spec: LinearDecode, side: str, x: str) -> str:
@@ -198,7 +194,7 @@ def decode(q, k, v, slots, heads, state, maps):
             linear_decode[(batch * {served},)](
                 *(q, k, v, out, lse, state, slots.to(torch.int32).contiguous(), on_device(heads, q.device)),
                 *(*maps.values(), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-                **{{n: x for n, x in launches(q.device)["linear_decode"].items() if n != "BLOCK"}},
+                **launches(q.device)["linear_decode"],
                 **FUSED,
             )
     return out.to(dtype), lse

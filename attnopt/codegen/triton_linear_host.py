@@ -8,18 +8,21 @@ from attnopt.codegen.triton_text import TRITON_DTYPES, padded_dim
 
 # Elements of a state that a program of add_up takes.
 ADDED = 1024
-# (keys and rows of a block, warps, pipeline stages) of a kernel.
-Launch = tuple[int, int, int]
+# Keys and rows of a block, warps, pipeline stages, and whether maps are loaded for every block anew, as where they
+# do not fit into registers and shared memory beside the rest.
+Launch = tuple[int, int, int, bool]
 
 
 def _launches(launches: dict[str, dict[str, Launch]]) -> str:
-    names, text = ("BLOCK", "num_warps", "num_stages"), ""
+    names, text = ("BLOCK", "num_warps", "num_stages", "RELOAD"), ""
     for device, kernels in launches.items():
         text += f'\n    "{device}": {{'
         for kernel, values in kernels.items():
-            shown = ", ".join(f'"{name}": {x}' for name, x in zip(names, values, strict=True))
-            if kernel != "linear_decode":
-                shown += f', "RELOAD": {device == "hip"}'
+            named = dict(zip(names, values, strict=True))
+            if kernel == "linear_decode":
+                # One token has no blocks.
+                named = {name: named[name] for name in names[1:3]}
+            shown = ", ".join(f'"{name}": {x}' for name, x in named.items())
             text += f'\n        "{kernel}": {{{shown}}},'
         text += "\n    },"
     return f"LAUNCHES = {{{text}\n}}"

@@ -32,6 +32,7 @@ from attnopt.codegen.triton_linear_text import (
     narrow,
     operand,
     pad_pointer,
+    padded_features,
     place_text,
     query_block,
     states_text,
@@ -44,10 +45,17 @@ from attnopt.registry import TARGETS
 def launches(spec: LinearPrefill) -> dict[str, dict[str, Launch]]:
     """The shipped launches by target; tests compile them ahead of time and check what they spill."""
     names = ("key_states", "linear_prefill")
-    if spec.dtype != "bfloat16" or padded_dim(max(spec.head_dim, spec.head_dim_v)) > 128:
-        return {target: dict.fromkeys(names, (32, 8, 1)) for target in ("sm_90", "sm_80", "hip")}
-    # Two programs of four warps share an SM of sm_90.
-    launch = {"sm_90": (32, 4, 2), "sm_80": (32, 8, 2), "hip": (32, 4, 1)}
+    wide, many = padded_dim(max(spec.head_dim, spec.head_dim_v)) > 128, padded_features(spec) > 64
+    launch: dict[str, Launch]
+    if spec.dtype == "float32" or wide:
+        # Off the tensor cores, which would round to tf32, float32 spills 1.7 kB at D = 128.
+        launch = {"sm_90": (16, 8, 1, False), "sm_80": (16, 8, 1, False), "hip": (16, 8, 1, True)}
+    elif many or spec.dtype == "float16":
+        older: Launch = (16, 8, 1, True) if many else (32, 8, 1, False)
+        launch = {"sm_90": (32, 8, 1, False), "sm_80": older, "hip": (16, 4, 1, True)}
+    else:
+        # Two programs of four warps share an SM of sm_90.
+        launch = {"sm_90": (32, 4, 2, False), "sm_80": (32, 8, 2, False), "hip": (32, 4, 1, True)}
     return {target: dict.fromkeys(names, values) for target, values in launch.items()}
 
 

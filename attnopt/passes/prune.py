@@ -360,17 +360,17 @@ def lower_rest(program: Program, rest: Region, choices: Sequence[Choice], heads:
         no = next((r for r in asked if r is not None), None)
         if no is None:
             build = insert_planned(program, choices, plan, rest.site.name, heads)
-            return put(program, rest, build, described_choices(choices))
+            return put(program, rest, build, described_choices(choices), equal=False)
         said = f"planned, but {no.reason}; the heads that stay are exact"
         program.notes.append(located(replace(no, reason=said, path=rest.site.name), rest.anchor))
     chosen = lower_exact.choose(program, rest)
     return as_one_call(rest) if isinstance(chosen, Refusal) else put(program, rest, *chosen)
 
 
-def put(program: Program, rest: Region, build: Callable[[Region], Node], lowering: str) -> str:
+def put(program: Program, rest: Region, build: Callable[[Region], Node], lowering: str, equal: bool = True) -> str:
     """Replace the SDPA call of the heads that stay; where that fails it stays, and the refusal is reported."""
     before = len(program.rewrites)
-    program.replace(rest, build, lowering)
+    program.replace(rest, build, lowering, equal=equal)
     return lowering if len(program.rewrites) > before else as_one_call(rest)
 
 

@@ -59,7 +59,7 @@ def test_agrees_on_a_gpu(dtype: str, kind: str) -> None:
     expected, sums = reference_linear.prefill(*wide, *tables, maps, pad)
     sizes = "triton", dtype, 8, 4, 64, 128, 5, kind, maps.rank, True
     out, lse = emit.load(LinearPrefill(*sizes)).prefill(q, k, v, *tables, maps, pad)
-    assert error(out, expected) <= TOLERANCE[dtype] and error(lse, sums) <= 1e-5
+    assert error(out, expected) <= TOLERANCE[dtype] and error(lse, sums) <= max(1e-5, TOLERANCE[dtype] / 10)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     given = expected.to(q.dtype), sums.float(), *tables, maps, pad
     found = emit.load(LinearBackward(*sizes)).backward(dout, dlse, q, k, v, *given)

@@ -74,5 +74,5 @@ def test_agrees_on_a_gpu(dtype: str, kind: str) -> None:
         slots.copy_(torch.arange(10).view(2, 5).cuda() % 4 - 1 + step)
         graph.replay()
         expected, sums = reference_linear.decode(*wide, slots, heads.cuda(), held, maps)
-        assert error(out, expected) <= TOLERANCE[dtype] and error(lse, sums) <= 1e-5
+        assert error(out, expected) <= TOLERANCE[dtype] and error(lse, sums) <= max(1e-5, TOLERANCE[dtype] / 10)
         assert error(state, held) <= TOLERANCE["float32"]

@@ -28,10 +28,10 @@ LAUNCHES = {
         "linear_dkv": {"BLOCK": 32, "num_warps": 8, "num_stages": 1, "RELOAD": False},
     },
     "hip": {
-        "key_states": {"BLOCK": 32, "num_warps": 4, "num_stages": 1, "RELOAD": True},
-        "linear_dq": {"BLOCK": 32, "num_warps": 4, "num_stages": 1, "RELOAD": True},
-        "query_states": {"BLOCK": 32, "num_warps": 4, "num_stages": 1, "RELOAD": True},
-        "linear_dkv": {"BLOCK": 32, "num_warps": 4, "num_stages": 1, "RELOAD": True},
+        "key_states": {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "RELOAD": True},
+        "linear_dq": {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "RELOAD": True},
+        "query_states": {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "RELOAD": True},
+        "linear_dkv": {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "RELOAD": True},
     },
 }
 # Said, because the default of Triton's versions differs.

@@ -15,13 +15,13 @@ from attnopt.codegen.spec import LinearPrefill
 
 LAUNCHES = {
     "sm_90": {
-        "linear_decode": {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
+        "linear_decode": {"num_warps": 4, "num_stages": 1},
     },
     "sm_80": {
-        "linear_decode": {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
+        "linear_decode": {"num_warps": 4, "num_stages": 1},
     },
     "hip": {
-        "linear_decode": {"BLOCK": 1, "num_warps": 2, "num_stages": 1},
+        "linear_decode": {"num_warps": 2, "num_stages": 1},
     },
 }
 # Said, because the default of Triton's versions differs.
@@ -169,7 +169,7 @@ def decode(q, k, v, slots, heads, state, maps):
             linear_decode[(batch * 12,)](
                 *(q, k, v, out, lse, state, slots.to(torch.int32).contiguous(), on_device(heads, q.device)),
                 *(*maps.values(), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-                **{n: x for n, x in launches(q.device)["linear_decode"].items() if n != "BLOCK"},
+                **launches(q.device)["linear_decode"],
                 **FUSED,
             )
     return out.to(dtype), lse
