@@ -35,6 +35,13 @@ class ProfileError(AttnoptError):
     exit_code = 2
 
 
+class FittedError(AttnoptError):
+    """A file of fitted feature maps that cannot be read, that belongs to another model, or that lacks what is needed of
+    it."""
+
+    exit_code = 2
+
+
 class BudgetError(AttnoptError):
     """No plan keeps to the budget that was asked for."""
 

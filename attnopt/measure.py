@@ -1,23 +1,26 @@
-"""Measure what spans do to a model's loss: one captured graph per length, spans swapped between runs.
+"""Measure what a plan's choices do to a model's loss: one captured graph per length, choices swapped between runs.
 
-The spans run through the very kernels a plan runs through, so what is verified is what is shipped.
+Heads run through the very operators a plan runs through (attnopt/mixed.py), so what is verified is what is shipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnopt import ops
 from attnopt.errors import PlanError
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import DENSE, Choice, Site
-from attnopt.passes.span import tables
+from attnopt.mixed import Mixture
 from attnopt.statistics import attention
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
 
 # Rows of logits in float32 at a time: 1024 x a 128k vocabulary is half a gigabyte.
 ROWS = 1024
@@ -45,12 +48,16 @@ class Sequences:
 
 
 class Spans:
-    """A model whose heads' spans can be set and reset; dense to begin with. Evaluation only, batch by batch."""
+    """A model whose heads' choices can be set and reset; dense to begin with. Evaluation only, batch by batch.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    fitted: the feature maps and mean outputs of choices that need them; it may be changed between runs.
+    """
+
+    def __init__(self, model: nn.Module, fitted: Fitted | None = None) -> None:
+        self.model, self.fitted = model, fitted
         self.instrumented = Instrumented(model, self._attention)
-        self._tables: dict[str, dict[str, Tensor]] = {}
+        self._choices: dict[str, tuple[Choice, ...]] = {}
+        self._mixtures: dict[str, Mixture] = {}
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -61,25 +68,28 @@ class Spans:
         return next(self.model.parameters()).device
 
     def set(self, choices: Choices | None) -> None:
-        """Spans of the sites named; every other site is dense. A head count that does not fit is an error."""
-        self._tables = {}
-        for name, of_site in (choices or {}).items():
-            if any(c != DENSE for c in of_site):
-                self._tables[name] = tables(of_site, len(of_site))
+        """Choices of the sites named; every other site is dense. A head count that does not fit is an error."""
+        given = {name: tuple(of_site) for name, of_site in (choices or {}).items()}
+        self._choices = {name: of_site for name, of_site in given.items() if any(c != DENSE for c in of_site)}
+        self._mixtures = {}
+
+    def _mixture(self, site: Site) -> Mixture | None:
+        if site.name not in self._mixtures and site.name in self._choices:
+            self._mixtures[site.name] = Mixture(self._choices[site.name], site, self.fitted)
+        return self._mixtures.get(site.name)
 
     def _attention(self, site: Site) -> Attention:
         window = site.mask.window
 
         def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            held = self._tables.get(site.name)
-            if held is None:
+            mixture = self._mixture(site)
+            if mixture is None:
                 return attention(q, k, v, site.scale, pad, window, site.softcap)
+            if not mixture.spanned:
+                return mixture.constants(attention(q, k, v, site.scale, pad, window, site.softcap))
             if not site.plain or site.head_dim != site.head_dim_v:
                 raise PlanError(f"No kernel runs spans at {site.name}: {site.canonical}.", "Keep its heads dense.")
-            windows = ops.windows_at(held["alphas"], held["betas"], q.shape[2], window or 0)
-            return ops.prefill(
-                q, k, v, held["sinks"] if not window else torch.zeros_like(held["sinks"]), windows, site.scale, pad
-            )
+            return mixture(q, k, v, pad)
 
         return attend
 

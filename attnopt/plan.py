@@ -398,6 +398,8 @@ def _read_choice(place: Place, value: Any) -> Choice:
     if name not in CANDIDATES:
         place.fail(f"unknown candidate {name!r}", nearest(name, [n for n, _ in CANDIDATES], "There are"))
     candidate = CANDIDATES[name]
+    if candidate.far:
+        place.fail(f"{name} needs what was fitted of its head, which plan files do not hold", "Choose another one.")
     kinds = {p.name: p.kind for p in candidate.params}
     params = {k: v for k, v in place.record(value, ("candidate", *kinds)).items() if k != "candidate"}
     problem = candidate.problem(params)

@@ -22,10 +22,10 @@ LINKS = ("passes", "patterns", "codegen")
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
-    1: ("masks", "plan", "codegen", "fingerprint", "statistics", "profile_file"),
+    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "statistics", "profile_file"),
     2: ("patterns",),
-    3: ("candidates", "ops", "capture"),
-    4: ("passes", "instrument", "projection", "recompute", "measure", "cost", *PROFILING),
+    3: ("candidates", "ops", "capture", "mixed"),
+    4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
     7: ("cli", "__main__", "__init__"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HEADS, LAYERS, ExplicitMasks, NanoGPT, build, tokens
+from mixtures import PRUNED, ExplicitMixtures, fits, linear, mean, taylor
+from models import HEAD_DIM, HEADS, LAYERS, ExplicitMasks, NanoGPT, build, tokens
 
 from attnopt import ops
+from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice
 from attnopt.measure import Sequences, Spans
 
@@ -82,6 +84,28 @@ def test_a_models_own_window_stays():
     with ExplicitMasks([[(0, 3)] * HEADS] * LAYERS):
         expected, _ = plain_losses(model, ids)
     assert Spans(model).losses(ids, narrow).loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "nano"])
+def test_choices_of_every_family(family):
+    """Far parts and heads that are gone, each layer another mixture; and a mixture without a span."""
+    model, ids = model_of(family), tokens(2, 40)
+    first, second = (PATHS[family].format(n) for n in range(LAYERS))
+    mixed = {
+        first: (DENSE, linear(1, 4), mean(0, 6), PRUNED),
+        second: (taylor(0, 5), PRUNED, choice(1, 5), linear(1, 7)),
+    }
+    fitted = fits(mixed, dim=HEAD_DIM)
+    spans = Spans(model, fitted)
+    for choices in (mixed, {first: (DENSE, PRUNED, PRUNED, DENSE), second: (DENSE,) * HEADS}):
+        with ExplicitMixtures(choices, fitted) as explicit:
+            expected, _ = plain_losses(model, ids)
+        assert explicit.calls == 2 * LAYERS
+        found = spans.losses(ids, choices, divergence=True)
+        assert found.loss == pytest.approx(expected, rel=1e-4) and min(found.kl) > 0.1
+    spans.fitted = None
+    with pytest.raises(PlanError, match="there is none"):
+        spans.losses(ids, mixed)
 
 
 def test_means():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice
-from attnopt.passes.span import tables
+from attnopt.mixed import tables
 from attnopt.plan import Plan
 
 REMEDY = "Compile the model again with the other plan: torch._dynamo.reset(), then torch.compile."

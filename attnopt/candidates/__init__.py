@@ -1,8 +1,8 @@
 """What one head's attention may be replaced by: one file per candidate, found through ``registry.CANDIDATES``.
 
-A candidate reads facts (a Site), statistics (an Observation) and a cost table; it never sees a graph. See
-docs/add-a-candidate.md. Names used here: ``length`` is the total number of keys N, ``own_window`` the site's own
-sliding window (None for plain causal attention), ``params`` a mapping from parameter name to number.
+A candidate reads facts (a Site), statistics (an Observation, or what was Fitted and tried) and a cost table; it never
+sees a graph. See docs/add-a-candidate.md. Names used here: ``length`` is the total number of keys N, ``own_window`` the
+site's own sliding window (None for plain causal attention), ``params`` a mapping from parameter name to number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from attnopt.ir import Choice, Refusal, Site
 if TYPE_CHECKING:
     import torch
 
+    from attnopt.feature_maps import FeatureMap
+    from attnopt.fitted import Fitted
     from attnopt.statistics import Grid, Observation
 
 Number = int | float
@@ -25,9 +27,12 @@ Params = Mapping[str, Number]
 
 
 class SpanCosts(Protocol):
-    """A table of prefill costs, in milliseconds per head."""
+    """A table of prefill costs, in milliseconds per head. far_cost: of what stands in for the keys outside a span, a
+    feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0)."""
 
     def cost(self, length: int, sink: int, window: int) -> float: ...
+
+    def far_cost(self, length: int, kind: str, rank: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,17 @@ class Param:
 
 
 class Candidate(ABC):
-    """One replacement of a head's attention. Stateless: one instance serves every site."""
+    """One replacement of a head's attention. Stateless: one instance serves every site.
+
+    family: what `--allow` calls it; candidates without one are always weighed. far: what stands in for the keys outside
+    its span, under one normaliser with them: "" nothing, "mean" one token, "linear" a fitted feature map; "gone" says
+    that no attention is left at all and the head is a constant.
+    """
 
     name: ClassVar[str]
     params: ClassVar[tuple[Param, ...]] = ()
+    family: ClassVar[str] = ""
+    far: ClassVar[str] = ""
 
     def problem(self, params: Params) -> str:
         """What is wrong with `params`, or an empty string."""
@@ -70,6 +82,11 @@ class Candidate(ABC):
     @abstractmethod
     def space(self, grid: Grid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
         """The choices worth weighing at `lengths`: few spans, and none narrower than the profile observed."""
+
+    def tried(self, fitted: Fitted, site: str) -> list[Choice]:
+        """The choices worth weighing at a site because `attnopt distill` tried them there; none for a candidate whose
+        damage a profile tells."""
+        return []
 
     @abstractmethod
     def refuse(self, site: Site) -> Refusal | None:
@@ -101,15 +118,30 @@ class Candidate(ABC):
         window = min(max(math.floor(alpha + beta * length), 1), length)
         return (sink, window) if own_window is None else (0, min(window, own_window))
 
+    def far_part(self, params: Params) -> tuple[str, int]:
+        """Kind and rank of what stands in for far keys, as cost tables know it; ("", 0) for nothing."""
+        return "", 0
+
+    def map_name(self, params: Params) -> str:
+        """The fitted maps it needs, as `Fitted.maps` calls them, e.g. "linear/64"; "" where it needs none."""
+        return ""
+
+    def state_bytes(self, params: Params, site: Site) -> int:
+        """What a cache keeps of one query head beyond its span's keys."""
+        return 0
+
     def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
         """Milliseconds of one head's prefill at `length`."""
-        return table.cost(length, *self.span(params, length, own_window))
+        span = table.cost(length, *self.span(params, length, own_window))
+        kind, rank = self.far_part(params)
+        return span + table.far_cost(length, kind, rank) if kind else span
 
     def reference(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Params, scale: float,
-        own_window: int | None = None,
+        own_window: int | None = None, given: FeatureMap | torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Plain PyTorch: q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv) -> (B, H, N, Dv), all heads alike."""
+        """Plain PyTorch: q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv) -> (B, H, N, Dv), all heads alike. given: what
+        was fitted of these heads, where it needs that: their maps, or their mean outputs (H, Dv)."""
         import torch
 
         from attnopt.codegen.reference_prefill import prefill

@@ -24,12 +24,12 @@ DTYPE = torch.{dtype}
 TUNING = span_cpu.{tuning}
 
 
-def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
+def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None, dlse=None):
     """Arguments and results as those of span_cpu_backward.backward."""
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     if shape != SHAPE or q.dtype != DTYPE:
         raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
-{check}    return span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, {pad}, TUNING)
+{check}    return span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, {pad}, TUNING, dlse)
 '''
 UNPADDED = """    if pad is not None:
         raise ValueError("emitted without a padding mask, called with one")

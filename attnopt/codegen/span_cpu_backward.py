@@ -50,9 +50,11 @@ def backward(
     scale: float,
     pad: Tensor | None = None,
     tune: Tuning | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at q (B, H, N, D), k (B, G, N, D) and v (B, G, N, Dv) of a prefill whose output `out` has the gradient
-    dout (B, H, N, Dv) and whose rows have the logsumexp lse (B, H, N), natural and -inf where no key is kept.
+    dout (B, H, N, Dv) and whose rows have the logsumexp lse (B, H, N), natural and -inf where no key is kept. dlse
+    (B, H, N): the gradient of lse itself, None for none.
 
     The gradients are laid out as (B, N, heads, ·). Sums over queries are in float32 (float64 for float64 inputs).
     """
@@ -68,7 +70,11 @@ def backward(
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     given = scale
     q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
+    if dlse is not None:
+        q, k, v = (_room(x, dim_v, tune.extra) for x in (q, k, v))
     dout, out = (F.pad(x, (0, v.shape[3] - dim_v)) for x in (dout, out))
+    if dlse is not None:
+        dout, out = _with_lse(dout, out, dlse, dim_v)
     dout, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout, q, k, v))
     if len(groups) == 1 and groups[0].window == length:
         found = _flash(dout, q, k, v, out, lse, scale, causal=True)
@@ -78,6 +84,25 @@ def backward(
     factor = given / scale if scale else 1.0
     dq.copy_(found[0][..., :dim] if factor == 1.0 else found[0][..., :dim] * factor)
     return dq, dk.copy_(found[1][..., :dim]), dv.copy_(found[2][..., :dim_v])
+
+
+def _room(x: Tensor, dim_v: int, extra: int) -> Tensor:
+    """`x` (B, heads, N, D) with zeros as features up to `dim_v` and the two that `_with_lse` needs."""
+    wanted = dim_v + -(-2 // extra) * extra
+    return x if x.shape[3] >= wanted else F.pad(x, (0, wanted - x.shape[3]))
+
+
+def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
+    """dout and out such that dout_i . out_i is less by dlse_i: 1 times -dlse_i in features in which all values are 0.
+
+    Two of them: in bfloat16 the second holds what rounding took from the first.
+    """
+    wide = -dlse.to(torch.promote_types(out.dtype, torch.float32))
+    first = wide.to(out.dtype)
+    dout, out = dout.clone(), out.clone()
+    dout[..., dim_v : dim_v + 2] = 1.0
+    out[..., dim_v], out[..., dim_v + 1] = first, (wide - first).to(out.dtype)
+    return dout, out
 
 
 def _gradient(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ family is a subclass, with the fields it has beside the common ones.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -42,7 +43,7 @@ class KernelSpec:
         digest = hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:10]
         sizes = f"h{self.heads}k{self.kv_heads}d{self.head_dim}"
         words = [self.kernel, self.target, sizes, self.dtype, *filter(None, self.flags.split(", ")), digest]
-        return "_".join(words).replace(" ", "_").replace("-", "_")
+        return re.sub(r"\W", "_", "_".join(words))
 
     def __str__(self) -> str:
         dims = f"dim {self.head_dim}/{self.head_dim_v}"
@@ -115,3 +116,52 @@ class MaskedPrefill(KernelSpec):
     kernel: ClassVar[str] = "masked_prefill"
 
     form: str
+
+
+@dataclass(frozen=True)
+class Linear(KernelSpec):
+    """Fields of the families of linear attention to far keys, whose weights are products of feature maps.
+
+    served: query heads that have a far part, of the model's `heads`; kind and rank: of the maps, a
+    `attnopt.feature_maps.FeatureMap` with wq and wk (served, rank, head_dim).
+    """
+
+    served: int
+    kind: str
+    rank: int
+
+    @property
+    def flags(self) -> str:
+        return f"{self.served} {self.kind}/{self.rank}"
+
+
+@dataclass(frozen=True)
+class LinearPrefill(Linear):
+    """Linear attention of query i of a served head to its far keys, s <= j <= i - w where its sink is s and its window
+    w, and, if padded, ``pad[b, j]``: a mean of their values, and the logarithm of the sum of their weights.
+    """
+
+    kernel: ClassVar[str] = "linear_prefill"
+
+    padded: bool
+
+    @property
+    def flags(self) -> str:
+        return super().flags + (", padded" if self.padded else "")
+
+
+@dataclass(frozen=True)
+class LinearBackward(LinearPrefill):
+    """The gradients of a `LinearPrefill` at q, k and v, from its two results and the gradients at both."""
+
+    kernel: ClassVar[str] = "linear_backward"
+
+
+@dataclass(frozen=True)
+class LinearDecode(Linear):
+    """One new query of each served head against a state, to which the key and value that leave its window are added.
+
+    Keys come one row for each served head, so that `kv_heads` says nothing: it is 1.
+    """
+
+    kernel: ClassVar[str] = "linear_decode"

@@ -63,7 +63,7 @@ def _header(spec: SpanBackward) -> str:
     return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}. Emitted by attnopt; edits are overwritten.
 
 Key j is kept by query i of head h where ``j <= i and (j < sinks[h] or i - j < windows[h])``{padding}.
-With the weights P = exp(scores - lse) of the kept keys and delta_i = dout_i . out_i:
+With the weights P = exp(scores - lse) of the kept keys and delta_i = dout_i . out_i - dlse_i:
 
     dscores = P * (dout v^T - delta)    dq = scale dscores k    dk = scale dscores^T q    dv = P^T dout
 """

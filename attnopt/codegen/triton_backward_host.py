@@ -48,12 +48,12 @@ def _check(dout, q, k, v, out, lse, pad):
         raise ValueError("this kernel was emitted for {wanted}")
 
 
-def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
+def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None, dlse=None):
     """Gradients at q (B, {heads}, N, {dim}), k (B, {kv_heads}, N, {dim}) and v (B, {kv_heads}, N, {dim_v}).
 
     Those of a prefill whose output out has the gradient dout, both (B, {heads}, N, {dim_v}), and whose rows have the
-    logsumexp lse, float32 (B, {heads}, N), natural, -inf without a kept key. All else {spec.dtype};
-    sinks, windows int32 ({heads},); pad {pad_doc}. The gradients are laid out as (B, N, heads, dim).
+    logsumexp lse, float32 (B, {heads}, N), natural, -inf without a kept key, and dlse as its gradient, None for none.
+    All else {spec.dtype}; sinks, windows int32 ({heads},); pad {pad_doc}. Results are laid out as (B, N, heads, dim).
     """
     _check(dout, q, k, v, out, lse, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype{upcast}{pad_view}
@@ -68,6 +68,8 @@ def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
             row_sums[(batch * {heads} * tiles,)](
                 dout, out, lse.contiguous(), delta, bound, length, *dout.stride()[:3], *out.stride()[:3], BLOCK_M=SUMMED
             )
+            if dlse is not None:
+                delta -= dlse
             of_rows = (dout, q, k, v, delta, bound)
             tables = (sinks, windows{pad_argument})
             scales = (scale, scale * 1.4426950408889634)

@@ -2,7 +2,10 @@
 
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
+from attnopt.ops.linear import linear_decode, linear_far, linear_far_backward, linear_state
 from attnopt.ops.masked import masked_attention
+from attnopt.ops.mean_far import mean_far
+from attnopt.ops.merge import compute, merge
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -13,9 +16,16 @@ from attnopt.ops.span import (
 )
 
 __all__ = [
+    "compute",
     "document_attention",
     "launches",
+    "linear_decode",
+    "linear_far",
+    "linear_far_backward",
+    "linear_state",
     "masked_attention",
+    "mean_far",
+    "merge",
     "prefill",
     "span_attention",
     "span_attention_backward",

@@ -129,7 +129,7 @@ def span_attention_lse(
     min_length: int,
 ) -> tuple[Tensor, Tensor]:
     """As `span_attention`, and the natural logsumexp of each row's kept scores, (B, H, N) in float32 (float64 for
-    float64 inputs), -inf where no key is kept. The output has a gradient, the logsumexp none.
+    float64 inputs), -inf where no key is kept. Both have gradients at q, k and v.
     """
     tables = beside(q, *spans_at(q.shape[2], sinks, alphas, betas, model_window, min_length))
     out, lse = kernel(SpanPrefill, q, k, v, pad).prefill_lse(q, k, v, *tables, scale, pad)
@@ -157,30 +157,33 @@ def span_attention_backward(
     scale: float,
     model_window: int,
     min_length: int,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at q, k and v of `span_attention_lse`, whose results were out and lse, for the gradient dout at out."""
+    """Gradients at q, k and v of `span_attention_lse`, whose results were out and lse, for the gradients dout at out
+    and dlse (B, H, N) at lse, None for none."""
     tables = beside(q, *spans_at(q.shape[2], sinks, alphas, betas, model_window, min_length))
-    found = kernel(SpanBackward, q, k, v, pad).backward(dout, q, k, v, out, lse, *tables, scale, pad)
+    found = kernel(SpanBackward, q, k, v, pad).backward(dout, q, k, v, out, lse, *tables, scale, pad, dlse)
     dq, dk, dv = (tokens_first(x) for x in found)
     return dq, dk, dv
 
 
 @span_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, sinks, alphas, betas, pad, scale, model_window, min_length):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, out, lse, sinks, alphas, betas, pad, scale, model_window, min_length, dlse=None):  # type: ignore[no-untyped-def]
     return tuple(empty_tokens_first(x, x.shape[3]) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sinks, alphas, betas, pad, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, alphas, betas, pad)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     found = (None, None, None)
+    if dout is None and dlse is not None:
+        dout = torch.zeros_like(ctx.saved_tensors[3])
     if dout is not None:
-        found = torch.ops.attnopt.span_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers)
+        found = torch.ops.attnopt.span_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers, dlse)
     return *found, *(None for _ in range(7))
 
 

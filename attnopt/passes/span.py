@@ -14,14 +14,13 @@ from torch.fx import Node
 
 from attnopt import ops  # noqa: F401  (registers the operator)
 from attnopt.ir import Region
+from attnopt.mixed import tables
 from attnopt.passes.program import Builder, Program
 
 if TYPE_CHECKING:
     from attnopt.ir import Choice
 
 aten = torch.ops.aten
-# A window no length reaches.
-UNBOUNDED = 2**30
 
 
 def key_padding(builder: Builder, region: Region) -> Node:
@@ -36,21 +35,6 @@ def key_padding(builder: Builder, region: Region) -> Node:
         combined = flat if combined is None else builder.call(aten.logical_and.default, combined, flat)
     assert combined is not None
     return combined
-
-
-def tables(choices: Sequence[Choice] | None, heads: int) -> dict[str, torch.Tensor]:
-    """sinks, alphas (int32) and betas (float64) of a site's choices; None means every head is dense."""
-    from attnopt.registry import CANDIDATES
-
-    rules = [(0, UNBOUNDED, 0.0)] * heads
-    if choices is not None:
-        rules = [CANDIDATES[c.candidate].rule(dict(c.params)) for c in choices]
-    sinks, alphas, betas = zip(*rules, strict=True)
-    return {
-        "sinks": torch.tensor(sinks, dtype=torch.int32),
-        "alphas": torch.tensor(alphas, dtype=torch.int32),
-        "betas": torch.tensor(betas, dtype=torch.float64),
-    }
 
 
 def insert_span(program: Program, choices: Sequence[Choice] | None, min_length: int = 0) -> Callable[[Region], Node]:

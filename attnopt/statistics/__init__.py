@@ -15,6 +15,7 @@ KL(dense || dropped) in nats to second order (the Fisher form; the first-order s
     triton_pass  the same pass on a GPU
     rows         what follows from the sums of a row
     deltas       how far outputs move, for runs without a backward pass
+    trials       what any other replacement does: its outputs are computed, and t_i taken from them
     reference    the N x N twin that all is tested against
 """
 

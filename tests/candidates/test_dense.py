@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from candidates.degenerate import Degenerate
 
 from attnopt.ir import DENSE, Mask, Site
 from attnopt.registry import CANDIDATES
 from attnopt.statistics import Grid, Observation
 
 dense = CANDIDATES["dense"]
+DEGENERATE = [Degenerate("it is dense", {}), Degenerate("it keeps the site's own window", {}, own_window=7)]
 
 
 def test_span_is_the_length_or_the_sites_own_window() -> None:

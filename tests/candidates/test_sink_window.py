@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from candidates.degenerate import LENGTH, Degenerate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,12 @@ from attnopt.statistics import Grid, Observation, naive_observation
 
 GRID = Grid((0, 4), (16, 32, 64))
 candidate = CANDIDATES["sink_window"]
+DEGENERATE = [
+    Degenerate("a window of every key", {"sink": 3, "alpha": LENGTH, "beta": 0.0}),
+    Degenerate("a share of all", {"sink": 0, "alpha": 0, "beta": 1.0}),
+    Degenerate("sinks reach the window", {"sink": LENGTH - 5, "alpha": 5, "beta": 0.0}),
+    Degenerate("the site's own window is narrower", {"sink": 0, "alpha": 9, "beta": 0.0}, own_window=7),
+]
 
 
 def params(sink: int = 0, alpha: int = 0, beta: float = 0.0) -> dict[str, int | float]:

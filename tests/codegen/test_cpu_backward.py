@@ -24,8 +24,9 @@ def errors(found, expected):
     return [float((a.double() - b).norm() / torch.maximum(b.norm(), least).clamp_min(1e-30)) for a, b in pairs]
 
 
-def both(q, k, v, sinks, windows, scale=SCALE, pad=None, tune=None, spans=None):
-    """The CPU's gradients and the reference's in float64, after the logsumexps are compared."""
+def both(q, k, v, sinks, windows, scale=SCALE, pad=None, tune=None, spans=None, through_lse=False):
+    """The CPU's gradients and the reference's in float64, after the logsumexps are compared. `through_lse`: of a sum
+    that the logsumexp is part of, with weights as large as the output's."""
     dout = torch.randn(q.shape[0], q.shape[2], HEADS, v.shape[3], generator=torch.Generator().manual_seed(3))
     dout = dout.to(q.dtype).transpose(1, 2)
     out, lse = span_cpu.prefill_lse(q, k, v, sinks, windows, scale, pad, tune)
@@ -36,8 +37,10 @@ def both(q, k, v, sinks, windows, scale=SCALE, pad=None, tune=None, spans=None):
     if spans is None:
         torch.testing.assert_close(lse.double(), sums, rtol=0, atol=0.03 if q.element_size() == 2 else 1e-5)
         assert float((out.double() - exact).norm()) <= TOLERANCE[q.dtype] * float(exact.norm())
-    found = span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, pad, tune)
-    return found, reference_backward.backward(dout.double(), *wide, exact, sums, sinks_, windows_, scale, pad)
+    dlse = dout[..., 0].to(lse.dtype).contiguous() if through_lse else None
+    found = span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, pad, tune, dlse)
+    right = dout.double(), *wide, exact, sums, sinks_, windows_, scale, pad, dlse
+    return found, reference_backward.backward(*right)
 
 
 @pytest.mark.parametrize("tune", [None, SMALL], ids=["measured", "small"])
@@ -63,8 +66,9 @@ def test_dtypes_head_sharing_and_padding(dtype, kv_heads, dims, poisoned):  # no
     q, k, v = inputs(157, dtype, kv_heads=kv_heads, dim=dims[0], dim_v=dims[1])
     pad = torch.rand(2, 157, generator=torch.Generator().manual_seed(1)) > 0.3
     pad[0, :40], pad[1, 70:150] = False, False
-    for name, mask in (("mixed", None), ("split", pad), ("mixed", pad), ("dense", pad)):
-        found, expected = both(q, k, v, *tables(SPANS[name]), pad=mask, tune=SMALL)
+    cases = ("mixed", None), ("split", pad), ("mixed", pad), ("dense", pad), ("dense", None)
+    for number, (name, mask) in enumerate(cases):
+        found, expected = both(q, k, v, *tables(SPANS[name]), pad=mask, tune=SMALL, through_lse=number > 1)
         assert all(x.dtype == dtype for x in found)
         assert max(errors(found, expected)) < TOLERANCE[dtype], (name, mask is None)
 

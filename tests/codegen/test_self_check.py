@@ -61,8 +61,8 @@ def test_a_backward_checks_itself(padded, capsys):
 
 
 def test_a_wrong_backward_is_named(capsys):
-    def wrong(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
-        return backward(dout, q, k, v, out, lse, sinks + 1, windows, scale, pad)
+    def wrong(dout, q, k, v, out, lse, sinks, windows, scale, pad=None, dlse=None):
+        return backward(dout, q, k, v, out, lse, sinks + 1, windows, scale, pad, dlse)
 
     with pytest.raises(SystemExit) as done:
         self_check_backward.check(SpanBackward("cpu", "float32", 4, 2, 16, 8, False), wrong)

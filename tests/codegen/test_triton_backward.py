@@ -38,12 +38,13 @@ class Case(NamedTuple):
     scale: float = 0.2
     strided: bool = False
     shipped: bool = False
+    through_lse: bool = False
 
 
 MIXED = [0, 5, 40, 70], [DENSE, 1, 30, 90]
 CASES = {
     "one token": Case(1, *MIXED),
-    "length 131": Case(131, *MIXED, dims=(24, 40), kv_heads=1),
+    "length 131": Case(131, *MIXED, dims=(24, 40), kv_heads=1, through_lse=True),
     "every head alone": Case(96, *MIXED, kv_heads=4, batch=2),
     "window 1 and nothing kept": Case(70, [0, 0, 3, 1], [1, 0, 0, 1]),
     "windows around a block": Case(160, [0, 31, 32, 33], [31, 32, 33, 65]),
@@ -51,8 +52,8 @@ CASES = {
     "negative scale, strided": Case(70, *MIXED, scale=-0.3, strided=True),
     "shipped tiles": Case(100, *MIXED, shipped=True),
     "float16": Case(131, *MIXED, dtype="float16"),
-    "bfloat16": Case(70, *MIXED, dtype="bfloat16"),
-    "padded left": Case(100, *MIXED, batch=2, padding=[[0, 55], [0, 0]]),
+    "bfloat16": Case(70, *MIXED, dtype="bfloat16", through_lse=True),
+    "padded left": Case(100, *MIXED, batch=2, padding=[[0, 55], [0, 0]], through_lse=True),
     "padded middle": Case(100, *MIXED, batch=2, padding=[[30, 80], [32, 64]], dims=(24, 16)),
     "padded everywhere": Case(40, *MIXED, batch=2, padding=[[0, 40], [0, 39]]),
     "empty": Case(0, *MIXED),
@@ -95,10 +96,12 @@ def run(case: Case) -> dict[str, Any]:
         j = torch.arange(case.length)
         pad = torch.stack([(j < first) | (j >= end) for first, end in case.padding])
     wide = [x.double() for x in (q, k, v)]
+    dlse = dout[..., 0].float() if case.through_lse else None
 
     def exact(more: int, longer: int) -> Any:
         tables = sinks + more, windows.clamp(0, 2**20) + longer
-        return reference(dout.double(), *wide, *prefill_lse(*wide, *tables, case.scale, pad), *tables, case.scale, pad)
+        both = prefill_lse(*wide, *tables, case.scale, pad)
+        return reference(dout.double(), *wide, *both, *tables, case.scale, pad, dlse)
 
     out, lse = prefill_lse(*wide, sinks, windows, case.scale, pad)
     expected = exact(0, 0)
@@ -122,7 +125,7 @@ def run(case: Case) -> dict[str, Any]:
         setattr(module, name, Recorded(kernel))
     torch.empty = lambda *a, **o: empty(*a, **o).fill_(float("nan"))  # type: ignore[assignment]
     try:
-        found = module.backward(dout, q, k, v, out.to(q.dtype), lse.float(), sinks, windows, case.scale, pad)
+        found = module.backward(dout, q, k, v, out.to(q.dtype), lse.float(), sinks, windows, case.scale, pad, dlse)
     finally:
         torch.empty, module.LAUNCHES = empty, shipped
         for name, kernel in originals.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnopt import ops
-from attnopt.codegen.reference_prefill import prefill as reference
+from attnopt.codegen.reference_prefill import prefill_lse as reference
 
 SINKS = torch.tensor([0, 3, 0, 90], dtype=torch.int32)
 ALPHAS = torch.tensor([2**30, 5, 1, 0], dtype=torch.int32)
@@ -26,10 +26,12 @@ def inputs(length: int = 40, dtype: torch.dtype = torch.float64, padded: bool = 
     return q, k, v, SINKS, ALPHAS, BETAS, pad
 
 
-def expected(arguments: tuple[Any, ...], weight: Tensor) -> tuple[Tensor, ...]:
+def expected(arguments: tuple[Any, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    """Autograd's gradients through the reference: of the output alone, or of it and the logsumexp."""
     q, k, v, *_, pad = arguments
     windows = ops.windows_at(ALPHAS, BETAS, q.shape[2])
-    return torch.autograd.grad(reference(q, k, v, SINKS, windows, 0.3, pad), (q, k, v), weight)
+    both = reference(q, k, v, SINKS, windows, 0.3, pad)
+    return torch.autograd.grad(both[: len(weights)], (q, k, v), weights)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
@@ -41,11 +43,19 @@ def test_gradients(target: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -
     out, lse = ops.span_attention_lse(*arguments, *REST)
     plain = ops.span_attention(*(x.detach() for x in arguments[:3]), *arguments[3:], *REST)
     torch.testing.assert_close(out.detach(), plain)
-    assert out.requires_grad and not lse.requires_grad
-    weight = torch.randn_like(out)
-    for found, right in zip(torch.autograd.grad(out, arguments[:3], weight), expected(arguments, weight), strict=True):
-        torch.testing.assert_close(found, right)
-        assert found.transpose(1, 2).is_contiguous()
+    weight, lse_weight = torch.randn_like(out), torch.randn_like(lse)
+    # Padded rows in front keep no key: their logsumexp is constant.
+    lse_weight[:, :, :5] = 0.0
+    everything = torch.autograd.grad((out, lse), arguments[:3], (weight, lse_weight), retain_graph=True)
+    alone = torch.autograd.grad(lse, arguments[:3], lse_weight, retain_graph=True)
+    no_weight = torch.zeros_like(weight)
+    for gradients, right in (
+        (torch.autograd.grad(out, arguments[:3], weight), expected(arguments, weight)),
+        (everything, expected(arguments, weight, lse_weight)),
+        (alone, expected(arguments, no_weight, lse_weight)),
+    ):
+        torch.testing.assert_close(gradients, right)
+        assert all(x.transpose(1, 2).is_contiguous() for x in gradients)
     assert [key.split("_h4")[0] for key in ops.launches] == [f"span_prefill_{target}", f"span_backward_{target}"]
 
 

@@ -1,7 +1,7 @@
 """Span backward for triton: 32/8 heads, dim 128/128, bfloat16. Emitted by attnopt; edits are overwritten.
 
 Key j is kept by query i of head h where ``j <= i and (j < sinks[h] or i - j < windows[h])``.
-With the weights P = exp(scores - lse) of the kept keys and delta_i = dout_i . out_i:
+With the weights P = exp(scores - lse) of the kept keys and delta_i = dout_i . out_i - dlse_i:
 
     dscores = P * (dout v^T - delta)    dq = scale dscores k    dk = scale dscores^T q    dv = P^T dout
 """
@@ -335,12 +335,12 @@ def _check(dout, q, k, v, out, lse, pad):
         raise ValueError("this kernel was emitted for unpadded inputs; pass no pad")
 
 
-def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
+def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None, dlse=None):
     """Gradients at q (B, 32, N, 128), k (B, 8, N, 128) and v (B, 8, N, 128).
 
     Those of a prefill whose output out has the gradient dout, both (B, 32, N, 128), and whose rows have the
-    logsumexp lse, float32 (B, 32, N), natural, -inf without a kept key. All else bfloat16;
-    sinks, windows int32 (32,); pad None. The gradients are laid out as (B, N, heads, dim).
+    logsumexp lse, float32 (B, 32, N), natural, -inf without a kept key, and dlse as its gradient, None for none.
+    All else bfloat16; sinks, windows int32 (32,); pad None. Results are laid out as (B, N, heads, dim).
     """
     _check(dout, q, k, v, out, lse, pad)
     batch, length, dtype = q.shape[0], q.shape[2], q.dtype
@@ -358,6 +358,8 @@ def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None):
             row_sums[(batch * 32 * tiles,)](
                 dout, out, lse.contiguous(), delta, bound, length, *dout.stride()[:3], *out.stride()[:3], BLOCK_M=SUMMED
             )
+            if dlse is not None:
+                delta -= dlse
             of_rows = (dout, q, k, v, delta, bound)
             tables = (sinks, windows)
             scales = (scale, scale * 1.4426950408889634)

@@ -1,0 +1,212 @@
+"""One attention whose heads are replaced by different things: spans, spans with a part for far keys, constants.
+
+    out, lse = span_attention_lse(q, k, v, ...)                  all heads, each its own sinks and window
+    far_out, far_lse = linear_far(q, k, v, heads, ...)           heads whose far keys are stood in for alike
+    out = index_copy(out, 1, heads, merge(out, lse at these heads, far_out, far_lse))
+
+Only these heads are read and written again: no kernel wants q, k or v regrouped, whichever heads it serves. `compose`
+says this as calls, which `attend` makes at once and attnopt/passes/planned.py inserts into a graph: what is measured is
+what is shipped.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnopt import ops
+from attnopt.errors import PlanError
+from attnopt.ir import DENSE, Choice, Site
+from attnopt.registry import CANDIDATES
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
+
+aten = torch.ops.aten
+# call(target, *args) computes, or inserts a node that will.
+Call = Callable[..., Any]
+# A window no length reaches.
+UNBOUNDED = 2**30
+
+
+def tables(choices: Sequence[Choice] | None, heads: int) -> dict[str, Tensor]:
+    """sinks, alphas (int32) and betas (float64) of a site's choices; None means every head is dense."""
+    rules = [(0, UNBOUNDED, 0.0)] * heads
+    if choices is not None:
+        rules = [CANDIDATES[c.candidate].rule(dict(c.params)) for c in choices]
+    sinks, alphas, betas = zip(*rules, strict=True)
+    return {
+        "sinks": torch.tensor(sinks, dtype=torch.int32),
+        "alphas": torch.tensor(alphas, dtype=torch.int32),
+        "betas": torch.tensor(betas, dtype=torch.float64),
+    }
+
+
+def far_of(choice: Choice) -> tuple[str, str]:
+    """What stands in for a head's far keys, and the name of the maps it needs: ("", ""), ("linear", "linear/64")."""
+    candidate = CANDIDATES[choice.candidate]
+    return candidate.far, candidate.map_name(dict(choice.params))
+
+
+def gone(choices: Sequence[Choice]) -> tuple[int, ...]:
+    """Positions of the choices that leave no attention."""
+    return tuple(at for at, choice in enumerate(choices) if far_of(choice)[0] == "gone")
+
+
+@dataclass(frozen=True)
+class FarPart:
+    """Heads whose far keys one operator stands in for: `far` and `map_name` as in Candidate, `heads` ascending."""
+
+    far: str
+    map_name: str
+    heads: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.far} tail on {len(self.heads)} head{'s' * (len(self.heads) > 1)}"
+
+
+def far_parts(choices: Sequence[Choice]) -> tuple[FarPart, ...]:
+    """The heads with far parts, those of equal maps together whatever their windows, in the order of first heads."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for head, choice in enumerate(choices):
+        far, map_name = far_of(choice)
+        if far not in ("", "gone"):
+            found.setdefault((far, map_name), []).append(head)
+    return tuple(FarPart(far, name, tuple(heads)) for (far, name), heads in found.items())
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """What the calls of a far part read: tensors, or nodes that stand for them. heads: int32 on the CPU; index: int64
+    beside q, None where the part has every head; maps: those of a FeatureMap of `kind`, in its order."""
+
+    far: str
+    heads: Any
+    index: Any
+    maps: tuple[Any, ...] = ()
+    kind: str = ""
+
+
+def hold(
+    part: FarPart, total: int, fitted: Fitted | None, site: str, of: Sequence[int], device: torch.device
+) -> HeldPart:
+    """The tensors of a far part among `total` heads, which are the heads `of` of the site. PlanError where its maps
+    were never fitted."""
+    heads = torch.tensor(part.heads, dtype=torch.int32)
+    index = None if len(part.heads) == total else torch.tensor(part.heads, device=device)
+    if not part.map_name:
+        return HeldPart(part.far, heads, index)
+    if fitted is None:
+        said = f"{part.map_name} at {site} needs feature maps, and there are none."
+        raise PlanError(said, "Give what `attnopt distill` fitted.")
+    maps = fitted.map_of(site, part.map_name, [of[head] for head in part.heads]).to(device)
+    return HeldPart(part.far, heads, index, maps.tensors, maps.kind)
+
+
+def compose(
+    call: Call, q: Any, k: Any, v: Any, rules: Sequence[Any], parts: Sequence[HeldPart], pad: Any,
+    scale: float, model_window: int = 0, min_length: int = 0, grad: bool = False,
+) -> Any:  # fmt: skip
+    """The calls for q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv): (B, H, N, Dv). rules: sinks, alphas, betas of all
+    heads; grad: whether the result must have gradients."""
+    arguments = q, k, v, *rules, pad, scale, model_window, min_length
+    if not parts and not grad:
+        return call(torch.ops.attnopt.span_attention.default, *arguments)
+    near, lse = both(call, torch.ops.attnopt.span_attention_lse.default, *arguments)
+    out = near
+    for part in parts:
+        far = both(call, *far_call(q, k, v, rules, part, pad, scale, min_length))
+        if part.index is None:
+            return ops.merge(near, lse, *far, call=call)
+        near_out, near_lse = (call(aten.index_select.default, x, 1, part.index) for x in (near, lse))
+        out = call(aten.index_copy.default, out, 1, part.index, ops.merge(near_out, near_lse, *far, call=call))
+    return out
+
+
+def both(call: Call, *args: Any) -> tuple[Any, Any]:
+    """The two results of an operator."""
+    found = call(*args)
+    return call(operator.getitem, found, 0), call(operator.getitem, found, 1)
+
+
+def far_call(
+    q: Any, k: Any, v: Any, rules: Sequence[Any], part: HeldPart, pad: Any, scale: float, min_length: int
+) -> tuple[Any, ...]:
+    """The operator of a far part, and its arguments."""
+    given = q, k, v, part.heads, *rules, pad
+    if part.far == "mean":
+        return torch.ops.attnopt.mean_far.default, *given, scale, min_length
+    if part.far == "linear":
+        # The scale is in the maps.
+        return torch.ops.attnopt.linear_far.default, *given, *part.maps, part.kind, min_length
+    raise ValueError(f"no operator stands in for far keys by {part.far!r}")
+
+
+@dataclass(eq=False)
+class Mixture:
+    """A site's attention under `choices`, one for every query head; call it with (q, k, v, pad)."""
+
+    choices: tuple[Choice, ...]
+    site: Site
+    fitted: Fitted | None = None
+    min_length: int = 0
+    _held: dict[torch.device, tuple[HeldPart, ...]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.rules = tuple(tables(self.choices, len(self.choices)).values())
+        self.parts, self.gone = far_parts(self.choices), gone(self.choices)
+        if self.parts and self.site.mask.window is not None:
+            said = f"{self.site.name} has a window of its own, outside of which there are no keys to stand in for."
+            raise PlanError(said, "Choose spans there.")
+        if self.gone and self.fitted is None:
+            said = f"Head {self.gone[0]} of {self.site.name} is to be its mean output, and there is none."
+            raise PlanError(said, "Give what `attnopt distill` measured.")
+
+    @property
+    def spanned(self) -> bool:
+        """Whether any head is something else than dense or gone: what only a kernel of spans serves."""
+        return any(c != DENSE for at, c in enumerate(self.choices) if at not in self.gone)
+
+    def held(self, device: torch.device) -> tuple[HeldPart, ...]:
+        if device not in self._held:
+            heads = range(len(self.choices))
+            self._held[device] = tuple(
+                hold(part, len(heads), self.fitted, self.site.name, heads, device) for part in self.parts
+            )
+        return self._held[device]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+        """q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), pad bool (B, N) true where a key counts -> (B, H, N, Dv)."""
+        if q.shape[1] != len(self.choices):
+            said = f"There are {len(self.choices)} choices for the {q.shape[1]} heads of {self.site.name}."
+            raise PlanError(said, "Give every query head one.")
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        numbers = self.site.scale, self.site.mask.window or 0, self.min_length, grad
+        return self.constants(compose(ops.compute, q, k, v, self.rules, self.held(q.device), pad, *numbers))
+
+    def constants(self, out: Tensor) -> Tensor:
+        """`out` (B, H, N, Dv) with the heads that are gone in the place of whatever stands there: their means, at
+        every length, since their weights are no more."""
+        if not self.gone:
+            return out
+        assert self.fitted is not None
+        means = self.fitted.mean_of(self.site.name, self.gone).to(out.device, out.dtype)
+        index = torch.tensor(self.gone, device=out.device)
+        return out.index_copy(1, index, means[None, :, None].expand(out.shape[0], -1, out.shape[2], -1))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, choices: Sequence[Choice], site: Site, fitted: Fitted | None = None,
+    pad: Tensor | None = None, min_length: int = 0,
+) -> Tensor:  # fmt: skip
+    """The attention of a site whose query heads have these choices, computed by the operators that graphs call.
+
+    Shapes as in `Mixture`; fitted: maps and means, where a choice needs them; below `min_length` every head that is not
+    gone is dense. Differentiable at q, k and v.
+    """
+    return Mixture(tuple(choices), site, fitted, min_length)(q, k, v, pad)

@@ -1,0 +1,135 @@
+"""Linear far parts on the CPU against the reference in float64, forward and backward."""
+
+from __future__ import annotations
+
+import linears
+import pytest
+import torch
+
+from attnopt.codegen import linear_cpu, reference_linear
+from attnopt.codegen.emit import load
+from attnopt.codegen.self_check import error
+from attnopt.codegen.spec import LinearBackward, LinearDecode, LinearPrefill
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3}
+SIZES = "cpu", "float32", 8, 4, 16, 24, 5
+LENGTHS = (0, 1, 6, 64, 65, 203, 330)
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch):
+    """So that short inputs have several segments, and runs fewer heads than there are."""
+    monkeypatch.setattr(linear_cpu, "SEGMENT", 256)
+    monkeypatch.setattr(linear_cpu, "CHUNK", 32)
+
+
+def check(q, k, v, tables, maps, pad, tolerance):
+    """Both kernels against the reference in float64; nothing for one of them to hide in: gradients at both results."""
+    dtype, padded = str(q.dtype).removeprefix("torch."), pad is not None
+    sizes = "cpu", dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], maps.heads, maps.kind, maps.rank, padded
+    out, lse = load(LinearPrefill(*sizes)).prefill(q, k, v, *tables, maps, pad)
+    wide = [x.double() for x in (q, k, v)]
+    expected, sums = reference_linear.prefill(*wide, *tables, maps, pad)
+    assert out.dtype == v.dtype and lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    assert error(out, expected) <= tolerance and error(lse, sums) <= min(tolerance, 2e-6)
+    dout, dlse = torch.randn(out.shape).to(v.dtype), torch.randn(lse.shape, dtype=lse.dtype)
+    found = load(LinearBackward(*sizes)).backward(dout, dlse, q, k, v, out, lse, *tables, maps, pad)
+    given = dout.double(), dlse.double(), *wide, expected, sums
+    for x, y in zip(found, reference_linear.backward(*given, *tables, maps, pad), strict=True):
+        assert error(x, y) <= 2 * tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", linears.RANK)
+def test_lengths_and_padding(kind, dtype):
+    maps, paddings = linears.maps(kind, 5, 16), ("left", "right", "all of one", "holes")
+    for length in LENGTHS:
+        q, k, v = linears.inputs(length, dtype)
+        for pad in ("none", paddings[length % 4]):
+            check(q, k, v, linears.tables(), maps, linears.padding(pad, length), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_head_sharing(kv_heads):
+    q, k, v = linears.inputs(150, kv_heads=kv_heads, dim=8, dim_v=8)
+    for served in (linears.SERVED, range(8), (5,), ()):
+        tables = linears.tables(tuple(served))
+        check(q, k, v, tables, linears.maps("exp", len(served), 8), linears.padding("left", 150), 2e-6)
+        check(q, k, v, tables, linears.maps("exp", len(served), 8), None, 2e-6)
+
+
+def test_layouts_and_an_empty_batch():
+    q, k, v = linears.inputs(100)
+    maps = linears.maps("exp", 5, 16)
+    check(*(x.contiguous() for x in (q, k, v)), linears.tables(), maps, None, 2e-6)
+    check(*(x.mT.contiguous().mT for x in (q, k, v)), linears.tables(), maps, None, 2e-6)
+    check(*(x[:0] for x in (q, k, v)), linears.tables(), maps, None, 2e-6)
+
+
+def test_padding_is_not_read():
+    q, k, v = linears.inputs(100)
+    pad = linears.padding("left", 100)
+    clean = load(LinearPrefill(*SIZES, "exp", 24, True)).prefill(
+        q, k, v, *linears.tables(), linears.maps("exp", 5, 16), pad
+    )
+    k, v = (x.masked_fill(~pad[:, None, :, None], float("nan")) for x in (k, v))
+    found = load(LinearPrefill(*SIZES, "exp", 24, True)).prefill(
+        q, k, v, *linears.tables(), linears.maps("exp", 5, 16), pad
+    )
+    assert all(torch.equal(x, y) and not x.isnan().any() for x, y in zip(found, clean, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [(1, 0), (-1, 0), (0, 1)])
+def test_a_span_off_by_one_is_out_of_tolerance(wrong):
+    q, k, v = linears.inputs(200)
+    maps = linears.maps("exp", 5, 16)
+    heads, sinks, windows = linears.tables()
+    found = load(LinearPrefill(*SIZES, "exp", 24, False)).prefill(q, k, v, heads, sinks, windows, maps)
+    spans = sinks + wrong[1], windows + wrong[0]
+    expected = reference_linear.prefill(q.double(), k.double(), v.double(), heads, *spans, maps)
+    assert error(found[0], expected[0]) > 1e-3 and error(found[1], expected[1]) > 1e-5
+
+
+def test_another_shape_kind_or_padding_is_refused():
+    q, k, v = linears.inputs(9)
+    module = load(LinearPrefill(*SIZES, "exp", 24, False))
+    for maps, pad in ((linears.maps("exp", 5, 16, rank=8), None), (linears.maps("exp", 5, 16), torch.ones(2, 9) > 0)):
+        with pytest.raises(ValueError, match="emitted"):
+            module.prefill(q, k, v, *linears.tables(), maps, pad)
+
+
+@pytest.mark.parametrize("kind", linears.RANK)
+def test_state_after_a_prompt(kind):
+    heads, sinks, windows = linears.tables()
+    maps = linears.maps(kind, 5, 16)
+    module = load(LinearDecode("cpu", "float32", 8, 1, 16, 24, 5, kind, maps.rank))
+    for length in (0, 1, 37, 300):
+        _, k, v = linears.inputs(length)
+        for name in ("none", "left"):
+            pad = linears.padding(name, length)
+            found = module.state(k, v, heads, 8, sinks, windows, maps, pad)
+            expected = reference_linear.state(k.double(), v.double(), heads, 8, sinks, windows, maps, pad)
+            assert found.dtype == torch.float32 and error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_state_grows_to_64k_tokens(dtype):
+    """Keys whose features reach e^30, all of one sign: what is lost in a sum of 65536 of them, against float64.
+
+    Only the last rows are compared, whose state holds the whole past; and a run of 64k rows is as exact as a short one.
+    """
+    length = 2**16
+    q, k, v = linears.inputs(length, dtype, batch=1, kv_heads=1, dim=4, dim_v=4)
+    v = v + 3.0
+    maps = linears.maps("exp", 1, 4, rank=8)
+    maps.bk.copy_(torch.linspace(-20, 30, 8)[None])
+    tables = linears.tables((3,), (4,) * 8, (100,) * 8)
+    out, lse = linear_cpu.prefill(q, k, v, *tables, maps)
+    state = reference_linear.state(k.double(), v.double(), tables[0], 8, *tables[1:], maps)
+    # The reference's own row: the last query against that state.
+    nowhere = torch.full((1, 1), -1)
+    row = reference_linear.decode(q[:, :, -1:].double(), k[:, :, 0], v[:, :, 0], nowhere, tables[0], state, maps)
+    assert error(out[:, :, -1:], row[0]) <= (1e-6 if dtype == torch.float32 else 4e-3)
+    assert error(lse[:, :, -1:], row[1]) <= 1e-6
+    found = linear_cpu.state(k, v, tables[0], 8, *tables[1:], maps)
+    assert error(found, state) <= 1e-6
