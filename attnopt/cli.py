@@ -18,6 +18,8 @@ EXAMPLES = {
     "profile": "attnopt profile demo --out profile.safetensors\n"
     "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
     "merge": "attnopt merge monday.safetensors tuesday.safetensors --out both.safetensors",
+    "distill": "attnopt distill demo --profile profile.safetensors --out fitted.safetensors\n"
+    "attnopt distill ./my-llama --profile p.safetensors --features 64 --windows 128 --steps 400 --out f.safetensors",
     "calibrate": "attnopt calibrate --heads 32 --kv-heads 8 --head-dim 128 --dtype bf16\n"
     "attnopt calibrate --model demo --lengths 2048,8192 --json",
     "plan": "attnopt plan demo --profile profile.safetensors --max-loss-increase 1% --length 8192 --out plan.json\n"
@@ -29,10 +31,12 @@ EXAMPLES = {
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
 }
+FAMILIES = ("linear", "taylor", "compensation", "pruned")
 HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
     "profile": "measure what dropping keys would do to the loss, head by head",
     "merge": "add up profiles of one model over different text",
+    "distill": "fit what may stand in for heads' far keys, and measure what it does to the loss",
     "calibrate": "time the kernels of this device, once, for all plans made here",
     "plan": "choose the fastest spans that keep a loss budget, measured end to end",
     "show": "show a plan or a profile",
@@ -67,6 +71,18 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 1024,4096")
     numbers = [int(p) for p in parts]
     return sorted(set(numbers))
+
+
+def names(text: str) -> list[str]:
+    """Words between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers_or_none(text: str) -> list[int]:
+    """Whole numbers of which 0 may be one."""
+    found = [0] if "0" in [p.strip() for p in text.split(",")] else []
+    rest = ",".join(p for p in text.split(",") if p.strip() != "0")
+    return found + (whole_numbers(rest) if rest else [])
 
 
 def count(text: str) -> int:
@@ -193,6 +209,24 @@ def build_parser() -> Parser:
     merge.add_argument("--out", required=True, metavar="FILE")
     merge.add_argument("--mixed", action="store_true", help="also add profiles whose losses were of something else")
 
+    distill = command("distill")
+    with_model(distill)
+    with_text(distill)
+    distill.add_argument("--profile", required=True, metavar="FILE", help="of this model: its lengths are tried")
+    distill.add_argument("--out", required=True, metavar="FILE")
+    distill.add_argument("--features", type=whole_numbers, default=[32, 64],
+                         help="of exponential maps, random or learned (default 32,64)")  # fmt: skip
+    distill.add_argument("--ranks", type=whole_numbers, default=[8], help="of second-order expansions (default 8)")
+    distill.add_argument("--windows", type=whole_numbers, default=[64, 128, 256],
+                         help="kept exactly beside them (default 64,128,256)")  # fmt: skip
+    distill.add_argument("--sinks", type=numbers_or_none, default=[4], help="first keys kept exactly (default 4)")
+    distill.add_argument("--steps", type=count_or_none, default=200, metavar="N",
+                         help="of training a learned map; 0: none is learned (default 200)")  # fmt: skip
+    distill.add_argument("--samples", type=count, default=4,
+                         help="sequences to fit on, and to try on at each length (default 4)")  # fmt: skip
+    distill.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES,
+                         help="what is fitted and tried (default: all)")  # fmt: skip
+
     plan = command("plan")
     with_model(plan)
     with_text(plan)
@@ -215,6 +249,10 @@ def build_parser() -> Parser:
     plan.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
     plan.add_argument("--exact", type=positive, nargs="?", const=10.0, metavar="SECONDS",
                       help="solve with HiGHS as well, at most so long for each point tried (default 10)")  # fmt: skip
+    plan.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: weigh it beside spans")
+    plan.add_argument("--allow", type=names, metavar="FAMILIES",
+                      help="of linear, taylor, compensation and prune, those weighed (default with --fitted: all but "
+                      "prune, which removes heads)")  # fmt: skip
     plan.add_argument("--device-preset", metavar="NAME",
                       help="a100, h100, h200, b200 or mi300x: costs by its peak figures, not measured")  # fmt: skip
     plan.add_argument("--tensor-parallel", type=count, default=1, metavar="D", help="of such devices (default 1)")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnopt import ops
-from attnopt.errors import PlanError
+from attnopt.errors import FittedError, PlanError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.registry import CANDIDATES
 
@@ -104,7 +104,10 @@ def hold(
     if fitted is None:
         said = f"{part.map_name} at {site} needs feature maps, and there are none."
         raise PlanError(said, "Give what `attnopt distill` fitted.")
-    maps = fitted.map_of(site, part.map_name, [of[head] for head in part.heads]).to(device)
+    try:
+        maps = fitted.map_of(site, part.map_name, [of[head] for head in part.heads]).to(device)
+    except FittedError as error:
+        raise PlanError(error.problem, error.remedy) from error
     return HeldPart(part.far, heads, index, maps.tensors, maps.kind)
 
 

@@ -22,7 +22,7 @@ LINKS = ("passes", "patterns", "codegen")
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
-    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "statistics", "profile_file"),
+    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "fitting", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "distill", *PROFILING),

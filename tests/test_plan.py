@@ -115,7 +115,7 @@ BAD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "unknown key": (lambda d: d.update(sties={}), ("unknown key 'sties'", "Did you mean 'sites'?")),
     "unknown inner key": (lambda d: d["budget"].update(limits=1), ("budget: unknown key 'limits'", "'limit'")),
     "missing key": (lambda d: d.pop("seed"), ("'seed' is missing",)),
-    "wrong schema": (lambda d: d.update(schema=1), ("schema 1", "reads schema 3", "attnopt plan")),
+    "wrong schema": (lambda d: d.update(schema=1), ("schema 1", "reads schema 4", "attnopt plan")),
     "schema text": (lambda d: d.update(schema="1"), ("schema '1'",)),
     "head missing": (lambda d: heads_of(d).pop("4-5"), ("no choice for head 4-5 of 8", "dense")),
     "heads overlap": (lambda d: heads_of(d).update({"6-7": heads_of(d).pop("7")}), ("head 6 is chosen twice",)),
@@ -151,6 +151,9 @@ BAD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "sites empty": (lambda d: d.update(sites={}), ("a record of sites is needed",)),
     "sites list": (lambda d: d.update(sites=[1]), ("a record of sites is needed",)),
     "version number": (lambda d: d["versions"].update(torch=2), ("versions.torch", "a string")),
+    "allow number": (lambda d: d["constraints"].update(allow=[3]), ("constraints.allow[0]", "a string")),
+    "fitted nonsense": (lambda d: d.update(fitted="abc"), ("fitted: 'abc' is no sha256",)),
+    "fitted number": (lambda d: d.update(fitted=3), ("fitted", "a string")),
     "huge number": (lambda d: d.update(seed=10**400), ("seed",)),
 }
 

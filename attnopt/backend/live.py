@@ -6,22 +6,28 @@
     live.change("other.json")       # nothing is traced or compiled; the next call runs the other plan
 
 A compiled graph reads its spans from tensors, so another plan of equal shape is other values in them. What is part of
-the graph itself, which sites are planned at all and from which length on, must be the same.
+the graph itself must be the same: which sites are planned at all and from which length on, which heads have a part for
+their far keys and of which kind, its feature maps, and which heads are gone.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice
-from attnopt.mixed import tables
+from attnopt.mixed import far_of, far_parts, gone, tables
 from attnopt.plan import Plan
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
 
 REMEDY = "Compile the model again with the other plan: torch._dynamo.reset(), then torch.compile."
 
@@ -32,25 +38,20 @@ class LivePlan:
     def __init__(self, plan: Plan | str | Path) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         # Weakly: a plan must not keep the tables of a model that is gone.
-        self._tables: dict[str, list[dict[str, weakref.ref[Tensor]]]] = {}
+        self._tables: dict[str, list[Watched]] = {}
 
-    def watch(self, site: str, held: Mapping[str, Tensor]) -> None:
-        """Remember the tables of a site in a graph that is being compiled."""
-        self._tables.setdefault(site, []).append({name: weakref.ref(tensor) for name, tensor in held.items()})
+    def watch(self, site: str, held: Mapping[str, Tensor], heads: Sequence[int]) -> None:
+        """Remember the tables of some query heads of a site in a graph that is being compiled."""
+        tensors = {name: weakref.ref(tensor) for name, tensor in held.items()}
+        self._tables.setdefault(site, []).append(Watched(tuple(heads), tensors))
 
     def change(self, plan: Plan | str | Path) -> None:
         """Run `plan` from now on. PlanError, and nothing is changed, where that would need another graph."""
         new = plan if isinstance(plan, Plan) else Plan.load(plan)
         self._check(new)
         for site, graphs in self._tables.items():
-            choices = new.choices[site]
-            for name, values in tables(choices, len(choices)).items():
-                for held in graphs:
-                    tensor = held[name]()
-                    if tensor is not None:
-                        # One made in inference mode is written there; of any other, autograd has to count the write.
-                        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                            tensor.copy_(values)
+            for watched in graphs:
+                watched.write([new.choices[site][head] for head in watched.heads])
         self.plan = new
 
     def _check(self, new: Plan) -> None:
@@ -70,9 +71,47 @@ class LivePlan:
             if more := {c.candidate for c in choices} - {c.candidate for c in before} - {DENSE.candidate}:
                 said = f"The compiled plan has no {', '.join(sorted(more))} at {site}, which this one wants."
                 raise PlanError(said, REMEDY)
+            for head, (now, then) in enumerate(zip(choices, before, strict=True)):
+                if far_of(now) != far_of(then):
+                    said = f"Head {head} of {site} is {then} in the compiled plan and {now} in this one."
+                    raise PlanError(f"{said} Only what a span keeps can change.", REMEDY)
+            if not equal_maps(site, choices, new.fitted, old.fitted):
+                raise PlanError(f"The feature maps of {site} are others than those of the compiled plan.", REMEDY)
             # Without tables the site is dense attention in the graph, or there is no graph yet.
             if self._tables and site not in self._tables and dense(before) and not dense(choices):
                 raise PlanError(f"The compiled plan leaves {site} dense, and this one does not.", REMEDY)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The tables of some query heads of a site in one compiled graph."""
+
+    heads: tuple[int, ...]
+    tensors: Mapping[str, weakref.ref[Tensor]]
+
+    def write(self, choices: Sequence[Choice]) -> None:
+        """The spans of these choices, one for each of the heads."""
+        for name, values in tables(choices, len(choices)).items():
+            tensor = self.tensors[name]()
+            if tensor is not None:
+                # One made in inference mode is written there; of any other, autograd has to count the write.
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(values)
+
+
+def equal_maps(site: str, choices: Sequence[Choice], new: Fitted | None, old: Fitted | None) -> bool:
+    """Whether the heads' feature maps and the means of those that are gone are the same, number by number."""
+    if new is old:
+        return True
+    if new is None or old is None:
+        return not any(part.map_name for part in far_parts(choices)) and not gone(choices)
+    same = all(
+        torch.equal(a, b)
+        for part in far_parts(choices)
+        if part.map_name
+        for a, b in zip(*(x.map_of(site, part.map_name, part.heads).tensors for x in (new, old)), strict=True)
+    )
+    return same and (not gone(choices) or torch.equal(*(x.mean_of(site, gone(choices)) for x in (new, old))))
 
 
 def dense(choices: Iterable[Choice]) -> bool:

@@ -1,4 +1,5 @@
-"""Linear attention to far keys on the CPU, out of torch's matrix products: chunk by chunk, with a running state.
+"""Linear attention to far keys on the CPU, chunk by chunk with a running state: in the compiled kernel linear.cpp where
+it can be had, else out of torch's matrix products, as are the gradients (linear_cpu_backward.py).
 
 A row's far keys end w before it, so that against keys moved by w a head is plain causal linear attention: row r of a
 run is query s + w + r, and its keys are s to s + r, where s is the sink. In chunks of C rows
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.codegen import linear_native
 from attnopt.feature_maps import KEY_CAP, FeatureMap
 
 # Rows of a chunk, and rows times heads of a segment.
@@ -68,6 +70,12 @@ class Mapped:
         shifts = (None, None) if exponential else (u[:, :, None], u0[:, None])
         wq, wk = (x.mT.contiguous() for x in (wq, wk))
         return cls(maps.kind, wq, bq[:, None], cq, wk, bk[:, None], ck, *shifts)
+
+    def packed(self) -> tuple[Tensor | None, ...]:
+        """As the compiled kernel takes them: wk (h, R, D), and zeros for cq and ck that are None."""
+        nothing = self.wq.new_zeros(self.wq.shape[0])
+        cq, ck = (nothing if x is None else x for x in (self.cq, self.ck))
+        return self.wq, self.bq, cq, self.wk.mT, self.bk, ck, self.u, self.u0
 
     def heads(self, at: Tensor) -> Mapped:
         held = (self.wq, self.bq, self.cq, self.wk, self.bk, self.ck, self.u, self.u0)
@@ -189,9 +197,14 @@ def prefill(
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, count, length, _ = q.shape
     served, width = heads.shape[0], v.shape[3]
-    out = v.new_zeros(batch, length, served, width).transpose(1, 2)
-    lse = torch.full((batch, served, length), float("-inf"), dtype=wide)
+    out = v.new_empty(batch, length, served, width).transpose(1, 2)
+    lse = torch.empty((batch, served, length), dtype=wide)
     mapped = Mapped.of(maps, wide)
+    if out.numel() and not linear_native.unusable(q.dtype):
+        linear_native.prefill(q, k, v, out, lse, heads, sinks, windows, mapped.packed(), maps.kind, pad)
+        return out, lse
+    out.zero_()
+    lse.fill_(float("-inf"))
     for run in runs(heads, sinks, windows, batch, count // max(1, k.shape[1]), length):
         own = mapped.heads(run.at)
         state = torch.zeros(len(run.at), maps.width, width + 1, dtype=wide)

@@ -13,6 +13,7 @@ import torch
 from attnopt import backend, hf, text
 from attnopt.codegen import native
 from attnopt.commands.common import Progress, emit, load, say, stages, token_ids, writable
+from attnopt.commands.distilling import distill
 from attnopt.commands.planning import calibrate, plan
 from attnopt.commands.profiling import merge, profile
 from attnopt.errors import OptionError, PlanError
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "Progress", "bench_rows", "emit", "examine_model", "run",
 
 INTERRUPTED = {
     "profile": "What was profiled so far is kept beside the output; run the same command again to go on.",
+    "distill": "What was fitted and tried so far is kept beside the output; run the same command again to go on.",
     "calibrate": "The lengths that were timed are kept; run the same command again to go on.",
 }
 
@@ -252,6 +254,6 @@ def env(args: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "examine": examine, "profile": profile, "merge": merge, "calibrate": calibrate, "plan": plan, "show": show,
-    "explain": explain, "bench": bench, "env": env,
+    "examine": examine, "profile": profile, "merge": merge, "distill": distill, "calibrate": calibrate, "plan": plan,
+    "show": show, "explain": explain, "bench": bench, "env": env,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import Progress, emit, load, stages, token_ids, writable
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import OptionError
+from attnopt.fitted import Fitted
 from attnopt.ir import Site
-from attnopt.plan import Budget, Constraints
+from attnopt.plan import Budget, Constraints, sidecar
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
 from attnopt.report.data import plan_json, records_json
@@ -26,11 +28,19 @@ FARTHEST = 4
 
 def plan(args: argparse.Namespace) -> None:
     from attnopt.planner.make import make_plan
+    from attnopt.planner.tried import allowed_families
     from attnopt.probe import Probe
 
     out = writable(args.out)
     rooflines = rooflines_of(args)
+    if args.fitted is not None and sidecar.beside(out).resolve() in (
+        Path(p).resolve() for p in (args.fitted, args.profile)
+    ):
+        raise OptionError(f"{sidecar.beside(out)} will hold what the plan needs.", "Give another --out.")
+    sidecar.refuse_overwriting(out)
     held = Profile.load(args.profile)
+    fitted = Fitted.load(args.fitted) if args.fitted is not None else None
+    allowed_families(args.allow, fitted)
     loaded = load(args)
     target = next(loaded.model.parameters()).device
     lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
@@ -44,8 +54,8 @@ def plan(args: argparse.Namespace) -> None:
     with stages() as progress:
         made = make_plan(
             loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
-            objective=args.objective, constraints=constraints_of(args), exact=args.exact, probe=probe,
-            probe_documents=args.probe, seed=args.seed, progress=progress,
+            objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
+            exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
         )  # fmt: skip
     made.plan.save(out)
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]

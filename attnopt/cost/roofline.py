@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from attnopt.cost.table import itemsize, kept_pairs
+from attnopt.cost.table import far_pairs, itemsize, kept_pairs
 from attnopt.errors import OptionError
 from attnopt.strict_json import Place, nearest
 
@@ -116,6 +116,14 @@ class Roofline:
         dims = self.head_dim + self.head_dim_v
         operations = 2.0 * dims * kept_pairs(length, sink, window)
         traffic = dims * length * itemsize(self.dtype) * (1 + self.kv_heads / self.heads)
+        seconds = max(operations / self.device.flops(self.dtype), traffic / self.device.bandwidth)
+        return 1e3 * seconds / self.tensor_parallel
+
+    def far_cost(self, length: int, kind: str, rank: int) -> float:
+        """One head's far part beside its span: the products of `far_pairs`; q, k, v and both outputs once more."""
+        dims = self.head_dim + self.head_dim_v
+        operations = 2.0 * dims * far_pairs(length, kind, rank)
+        traffic = (dims * (1 + self.kv_heads / self.heads) + 2 * self.head_dim_v) * length * itemsize(self.dtype)
         seconds = max(operations / self.device.flops(self.dtype), traffic / self.device.bandwidth)
         return 1e3 * seconds / self.tensor_parallel
 

@@ -16,6 +16,8 @@ from attnopt.errors import AttnoptError
 SCHEMA = 1
 # A window must save this share of the dense time before it counts as a saving: timings repeat to a few percent.
 MARGIN = 0.05
+# Rows of a linear far part that meet one another directly.
+CHUNK = 64
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -39,10 +41,24 @@ class Costs(Protocol):
 
     def group_cost(self, length: int) -> float: ...
 
+    def far_cost(self, length: int, kind: str, rank: int) -> float: ...
+
 
 def itemsize(dtype: str) -> int:
     """Bytes of a number, by torch's name of its type."""
     return ITEM_BYTES[dtype]
+
+
+def far_pairs(length: int, kind: str, rank: int) -> int:
+    """Query-key pairs that do the work of one head's far part at `length`, for where nothing is timed.
+
+    A row of "exp" makes `rank` features of q and of k, which is as many products of a pair's size; it reads and writes
+    a state of as many rows, and meets the rows of its own chunk. "taylor" keeps 1 + rank + rank^2 features. "mean" is
+    a pair and two running sums."""
+    if kind == "mean":
+        return 2 * length
+    features = {"exp": rank, "taylor": 1 + rank + rank**2}[kind]
+    return length * (rank + features + CHUNK)
 
 
 def kept_pairs(length: int, sink: int, window: int) -> int:
@@ -123,8 +139,16 @@ class CostTable:
             return self._at(right, sink, right if window >= length else window)
         left = lengths[at - 1]
         if window >= length:
-            return _log_log(length, (left, self._at(left, 0, left)), (right, self._at(right, 0, right)))
-        return _log_log(length, (left, self._at(left, sink, min(window, left))), (right, self._at(right, sink, window)))
+            return log_log(length, (left, self._at(left, 0, left)), (right, self._at(right, 0, right)))
+        return log_log(length, (left, self._at(left, sink, min(window, left))), (right, self._at(right, sink, window)))
+
+    def far_cost(self, length: int, kind: str, rank: int) -> float:
+        """What stands in for one head's far keys, by density; a measured table of spans holds no times of it."""
+        if self.measured:
+            raise AttnoptError(
+                "This table holds times of spans only.", "Give one with far parts: attnopt.cost.WithFar."
+            )
+        return far_pairs(length, kind, rank) / 1e6
 
     def group_cost(self, length: int) -> float:
         """What every distinct span of a layer after the first costs at `length`, in `unit`; nearest measured length."""
@@ -144,7 +168,7 @@ class CostTable:
         at = bisect_left([w for w, _ in points], window)
         if at == 0 or points[at][0] == window:
             return points[at][1]
-        return _log_log(window, points[at - 1], points[at])
+        return log_log(window, points[at - 1], points[at])
 
     def _text(self) -> str:
         data = {"schema": SCHEMA, "key": dict(self.key), "groups": [list(item) for item in self.groups]}
@@ -163,14 +187,14 @@ class CostTable:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA or set(data) != {"schema", "key", "groups", "entries"}:
                 raise ValueError(f"not schema {SCHEMA}")
-            entries = tuple(((int(n), int(s), int(w)), _positive(ms)) for n, s, w, ms in data["entries"])
-            groups = tuple((int(n), _positive(ms, zero=True)) for n, ms in data["groups"])
+            entries = tuple(((int(n), int(s), int(w)), positive(ms)) for n, s, w, ms in data["entries"])
+            groups = tuple((int(n), positive(ms, zero=True)) for n, ms in data["groups"])
             return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), entries, groups)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
 
-def _positive(value: Any, zero: bool = False) -> float:
+def positive(value: Any, zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no time")
     if value < 0 or (value == 0 and not zero):
@@ -178,7 +202,7 @@ def _positive(value: Any, zero: bool = False) -> float:
     return float(value)
 
 
-def _log_log(x: float, left: tuple[float, float], right: tuple[float, float]) -> float:
+def log_log(x: float, left: tuple[float, float], right: tuple[float, float]) -> float:
     """The power law through two points, at x between them."""
     share = math.log(x / left[0]) / math.log(right[0] / left[0])
     return math.exp(math.log(left[1]) * (1 - share) + math.log(right[1]) * share)

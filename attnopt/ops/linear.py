@@ -11,6 +11,7 @@ The weight of key j in row i is exp(shift_i) f_i . g_j with the features of attn
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -189,11 +190,12 @@ _library.define(
 
 
 @lru_cache(maxsize=256)
-def _decoding(target: str, dtype: torch.dtype, sizes: tuple[int, ...], kind: str) -> tuple[ModuleType, str]:
-    """The emitted module and its key. sizes: query heads, dim of q and k, dim of v, heads served, rank."""
+def _decoding(target: str, dtype: torch.dtype, sizes: tuple[int, ...], kind: str) -> tuple[ModuleType, str, list[int]]:
+    """The emitted module, its key, and how many entries each tensor of the maps has. sizes: query heads, dim of q and
+    k, dim of v, heads served, rank."""
     heads, dim, dim_v, served, rank = sizes
     spec = LinearDecode(target, str(dtype).removeprefix("torch."), heads, 1, dim, dim_v, served, kind, rank)
-    return load(spec), spec.key()
+    return load(spec), spec.key(), [prod(shape) for shape in shapes(served, rank, dim).values()]
 
 
 def linear_state(
@@ -222,7 +224,7 @@ def linear_state(
     """
     maps = maps_of(kind, (wq, bq, cq, wk, bk, ck, u, u0), heads.shape[0], k.shape[3])
     sizes = query_heads, k.shape[3], v.shape[3], heads.shape[0], maps.rank
-    module, key = _decoding(settings.target(k.device.type), k.dtype, sizes, kind)
+    module, key, _ = _decoding(settings.target(k.device.type), k.dtype, sizes, kind)
     launches[key] += 1
     return module.state(k, v, heads, query_heads, sinks, windows, maps, pad)
 
@@ -254,13 +256,17 @@ def linear_decode(
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or state.requires_grad):
         raise RuntimeError("attnopt::linear_decode has no gradient: decode under torch.no_grad()")
-    served = heads.shape[0]
-    maps = maps_of(kind, (wq, bq, cq, wk, bk, ck, u, u0), served, q.shape[3])
-    wanted = (q.shape[0], served, maps.width, v.shape[2] + 1)
-    if tuple(state.shape) != wanted or q.shape[2] != 1:
+    tensors = wq, bq, cq, wk, bk, ck, u, u0
+    served, dim, width = heads.shape[0], q.shape[3], v.shape[2]
+    sizes = q.shape[1], dim, width, served, wq.shape[1] if wq.ndim == 3 else 0
+    module, key, entries = _decoding(settings.target(q.device.type), q.dtype, sizes, kind)
+    # Quickly, as this is called for every layer and token; what is wrong then says the slow way.
+    if [x.numel() if x.dtype is torch.float32 else -1 for x in tensors] != entries:
+        maps_of(kind, tensors, served, dim)
+    maps = FeatureMap(kind, *tensors)
+    if state.shape != (q.shape[0], served, maps.width, width + 1) or q.shape[2] != 1:
+        wanted = (q.shape[0], served, maps.width, width + 1)
         raise ValueError(f"expected one token and a state {wanted}, found {q.shape[2]} and {tuple(state.shape)}")
-    sizes = q.shape[1], q.shape[3], v.shape[2], served, maps.rank
-    module, key = _decoding(settings.target(q.device.type), q.dtype, sizes, kind)
     launches[key] += 1
     return module.decode(q, k, v, slots, heads, state, maps)
 

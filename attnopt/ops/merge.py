@@ -30,4 +30,6 @@ def merge(out: Any, lse: Any, far_out: Any, far_lse: Any, call: Callable[..., An
     share = call(aten.unsqueeze.default, call(aten.sigmoid.default, ahead), -1)
     wide, own = (x.dtype if isinstance(x, torch.Tensor) else x.meta["val"].dtype for x in (lse, out))
     near, far = (call(aten._to_copy.default, x, dtype=wide) for x in (out, far_out))
-    return call(aten._to_copy.default, call(aten.lerp.Tensor, near, far, share), dtype=own)
+    # Not lerp, which cannot be traced with lengths that are symbols (torch 2.13).
+    moved = call(aten.mul.Tensor, share, call(aten.sub.Tensor, far, near))
+    return call(aten._to_copy.default, call(aten.add.Tensor, near, moved), dtype=own)

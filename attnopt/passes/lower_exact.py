@@ -137,11 +137,11 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
             yield lower_plain(program, True), "SDPA is_causal"
             return
         if square and on_runs(program, region):
-            yield insert_span(program, None), pays.RUNS
+            yield insert_span(program), pays.RUNS
         if square:
             yield lower_causal_padding(program), pays.FEATURE
     if site.plain and mask.kind == "sliding" and mask.offset == 0 and square and site.heads > 0:
-        yield insert_span(program, None), f"{pays.SPAN}, window {mask.window}"
+        yield insert_span(program), f"{pays.SPAN}, window {mask.window}"
     yield from printed(program, region)
     if documents.numbers_of(region) and documents.unlike_documents(program, region) is None:
         yield documents.lower_documents(program), documents.lowering(region)

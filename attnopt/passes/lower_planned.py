@@ -1,6 +1,7 @@
-"""Planned mode: replace each region the plan names by one call whose heads follow their own spans.
+"""Planned mode: replace each region the plan names by calls whose heads follow their own choices.
 
     sdpa(q, k, v, is_causal=True)  ->  attnopt::span_attention(q, k, v, sinks, alphas, betas, ...)
+    some heads with a far part     ->  attnopt::span_attention_lse, attnopt::linear_far, ... (planned.py)
 
 Regions whose heads are all dense, or that the plan's kernel cannot serve, are left to the exact lowering.
 """
@@ -10,9 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from attnopt.ir import DENSE, Refusal, Region
+from attnopt.mixed import far_parts, hold
+from attnopt.passes.planned import described, insert_planned
 from attnopt.passes.program import Program
-from attnopt.passes.span import insert_span
 from attnopt.patterns import same
 from attnopt.reasons import located
 from attnopt.registry import CANDIDATES
@@ -55,7 +59,8 @@ def refusal(region: Region) -> Refusal | None:
 
 
 def check_plan(program: Program, plan: Plan) -> None:
-    """PlanError where the plan was made for another model: none of the graph's causal sites is in it, or heads differ.
+    """PlanError where the plan was made for another model: none of the graph's causal sites is in it, or heads differ;
+    and where it wants feature maps that it does not bring along.
 
     A site that is missing beside others that are there is only noted: a model may have attentions no plan was made for.
     """
@@ -63,6 +68,10 @@ def check_plan(program: Program, plan: Plan) -> None:
     causal = [s for s in sites if s.mask.causal and s.mask.offset == 0 and s.simple]
     named = [site for site in causal if site.name in plan.choices]
     plan.check(named or causal, complete=False)
+    for site in named:
+        choices = plan.choices[site.name]
+        for part in far_parts(choices):
+            hold(part, len(choices), plan.fitted, site.name, range(len(choices)), torch.device("cpu"))
 
 
 def run(program: Program) -> None:
@@ -86,10 +95,5 @@ def run(program: Program) -> None:
             exact = replace(no, reason=f"planned, but {no.reason}; it stays exact", path=region.site.name)
             program.notes.append(located(exact, region.anchor))
             continue
-        groups = len(set(choices))
-        program.replace(
-            region,
-            insert_span(program, choices, plan.min_length),
-            f"span kernel, {groups} span{'s' * (groups > 1)}",
-            tuple(choices),
-        )
+        build = insert_planned(program, choices, plan, region.site.name, range(len(choices)))
+        program.replace(region, build, described(choices), tuple(choices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ class Program:
     """A graph and what is known of it. `needs_grad`: gradients will be asked of it; `plan`: None is exact mode.
 
     `observer` is called with (region) by the observe pass and returns the callable that stands in for it; `watch` with
-    (site's name, its tables by name) of every span that is inserted.
+    (site's name, its tables by name, the query heads they are of) of every span that is inserted.
     """
 
     gm: GraphModule
@@ -34,7 +34,7 @@ class Program:
     plan: Plan | None = None
     verify: bool = False
     observer: Callable[[Region], Callable[..., torch.Tensor]] | None = None
-    watch: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None
+    watch: Callable[[str, Mapping[str, torch.Tensor], Sequence[int]], None] | None = None
     matches: list[Match] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     done: set[str] = field(default_factory=set)

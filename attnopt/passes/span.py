@@ -5,20 +5,15 @@ Where gradients will be asked for it is ``attnopt::span_attention_lse``, which h
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch.fx import Node
 
 from attnopt import ops  # noqa: F401  (registers the operator)
 from attnopt.ir import Region
-from attnopt.mixed import tables
+from attnopt.mixed import compose, tables
 from attnopt.passes.program import Builder, Program
-
-if TYPE_CHECKING:
-    from attnopt.ir import Choice
 
 aten = torch.ops.aten
 
@@ -37,28 +32,25 @@ def key_padding(builder: Builder, region: Region) -> Node:
     return combined
 
 
-def insert_span(program: Program, choices: Sequence[Choice] | None, min_length: int = 0) -> Callable[[Region], Node]:
-    """A builder of the operator's call for one region."""
+def held(program: Program, region: Region, name: str, tensor: torch.Tensor) -> Node:
+    """A tensor as an attribute of the graph, of a name that begins like this; its node."""
+    attribute = f"{name}_{len(list(program.gm.named_buffers()))}"
+    program.gm.register_buffer(attribute, tensor)
+    node = program.gm.graph.get_attr(attribute)
+    node.meta["val"] = region.q.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def insert_span(program: Program) -> Callable[[Region], Node]:
+    """A builder of the operator's call for one region, all of whose heads are dense."""
 
     def build(region: Region) -> Node:
-        gm, builder = program.gm, Builder(program.gm, region.out)
-        held: list[Node] = []
-        made = tables(choices, region.site.heads)
-        if program.watch is not None:
-            program.watch(region.site.name, made)
-        for name, tensor in made.items():
-            attribute = f"attnopt_{name}_{len(list(gm.named_buffers()))}"
-            gm.register_buffer(attribute, tensor)
-            node = gm.graph.get_attr(attribute)
-            mode = region.q.meta["val"].fake_mode
-            node.meta["val"] = mode.from_tensor(tensor)
-            held.append(node)
+        made = tables(None, region.site.heads)
+        rules = [held(program, region, f"attnopt_{name}", tensor) for name, tensor in made.items()]
+        builder = Builder(program.gm, region.out)
         pad = key_padding(builder, region) if region.loads else None
-        window = region.site.mask.window or 0
-        arguments = (region.q, region.k, region.v, *held, pad, region.site.scale, window, min_length)
-        if not program.needs_grad:
-            return builder.call(torch.ops.attnopt.span_attention.default, *arguments)
-        both = builder.call(torch.ops.attnopt.span_attention_lse.default, *arguments)
-        return builder.call(operator.getitem, both, 0)
+        numbers = region.site.scale, region.site.mask.window or 0, 0, program.needs_grad
+        found: Node = compose(builder.call, region.q, region.k, region.v, rules, (), pad, *numbers)
+        return found
 
     return build

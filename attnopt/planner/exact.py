@@ -9,7 +9,7 @@ import numpy as np
 
 from attnopt.errors import BudgetError, DependencyError
 from attnopt.planner.frontier import Front, front
-from attnopt.planner.knapsack import Array, Limits, Problem, Solution, kept_keys, within
+from attnopt.planner.knapsack import GONE, Array, Limits, Problem, Solution, kept_keys, within
 
 # Choices of all heads up to which HiGHS solves problems of shared costs: 6000 take 5 s, 50000 gave nothing in 30.
 MOST_SHARED = 15_000
@@ -110,21 +110,29 @@ def _site(problem: Problem, site: int, price: float) -> Problem:
         key_cost=problem.key_cost[of_kv],
         key_bytes=problem.key_bytes[of_kv],
         retrieval=problem.retrieval[heads] if problem.retrieval.size else problem.retrieval,
+        group=problem.group[heads] if problem.group.size else problem.group,
+        state=problem.state[heads] if problem.state.size else problem.state,
     )
 
 
 class _Program:
-    """Binary x[h, c]: head h has choice c; y[s]: a site uses span s; z[g, u]: KV head g keeps union u.
+    """Binary x[h, c]: head h has choice c; y[s]: a site runs group s; z[g, u]: KV head g keeps union u.
 
-    sum_c x = 1; x <= y of its span; sum_u z = 1 and x <= the sum of z over the unions that hold its span; at most
-    `limits.spans` y of one site; damage, cost and memory linear in x, y and z.
+    sum_c x = 1; x <= y of its group, if it has one; sum_u z = 1 and x <= the sum of z over the unions that hold its
+    span; at most `limits.spans` y of one site; damage, cost and memory linear in x, y and z. A site whose heads are all
+    gone is credited a group too many, so that a bound stays a bound.
     """
 
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
         self.rows, self.columns = np.nonzero(np.isfinite(problem.damage))
         codes = problem.span[self.rows, self.columns]
-        self.spans, self.used = np.unique(np.stack([problem.site[self.rows], codes]), axis=1, return_inverse=True)
+        groups = problem.groups[self.rows, self.columns]
+        # The x that are run, and the group of each.
+        self.run = np.flatnonzero(groups != GONE)
+        self.spans, self.used = np.unique(
+            np.stack([problem.site[self.rows], groups])[:, self.run], axis=1, return_inverse=True
+        )
         self.used = self.used.reshape(-1)
         if not (limits.spans is not None or (problem.group_cost > 0).any()):
             self.spans = self.spans[:, :0]
@@ -173,7 +181,7 @@ class _Program:
         free = float(problem.group_cost.sum()) / cost_unit if self.spans.shape[1] else 0.0
         constraints = [LinearConstraint(*c) for c in self._structure()]
         if limits.memory is not None:
-            memory = self._row(0.0 * picked, None, kept * key_bytes[of_kv])
+            memory = self._row(problem.states[self.rows, self.columns], None, kept * key_bytes[of_kv])
             constraints.append(LinearConstraint(memory[None] / max(limits.memory, 1e-300), -np.inf, 1))
         most_cost = min((c for c in (max_cost, limits.cost) if c is not None), default=None)
         if most_cost is not None:
@@ -215,8 +223,9 @@ class _Program:
             (matrix(np.ones(count), self.rows, each, len(problem.heads)), 1, 1)
         ]  # fmt: skip
         if self.spans.shape[1]:
-            both = np.concatenate([each, self.first_y + self.used])
-            found.append((matrix(np.repeat([1.0, -1.0], count), np.tile(each, 2), both, count), -np.inf, 0))
+            both, run = np.concatenate([self.run, self.first_y + self.used]), len(self.run)
+            link = matrix(np.repeat([1.0, -1.0], run), np.tile(np.arange(run), 2), both, run)
+            found.append((link, -np.inf, 0))
         if self.limits.spans is not None:
             spans = np.arange(self.spans.shape[1])
             total = matrix(np.ones(len(spans)), self.spans[0], self.first_y + spans, len(problem.group_cost))

@@ -17,6 +17,8 @@ from attnopt.ir import Choice
 
 Array = np.ndarray[Any, Any]
 Choices = dict[str, tuple[Choice, ...]]
+# The group of heads without attention, which no kernel runs.
+GONE = -1
 
 
 def code_of(sink: int, window: int, length: int) -> int:
@@ -66,9 +68,11 @@ class Problem:
     """H heads (all sites in order), C choices; ``choices[0]`` is dense.
 
     damage (H, C): predicted nats per token, inf where a choice is not allowed; cost (H, C): of a head by itself at the
-    planned length; span (H, C): `code_of` the choice there; site (H,): index of the head's site; group_cost (sites,):
-    cost of every distinct span of a site after the first. kv (H,): index of the head's KV head, ascending; key_cost,
-    key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where the cache counts. kind: where costs
+    planned length; span (H, C): `code_of` the choice there; group (H, C): alike where two heads of a site are run
+    together, of one span and one far part, `GONE` where nothing is run; empty where spans alone tell that. site (H,):
+    index of the head's site; group_cost (sites,): cost of every group of a site after the first. kv (H,): index of the
+    head's KV head, ascending; key_cost, key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where
+    the cache counts; state (H, C): bytes it keeps of a head besides keys, empty for none. kind: where costs
     come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. correlate() -> (H, H): how heads'
     losses are correlated (attnopt/planner/interaction.py), empty where that is not known; asked for when it is needed.
     retrieval (H, C): the part of `damage` that is no loss on text, but of the probe's answers, weighed; empty for none.
@@ -89,6 +93,18 @@ class Problem:
     key_bytes: Array = field(default_factory=lambda: np.zeros(0))
     correlate: Callable[[], Array] = lambda: np.zeros((0, 0))
     retrieval: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    group: Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    state: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def groups(self) -> Array:
+        """`group`, or what stands for it. (H, C)"""
+        return self.group if self.group.size else self.span
+
+    @property
+    def states(self) -> Array:
+        """Bytes kept besides keys, (H, C)."""
+        return self.state if self.state.size else np.zeros(self.cost.shape)
 
     @property
     def on_text(self) -> Array:
@@ -110,7 +126,7 @@ class Problem:
         rows = np.arange(len(index))
         kept = self.kept(index)
         cost = self._cost(index) + float((self.key_cost * kept).sum())
-        memory = float((self.key_bytes * kept).sum())
+        memory = float((self.key_bytes * kept).sum()) + float(self.states[rows, index].sum())
         return Solution(index, float(self.damage[rows, index].sum()), cost, memory)
 
     def kept(self, index: Array) -> Array:
@@ -124,8 +140,9 @@ class Problem:
 
     def _cost(self, index: Array) -> float:
         rows = np.arange(len(index))
-        pairs = np.unique(np.stack([self.site, self.span[rows, index]]), axis=1)
-        groups = np.bincount(pairs[0], minlength=len(self.group_cost)) - 1
+        pairs = np.unique(np.stack([self.site, self.groups[rows, index]]), axis=1)
+        run = pairs[0, pairs[1] != GONE]
+        groups = np.maximum(np.bincount(run, minlength=len(self.group_cost)) - 1, 0)
         return float(self.cost[rows, index].sum() + (self.group_cost * groups).sum())
 
     @property
@@ -152,19 +169,20 @@ def choices_from(problem: Problem, solution: Solution) -> Choices:
 
 
 def settle(problem: Problem, solution: Solution, max_spans: int | None = None) -> Solution:
-    """Merge spans of a site where a group's fixed cost exceeds what it saves, and until `max_spans` are left.
+    """Merge groups of a site where a group's fixed cost exceeds what it saves, and until `max_spans` are left.
 
-    A group of heads joins another span of its site (or dense) only if that damages none of them more.
+    A group of heads joins another of its site (or dense) only if that damages none of them more.
     """
-    index = solution.index.copy()
+    index, of = solution.index.copy(), problem.groups
     for site, group_cost in enumerate(problem.group_cost):
         heads = np.flatnonzero(problem.site == site)
         while True:
             groups: dict[int, Array] = {
-                int(code): heads[problem.span[heads, index[heads]] == code]
-                for code in np.unique(problem.span[heads, index[heads]])
+                int(group): heads[of[heads, index[heads]] == group]
+                for group in np.unique(of[heads, index[heads]])
+                if group != GONE
             }
-            dense = int(problem.span[heads[0], 0])
+            dense = int(of[heads[0], 0])
             merges = [
                 (change, source, to, into)
                 for source, moved in groups.items()
@@ -183,9 +201,9 @@ def settle(problem: Problem, solution: Solution, max_spans: int | None = None) -
     return problem.of(index)
 
 
-def _joined(problem: Problem, index: Array, heads: Array, code: int) -> Array | None:
-    """The least damaging choice of span `code` for each of `heads`; None if one would be damaged more than now."""
-    open_to = np.where(problem.span[heads] == code, problem.damage[heads], np.inf)
+def _joined(problem: Problem, index: Array, heads: Array, group: int) -> Array | None:
+    """The least damaging choice of a group for each of `heads`; None if one would be damaged more than now."""
+    open_to = np.where(problem.groups[heads] == group, problem.damage[heads], np.inf)
     to = open_to.argmin(1)
     rows = np.arange(len(heads))
     return to if (open_to[rows, to] <= problem.damage[heads, index[heads]]).all() else None

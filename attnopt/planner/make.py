@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import Costs, CostTable, load_or_measure
+from attnopt.cost import Costs, CostTable, WithFar, load_or_measure, load_or_measure_far
 from attnopt.errors import ModelError, TextError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
-from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id
+from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
 from attnopt.planner.problem import (
     RETRIEVAL,
     Tables,
+    closed,
     kept_dense,
     left_dense,
     make_problem,
@@ -28,11 +29,14 @@ from attnopt.planner.problem import (
     predicted_of,
     table_of,
 )
+from attnopt.planner.tried import allowed_families, not_pruned, tried_at
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
+from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
 
 # Of each length, with 16 questions in one that has room for them.
@@ -101,7 +105,7 @@ def cost_tables(
     grid = profile.header.grid
     tables: dict[str, CostTable] = {}
     for site in sites:
-        spec = SpanPrefill(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
+        spec = spec_of(site, target)
         if spec not in made:
             made[spec] = load_or_measure(
                 spec, lengths, windows_at(grid.windows, lengths), [max(grid.sinks)], device=device, rounds=5,
@@ -109,6 +113,30 @@ def cost_tables(
             )  # fmt: skip
         tables[site.name] = made[spec]
     return tables
+
+
+def spec_of(site: Site, target: str) -> SpanPrefill:
+    """What a site's times are of."""
+    return SpanPrefill(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
+
+
+def with_far_parts(
+    tables: Mapping[str, CostTable], sites: Sequence[Site], fitted: Fitted, allow: Sequence[str], target: str,
+    device: str, lengths: Sequence[int], progress: Progress | None,
+) -> dict[str, Costs]:  # fmt: skip
+    """The tables with the times of the far parts that were tried anywhere, of sites where one may stand."""
+    tried = {s.name: tried_at(fitted, s, allow, max(lengths)) for s in sites}
+    every = {CANDIDATES[c.candidate].far_part(dict(c.params)) for found in tried.values() for c in found}
+    parts = sorted(part for part in every if part[0])
+    found: dict[str, Costs] = dict(tables)
+    for site in sites:
+        if parts and tried[site.name]:
+            far = load_or_measure_far(
+                spec_of(site, target), lengths, parts, device=device, rounds=5,
+                progress=lambda done, of, what: progress(f"timing far parts at {what}", done, of) if progress else None,
+            )  # fmt: skip
+            found[site.name] = WithFar(tables[site.name], far)
+    return found
 
 
 def check_finite(dense: Mapping[int, Sequences]) -> None:
@@ -147,6 +175,8 @@ def make_plan(
     tables: Tables | Callable[[Sequence[Site]], Tables] | None = None,
     objective: str = "prefill",
     constraints: Constraints | None = None,
+    fitted: Fitted | None = None,
+    allow: Sequence[str] | None = None,
     exact: float | None = None,
     probe: Probe | None = None,
     probe_documents: int = PROBE_DOCUMENTS,
@@ -157,8 +187,9 @@ def make_plan(
     """The cheapest plan for `target_length`, by `objective`, whose measured loss keeps `budget` and the constraints.
 
     verify, final: {length: token ids int64 (samples, length)} of disjoint text; `final` is looked at once. tables:
-    costs, or a function from sites to them; measured here by default. exact: seconds that HiGHS may take over each
-    point tried. probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. A plan
+    costs, or a function from sites to them; measured here by default. fitted: what `attnopt distill` fitted and tried;
+    allow: its families to weigh, by default all but "prune". exact: seconds that HiGHS may take over each point tried.
+    probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. A plan
     that misses the budget raises BudgetError and is not returned; constraints that contradict each other raise
     OptionError.
     """
@@ -166,26 +197,30 @@ def make_plan(
 
     check_text(verify, "verify")
     check_text(final, "final")
+    families = allowed_families(allow, fitted)
     model.eval()
-    spans = Spans(model)
+    spans = Spans(model, fitted)
     short = next(iter(verify.values()))[:1, :64]
     spans.losses(short, None)
     spans.instrumented.need_sites()
     sites = list(spans.sites.values())
     fingerprint = fingerprint_of(model, sites)
     profile.check_model(fingerprint)
+    if fitted is not None:
+        fitted.check_model(fingerprint)
     device = next(model.parameters()).device.type
     if callable(tables):
         tables = tables(sites)
     if tables is None:
-        lengths = sorted({1024, 2048, 4096, target_length})
-        tables = cost_tables(
-            sites, profile, settings.target(device), device, [n for n in lengths if n <= target_length], progress
-        )
+        lengths = [n for n in sorted({1024, 2048, 4096, target_length}) if n <= target_length]
+        target = settings.target(device)
+        tables = timed = cost_tables(sites, profile, target, device, lengths, progress)
+        if fitted is not None:
+            tables = with_far_parts(timed, sites, fitted, families, target, device, lengths, progress)
     of_site = {s.name: table_of(tables, s) for s in sites}
-    asked = constraints or Constraints()
+    asked = replace(constraints or Constraints(), allow=families)
     notes = left_dense(sites)
-    problem, limits = posed(profile, of_site, sites, target_length, asked, objective)
+    problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted)
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
@@ -203,8 +238,8 @@ def make_plan(
     choices = choices_from(problem, found.solution)
     last = Evaluator(spans, final, True, progress, "final check")
     # A cache asked to be small is so at every length, whether or not that saves time.
-    timed = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
-    min_length = min_length_of(choices, sites, of_site) if timed else 0
+    saves_time = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
+    min_length = min_length_of(choices, sites, of_site) if saves_time else 0
     faster = problem.dense.cost / found.solution.cost
     described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
     measured = final_check(last(choices), budget, choices_id(choices), seed, described)
@@ -226,17 +261,23 @@ def make_plan(
         calibration=calibration_of(profile),
         seed=seed,
         versions=dict(versions_here()),
+        fitted=fitted.part_of(choices) if fitted is not None and sidecar.needed(choices) else None,
     )
     return Made(plan, problem, found, of_site, last.dense, last.planned, notes)
 
 
 def posed(
-    profile: Profile, tables: Tables, sites: Sequence[Site], length: int, asked: Constraints, objective: str
-) -> tuple[Problem, Limits]:
+    profile: Profile, tables: Tables, sites: Sequence[Site], length: int, asked: Constraints, objective: str,
+    fitted: Fitted | None = None,
+) -> tuple[Problem, Limits]:  # fmt: skip
     """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
     protect = protected(sites, asked, profile)
     weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
-    free = make_problem(profile, tables, sites, length, objective=objective, retrieval=weight)
+    free = make_problem(
+        profile, tables, sites, length, objective=objective, retrieval=weight, fitted=fitted, allow=asked.allow
+    )
+    if "prune" in asked.allow:
+        free = closed(free, not_pruned(profile, sites), [c for c in free.choices if c.candidate == "pruned"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)
@@ -280,8 +321,9 @@ def uniform_at_cost(problem: Problem, cost: float, sites: Sequence[Site]) -> Cho
     at the same price); the window is interpolated between the table's, so that the cost really is the same."""
     from attnopt.ir import Choice
 
-    fixed = [(float(problem.cost[:, c].sum()), choice) for c, choice in enumerate(problem.choices) if choice.params]
-    fixed = sorted(((ms, choice) for ms, choice in fixed if choice["beta"] == 0.0), key=lambda pair: pair[0])
+    spans = [(c, choice) for c, choice in enumerate(problem.choices) if choice.candidate == "sink_window"]
+    fixed = [(float(problem.cost[:, c].sum()), choice) for c, choice in spans if choice["beta"] == 0.0]
+    fixed = sorted(fixed, key=lambda pair: pair[0])
     below = [x for x in fixed if x[0] <= cost] or fixed[:1]
     above = [x for x in fixed if x[0] > cost] or fixed[-1:]
     (low, a), (high, b) = below[-1], above[0]

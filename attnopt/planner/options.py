@@ -5,6 +5,9 @@ heads of one KV head, for which all unions are enumerated and each head takes th
 cost or a limit of distinct spans in a layer: the heads of a site, whose set of spans is improved by adding, dropping
 and swapping spans at each of many prices (facility location; Arya et al., "Local search heuristics for k-median and
 facility location problems", SIAM J. Comput. 33, 2004).
+
+A "span" here is a group of `Problem.groups`: two of one window whose far parts differ are two. Heads that are gone are
+in none: that choice is free of fixed costs and of limits.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnopt.planner.knapsack import Array, Limits, Problem, kept_keys, within
+from attnopt.planner.knapsack import GONE, Array, Limits, Problem, kept_keys, within
 
 # Prices tried for the joint choices of a site or KV head, spread over the prices at which its heads would move; more
 # where there are few items, since a single option is then a larger part of the whole.
@@ -58,13 +61,15 @@ def _alone(problem: Problem) -> Items:
 @dataclass(frozen=True, eq=False)
 class _Batch:
     """B items of n heads each that know the same S spans; G KV heads in each. damage, cost (B, n, S): of the mildest
-    choice of a span; choice (B, n, S): which that is. fixed (B,); key_cost, key_bytes (B, G); kept (U,): keys of each
-    union; inside (U, S). dense: the column of the dense span."""
+    choice of a span; choice (B, n, S): which that is; state (B, n, S): bytes it keeps besides keys. fixed (B,);
+    key_cost, key_bytes (B, G); kept (U,): keys of each union; inside (U, S). dense, gone: the columns of the dense span
+    and of heads without attention, -1 where there are none."""
 
     heads: Array
     damage: Array
     cost: Array
     choice: Array
+    state: Array
     fixed: Array
     key_cost: Array
     key_bytes: Array
@@ -72,6 +77,7 @@ class _Batch:
     kept: Array
     inside: Array
     dense: int
+    gone: int
 
 
 def _batches(problem: Problem, split: bool) -> Iterator[_Batch]:
@@ -81,28 +87,33 @@ def _batches(problem: Problem, split: bool) -> Iterator[_Batch]:
     key_bytes = problem.key_bytes if len(problem.key_bytes) else np.zeros(kv[-1] + 1)
     owner = kv if split else problem.site
     first = np.flatnonzero(np.diff(owner, prepend=-1))
-    shapes: dict[tuple[int, int, bytes], list[Array]] = {}
+    shapes: dict[tuple[int, int, bytes, bytes], list[Array]] = {}
+    groups, states = problem.groups, problem.states
     for heads in np.split(np.arange(len(owner)), first[1:]):
         sharing = int((kv[heads] == kv[heads[0]]).sum())
-        shapes.setdefault((len(heads), sharing, problem.span[heads[0]].tobytes()), []).append(heads)
-    for (_, sharing, _), members in shapes.items():
+        shape = len(heads), sharing, problem.span[heads[0]].tobytes(), groups[heads[0]].tobytes()
+        shapes.setdefault(shape, []).append(heads)
+    for (_, sharing, _, _), members in shapes.items():
         heads = np.stack(members)
-        codes, columns = np.unique(problem.span[heads[0, 0]], return_inverse=True)
+        known, at, columns = np.unique(groups[heads[0, 0]], return_index=True, return_inverse=True)
+        codes = problem.span[heads[0, 0], at]
         damage = np.full((*heads.shape, len(codes)), np.inf)
         cost, choice = np.zeros_like(damage), np.zeros(damage.shape, dtype=np.int64)
+        state = np.zeros_like(damage)
         for c, s in enumerate(columns):
             better = problem.damage[heads, c] < damage[..., s]
             damage[..., s] = np.where(better, problem.damage[heads, c], damage[..., s])
             cost[..., s] = np.where(better, problem.cost[heads, c], cost[..., s])
             choice[..., s] = np.where(better, c, choice[..., s])
+            state[..., s] = np.where(better, states[heads, c], state[..., s])
         sinks, windows = np.unique(codes >> 32), np.unique(codes & 0xFFFFFFFF)
         unions = np.array([s << 32 | w for s in sinks for w in windows])
         yield _Batch(
-            heads, damage, cost, choice,
+            heads, damage, cost, choice, state,
             np.zeros(len(heads)) if split else problem.group_cost[problem.site[heads[:, 0]]],
             key_cost[kv[heads[:, ::sharing]]], key_bytes[kv[heads[:, ::sharing]]],
             kept_keys(codes, problem.length), kept_keys(unions, problem.length),
-            within(codes, unions, problem.length), int(columns[0]),
+            within(codes, unions, problem.length), int(columns[0]), 0 if known[0] == GONE else -1,
         )  # fmt: skip
 
 
@@ -114,11 +125,12 @@ def _together(batch: _Batch, fixed: bool, most: int | None, memory_prices: Seque
         share = np.repeat(key_price, batch.heads.shape[1] // key_price.shape[1], 1)[..., None] / (
             batch.heads.shape[1] // key_price.shape[1]
         )
+        cost = batch.cost + memory_price * batch.state
         # What a head would pay by itself: its own cost, and the union's as if it were shared evenly.
-        alone = batch.cost + share * batch.span_keys
+        alone = cost + share * batch.span_keys
         prices = _prices(batch, alone, len(memory_prices))
         if not fixed:
-            found += [_assigned(batch, batch.damage + p * batch.cost, p[:, :, 0] * key_price)[0] for p in prices]
+            found += [_assigned(batch, batch.damage + p * cost, p[:, :, 0] * key_price)[0] for p in prices]
             continue
         slots = min(most or MOST_SPANS, len(batch.span_keys))
         weights = np.linspace(0, 1.5, 7) if len(batch.heads) < 16 and len(memory_prices) == 1 else (0.0, 0.5, 1.0)
@@ -127,16 +139,16 @@ def _together(batch: _Batch, fixed: bool, most: int | None, memory_prices: Seque
                 members = np.full((len(batch.heads), slots), -1)
                 members[:, 0] = batch.dense
                 for price in order:
-                    judged = batch.damage + price * (batch.cost + weight * share * batch.span_keys)
-                    members = _improved(judged, price[:, 0, 0] * batch.fixed, members)
-                    value, of_key = batch.damage + price * batch.cost, price[:, :, 0] * key_price
-                    picked, union = _assigned(batch, _only(value, members), of_key)
+                    judged = batch.damage + price * (cost + weight * share * batch.span_keys)
+                    members = _improved(_or_gone(judged, batch.gone), price[:, 0, 0] * batch.fixed, members)
+                    value, of_key = batch.damage + price * cost, price[:, :, 0] * key_price
+                    picked, union = _assigned(batch, _only(value, members, batch.gone), of_key)
                     found.append(picked)
                     if union is not None:
                         # With the unions held, what is in them is free: the spans once more.
                         held = np.where(_inside(batch, union), value, np.inf)
-                        again = _improved(held, price[:, 0, 0] * batch.fixed, members)
-                        found.append(_assigned(batch, _only(value, again), of_key)[0])
+                        again = _improved(_or_gone(held, batch.gone), price[:, 0, 0] * batch.fixed, members)
+                        found.append(_assigned(batch, _only(value, again, batch.gone), of_key)[0])
     return _undominated(_items(batch, np.stack(found, 1)), with_memory=any(memory_prices))
 
 
@@ -184,10 +196,16 @@ def _improved(value: Array, fixed: Array, members: Array) -> Array:
     return members
 
 
-def _only(value: Array, members: Array) -> Array:
-    """`value` (B, n, S), inf but for the spans of `members` (B, slots)."""
+def _or_gone(value: Array, gone: int) -> Array:
+    """`value` (B, n, S) where a head may also go, whatever spans there are."""
+    return value if gone < 0 else np.minimum(value, value[..., gone : gone + 1])
+
+
+def _only(value: Array, members: Array, gone: int) -> Array:
+    """`value` (B, n, S), inf but for the spans of `members` (B, slots) and for going."""
     allowed = np.zeros((len(value), value.shape[2] + 1), dtype=bool)
     allowed[np.arange(len(value))[:, None], members] = True  # -1 is the column that is cut off
+    allowed[:, gone] = True
     return np.where(allowed[:, None, :-1], value, np.inf)
 
 
@@ -222,7 +240,8 @@ def _items(batch: _Batch, spans: Array) -> Items:
 
     count, options, heads = spans.shape
     groups = batch.key_cost.shape[1]
-    distinct = (np.diff(np.sort(spans, 2), axis=2) != 0).sum(2)
+    gone = spans == batch.gone
+    distinct = (np.diff(np.sort(spans, 2), axis=2) != 0).sum(2) - (gone.any(2) & ~gone.all(2))
     # The union over a KV head is the smallest that every one of its heads' spans lies inside.
     of_group = spans.reshape(count, options, groups, heads // groups)
     kept = np.full((count, options, groups), np.inf)
@@ -230,7 +249,7 @@ def _items(batch: _Batch, spans: Array) -> Items:
         kept = np.where(inside[of_group].all(3) & (batch.kept[u] < kept), batch.kept[u], kept)
     damage = at(batch.damage).sum(2)
     cost = at(batch.cost).sum(2) + batch.fixed[:, None] * distinct + (batch.key_cost[:, None] * kept).sum(2)
-    memory = (batch.key_bytes[:, None] * kept).sum(2)
+    memory = (batch.key_bytes[:, None] * kept).sum(2) + at(batch.state).sum(2)
     return Items(batch.heads, at(batch.choice), damage, np.where(np.isfinite(damage), cost, np.inf), memory)
 
 

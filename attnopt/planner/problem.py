@@ -1,7 +1,8 @@
 """From a profile and a cost table to a knapsack, and from its solution to what a plan file says.
 
-What is weighed (`OBJECTIVES`): "prefill", the time of every head's own span. "decode" and "memory", the keys that the
-cache keeps: the union over the query heads that share a KV head. "mixed", half of each, as shares of dense.
+What is weighed (`OBJECTIVES`): "prefill", the time of every head's own span and far part. "decode" and "memory", the
+keys that the cache keeps, the union over the query heads that share a KV head, and the states of far parts. "mixed",
+half of each, as shares of dense.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from attnopt.ir import DENSE, Choice, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.interaction import correlations
-from attnopt.planner.knapsack import Array, Choices, Problem, Solution, code_of
+from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, code_of
+from attnopt.planner.tried import FAMILIES, damage_of, tried_at
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
 
 if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
     from attnopt.statistics import Observation
 
@@ -39,13 +42,15 @@ def table_of(tables: Tables, site: Site) -> Costs:
 def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
     lengths: Sequence[int] | None = None, objective: str = "prefill", retrieval: float = RETRIEVAL,
+    fitted: Fitted | None = None, allow: Sequence[str] = FAMILIES,
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
     A head's damage is the largest over the profiled `lengths` (default: all) and the planned one, if that is longer
     (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
     them, and no length is bought at another's expense. retrieval: how much a nat per answer of the probe counts, in
-    nats per token of text, where the profile holds one.
+    nats per token of text, where the profile holds one. fitted: what was tried besides spans, of which the families of
+    `allow` are weighed; without it spans alone are.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -55,17 +60,25 @@ def make_problem(
     candidates = [item for _, item in CANDIDATES]
     own_windows = {s.mask.window for s in sites}
     spaces = {own: [c for k in candidates for c in k.space(grid, wanted, own)] for own in own_windows}
+    tried = {s.name: tried_at(fitted, s, allow, target_length) for s in sites}
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
-    damage, forgotten, cost, span = [], [], [], []
+    choices = (*choices, *dict.fromkeys(c for found in tried.values() for c in found if c not in choices))
+    damage, forgotten = [], []
+    cost: list[Array] = []
+    span: list[Array] = []
+    state: list[Array] = []
     for site in sites:
-        seen, allowed = observed(profile, site, lengths), set(spaces[site.mask.window])
-        damage.append(_damage(site, choices, allowed, up_to(seen, target_length)))
+        seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
+        of_text = _damage(site, choices, allowed, up_to(seen, target_length))
+        for choice in tried[site.name]:
+            of_text[:, choices.index(choice)] = damage_of(fitted, site, choice, seen, target_length)
+        damage.append(of_text)
         asked = [probed for o in seen if (probed := o.of_probe) is not None]
         lost = _damage(site, choices, allowed, up_to(asked, target_length)) if asked and retrieval else 0.0
-        forgotten.append(np.where(np.isfinite(damage[-1]), retrieval * lost, 0.0))
-        of_site = _costs(table_of(tables, site), site.mask.window, choices, target_length)
-        cost.append(np.tile(of_site[0], (site.heads, 1)))
-        span.append(np.tile(of_site[1], (site.heads, 1)))
+        forgotten.append(np.where(np.isfinite(of_text), retrieval * lost, 0.0))
+        of_site = _costs(table_of(tables, site), site, choices, target_length)
+        for held, values in zip((cost, span, state), of_site, strict=True):
+            held.append(np.tile(values, (site.heads, 1)))
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
     problem = Problem(
         heads=tuple((s.name, h) for s in sites for h in range(s.heads)),
@@ -83,6 +96,7 @@ def make_problem(
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
         retrieval=np.concatenate(forgotten),
+        **(_beside_spans(choices, np.concatenate(span), np.concatenate(state)) if any(tried.values()) else {}),
     )
     return weighed(problem, objective, tables, sites)
 
@@ -111,8 +125,14 @@ def left_dense(sites: Sequence[Site]) -> tuple[str, ...]:
 
 def kept_dense(problem: Problem, protect: Mapping[str, Sequence[int]]) -> Problem:
     """The problem with nothing but dense for the heads of `protect`, by site name."""
-    damage = problem.damage.copy()
-    damage[[head in protect.get(site, ()) for site, head in problem.heads], 1:] = np.inf
+    return closed(problem, protect, problem.choices[1:])
+
+
+def closed(problem: Problem, heads: Mapping[str, Sequence[int]], choices: Sequence[Choice]) -> Problem:
+    """The problem without some choices for `heads`, by site name."""
+    damage, columns = problem.damage.copy(), [c for c, choice in enumerate(problem.choices) if choice in choices]
+    rows = [h for h, (site, head) in enumerate(problem.heads) if head in heads.get(site, ())]
+    damage[np.ix_(rows, columns)] = np.inf
     return replace(problem, damage=damage)
 
 
@@ -161,15 +181,26 @@ def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
     return [*seen, carried_on(longest, target)] if target > longest.length else list(seen)
 
 
-def _costs(table: Costs, own: int | None, choices: Sequence[Choice], length: int) -> tuple[Array, Array]:
-    """Cost and span code of every choice, each (C,)."""
-    cost, span = np.zeros(len(choices)), np.zeros(len(choices), dtype=np.int64)
+def _costs(table: Costs, site: Site, choices: Sequence[Choice], length: int) -> tuple[Array, Array, Array]:
+    """Cost, span code and state bytes of every choice, each (C,)."""
+    cost, span, state = np.zeros(len(choices)), np.zeros(len(choices), dtype=np.int64), np.zeros(len(choices))
     for c, choice in enumerate(choices):
         candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
-        cost[c] = candidate.cost(table, params, length, own)
-        sink, window = candidate.span(params, length, own)
+        cost[c] = candidate.cost(table, params, length, site.mask.window)
+        sink, window = candidate.span(params, length, site.mask.window)
         span[c] = code_of(sink, window, length)
-    return cost, span
+        state[c] = candidate.state_bytes(params, site)
+    return cost, span, state
+
+
+def _beside_spans(choices: Sequence[Choice], span: Array, state: Array) -> dict[str, Array]:
+    """What a Problem holds where choices are more than spans: two of one span are apart where their far parts are."""
+    kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
+    parts = [kind.far_part(params) for kind, params in kinds]
+    number = {part: n for n, part in enumerate(dict.fromkeys(parts))}
+    of_span = np.unique(span, return_inverse=True)[1].reshape(span.shape)
+    group = of_span * len(number) + np.array([number[part] for part in parts])
+    return {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
 
 
 def kind_of(tables: Tables) -> str:
@@ -186,16 +217,20 @@ def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Si
     times = np.array([t for t in per_kv if t is not None])
     timed = objective != "memory" and len(times) == len(per_kv)
     keys = times if timed else problem.key_bytes / 1e6
+    # A state costs as many bytes of keys do; decoding reads it and writes it, every token.
+    passes = 1 if objective == "memory" else 2
+    states = passes * problem.states * (keys / problem.key_bytes)[problem.kv][:, None]
     if objective != "mixed":
         unit = "ms a token" if timed else "MB read a token" if objective == "decode" else "MB of cache"
         return replace(
-            problem, cost=np.zeros_like(problem.cost), group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
+            problem, cost=states, group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
             kind="roofline" if timed else "bytes", unit=unit,
         )  # fmt: skip
     dense = 2 * problem.dense.cost
     dense_keys = 2 * float((keys * problem.kept(np.zeros(len(problem.heads), dtype=np.int64))).sum())
     return replace(
-        problem, cost=problem.cost / dense, group_cost=problem.group_cost / dense, key_cost=keys / dense_keys,
+        problem, cost=problem.cost / dense + states / dense_keys, group_cost=problem.group_cost / dense,
+        key_cost=keys / dense_keys,
         kind=problem.kind if timed else f"{problem.kind} and bytes", unit="share of dense",
     )  # fmt: skip
 
@@ -209,7 +244,8 @@ def predicted_of(problem: Problem, solution: Solution, gap: float | None = None)
         problem.unit,
         dense.cost,
         solution.cost,
-        dense.cost / solution.cost,
+        # A model without any attention left is infinitely faster, which a file cannot hold.
+        dense.cost / max(solution.cost, 1e-9 * dense.cost),
         solution.memory / dense.memory if dense.memory else 1.0,
         gap,
     )
@@ -229,10 +265,19 @@ def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables) -> in
         planned = dense = 0.0
         for site in sites:
             table, own = of[site.name], site.mask.window
-            spans = [CANDIDATES[c.candidate].span(dict(c.params), length, own) for c in choices[site.name]]
-            planned += layer_cost(table, length, spans)
+            planned += planned_cost(table, length, choices[site.name], own)
             dense += layer_cost(table, length, [CANDIDATES["dense"].span({}, length, own)] * site.heads)
         if planned >= (1 - MARGIN) * dense:
             break
         found = length
     return found
+
+
+def planned_cost(table: Costs, length: int, choices: Sequence[Choice], own: int | None) -> float:
+    """One layer's cost with these choices, in the table's unit."""
+    kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
+    run = [(kind, params) for kind, params in kinds if kind.far != "gone"]
+    if not run:
+        return 0.0
+    spans = layer_cost(table, length, [kind.span(params, length, own) for kind, params in run])
+    return spans + sum(table.far_cost(length, *kind.far_part(params)) for kind, params in run if kind.far)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import linears
 import pytest
 import torch
 
-from attnopt.codegen import linear_cpu, reference_linear
+from attnopt.codegen import linear_cpu, linear_native, reference_linear
 from attnopt.codegen.emit import load
 from attnopt.codegen.self_check import error
 from attnopt.codegen.spec import LinearBackward, LinearDecode, LinearPrefill
@@ -16,11 +18,18 @@ SIZES = "cpu", "float32", 8, 4, 16, 24, 5
 LENGTHS = (0, 1, 6, 64, 65, 203, 330)
 
 
-@pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    """So that short inputs have several segments, and runs fewer heads than there are."""
-    monkeypatch.setattr(linear_cpu, "SEGMENT", 256)
-    monkeypatch.setattr(linear_cpu, "CHUNK", 32)
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """Both ways; the one out of torch's operators in small segments, several of them and with few heads each."""
+    if request.param == "torch":
+        monkeypatch.setenv("ATTNOPT_NATIVE", "0")
+        monkeypatch.setattr(linear_cpu, "SEGMENT", 256)
+        monkeypatch.setattr(linear_cpu, "CHUNK", 32)
+    elif reason := linear_native.unusable(torch.float32):
+        # A failed build is no reason to skip.
+        assert not reason.startswith("not compiled") or not any(map(shutil.which, ("g++", "c++", "clang++")))
+        pytest.skip(reason)
+    return request.param
 
 
 def check(q, k, v, tables, maps, pad, tolerance):
@@ -96,6 +105,49 @@ def test_another_shape_kind_or_padding_is_refused():
     for maps, pad in ((linears.maps("exp", 5, 16, rank=8), None), (linears.maps("exp", 5, 16), torch.ones(2, 9) > 0)):
         with pytest.raises(ValueError, match="emitted"):
             module.prefill(q, k, v, *linears.tables(), maps, pad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", linears.RANK)
+def test_steps_after_a_prompt(kind, dtype):
+    """A few tokens of two sequences, one of which has padding on its left, against the reference in float64."""
+    length, prompt = 75, 70
+    q, k, v = linears.inputs(length, dtype)
+    heads, sinks, windows = linears.tables()
+    maps, pad = linears.maps(kind, 5, 16), linears.padding("left", length)
+    module = load(LinearDecode("cpu", str(dtype)[6:], 8, 1, 16, 24, 5, kind, maps.rank))
+    state = module.state(k[:, :, :prompt], v[:, :, :prompt], heads, 8, sinks, windows, maps, pad[:, :prompt])
+    wide = state.double()
+    cache = [x.permute(0, 2, 1, 3).flatten(1, 2) for x in (k, v)]  # slot: token times KV heads and KV head
+    for i in range(prompt, length):
+        leaving = i - windows
+        far = (leaving >= sinks) & pad[:, leaving.clamp(min=0).long()]
+        slots = torch.where(far, leaving * 4 + heads // 2, -1).to(torch.int32)
+        now = q[:, :, i : i + 1]
+        found = module.decode(now, *cache, slots, heads, state, maps)
+        expected = reference_linear.decode(now.double(), *(x.double() for x in cache), slots, heads, wide, maps)
+        assert found[0].dtype == dtype and error(found[0], expected[0]) <= TOLERANCE[dtype]
+        assert error(found[1], expected[1]) <= 1e-6 and error(state, wide) <= 2e-6
+    whole = reference_linear.prefill(*(x.double() for x in (q, k, v)), heads, sinks, windows, maps, pad)
+    assert error(expected[0], whole[0][:, :, -1:]) <= 2e-6 and error(expected[1], whole[1][:, :, -1:]) <= 2e-6
+
+
+def test_a_slot_beyond_the_cache_is_refused(way):
+    if way == "torch":
+        pytest.skip("torch refuses it itself")
+    module = load(LinearDecode("cpu", "float32", 8, 1, 16, 24, 5, "exp", 24))
+    q, slots, state = linears.inputs(1)[0], torch.full((2, 5), 7, dtype=torch.int32), torch.zeros(2, 5, 24, 25)
+    with pytest.raises(ValueError, match="slots reach 7, and the cache has 7"):
+        module.decode(
+            q,
+            torch.randn(2, 7, 16),
+            torch.randn(2, 7, 24),
+            slots,
+            linears.tables()[0],
+            state,
+            linears.maps("exp", 5, 16),
+        )
+    assert (state == 0).all()
 
 
 @pytest.mark.parametrize("kind", linears.RANK)

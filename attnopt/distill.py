@@ -1,0 +1,320 @@
+"""Fit what may stand in for heads' far keys, and measure what it does to the loss: `attnopt distill`.
+
+Two parts of the calibration text, disjoint. On one the model runs forward and backward once, rows of every site are
+kept, and maps are fitted to them (attnopt/fitting). On the other every choice is tried: its outputs are computed in the
+backward pass of a run as the profiler's, by the operators that a plan runs through, and turned into nats by the
+profiler's formula (attnopt/statistics/trials.py). The model's weights are not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.errors import FittedError, OptionError
+from attnopt.fingerprint import fingerprint_of
+from attnopt.fitted import Fitted, Header, HeadFit
+from attnopt.fitting.rows import Collect, Collected, drawn_rows
+from attnopt.fitting.site import SiteFit
+from attnopt.instrument import Attention, Instrumented, gradients_through
+from attnopt.ir import Choice, Site
+from attnopt.mixed import attend
+from attnopt.profile_file import Profile
+from attnopt.registry import CANDIDATES
+from attnopt.statistics import attention
+from attnopt.statistics.trials import Trials, Try
+from attnopt.supervision import Sample, loss_and_gradient
+
+Progress = Callable[[str, int, int], None]
+# Rows of queries kept of a sequence and head.
+ROWS = 256
+# Bytes of queries, keys and values kept at a time; sites beyond that wait for a further run over the same text.
+KEPT = 1 << 30
+# A name's place among 2^31 seeds.
+SEEDS = 1 << 31
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What is fitted and tried: features of exponential maps, ranks of expansions, windows and sinks beside them, steps
+    of training. families: which of "linear", "taylor", "compensation" and "pruned"."""
+
+    features: tuple[int, ...] = (32, 64)
+    ranks: tuple[int, ...] = (8,)
+    windows: tuple[int, ...] = (64, 128, 256)
+    sinks: tuple[int, ...] = (4,)
+    steps: int = 200
+    families: tuple[str, ...] = ("linear", "taylor", "compensation", "pruned")
+
+    def __post_init__(self) -> None:
+        for name, least in (("features", 1), ("ranks", 1), ("windows", 1), ("sinks", 0)):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)) or (values and values[0] < least):
+                raise OptionError(f"{name} {values} are not ascending numbers of at least {least}.", "Correct them.")
+        if not self.windows or not self.sinks:
+            raise OptionError("Without a window and a sink there is no hybrid head.", "Name one of each at least.")
+
+    @property
+    def line(self) -> str:
+        """In one line, for the header."""
+        numbers = {name: getattr(self, name) for name in ("features", "ranks", "windows", "sinks")}
+        listed = [f"{name} {','.join(map(str, values))}" for name, values in numbers.items()]
+        return " ".join([*listed, f"steps {self.steps}", "families", ",".join(self.families)])
+
+    def choices(self, site: Site) -> tuple[Choice, ...]:
+        """What is tried at a site; plain windows too, which the others have to be better than."""
+        found: list[Choice] = []
+        for sink in self.sinks:
+            for window in self.windows:
+                span = {"sink": sink, "alpha": window, "beta": 0.0}
+                near = {"sink": sink, "window": window}
+                found += [Choice.of("sink_window", span), Choice.of("compensation", span)]
+                found += [Choice.of("linear", {**near, "features": n}) for n in self.features]
+                found += [Choice.of("taylor", {**near, "rank": n}) for n in self.ranks]
+        found.append(Choice.of("pruned"))
+        wanted = {"sink_window", *self.families}
+        return tuple(c for c in found if c.candidate in wanted and CANDIDATES[c.candidate].refuse(site) is None)
+
+    def serves(self, site: Site) -> bool:
+        """Whether anything but a window may stand there."""
+        return any(c.candidate != "sink_window" for c in self.choices(site))
+
+    def maps(self, site: Site) -> Iterator[tuple[str, int]]:
+        """(family, features or rank) of every map that the choices of a site need."""
+        for family, sizes in (("linear", self.features), ("taylor", self.ranks)):
+            if any(c.candidate == family for c in self.choices(site)):
+                yield from ((family, size) for size in sizes)
+
+
+def distill_model(
+    model: nn.Module,
+    fit: Sequence[Tensor],
+    tried: Sequence[Tensor | Sample],
+    menu: Menu | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    partial: Path | None = None,
+    profile: Profile | None = None,
+) -> Fitted:
+    """Fit on sequences `fit`, each int64 (1, N), at least two, of which the last is held out; try on sequences `tried`,
+    whose lengths are those of the trials.
+
+    partial: a file that holds what is done so far and is taken up again by the next call with equal arguments. profile:
+    refused if it is of another model.
+    """
+    menu = Menu() if menu is None else menu
+    samples = [s if isinstance(s, Sample) else Sample(s) for s in tried]
+    check_text([Sample(ids) for ids in fit], samples, menu)
+    model.eval()
+    run = _Run(model, menu, seed, progress or (lambda *_: None))
+    fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
+    fitted = fresh if partial is None else resumed(fresh, partial)
+    keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
+    run.fit(fitted, [ids for ids in fit], keep)
+    run.try_all(fitted, samples, keep)
+    order = {name: n for n, name in enumerate(run.sites)}
+    fitted.trials = dict(sorted(fitted.trials.items(), key=lambda item: (item[0][1], order[item[0][0]])))
+    return fitted
+
+
+def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> None:
+    """FittedError unless there is text for both parts, none of it in both, and some of it far."""
+    if len(fit) < 2 or not tried:
+        raise FittedError(
+            f"{len(fit)} sequences to fit on and {len(tried)} to try on are too few.",
+            "Give two to fit on, one of which is held out, and one to try on.",
+        )
+    if {s.mark for s in fit} & {s.mark for s in tried}:
+        raise FittedError("A sequence would be fitted and tried on.", "Keep the two parts of the text apart.")
+    longest, reach = min(max(s.length for s in part) for part in (fit, tried)), menu.sinks[0] + menu.windows[0]
+    if longest <= reach:
+        raise FittedError(
+            f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
+        )
+
+
+def resumed(fresh: Fitted, partial: Path) -> Fitted:
+    """What an earlier call left, if it was asked for the same; otherwise `fresh`."""
+    try:
+        left = Fitted.load(partial)
+        left.check_model(fresh.header.fingerprint)
+    except FittedError:
+        return fresh
+    same = replace(left.header, data=fresh.header.data, fingerprint=fresh.header.fingerprint) == fresh.header
+    return left if same and set(fresh.header.data) <= set(left.header.data) else fresh
+
+
+@dataclass
+class _Recorder:
+    """What stands at every site: attention, which also keeps rows or tries choices while that is asked for."""
+
+    collected: dict[str, Collected] = field(default_factory=dict)
+    at: Tensor | None = None
+    trials: dict[str, Trials] = field(default_factory=dict)
+    fitted: Fitted | None = None
+
+    def __call__(self, site: Site) -> Attention:
+        def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
+                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at)
+            window, softcap = site.mask.window, site.softcap
+            if torch.is_grad_enabled() and site.name in self.trials:
+                return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
+            return attention(q, k, v, site.scale, pad, window, softcap)
+
+        def replaced(choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+            if CANDIDATES[choice.candidate].far == "gone" and self.fitted is not None:
+                return self.fitted.means[site.name].to(v)[None, :, None].expand(*q.shape[:3], -1)
+            return attend(q, k, v, [choice] * site.heads, site, self.fitted, pad)
+
+        return run
+
+
+class _Run:
+    """One distillation of one model."""
+
+    def __init__(self, model: nn.Module, menu: Menu, seed: int, progress: Progress) -> None:
+        self.model, self.menu, self.seed, self.progress = model, menu, seed, progress
+        self.recorder = _Recorder()
+        self.instrumented = Instrumented(model, self.recorder)
+        self.sites: dict[str, Site] = {}
+        self.remaining = 0
+
+    def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
+        """Find the sites, and an empty file of fits of this model."""
+        # The graph that rows are collected in: with gradients, of the length that is fitted on.
+        with gradients_through(self.model):
+            self.instrumented.logits(fit[0].ids)
+        self.instrumented.need_sites()
+        every = list(self.instrumented.sites.values())
+        fingerprint = fingerprint_of(self.model, every)
+        if profile is not None:
+            profile.check_model(fingerprint)
+        self.sites = {site.name: site for site in every if self.menu.serves(site)}
+        if not self.sites:
+            raise FittedError(
+                f"Nothing may stand in for far keys at any of the {len(every)} attentions of this model.",
+                "`attnopt examine` lists them with their masks; causal ones without further terms can be fitted.",
+            )
+        marks = tuple(sorted(f"{s.mark}-fit" for s in fit))
+        return Fitted(Header(fingerprint, marks, tuple(lengths), self.seed, self.menu.line))
+
+    def fit(self, fitted: Fitted, fit: list[Tensor], keep: Callable[[], None]) -> None:
+        """Fit the sites that have not been yet, and `keep` what there is after each."""
+        left = [name for name in self.sites if name not in fitted.means]
+        self.remaining = len(left)
+        while left:
+            here = left[: self._at_once(fit)]
+            for name, found in self._collect(here, fit).items():
+                self._fit_site(fitted, name, found)
+                self.remaining -= 1
+                keep()
+            left = left[len(here) :]
+
+    def _at_once(self, fit: list[Tensor]) -> int:
+        """Sites whose rows fit KEPT bytes together."""
+        largest = max(
+            sum(
+                site.kv_heads * ids.shape[1] * (site.head_dim + site.head_dim_v) + site.heads * ROWS * site.head_dim
+                for ids in fit
+            )
+            for site in self.sites.values()
+        )
+        return max(1, KEPT // (4 * largest))
+
+    def _collect(self, names: list[str], fit: list[Tensor]) -> dict[str, Collected]:
+        """Run the model over the text once, with rows of some sites kept."""
+        found = {name: Collected(self.sites[name].scale) for name in names}
+        generator = torch.Generator().manual_seed(self.seed)
+        self.recorder.collected = found
+        try:
+            for n, ids in enumerate(fit):
+                self.progress(f"collecting from {len(names)} sites", n, len(fit))
+                first = self.menu.sinks[0] + self.menu.windows[0]
+                at = drawn_rows(ids.shape[1], first, ROWS, generator)
+                self.recorder.at = at.to(ids.device)
+                self._backward(Sample(ids), "fit")
+            self.progress(f"collecting from {len(names)} sites", len(fit), len(fit))
+        finally:
+            self.recorder.collected, self.recorder.at = {}, None
+        return found
+
+    def _fit_site(self, fitted: Fitted, name: str, found: Collected) -> None:
+        """Fit every map of one site."""
+        site, menu = self.sites[name], self.menu
+        longest = max(part.k.shape[1] for part in found.rows)
+        windows = tuple(w for w in menu.windows if menu.sinks[0] + w < longest) or menu.windows[:1]
+        maps = list(menu.maps(site))
+        if maps:
+            work = SiteFit(found, menu.sinks[0], windows, self._seed_of(name))
+        stage = f"fitting {name}, {self.remaining} left"
+        steps = max(1, menu.steps * sum(family == "linear" for family, _ in maps))
+        done = 0
+        for family, size in maps:
+            if family == "linear":
+                report = lambda step, before=done: self.progress(stage, before + step, steps)  # noqa: E731
+                map, fits = work.exponential(size, menu.steps, report)
+                done += menu.steps
+            else:
+                map, fits = work.expansion(min(size, site.head_dim))
+            fitted.add_map(name, f"{family}/{size}", map, fits)
+        self.progress(stage, steps, steps)
+        fitted.means[name] = found.mean().cpu()
+
+    def _seed_of(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") % SEEDS
+
+    def try_all(self, fitted: Fitted, samples: list[Sample], keep: Callable[[], None]) -> None:
+        """Try every choice on the sequences it was not tried on yet, and `keep` what there is after each."""
+        left = {f"{s.mark}-{self.seed}": s for s in samples if f"{s.mark}-{self.seed}" not in fitted.header.data}
+        self.recorder.fitted = fitted
+        for n, (mark, sample) in enumerate(left.items()):
+            self.progress("trying", n, len(left))
+            part = {name: Trials.zeros(site.heads, self.menu.choices(site)) for name, site in self.sites.items()}
+            self.recorder.trials = part
+            try:
+                self._backward(sample, "try")
+            finally:
+                self.recorder.trials = {}
+            for name, trials in part.items():
+                trials.tokens = float(sample.row_weights("model").sum())
+                settle(fitted, name, trials)
+                held = fitted.trials.setdefault((name, sample.length), Trials.zeros(trials.heads, trials.choices))
+                held += trials
+            fitted.header = replace(fitted.header, data=tuple(sorted((*fitted.header.data, mark))))
+            keep()
+        self.progress("trying", max(1, len(left)), max(1, len(left)))
+
+    def _backward(self, sample: Sample, what: str) -> None:
+        """One forward and backward pass with labels drawn from the model, as the profiler makes."""
+        generator = torch.Generator().manual_seed(self.seed + int(sample.mark[:8], 16))
+        with gradients_through(self.model):
+            logits = self.instrumented.logits(sample.ids)
+            _, gradient = loss_and_gradient(logits, sample, "model", generator, True)
+            logits.backward(gradient)
+
+
+def settle(fitted: Fitted, site: str, trials: Trials) -> None:
+    """Refuse the maps of heads whose outputs were not finite; FittedError where that has nothing to do with a map."""
+    for column, choice in enumerate(trials.choices):
+        broken = ~(trials.t2[:, column].isfinite() & trials.sample_sq[:, column].isfinite())
+        if not bool(broken.any()):
+            continue
+        name = CANDIDATES[choice.candidate].map_name(dict(choice.params))
+        if not name:
+            raise FittedError(
+                f"What {choice} does at {site} is not finite.",
+                "Check that the model's loss and gradients are finite on this text, or use --dtype fp32.",
+            )
+        fits = list(fitted.fits[site, name])
+        for head in broken.nonzero()[:, 0].tolist():
+            fits[head] = HeadFit(fits[head].method, fits[head].error, "outputs were not finite on the text tried")
+            for sums in (trials.t2, trials.t1, trials.sample_sq):
+                sums[head, column] = 0.0
+        fitted.fits[site, name] = tuple(fits)

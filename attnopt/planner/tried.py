@@ -1,0 +1,95 @@
+"""Replacements that `attnopt distill` tried out: which a plan may weigh, and what they damage.
+
+The trials hold damage on text, by the same formula as a profile's (attnopt/statistics/trials.py). What they do not hold
+is taken from what the profile knows of the same span without its far part: what is lost of the probe's answers, all of
+it, since a diffuse summary recalls no line; and how damage grows towards a planned length beyond the trials', in
+proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnopt.errors import OptionError
+from attnopt.ir import Choice, Site
+from attnopt.planner.extrapolate import carried_on
+from attnopt.planner.knapsack import Array
+from attnopt.registry import CANDIDATES
+from attnopt.strict_json import nearest
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
+    from attnopt.profile_file import Profile
+    from attnopt.statistics import Observation
+
+# Weighed where there are fits and nothing else is asked for: all but pruning, which takes weights away.
+FAMILIES = ("linear", "taylor", "compensation")
+# Heads whose removal is predicted to lose more than this are not pruned, whatever their mean does.
+MOST_REMOVED = 0.01
+MOST_FORGOTTEN = 0.1
+
+
+def families() -> tuple[str, ...]:
+    """Every family there is, by the candidates."""
+    return tuple(dict.fromkeys(kind.family for _, kind in CANDIDATES if kind.family))
+
+
+def allowed_families(asked: Sequence[str] | None, fitted: Fitted | None) -> tuple[str, ...]:
+    """The families to weigh; OptionError where one does not exist or nothing was fitted."""
+    if fitted is None:
+        if asked:
+            raise OptionError(
+                f"Nothing was fitted for {', '.join(asked)}.", "Fit with `attnopt distill`, and give --fitted FILE."
+            )
+        return ()
+    for name in asked or ():
+        if name not in families():
+            raise OptionError(f"There is no family {name!r} of replacements.", nearest(name, families(), "There are"))
+    return FAMILIES if asked is None else tuple(f for f in families() if f in asked)
+
+
+def tried_at(fitted: Fitted | None, site: Site, allow: Sequence[str], length: int) -> list[Choice]:
+    """The choices to weigh at a site that stand on trials, and drop something at `length`."""
+    if fitted is None:
+        return []
+    kinds = [kind for _, kind in CANDIDATES if kind.family in allow and kind.refuse(site) is None]
+    return [c for kind in kinds for c in kind.tried(fitted, site.name) if kind.span(dict(c.params), length)[1] < length]
+
+
+def damage_of(
+    fitted: Fitted | None, site: Site, choice: Choice, seen: Sequence[Observation], target: int
+) -> Array:  # fmt: skip
+    """Nats per token (heads,): the largest over the observed lengths and `target`; inf for heads that a choice was not
+    offered to."""
+    assert fitted is not None
+    tried = {o.length: fitted.damage(site.name, o.length, choice).numpy() for o in seen}
+    damage = np.max(list(tried.values()), axis=0)
+    longest = max(seen, key=lambda o: o.length)
+    if target > longest.length:
+        kind, params = CANDIDATES[choice.candidate], dict(choice.params)
+        here, there = (
+            (kind.damage(o, params, o.length) / o.tokens).numpy() for o in (longest, carried_on(longest, target))
+        )
+        # A span that lost nothing here says nothing of how a far part grows: it counts as the span alone.
+        grown = np.where(here > 0, tried[longest.length] * there / np.where(here > 0, here, 1.0), there)
+        damage = np.maximum(damage, grown)
+    return np.where(fitted.offered(site.name, choice).numpy(), damage, np.inf)
+
+
+def not_pruned(profile: Profile, sites: Sequence[Site]) -> dict[str, list[int]]:
+    """Heads that pruning leaves alone unless they are asked for by name, by site name: those whose removal is predicted
+    to lose more than MOST_REMOVED nats per token of text, or MOST_FORGOTTEN per answer of the probe."""
+    found: dict[str, list[int]] = {}
+    for site in sites:
+        for (name, _), seen in profile.observations.items():
+            if name != site.name:
+                continue
+            lost = seen.ablation_t2 / 2 / max(seen.tokens, 1e-9) > MOST_REMOVED
+            asked = seen.of_probe
+            if asked is not None:
+                lost = lost | (asked.ablation_t2 / 2 / max(asked.tokens, 1e-9) > MOST_FORGOTTEN)
+            found.setdefault(name, []).extend(lost.nonzero()[:, 0].tolist())
+    return {name: sorted(set(heads)) for name, heads in found.items()}

@@ -1,0 +1,159 @@
+"""Mixed heads in a graph: the calls inserted for them, their numbers and gradients against float64, their reports."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiling import compiled
+from mixtures import CHOICES, ExplicitMixtures, fits, linear, mean, naive, site, taylor, window
+from models import HEAD_DIM, build, make_plan, padding, tokens
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from tracing import Traced, qkv, trace
+
+import attnopt
+from attnopt import backend
+from attnopt.errors import PlanError
+from attnopt.ir import DENSE, Choice
+
+FITTED = fits({"attention": CHOICES})
+
+
+def plan_of(choices: dict[str, tuple[Choice, ...]], fitted: Any = FITTED, min_length: int = 0) -> Any:
+    return replace(make_plan(choices, min_length), fitted=fitted)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+    """The mask written out, as models do; a graph in which it stands for causal and padding."""
+    keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    keep = keep if pad is None else keep & pad[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def inputs(kv_heads: int, length: int = 37, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    q, k, v = qkv(2, 8, kv_heads, length, dtype=dtype)
+    return 0.5 * q, 0.5 * k, v
+
+
+def operators(traced: Traced) -> list[str]:
+    graph = traced.program.gm.graph
+    names = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+    return [name.removeprefix("attnopt.").removesuffix(".default") for name in names if name.startswith("attnopt.")]
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8], ids=["GQA", "MHA"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_every_family_in_one_call(kv_heads: int, padded: bool) -> None:
+    q, k, v = inputs(kv_heads)
+    pad = (torch.arange(37).repeat(2, 1) >= torch.tensor([[15], [0]]),) if padded else ()
+    of, plan = site(kv_heads=kv_heads), plan_of({"attention": CHOICES})
+    expected = naive(q, k, v, CHOICES, of, FITTED, *pad)
+    traced = trace(attend, q, k, v, *pad, plan=plan, verify=False)
+    torch.testing.assert_close(traced.output, expected, atol=1e-10, rtol=1e-10)
+    # Equal maps are served at once, and no mask is left.
+    assert operators(traced) == ["span_attention_lse", "linear_far", "mean_far", "linear_far"]
+    assert not any(n.target is torch.ops.aten.tril.default for n in traced.program.gm.graph.nodes)
+    assert traced.rewrites == ["span kernel, 5 spans; linear tail on 4 heads; mean tail on 2 heads"]
+    given = [x.clone().requires_grad_() for x in (q, k, v)]
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    found = trace(attend, *given, *pad, plan=plan, verify=False, grad=True).output
+    right = naive(*given, CHOICES, of, FITTED, *pad)
+    gradients = [torch.autograd.grad(out, given, weight) for out in (found, right)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def test_all_heads_alike_and_spans_alone() -> None:
+    q, k, v = inputs(2)
+    cases = {
+        "span kernel, 1 span; mean tail on 8 heads": ((mean(0, 3),) * 8, ["span_attention_lse", "mean_far"], False),
+        "span kernel, 3 spans": ((DENSE, window(2, 5), window(0, 7), DENSE) * 2, ["span_attention"], False),
+    }
+    for lowering, (choices, names, copied) in cases.items():
+        traced = trace(attend, q, k, v, plan=plan_of({"attention": choices}, None), verify=False)
+        torch.testing.assert_close(traced.output, naive(q, k, v, choices, site(), FITTED), atol=1e-10, rtol=1e-10)
+        assert traced.rewrites == [lowering] and operators(traced) == names
+        targets = {n.target for n in traced.program.gm.graph.nodes}
+        assert (torch.ops.aten.index_copy.default in targets) == copied
+
+
+def test_the_least_length() -> None:
+    q, k, v = inputs(2)
+    for least, dense in ((37, False), (38, True)):
+        found = trace(attend, q, k, v, plan=plan_of({"attention": CHOICES}, min_length=least), verify=False).output
+        expected = attend(q, k, v) if dense else naive(q, k, v, CHOICES, site(), FITTED)
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+SPANS = [linear(1, 4), mean(0, 6), DENSE, window(2, 5)], [taylor(0, 5), window(1, 5), mean(0, 0, 0.25), linear(1, 7)]
+LLAMA = {f"model.layers.{n}.self_attn": tuple(choices) for n, choices in enumerate(SPANS)}
+
+
+def test_a_model_and_its_gradients(eagerly: Any) -> None:
+    """Of a padded batch, at two lengths of one graph."""
+    backend.clear_reports()
+    model, fitted = build("llama").double().train(), fits(LLAMA, dim=HEAD_DIM)
+    call = compiled(model, plan=plan_of(LLAMA, fitted))
+    for length in (20, 31):
+        mask, found, explicit = padding(2, length, "left"), [], ExplicitMixtures(LLAMA, fitted)
+        for run in (call, model):
+            model.zero_grad()
+            with contextlib.nullcontext() if run is call else explicit:
+                logits = run(input_ids=tokens(2, length), attention_mask=mask, use_cache=False).logits
+            logits[mask.bool()].square().sum().backward()
+            found.append([logits.detach()[mask.bool()], *(p.grad for p in model.parameters())])
+        assert explicit.calls == 2
+        for one, right in zip(*found, strict=True):
+            assert float((one - right).norm()) <= 1e-9 * float(right.norm())
+    assert [r.lowering for r in backend.reports()[0].rewrites] == [
+        "span kernel, 4 spans; linear tail on 1 head; mean tail on 1 head",
+        "span kernel, 4 spans; linear tail on 2 heads; mean tail on 1 head",
+    ]
+
+
+@pytest.mark.parametrize("fitted", [None, fits({"attention": (linear(0, 3, 5),) * 8})], ids=["none", "others"])
+def test_a_plan_without_its_maps(eagerly: Any, fitted: Any) -> None:
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed) as caught:
+        compiled(attend, plan=plan_of({"attention": CHOICES}, fitted))(*inputs(2))
+    assert isinstance(caught.value.inner_exception, PlanError) and "feature map" in str(caught.value.inner_exception)
+
+
+def test_spans_change_under_far_parts_that_stay(eagerly: Any) -> None:
+    q, k, v = inputs(2)
+    live = attnopt.LivePlan(plan_of({"attention": CHOICES}))
+    call = compiled(attend, plan=live)
+    other = (window(0, 3), linear(0, 4), DENSE, mean(0, 9), linear(3, 2), taylor(0, 11), mean(0, 5), linear(1, 8))
+    with torch.no_grad():
+        for choices in (CHOICES, other):
+            live.change(plan_of({"attention": choices}))
+            expected = naive(q, k, v, choices, site(), FITTED)
+            torch.testing.assert_close(call(q, k, v), expected, atol=1e-10, rtol=1e-10)
+    assert len(eagerly) == 1
+    refused = {
+        r"Head 1 of attention is linear\(.*\) in the compiled plan and sink_window": (
+            (DENSE, window(2, 5)) * 4,
+            FITTED,
+        ),
+        "Head 0 of attention is": ((mean(0, 3), *other[1:]), FITTED),
+        "maps of attention are others": (other, fits({"attention": CHOICES}, seed=1)),
+    }
+    for said, (choices, fitted) in refused.items():
+        with pytest.raises(PlanError, match=said):
+            live.change(plan_of({"attention": choices}, fitted))
+    torch.testing.assert_close(call(q, k, v), expected, atol=1e-10, rtol=1e-10)
+    live.change(plan_of({"attention": other}, fits({"attention": CHOICES})))
+
+
+@pytest.mark.slow
+def test_compiled_to_the_end() -> None:
+    """Through inductor, which reuses memory that it takes for read."""
+    given = inputs(2, 96, torch.float32)
+    with torch.no_grad():
+        found = compiled(lambda *x: attend(*x) * 2, plan=plan_of({"attention": CHOICES}))(*given)
+    expected = 2 * naive(*given, CHOICES, site(), FITTED)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
