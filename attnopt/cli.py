@@ -31,7 +31,6 @@ EXAMPLES = {
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
 }
-FAMILIES = ("linear", "taylor", "compensation", "pruned")
 HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
     "profile": "measure what dropping keys would do to the loss, head by head",
@@ -224,8 +223,8 @@ def build_parser() -> Parser:
                          help="of training a learned map; 0: none is learned (default 200)")  # fmt: skip
     distill.add_argument("--samples", type=count, default=4,
                          help="sequences to fit on, and to try on at each length (default 4)")  # fmt: skip
-    distill.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES,
-                         help="what is fitted and tried (default: all)")  # fmt: skip
+    distill.add_argument("--families", type=names, metavar="FAMILIES",
+                         help="what is fitted and tried (default: linear,taylor,compensation,prune)")  # fmt: skip
 
     plan = command("plan")
     with_model(plan)
@@ -286,6 +285,7 @@ def build_parser() -> Parser:
     explain.add_argument("plan", metavar="PLAN")
     explain.add_argument("head", metavar="SITE.HEAD", help="for example model.layers.3.self_attn.5")
     explain.add_argument("--profile", required=True, metavar="FILE")
+    explain.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: what was tried for the head")
 
     bench = command("bench")
     with_model(bench)

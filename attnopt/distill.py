@@ -30,9 +30,12 @@ from attnopt.statistics import attention
 from attnopt.statistics.trials import Trials, Try
 from attnopt.supervision import Sample, loss_and_gradient
 
+# As `attnopt plan --allow` calls them.
+FAMILIES = ("linear", "taylor", "compensation", "prune")
 Progress = Callable[[str, int, int], None]
-# Rows of queries kept of a sequence and head.
-ROWS = 256
+# Rows of queries kept of a sequence and head, fewer where their scores would be more than so many of a site.
+ROWS, FEWEST_ROWS = 256, 32
+SCORES = 1 << 26
 # Bytes of queries, keys and values kept at a time; sites beyond that wait for a further run over the same text.
 KEPT = 1 << 30
 # A name's place among 2^31 seeds.
@@ -42,20 +45,25 @@ SEEDS = 1 << 31
 @dataclass(frozen=True)
 class Menu:
     """What is fitted and tried: features of exponential maps, ranks of expansions, windows and sinks beside them, steps
-    of training. families: which of "linear", "taylor", "compensation" and "pruned"."""
+    of training. families: some of FAMILIES."""
 
     features: tuple[int, ...] = (32, 64)
     ranks: tuple[int, ...] = (8,)
     windows: tuple[int, ...] = (64, 128, 256)
     sinks: tuple[int, ...] = (4,)
     steps: int = 200
-    families: tuple[str, ...] = ("linear", "taylor", "compensation", "pruned")
+    families: tuple[str, ...] = FAMILIES
 
     def __post_init__(self) -> None:
         for name, least in (("features", 1), ("ranks", 1), ("windows", 1), ("sinks", 0)):
             values = getattr(self, name)
             if list(values) != sorted(set(values)) or (values and values[0] < least):
                 raise OptionError(f"{name} {values} are not ascending numbers of at least {least}.", "Correct them.")
+        unknown = [name for name in self.families if name not in FAMILIES]
+        if unknown or not self.families:
+            raise OptionError(
+                f"There is no family {', '.join(unknown) or 'to fit'}.", f"Name some of {', '.join(FAMILIES)}."
+            )
         if not self.windows or not self.sinks:
             raise OptionError("Without a window and a sink there is no hybrid head.", "Name one of each at least.")
 
@@ -77,8 +85,11 @@ class Menu:
                 found += [Choice.of("linear", {**near, "features": n}) for n in self.features]
                 found += [Choice.of("taylor", {**near, "rank": n}) for n in self.ranks]
         found.append(Choice.of("pruned"))
-        wanted = {"sink_window", *self.families}
-        return tuple(c for c in found if c.candidate in wanted and CANDIDATES[c.candidate].refuse(site) is None)
+        return tuple(
+            c
+            for c in found
+            if CANDIDATES[c.candidate].family in ("", *self.families) and CANDIDATES[c.candidate].refuse(site) is None
+        )
 
     def serves(self, site: Site) -> bool:
         """Whether anything but a window may stand there."""
@@ -113,9 +124,10 @@ def distill_model(
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
-    fitted = fresh if partial is None else resumed(fresh, partial)
+    asked = {f"{s.mark}-{seed}" for s in samples}
+    fitted = fresh if partial is None else resumed(fresh, partial, asked)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
-    run.fit(fitted, [ids for ids in fit], keep)
+    run.fit(fitted, list(fit), keep)
     run.try_all(fitted, samples, keep)
     order = {name: n for n, name in enumerate(run.sites)}
     fitted.trials = dict(sorted(fitted.trials.items(), key=lambda item: (item[0][1], order[item[0][0]])))
@@ -138,15 +150,17 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> No
         )
 
 
-def resumed(fresh: Fitted, partial: Path) -> Fitted:
-    """What an earlier call left, if it was asked for the same; otherwise `fresh`."""
+def resumed(fresh: Fitted, partial: Path, asked: set[str]) -> Fitted:
+    """What an earlier call left, if it was asked for the same and tried no text but what is `asked` for; otherwise
+    `fresh`."""
     try:
         left = Fitted.load(partial)
         left.check_model(fresh.header.fingerprint)
     except FittedError:
         return fresh
     same = replace(left.header, data=fresh.header.data, fingerprint=fresh.header.fingerprint) == fresh.header
-    return left if same and set(fresh.header.data) <= set(left.header.data) else fresh
+    fitted_on, done = set(fresh.header.data), set(left.header.data)
+    return left if same and fitted_on <= done <= fitted_on | asked else fresh
 
 
 @dataclass
@@ -160,9 +174,9 @@ class _Recorder:
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
-                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at)
             window, softcap = site.mask.window, site.softcap
+            if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
+                return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
@@ -236,7 +250,8 @@ class _Run:
             for n, ids in enumerate(fit):
                 self.progress(f"collecting from {len(names)} sites", n, len(fit))
                 first = self.menu.sinks[0] + self.menu.windows[0]
-                at = drawn_rows(ids.shape[1], first, ROWS, generator)
+                rows = SCORES // (ids.shape[1] * max(site.heads for site in self.sites.values()))
+                at = drawn_rows(ids.shape[1], first, min(ROWS, max(FEWEST_ROWS, rows)), generator)
                 self.recorder.at = at.to(ids.device)
                 self._backward(Sample(ids), "fit")
             self.progress(f"collecting from {len(names)} sites", len(fit), len(fit))
@@ -262,7 +277,7 @@ class _Run:
                 done += menu.steps
             else:
                 map, fits = work.expansion(min(size, site.head_dim))
-            fitted.add_map(name, f"{family}/{size}", map, fits)
+            fitted.add_map(name, f"{family}/{size}", map.to("cpu"), fits)
         self.progress(stage, steps, steps)
         fitted.means[name] = found.mean().cpu()
 

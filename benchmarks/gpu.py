@@ -1,4 +1,4 @@
-"""Kernels on a GPU: correctness, the card's ceilings, prefill and decoding against SDPA and FlexAttention.
+"""Kernels on a GPU: correctness, the card's ceilings; prefill, decoding and linear heads against what others have.
 
     python -m benchmarks.gpu                   # less than eight minutes on an H200; what there was no time for is said
     python -m benchmarks.gpu --out gpu.json    # the rows with hardware and versions, and gpu.svg beside it
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.block_mask import many_shapes
-from benchmarks.cuda import checks, decode, prefill
+from benchmarks.cuda import checks, decode, linear, prefill
 from benchmarks.cuda.device import Budget, Device
 from benchmarks.record import RESULTS, Aim, Row, Run, environment
 from benchmarks.spans import DRY, Sizes
@@ -28,7 +28,7 @@ TAKES = "8 min"
 NEEDS = "a GPU"
 QUICK = ("--dry-run",)
 # Wall seconds of each section; with the ceilings' ten and what importing takes less than eight minutes.
-SECONDS = {"checks": 120.0, "prefill": 210.0, "decode": 80.0}
+SECONDS = {"checks": 120.0, "prefill": 190.0, "decode": 70.0, "linear": 50.0}
 FIGURES = Path(__file__).parents[1] / "docs/figures"
 
 
@@ -49,16 +49,21 @@ def measured(
     print(
         f"ceilings: matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy'] / 1e12:.2f} TB/s", flush=True
     )
-    timed: dict[str, list[Row]] = {"prefill": [], "decode": []}
+    timed: dict[str, list[Row]] = {"prefill": [], "decode": [], "linear": []}
     with many_shapes():
-        for name, of, ceiling in (("prefill", prefill, "matmul"), ("decode", decode, "copy")):
+        for name, of, ceiling in (
+            ("prefill", prefill, "matmul"),
+            ("decode", decode, "copy"),
+            ("linear", linear, "copy"),
+        ):
             if name not in wrong:
                 print(name, flush=True)
                 timed[name] = of.section(device, sizes, ceilings[ceiling], budget(name))
     rows = timed["prefill"]
     least = 16384 if 16384 in sizes.lengths else min(sizes.lengths)
     aims = [aim for dim in sizes.dims for aim in prefill.aims(rows, dim, least)] + decode.aims(timed["decode"])
-    return [*checked, *rows, *timed["decode"]], aims, notes, ceilings
+    aims += linear.aims(timed["linear"])
+    return [*checked, *rows, *timed["decode"], *timed["linear"]], aims, notes, ceilings
 
 
 def main() -> None:

@@ -37,31 +37,31 @@ from benchmarks.mixtures.subject import Choices, Outcome, Sizes, Subject
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
-TAKES = "15 min"
+TAKES = "10 min"
 QUICK = ("--quick",)
 TOLERANCE = 1e-4
 ALLOWED = {"spans": (), "tails": ("linear", "taylor", "compensation")}
-SIZES = Sizes((1024, 2048, 4096), 4096, 2, 2, windows=(32, 128))
+SIZES = Sizes((1024, 4096), 4096, 2, 2, windows=(32, 128), steps=200)
 SHORT = Sizes((256, 512), 512, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
-# Plans that are measured at each length and set of families, closing in on the largest predicted damage that holds.
-TRIES = 7
+# Sizes of caches that are tried at each length and set of families, in equal ratios from the smallest plan's to dense;
+# and how often the ratio between the last that missed and the first that held is halved.
+STEPS, CLOSER = 6, 3
 
 
 def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float) -> tuple[Choices, Outcome]:
     """The plan with the least cache of those measured to lose at most `most` percent at `length`; dense if none did."""
     problem = subject.problem(length, "memory", allowed)
     sweep, samples = front(problem), subject.sizes.final
-    damages = sweep.damage[sweep.damage > 0]
     best: tuple[Choices, Outcome] = ({s.name: (DENSE,) * s.heads for s in subject.sites}, Outcome(0.0, 0.0))
-    if not len(damages):
+    if len(sweep) < 2:
         return best
-    low, high, least = math.log(float(damages.min())) - 1.0, math.log(float(damages.max())), problem.dense.cost
-    at = min(max(math.log(most / 100 * subject.dense_loss(length, samples)), low), high)
     seen: dict[bytes, Outcome] = {}
-    for _ in range(TRIES):
-        solution = sweep.pick(max_damage=math.exp(at))
+
+    def tried(cost: float) -> tuple[Choices, Outcome, float] | None:
+        """The plan of at most this cost, if it holds, and what it costs."""
+        solution = sweep.pick(max_cost=cost * (1 + 1e-9))
         if solution is None:
-            break
+            return None
         choices, key = choices_from(problem, solution), solution.index.tobytes()
         if key not in seen:
             seen[key] = subject.measure(choices, length, samples)
@@ -69,15 +69,22 @@ def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float)
                 f"  {length} tokens, {', '.join(allowed) or 'spans'}: cache {solution.cost / problem.dense.cost:.4f} "
                 f"of dense, loss {seen[key].increase:+.3f} %"
             )
-        if seen[key].increase <= most:
-            low = at
-            if solution.cost < least:
-                least, best = solution.cost, (choices, seen[key])
-        else:
-            high = at
-        if high - low < 0.05:
-            break
-        at = (low + high) / 2
+        return (choices, seen[key], solution.cost) if seen[key].increase <= most else None
+
+    # From the smallest cache up: what is lost need not fall with every byte, and small plans are soon measured.
+    least, dense = float(sweep.cost.min()), problem.dense.cost
+    missed = least
+    for step in range(STEPS):
+        cost = least * (dense / least) ** (step / STEPS)
+        found = tried(cost)
+        if found is None:
+            missed = cost
+            continue
+        for _ in range(CLOSER if step else 0):
+            middle = math.sqrt(missed * found[2])
+            closer = tried(middle)
+            found, missed = (found, middle) if closer is None else (closer, missed)
+        return found[0], found[1]
     return best
 
 
@@ -141,8 +148,10 @@ def rows_of(
     plans = {"dense": dense, **{name: choices for name, (choices, _) in found.items()}}
     ids, rows = subject.split("final", length, 1), []
     for batch in batches:
-        decoding = Decoding(subject, ids, batch, plans)
+        decoding, threads = Decoding(subject, ids, batch, plans), torch.get_num_threads()
+        torch.set_num_threads(1)
         times = interleaved(decoding.calls(), repeats, "thread", seconds=20)
+        torch.set_num_threads(threads)
         rows += [row(decoding, name, times) for name in plans]
     said = []
     for name, (choices, outcome) in found.items():
@@ -192,7 +201,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     sizes, lengths = (SHORT, [512]) if args.quick else (SIZES, args.lengths)
     subject = Subject(args.model, sizes, lambda line: print(line, flush=True))
     rows: list[Row] = []

@@ -17,6 +17,8 @@ FIGURES = PAGE.parent / "figures"
 TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
+    "cpu_linear": "CPU: heads with a linear far part",
+    "linear_decode": "CPU: decoding at equal loss, with and without far parts",
     "exact_windows": "CPU: exact mode on windows and packed documents",
     "exact_prefill": "CPU: exact mode, class by class",
     "end_to_end": "CPU: the demo model end to end",

@@ -24,12 +24,17 @@ DRAWS = 2000
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], repeats: int, clock: str = "thread", seconds: float | None = None
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: str = "thread",
+    seconds: float | None = None,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` of each, made in turn; KeyError for a clock that is not in `CLOCKS`.
 
     Each is called once before. The order turns round every time, so that no call always finds the cache that the same
-    other one left. `seconds` of wall time ends the rounds early, after three at the least.
+    other one left. Or `before` is called ahead of every one, untimed, and sees to that: then the order stays, and all
+    have been left alone for equally long. `seconds` of wall time ends the rounds early, after three at the least.
     """
     now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -40,7 +45,9 @@ def interleaved(
     gc.disable()
     try:
         for turn in range(repeats):
-            for name in names if turn % 2 == 0 else names[::-1]:
+            for name in names if before is not None or turn % 2 == 0 else names[::-1]:
+                if before is not None:
+                    before()
                 begin = now()
                 calls[name]()
                 times[name].append(now() - begin)

@@ -18,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Test processes side by side: a thread that waits must not hold the core of another.
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Inductor starts processes to compile Triton in as soon as it is imported, here and in every child: on a CPU they
+# import torch, and wait.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # Rewrites are tested at sizes at which most of them do not pay.
 os.environ["ATTNOPT_ALWAYS"] = "1"
 

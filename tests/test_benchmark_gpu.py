@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnopt.codegen.reference_prefill import prefill as reference
 from benchmarks import gpu
 from benchmarks.block_mask import block_mask, mask_mod
-from benchmarks.cuda import baselines, checks, decode, prefill
+from benchmarks.cuda import baselines, checks, decode, linear, prefill
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
@@ -31,11 +31,13 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "decode", "backward", "masked"}
+    assert kinds == {"prefill", "decode", "backward", "masked", "linear"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():
         assert {prefill.BEST, prefill.FLEX, prefill.PER_WORK, prefill.OF_MATMUL} <= set(row["ratios"])
+    (row,) = (row for row in data["rows"] if row["case"].get("length") == 64)
+    assert set(row["ratios"]) == {linear.OF_FLOOR, linear.WINDOWS} and row["case"]["kernel"] == "linear"
     assert said.index("correctness") < said.index("ceilings") < said.index("prefill mixture 16 96: error")
     # What is not to be had here is said.
     assert any("cudnn" in note for note in data["notes"]) and any("flash_attn" in note for note in data["notes"])
@@ -179,6 +181,36 @@ def test_aims_are_judged_by_the_worst_case():
     assert found["share of the measured matmul rate, kept pairs"] == (0.5, "met")
     assert found["times as fast as FlexAttention, worst case"] == (0.9, "missed")
     assert {a.verdict for a in decode.aims([])} == {"goal, unmeasured"}
+
+
+def test_linear_heads_are_judged_by_the_worst_length_and_by_their_slope():
+    def row(length, time, floor, windows):
+        case = {"kernel": "linear", "features": 64, "dim": 128, "length": length}
+        return linear.Row(case, 0.0, 1e-2, {linear.OF_FLOOR: floor, linear.WINDOWS: windows}, {}, {"attnopt": time})
+
+    rows = [row(4096, 1.0, 0.5, 1.2), row(65536, 17.6, 0.45, 0.9), row(131072, 99.0, 0.41, 2.0)]
+    assert [(a.found, a.verdict) for a in linear.aims(rows)] == [
+        (0.41, "met"), (0.9, "missed"), (None, "goal, unmeasured"), (pytest.approx(1.1), "missed")
+    ]  # fmt: skip
+    assert {a.verdict for a in linear.aims([])} == {"goal, unmeasured"}
+    # bfloat16 q and result of every head, k and v of every KV head, and a float32 a row.
+    assert linear.floor_bytes(SMALL, 16, 10) == 10 * (2 * 32 * 16 * 2 + 2 * 8 * 16 * 2 + 32 * 4)
+
+
+def test_flash_linear_attention_is_called_as_it_wants_and_dropped_where_wrong(monkeypatch):
+    """A stand-in with its signature, which takes (B, N, heads, features) and gives (out, state)."""
+    q, k, v = inputs(SMALL, 16, 96, CPU)
+    maps, notes = linear.maps_of(linear.LinearPrefill("cpu", "bfloat16", 32, 8, 16, 16, 32, "exp", 24, False), CPU), []
+    off = 0
+
+    def attend(q, k, v, scale, normalize):
+        weights = torch.einsum("bihf,bjhf->bhij", q.float(), k.float()).tril(off) * scale
+        return torch.einsum("bhij,bjhd->bihd", weights, v.float()).to(v.dtype), None
+
+    monkeypatch.setattr(baselines.importlib, "import_module", lambda _: SimpleNamespace(chunk_linear_attn=attend))
+    assert linear.library(q, k, v, maps, notes) is not None and not notes
+    off = -8
+    assert linear.library(q, k, v, maps, notes) is None and "in the last row, not timed" in notes[0]
 
 
 def test_libraries_that_are_there_are_called_as_they_want(monkeypatch):

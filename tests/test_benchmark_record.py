@@ -100,6 +100,10 @@ def test_calls_take_turns_and_each_is_called_once_before():
     times = timing.interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3)
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+    seen.clear()
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    timing.interleaved(calls, 2, before=lambda: seen.append("-"))
+    assert "".join(seen) == "ab" + "-a-b" + "-a-b"
     with pytest.raises(KeyError):
         timing.interleaved({}, 1, clock="sundial")
 

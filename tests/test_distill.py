@@ -101,11 +101,15 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     assert again.to_bytes() == whole.to_bytes()
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
 
-    # Of another seed or other settings nothing is taken up.
+    # Of another seed, other settings or other text nothing is taken up.
     fit_marks = tuple(mark for mark in whole.header.data if mark.endswith("-fit"))
+    tried = set(whole.header.data) - set(fit_marks)
     for other in (replace(whole.header, seed=1), replace(whole.header, settings="")):
-        assert distill.resumed(Fitted(replace(other, data=fit_marks)), partial).maps == {}
-    assert distill.resumed(Fitted(replace(whole.header, data=fit_marks)), partial).maps != {}
+        assert distill.resumed(Fitted(replace(other, data=fit_marks)), partial, tried).maps == {}
+    alike = Fitted(replace(whole.header, data=fit_marks))
+    assert distill.resumed(alike, partial, tried).maps != {}
+    assert distill.resumed(alike, partial, set()).maps == {}
+    assert distill.resumed(Fitted(replace(whole.header, data=("0-fit",))), partial, tried).maps == {}
 
 
 def test_maps_that_break_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,17 +136,21 @@ def test_maps_that_break_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_distilled(profile: Profile) -> None:
-    model = build("llama", seed=1)
+    model = build("llama", num_hidden_layers=1)
     with pytest.raises(FittedError, match="1 sequences to fit on"):
         distill_model(model, FIT[:1], TRIED, MENU)
     with pytest.raises(FittedError, match="fitted and tried on"):
         distill_model(model, FIT, [*TRIED, FIT[0]], MENU)
     with pytest.raises(FittedError, match="No key of 64 tokens lies beyond 66"):
         distill_model(model, FIT, TRIED, Menu((6,), (3,), (64,), (2,)))
-    with pytest.raises(FittedError, match="at any of the 2 attentions"):
-        distill_model(build("mistral"), FIT, TRIED, Menu((6,), (), (4,), (2,), families=("linear",)))
+    with pytest.raises(FittedError, match="at any of the 1 attentions"):
+        distill_model(
+            build("mistral", num_hidden_layers=1), FIT, TRIED, Menu((6,), (), (4,), (2,), families=("linear",))
+        )
     with pytest.raises(OptionError, match="not ascending"):
         Menu(windows=(128, 64))
+    with pytest.raises(OptionError, match="no family hedgehog"):
+        Menu(families=("linear", "hedgehog"))
     with pytest.raises(OptionError, match="Without a window"):
         Menu(windows=())
     with pytest.raises(ProfileError, match="another model"):

@@ -40,8 +40,14 @@ except ProfileError as error:
     (folder / f"error.{ranks.rank()}").write_text(str(error))
 # In step again after the mistake.
 test_ranks.profiled(folder).save(folder / f"made.{ranks.rank()}")
-ranks.leave()
+# The command leaves at its end.
+assert test_ranks.main([*test_ranks.command(folder), "--out", str(folder / "command" / "two"), "--json"]) == 0
 """
+
+
+def command(folder: Path) -> list[str]:
+    options = ["--lengths", "64", "--samples", "3", "--labels", "continuation"]
+    return ["profile", str(folder / "command" / "model"), *options]
 
 
 def model() -> NanoGPT:
@@ -71,8 +77,10 @@ def torchrun(folder: Path, *command: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote: of a profile in which one makes a mistake, then of one that both finish."""
+    """What two processes wrote: of a profile in which one makes a mistake, of one that both finish, and of the command:
+    in one go, since each start imports torch three times."""
     folder = tmp_path_factory.mktemp("two")
+    save_model(folder / "command" / "model")
     (folder / "run.py").write_text(SCRIPT)
     torchrun(folder, str(folder / "run.py"), str(folder))
     return folder
@@ -101,14 +109,12 @@ def test_a_mistake_in_one_process_is_raised_in_all(two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
+def test_the_command_under_torchrun(two: Path) -> None:
     """One process writes and prints; the model's own continuation is the same in both."""
-    save_model(tmp_path / "model")
-    command = ["profile", str(tmp_path / "model"), "--lengths", "64", "--samples", "3", "--labels", "continuation"]
-    torchrun(tmp_path, "-m", "attnopt", *command, "--out", str(tmp_path / "two"), "--json")
-    assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    equal(Profile.load(tmp_path / "two"), Profile.load(tmp_path / "one"), rtol=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "two"]
+    folder = two / "command"
+    assert main([*command(two), "--out", str(folder / "one")]) == 0
+    equal(Profile.load(folder / "two"), Profile.load(folder / "one"), rtol=1e-6)
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "one", "two"]
 
 
 def test_alone_everything_is_ones_own(tmp_path: Path) -> None:

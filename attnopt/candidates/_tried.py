@@ -52,8 +52,13 @@ class Tried(Candidate):
     def damage(
         self, observation: Observation, params: Params, length: int, own_window: int | None = None
     ) -> torch.Tensor:
-        plain = self.plain(params)
-        return torch.as_tensor(CANDIDATES[plain.candidate].damage(observation, dict(plain.params), length, own_window))
+        return self.damages(observation, [Choice.of(self.name, params)], length, own_window)[:, 0]
+
+    def damages(
+        self, observation: Observation, choices: Sequence[Choice], length: int, own_window: int | None = None
+    ) -> torch.Tensor:
+        plain = [self.plain(dict(choice.params)) for choice in choices]
+        return torch.as_tensor(CANDIDATES["sink_window"].damages(observation, plain, length, own_window))
 
 
 def hybrid(

@@ -7,13 +7,14 @@ bias, and the head's query, key, value and output slices are gone (attnopt/passe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from attnopt.candidates import Params, SpanCosts
 from attnopt.candidates._tried import Tried
-from attnopt.ir import Refusal, Site
+from attnopt.ir import Choice, Refusal, Site
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ class Pruned(Tried):
             return Refusal("it has no number of heads to remove some of", site.name, site.source, code="symbolic-heads")
         return None
 
-    def damage(
-        self, observation: Observation, params: Params, length: int, own_window: int | None = None
+    def damages(
+        self, observation: Observation, choices: Sequence[Choice], length: int, own_window: int | None = None
     ) -> torch.Tensor:
         """A profile knows only of removing the head without its mean."""
-        return observation.ablation_t2 / 2
+        return observation.ablation_t2[:, None].expand(-1, len(choices)) / 2
 
     def rule(self, params: Params) -> tuple[int, int, float]:
         """The narrowest span there is, should a kernel meet one."""

@@ -1,7 +1,8 @@
-"""Small registered buffers whose values a pass may rely on, under a check at every call.
+"""Buffers and parameters whose values a pass may rely on, under a check at every call.
 
-Dynamo makes buffers inputs of its graph. A mask kept as a buffer (``tril`` in GPT-2 and GPT-Neo) is then opaque data;
-its value at compile time says what it means, for as long as nobody writes to it.
+Dynamo makes them inputs of its graph. A mask kept as a buffer (``tril`` in GPT-2 and GPT-Neo) is then opaque data; its
+value at compile time says what it means, for as long as nobody writes to it. Small buffers are held for all passes; a
+pass that computes with another one's values holds that one itself.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn import Parameter
 
 KEY = "attnopt_constants"
 # Elements: a mask of 4096 x 4096. Above that, reading the values would take longer than what may come of it.
 LIMIT = 1 << 24
 
 
-def is_buffer(node: Node) -> bool:
+def is_buffer(node: Node, dictionaries: Sequence[str] = ("_buffers",)) -> bool:
     """Whether Dynamo's source for a placeholder is a module's dictionary of buffers."""
     source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
     base = getattr(source, "base", None)
-    return getattr(source, "index", None) is not None and getattr(base, "member", None) == "_buffers"
+    return getattr(source, "index", None) is not None and getattr(base, "member", None) in dictionaries
 
 
 def held_tensor(node: Node) -> Tensor | None:
@@ -51,10 +53,36 @@ def small_buffers(placeholders: Sequence[Node], exported: Sequence[Node]) -> dic
     return found
 
 
+def parameter_of(node: Node) -> Tensor | None:
+    """The parameter or buffer of a module that a captured graph's placeholder stands for; None for an argument."""
+    try:
+        found: Any = node.meta["grapharg"].example
+    except (KeyError, AttributeError, TypeError, AssertionError):
+        return None
+    if isinstance(found, Parameter) or (isinstance(found, Tensor) and is_buffer(node, ("_buffers", "_parameters"))):
+        return found
+    return None
+
+
+def owned(node: Node) -> Tensor | None:
+    """The same without its gradient; None where its values are computed, or its writes cannot be told."""
+    found = parameter_of(node)
+    if found is None or type(found) not in (Tensor, Parameter) or found.is_inference() or found.device.type == "meta":
+        return None
+    return found.detach()
+
+
+def hold(gm: GraphModule, node: Node) -> None:
+    """Add a parameter or buffer to the constants of a captured graph, so that one can rely on it."""
+    gm.meta.setdefault(KEY, {}).setdefault(node.name, node.meta["grapharg"].example)
+
+
 def relied_at(gm: GraphModule, names: Iterable[str]) -> dict[int, Tensor]:
-    """The constants among a captured graph's inputs that were relied on, by position."""
+    """The constants among a captured graph's inputs that were relied on, by position. The graph, which a compiled
+    function may keep, lets go of them all: no pass may ask for them any more."""
     positions = {n.name: at for at, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    return {positions[name]: gm.meta[KEY][name] for name in names}
+    held = gm.meta.pop(KEY, {})
+    return {positions[name]: held[name] for name in names}
 
 
 def guarded(

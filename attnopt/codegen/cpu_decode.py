@@ -8,8 +8,8 @@ from attnopt.registry import TARGETS
 
 TEMPLATE = '''"""{spec}.
 
-The query heads of a KV head are rows of one product with its slots: in the compiled kernel attnopt/codegen/spans.cpp
-where it can be had, else in one SDPA call on views of the cache for the KV heads of one length
+The query heads of a KV head are rows that read its slots once: in the compiled kernel attnopt/codegen/decode.cpp where
+it can be had, else in one SDPA call on views of the cache for the KV heads of one length
 (attnopt/codegen/decode_cpu.py).
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import Linear, LinearBackward, LinearDecode, LinearPrefill
 from attnopt.registry import TARGETS
 
@@ -13,6 +14,9 @@ Chunk by chunk, with a running state in float32; heads of one span run together 
 import torch
 
 from attnopt.codegen import linear_cpu
+from attnopt.codegen.linear_cpu import state
+
+__all__ = ["prefill", "state"]
 
 {constants}
 
@@ -34,9 +38,7 @@ from attnopt.codegen import linear_cpu_backward
 
 def backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, pad=None):
     """Arguments and results as those of attnopt.codegen.reference_linear.backward."""
-{check}    return linear_cpu_backward.backward(
-        dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, {pad}
-    )
+{check}    return linear_cpu_backward.backward(dout, dlse, q, k, v, out, lse, heads, sinks, windows, maps, {pad})
 '''
 DECODE = '''"""{spec}.
 
@@ -65,8 +67,8 @@ UNPADDED = """    if pad is not None:
 class Prefill:
     @staticmethod
     def emit(spec: LinearPrefill) -> str:
-        """Source of a module with ``prefill`` (contract: attnopt/codegen/reference_linear.py)."""
-        return _text(PREFILL, spec, spec.padded)
+        """Source of a module with ``prefill`` and ``state`` (contract: attnopt/codegen/reference_linear.py)."""
+        return _text(PREFILL, spec, spec.padded, "prefill, state")
 
 
 @TARGETS.register("cpu linear_backward")
@@ -74,7 +76,7 @@ class Backward:
     @staticmethod
     def emit(spec: LinearBackward) -> str:
         """Source of a module with ``backward`` (contract: attnopt/codegen/reference_linear.py)."""
-        return _text(BACKWARD, spec, spec.padded)
+        return _text(BACKWARD, spec, spec.padded, "backward")
 
 
 @TARGETS.register("cpu linear_decode")
@@ -82,10 +84,10 @@ class Decode:
     @staticmethod
     def emit(spec: LinearDecode) -> str:
         """Source of a module with ``decode`` and ``state`` (contract: attnopt/codegen/reference_linear.py)."""
-        return DECODE.format(spec=spec)
+        return DECODE.format(spec=spec) + footer(spec, "self_check_linear", "decode, state")
 
 
-def _text(template: str, spec: Linear, padded: bool) -> str:
+def _text(template: str, spec: Linear, padded: bool, functions: str) -> str:
     constants = CONSTANTS.format(
         heads=spec.heads,
         kv_heads=spec.kv_heads,
@@ -97,4 +99,5 @@ def _text(template: str, spec: Linear, padded: bool) -> str:
         dtype=spec.dtype,
     )
     check = CHECK + ("" if padded else UNPADDED)
-    return template.format(spec=spec, constants=constants, check=check, pad="pad" if padded else "None")
+    text = template.format(spec=spec, constants=constants, check=check, pad="pad" if padded else "None")
+    return text + footer(spec, "self_check_linear", functions)

@@ -80,13 +80,13 @@ def decode(
     """
     batch, heads, tokens, dim = q.shape
     groups, width = starts.shape[0] - 1, v.shape[2]
+    fits = heads // groups * tokens <= native.MOST_ROWS and q.numel() and width
+    if scale > 0 and fits and native.takes(q.dtype, dim, width):
+        return native.decode(q, k, v, starts, filled, scale, sinks, windows, positions, at)
     table = tuple(starts.tolist())
     capacities_of(table)
     if table[-1] != k.shape[1]:
         raise ValueError(f"starts ends at {table[-1]}, and the cache has {k.shape[1]} slots")
-    fits = heads // groups * tokens <= native.MOST_ROWS and q.numel() and width
-    if scale > 0 and fits and native.takes(q.dtype, dim, width):
-        return native.decode(q, k, v, starts, filled, scale, sinks, windows, positions, at)
     kept = None
     if positions is not None:
         assert sinks is not None and windows is not None and at is not None

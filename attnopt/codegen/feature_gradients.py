@@ -19,7 +19,7 @@ def at_queries(x: Tensor, maps: FeatureMap, f: Tensor, df: Tensor, dshift: Tenso
     wq, cq, u = (t.to(x.dtype) for t in (maps.wq, maps.cq, maps.u))
     if maps.kind == "exp":
         de = f * df
-        dx = de @ wq - 2.0 * cq[:, None, None] * x * de.sum(-1, keepdim=True)
+        dx = _less_square(de @ wq, x, cq, de)
     else:
         dx = _through_products(f, df) @ wq
     return dx + dshift[..., None] * u[:, None, :]
@@ -31,8 +31,13 @@ def at_keys(x: Tensor, maps: FeatureMap, g: Tensor, dg: Tensor) -> Tensor:
     if maps.kind == "exp":
         # None where the exponent is capped: within a thousandth of it, for exponentials differ in their last bits.
         de = (g * dg).masked_fill(g > 0.999 * math.exp(KEY_CAP), 0.0)
-        return de @ wk - 2.0 * ck[:, None, None] * x * de.sum(-1, keepdim=True)
+        return _less_square(de @ wk, x, ck, de)
     return _through_products(g, dg) @ wk
+
+
+def _less_square(dx: Tensor, x: Tensor, c: Tensor, de: Tensor) -> Tensor:
+    """dx with the share of exponents that end in - c |x|²; most maps have c of 0."""
+    return dx - 2.0 * c[:, None, None] * x * de.sum(-1, keepdim=True) if bool(c.any()) else dx
 
 
 def _through_products(f: Tensor, df: Tensor) -> Tensor:

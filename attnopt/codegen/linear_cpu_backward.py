@@ -48,7 +48,7 @@ def backward(
             df = (rest @ values.mT).tril_() @ g + rest @ _before(g.mT @ values, state).mT
             first = run.sink + run.window + piece[0]
             dx = at_queries(x, fitted, f.flatten(1, 2), df.flatten(1, 2), gradient)
-            dq[run.entry, run.heads, first : first + x.shape[1]] = dx
+            dq[run.entry, :, first : first + x.shape[1]].index_copy_(0, run.heads, dx)
         state.zero_()
         for piece in reversed(pieces(run)):
             _, f, shift = _queries(q, run, own, piece)

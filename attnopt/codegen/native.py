@@ -1,4 +1,4 @@
-"""The CPU's own kernels, spans.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
+"""The CPU's own kernels, spans.cpp and decode.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
 They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where they cannot be had, no
 compiler above all, attention runs out of torch's own operators (span_cpu.py, decode_cpu.py): slower, the same within
@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt import settings
+from attnopt.codegen.decode_list import capacities_of
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("spans.cpp")
+# Compiled as one text, in this order.
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("spans.cpp", "decode.cpp"))
 # What the kernel's vector loops step by.
 FEATURES = 32
 
 
 def unusable(dtype: torch.dtype = torch.float32) -> str:
     """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them."""
+    return _cannot(dtype) if settings.native() else "ATTNOPT_NATIVE is 0"
+
+
+# Kept: asked before every call, and from a cold cache the answer took as long as reading half a megabyte.
+@cache
+def _cannot(dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {str(dtype).removeprefix('torch.')}"
-    if not settings.native():
-        return "ATTNOPT_NATIVE is 0"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "this CPU has no AVX-512"
     library, reason = _loaded()
@@ -77,6 +85,9 @@ def prefill(
 
 # Query heads of a KV head times new tokens: rows that one piece of work holds.
 MOST_ROWS = 64
+# What decode.cpp unpacks: ten addresses, ten strides, one more, seven sizes. Packed at once: a call is made for every
+# layer and token, and eleven ctypes objects took longer than reading two hundred slots.
+_PACKED = struct.Struct("28q").pack
 
 
 def decode(
@@ -84,29 +95,47 @@ def decode(
     windows: Tensor | None = None, positions: Tensor | None = None, at: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The contract of attnopt/codegen/reference_decode.py, for a positive scale: q (B, H, T, D), k (B, C, D),
-    v (B, C, Dv) -> (B, H, T, Dv). At most MOST_ROWS rows for a KV head.
+    v (B, C, Dv) -> (B, H, T, Dv). At most MOST_ROWS rows for a KV head. ValueError where segments are not those of k.
     """
-    if not q.dtype == k.dtype == v.dtype:
+    dtype = q.dtype
+    if not dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, dim = q.shape
-    groups, width = filled.shape[1], v.shape[2]
-    out = q.new_empty(batch, heads, tokens, width)
-    held = (q, k, v, out)
-    strides = (*q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3])
-    tables = [
-        None if t is None else t.to(torch.int32).contiguous() for t in (starts, filled, positions, at, sinks, windows)
-    ]
-    apart = 0 if positions is None or positions.ndim == 1 or positions.shape[0] == 1 else positions.shape[1]
-    pointers = list(map(_pointer, tables))
-    library, _ = _loaded()
-    assert library is not None
-    getattr(library, f"decode_{str(q.dtype)[6:]}")(
-        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held)), (ctypes.c_int64 * 10)(*strides), *pointers[:3],
-        ctypes.c_int64(apart), *pointers[3:],
-        (ctypes.c_int64 * 7)(batch, groups, heads // groups, tokens, dim, width, k.shape[1]), ctypes.c_float(scale),
+    groups, width, slots = filled.shape[1], v.shape[2], k.shape[1]
+    # Of the two ways the shorter where it will do: every line of code is cold as well.
+    same = width == dim and q.is_contiguous()
+    out = torch.empty_like(q) if same else q.new_empty((batch, heads, tokens, width))
+    starts, filled = _table(starts), _table(filled)
+    addresses, apart = [x.data_ptr() for x in (q, k, v, out, starts, filled)], 0
+    if positions is None:
+        addresses += (0, 0, 0, 0)
+    else:
+        assert at is not None and sinks is not None and windows is not None
+        apart = 0 if positions.ndim == 1 or positions.shape[0] == 1 else slots
+        # Named, so that what a conversion makes is there until the call ends.
+        tables = [_table(x) for x in (positions, at, sinks, windows)]
+        addresses += [x.data_ptr() for x in tables]
+    call = _PACKED(
+        *addresses, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3], apart,
+        batch, groups, heads // groups, tokens, dim, width, slots,
     )  # fmt: skip
+    wrong = _entry("decode", dtype)(call, scale)
+    if wrong:
+        table = tuple(starts.tolist())
+        capacities_of(table)
+        raise ValueError(f"starts ends at {table[-1]}, and the cache has {slots} slots")
     return out
+
+
+def _table(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
+@cache
+def _entry(name: str, dtype: torch.dtype) -> Any:
+    """The function of the library for a dtype."""
+    return getattr(_loaded()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -126,10 +155,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         # Private to inductor, and may move: then this is what the reason says.
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
-        for name in ("prefill", "decode"):
-            for dtype in ("float32", "bfloat16"):
-                getattr(library, f"{name}_{dtype}").restype = None
+        library = CppCodeCache.load("".join(path.read_text(encoding="utf-8") for path in SOURCES))
+        for dtype in ("float32", "bfloat16"):
+            getattr(library, f"prefill_{dtype}").restype = None
+            getattr(library, f"decode_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.feature_gradients import at_keys, at_queries
+from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import Linear, LinearBackward, LinearDecode, LinearPrefill
 from attnopt.feature_maps import FeatureMap, key_features, query_features
 from attnopt.registry import TARGETS
@@ -187,7 +188,7 @@ def weights_of(
 class Prefill:
     @staticmethod
     def emit(spec: LinearPrefill) -> str:
-        return module_text(spec, "prefill")
+        return module_text(spec, "prefill, state")
 
 
 @TARGETS.register("reference linear_backward")
@@ -206,4 +207,5 @@ class Decode:
 
 def module_text(spec: Linear, names: str) -> str:
     listed = ", ".join(f'"{name}"' for name in names.split(", "))
-    return f'"""{spec}."""\n\nfrom attnopt.codegen.reference_linear import {names}\n\n__all__ = [{listed}]\n'
+    text = f'"""{spec}."""\n\nfrom attnopt.codegen.reference_linear import {names}\n\n__all__ = [{listed}]\n'
+    return text + footer(spec, "self_check_linear", names)

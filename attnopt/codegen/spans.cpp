@@ -1,5 +1,5 @@
-// Attention whose heads keep spans of their own: a causal prefill, and decoding from ragged caches. In bfloat16, for
-// CPUs that multiply tiles of it (AMX), and in float32.
+// Attention whose heads keep spans of their own: a causal prefill, and decoding from ragged caches (decode.cpp, compiled
+// with this file, after it). In bfloat16, for CPUs that multiply tiles of it (AMX), and in float32.
 //
 // Prefill. Key j is kept by query i of head h where  j <= i  and  (j < sinks[h] or i - j < windows[h])  and  pad[b, j].
 // The keys of a KV head are transposed once; in bfloat16 keys and values are laid out as the matrix unit reads them, in
@@ -14,10 +14,6 @@
 //     D=128  W=256          .41         .44         .46          .49          .47
 //     D=128  W=2048         .79         .78         .78          .82          .79
 // Out of torch's operators (span_cpu.py): .28, .47, .28, .53.
-//
-// Decoding. The rows of a KV head, its query heads times the new tokens, are one product with each chunk of its slots.
-// Threads take chunks as they come, whatever head they are of; each leaves a soft-max of its own, and in the end these
-// are merged.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -294,121 +290,6 @@ void prefill(
   }
 }
 
-struct Cache {
-  int64_t batch, kv_heads, share, tokens, dim, dim_v, slots;
-  int64_t rows() const { return share * tokens; }
-};
-
-// Slots of one piece of work. Those of a head are CHUNKs, so that a long head is shared among threads.
-constexpr int64_t CHUNK = 512;
-// The products take rows in sixteens.
-constexpr int64_t LANES = 16;
-
-// queries (rows, dim), a row of them at a time, into (dim, lanes), in pairs of features in bfloat16; lanes beyond the
-// rows are zero.
-template <typename T>
-void lay_out_queries(const Tensor<T>& q, const Cache& s, int64_t b, int64_t g, int64_t lanes, T* to) {
-  constexpr int64_t PAIR = std::is_same_v<T, float> ? 1 : 2;
-  std::fill_n(to, s.dim * lanes, T(0));
-  for (int64_t r = 0; r < s.rows(); r++) {
-    const T* from = q.at(b, g * s.share + r / s.tokens, r % s.tokens);
-    for (int64_t d = 0; d < s.dim; d++) to[(d / PAIR * lanes + r) * PAIR + d % PAIR] = from[d];
-  }
-}
-
-// q, out (B, H, T, ·): data[0], data[3], and strides of batch, head and token. k, v (B, C, ·): data[1], data[2], and
-// strides of batch and slot. starts (G + 1,), filled (B, G). positions (B or 1, C), held by `apart` entries from one
-// batch entry to the next, or null; with them at (B,), sinks and windows (H,). sizes: those of Cache.
-template <typename T>
-void decode(
-    T* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions, int64_t apart,
-    const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
-  constexpr bool PAIRS = !std::is_same_v<T, float>;
-  Cache s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
-  Tensor<T> q{data[0], strides[0], strides[1], strides[2]}, k{data[1], strides[3], 0, strides[4]};
-  Tensor<T> v{data[2], strides[5], 0, strides[6]}, out{data[3], strides[7], strides[8], strides[9]};
-  int64_t rows = s.rows(), lanes = (rows + LANES - 1) / LANES * LANES, held = rows * (s.dim_v + 2);
-
-  struct Piece {
-    int64_t b, g, first, size;
-  };
-  std::vector<Piece> pieces;
-  std::vector<int64_t> begins;
-  for (int64_t b = 0; b < s.batch; b++) {
-    for (int64_t g = 0; g < s.kv_heads; g++) {
-      begins.push_back(pieces.size());
-      int64_t count = std::clamp<int64_t>(filled[b * s.kv_heads + g], 0, starts[g + 1] - starts[g]);
-      for (int64_t n = 0; n < count; n += CHUNK) pieces.push_back({b, g, starts[g] + n, std::min(CHUNK, count - n)});
-    }
-  }
-  begins.push_back(pieces.size());
-  int64_t count = pieces.size();
-  // Of each piece the largest scores, the sums of weights, and the weighted sums of values.
-  std::unique_ptr<float[]> found(new float[count * held]);
-
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
-    Tile<T> tile(rows, CHUNK, s.dim_v);
-    std::unique_ptr<float[]> scores(new float[CHUNK * lanes]);
-    std::unique_ptr<T[]> queries(new T[s.dim * lanes]), values(PAIRS ? new T[CHUNK * s.dim_v] : nullptr);
-    int64_t now = -1;
-    for (int64_t n = next++; n < count; n = next++) {
-      const Piece& piece = pieces[n];
-      if (piece.b * s.kv_heads + piece.g != now) {
-        now = piece.b * s.kv_heads + piece.g;
-        lay_out_queries(q, s, piece.b, piece.g, lanes, queries.get());
-      }
-      int64_t columns = (piece.size + BLOCK - 1) / BLOCK * BLOCK;
-      const T *keys = k.at(piece.b, 0, piece.first), *seen = v.at(piece.b, 0, piece.first);
-      multiply(piece.size, lanes, s.dim, keys, k.row, queries.get(), lanes, scores.get(), lanes, false);
-      tile.clear();
-      for (int64_t r = 0; r < rows; r++) {
-        std::fill_n(&tile.scores[r * columns + piece.size], columns - piece.size, NONE);
-      }
-      at::vec::transpose_mxn<float>(scores.get(), lanes, tile.scores.data(), columns, piece.size, rows);
-      for (int64_t r = 0; r < rows; r++) {
-        if (positions != nullptr) {
-          const int* where = positions + piece.b * apart + piece.first;
-          int64_t head = piece.g * s.share + r / s.tokens, i = at[piece.b] + r % s.tokens;
-          for (int64_t c = 0; c < piece.size; c++) {
-            bool keep = where[c] <= i && (where[c] < sinks[head] || i - where[c] < windows[head]);
-            if (!keep) tile.scores[r * columns + c] = NONE;
-          }
-        }
-        tile.weigh(r, columns, s.dim_v, scale);
-      }
-      for (int64_t c = 0; PAIRS && c < columns; c += BLOCK) {
-        if constexpr (PAIRS) {
-          lay_out_values(seen + c * v.row, v.row, std::min(BLOCK, piece.size - c), s.dim_v, &values[c * s.dim_v]);
-        }
-      }
-      multiply(
-          rows, s.dim_v, PAIRS ? columns : piece.size, tile.weights.data(), columns, PAIRS ? values.get() : seen,
-          PAIRS ? s.dim_v : v.row, tile.sums.data(), s.dim_v, true);
-      float* into = &found[n * held];
-      std::copy_n(tile.top.data(), rows, into);
-      std::copy_n(tile.total.data(), rows, into + rows);
-      std::copy_n(tile.sums.data(), rows * s.dim_v, into + 2 * rows);
-    }
-    at::native::cpublas::brgemm_release(PAIRS);
-  });
-
-  Tile<T> whole(rows, 0, s.dim_v);
-  for (int64_t group = 0; group < s.batch * s.kv_heads; group++) {
-    whole.clear();
-    for (int64_t n = begins[group]; n < begins[group + 1]; n++) {
-      const float* part = &found[n * held];
-      for (int64_t r = 0; r < rows; r++) {
-        whole.merge(r, part[r], part[rows + r], part + 2 * rows + r * s.dim_v, s.dim_v);
-      }
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      int64_t head = group % s.kv_heads * s.share + r / s.tokens;
-      whole.write_row(r, s.dim_v, out.at(group / s.kv_heads, head, r % s.tokens));
-    }
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -426,17 +307,5 @@ void prefill_float32(
     float* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
     const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
   prefill<float>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
-}
-
-void decode_bfloat16(
-    BFloat16* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions,
-    int64_t apart, const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
-  decode<BFloat16>(data, strides, starts, filled, positions, apart, at, sinks, windows, sizes, scale);
-}
-
-void decode_float32(
-    float* const* data, const int64_t* strides, const int* starts, const int* filled, const int* positions,
-    int64_t apart, const int* at, const int* sinks, const int* windows, const int64_t* sizes, float scale) {
-  decode<float>(data, strides, starts, filled, positions, apart, at, sinks, windows, sizes, scale);
 }
 }

@@ -14,6 +14,7 @@ from attnopt import backend, hf, text
 from attnopt.codegen import native
 from attnopt.commands.common import Progress, emit, load, say, stages, token_ids, writable
 from attnopt.commands.distilling import distill
+from attnopt.commands.explaining import explain
 from attnopt.commands.planning import calibrate, plan
 from attnopt.commands.profiling import merge, profile
 from attnopt.errors import OptionError, PlanError
@@ -129,55 +130,6 @@ def show(args: argparse.Namespace) -> None:
     if page is not None:
         write_page(page, {"title": f"attnopt show {file}", "summary": summary, **data})
     emit(args, data, draw)
-
-
-def candidates_of(held: Plan, seen: Profile, site: str, head: int) -> list[dict[str, Any]]:
-    """Every candidate's predicted damage (nats per token, the worst length) and share of a dense head's keys."""
-    from attnopt.cost import kept_pairs
-    from attnopt.ir import DENSE
-    from attnopt.registry import CANDIDATES
-
-    grid, length = seen.header.grid, held.lengths.planned
-    chosen = held.choices[site][head]
-    space = {c: None for _, kind in CANDIDATES for c in kind.space(grid, [*seen.lengths, length])}
-    space.setdefault(chosen)
-    rows = []
-    for choice in (DENSE, *[c for c in space if c != DENSE]):
-        kind, params = CANDIDATES[choice.candidate], dict(choice.params)
-        damage = 0.0
-        for n in seen.lengths:
-            sums = seen.observations[site, n]
-            damage = max(damage, float(kind.damage(sums, params, n)[head]) / max(1e-9, sums.tokens))
-        sink, window = kind.span(params, length)
-        share = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
-        rows.append({"choice": str(choice), "damage": damage, "cost": share, "chosen": choice == chosen})
-    rows.sort(key=lambda r: r["cost"])
-    own = next(r for r in rows if r["chosen"])
-    for r in rows:
-        cheaper, milder = r["cost"] < own["cost"], r["damage"] < own["damage"]
-        r["why"] = "chosen" if r["chosen"] else "cheaper, but more damage" if cheaper and not milder else (
-            "less damage, but dearer" if milder and not cheaper else "no better on either count" if not cheaper else
-            "cheaper and milder here; the whole plan's limit of spans a layer decided"
-        )  # fmt: skip
-    return rows
-
-
-def explain(args: argparse.Namespace) -> None:
-    held, seen = Plan.load(args.plan), Profile.load(args.profile)
-    site, _, head = args.head.rpartition(".")
-    if not head.isdigit() or site not in held.choices or int(head) >= len(held.choices.get(site, ())):
-        import difflib
-
-        near = difflib.get_close_matches(site, held.choices, 1) or list(held.choices)[:1]
-        heads = len(held.choices[near[0]]) if near else 0
-        raise OptionError(
-            f"The plan has no head {args.head!r}.", f"Try {near[0] if near else 'SITE'}.0 to .{heads - 1}."
-        )
-    if (missing := [n for n in held.choices if n not in seen.sites]) and site in missing:
-        raise PlanError(f"The profile holds nothing of {site}.", "Give the profile the plan was made from.")
-    rows = candidates_of(held, seen, site, int(head))
-    title = f"{args.head} at {held.lengths.planned} keys: damage in nats per token, cost as a share of dense"
-    emit(args, {"head": args.head, "candidates": rows}, lambda: terminal.print_candidates(rows, title))
 
 
 def bench_rows(

@@ -9,7 +9,7 @@ import torch
 
 from attnopt import hf, text
 from attnopt.commands.common import emit, load, stages, writable
-from attnopt.distill import Menu, distill_model
+from attnopt.distill import FAMILIES, Menu, distill_model
 from attnopt.errors import TextError
 from attnopt.profile_file import Profile
 from attnopt.report.fits import fitted_json, print_fitted
@@ -22,7 +22,7 @@ SHARE = 1 / 3
 def distill(args: argparse.Namespace) -> None:
     out = writable(args.out)
     seen = Profile.load(args.profile)
-    families = tuple(name for name in Menu().families if name in args.families)
+    families = FAMILIES if args.families is None else tuple(args.families)
     menu = Menu(tuple(args.features), tuple(args.ranks), tuple(args.windows), tuple(args.sinks), args.steps, families)
     loaded = load(args)
     fit, tried = texts(args, loaded, seen.lengths)

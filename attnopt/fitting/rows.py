@@ -69,19 +69,20 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, pad: Tensor | None, into: Collected, at: Tensor,
+        window: int | None = None, softcap: float = 0.0,
     ) -> Tensor:  # fmt: skip
         if pad is not None and not bool(pad.all()):
             raise FittedError("The text to fit on is padded.", "Give whole sequences.")
         ctx.save_for_backward(q, k, v, at)
-        ctx.scale, ctx.into = scale, into
-        return attention(q, k, v, scale, None, None)
+        ctx.numbers, ctx.into = (scale, None, window, softcap), into
+        return attention(q, k, v, *ctx.numbers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, at = ctx.saved_tensors
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = attention(*inputs, ctx.scale, None, None)  # type: ignore[call-arg]
+            out = attention(*inputs, *ctx.numbers)
         found = torch.autograd.grad(out, inputs, grads[0])
         into, (batch, _, length, _) = ctx.into, out.shape
         with torch.no_grad():
@@ -93,4 +94,4 @@ class Collect(torch.autograd.Function):
             into.count += batch * length
             for n in range(batch):
                 into.rows.append(Rows(q[n][:, at].clone(), at, k[n].clone(), v[n].clone()))
-        return *found, None, None, None, None
+        return *found, *(None for _ in range(6))

@@ -83,8 +83,8 @@ class SiteFit:
 
 def best_of(made: Sequence[tuple[str, FeatureMap, Tensor]]) -> tuple[FeatureMap, list[HeadFit]]:
     """Per head the map with the least error; a head none of whose maps is finite gets one that is 0, and is refused."""
-    errors = torch.stack([error.nan_to_num(nan=torch.inf) for _, _, error in made])
-    finite = torch.stack([_finite(map) for _, map, _ in made])
+    errors = torch.stack([error.cpu().nan_to_num(nan=torch.inf) for _, _, error in made])
+    finite = torch.stack([_finite(map).cpu() for _, map, _ in made])
     least, chosen = errors.masked_fill(~finite, torch.inf).min(0)
     maps = [map for _, map, _ in made]
     tensors = [torch.stack([maps[n].tensors[t][h] for h, n in enumerate(chosen.tolist())]) for t in range(8)]

@@ -13,6 +13,7 @@ from attnopt.passes import (
     match_attention,
     normalise,
     observe,
+    prune,
     recover_masks,
     remove_dead_code,
     resolve_regions,
@@ -33,7 +34,7 @@ RECOGNISE: tuple[Pass, ...] = (
     verify.run,
 )
 # torch.compile(model, backend="attnopt")
-PIPELINE: tuple[Pass, ...] = (*RECOGNISE, lower_planned.run, lower_exact.run, remove_dead_code.run)
+PIPELINE: tuple[Pass, ...] = (*RECOGNISE, prune.run, lower_planned.run, lower_exact.run, remove_dead_code.run)
 # attnopt profile: every recognised site computes the same and is observed
 OBSERVE: tuple[Pass, ...] = (*RECOGNISE, observe.run, remove_dead_code.run)
 

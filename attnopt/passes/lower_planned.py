@@ -80,6 +80,8 @@ def run(program: Program) -> None:
         return
     check_plan(program, plan)
     for region in program.pending:
+        if region.site.name in program.exact:
+            continue
         choices = plan.choices.get(region.site.name)
         if choices is None:
             said = "the plan does not name this site; it stays exact"
@@ -96,4 +98,4 @@ def run(program: Program) -> None:
             program.notes.append(located(exact, region.anchor))
             continue
         build = insert_planned(program, choices, plan, region.site.name, range(len(choices)))
-        program.replace(region, build, described(choices), tuple(choices))
+        program.replace(region, build, described(choices), tuple(choices), equal=False)

@@ -7,7 +7,7 @@ and where some heads have a far part, one operator for those whose maps are alik
 
     near, lse = attnopt::span_attention_lse(q, k, v, sinks, alphas, betas, ...)
     far, far_lse = attnopt::linear_far(q, k, v, heads, sinks, alphas, betas, ..., maps)
-    index_copy(near, 1, heads, merge(near[:, heads], lse[:, heads], far, far_lse))
+    index_put(near, [None, heads], merge(near[:, heads], lse[:, heads], far, far_lse))
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from attnopt.errors import OptionError
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints
 from attnopt.planner.frontier import front
-from attnopt.planner.knapsack import Array, Limits, Problem
+from attnopt.planner.knapsack import Array, Limits, Problem, times_faster
 from attnopt.strict_json import nearest
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def refuse_impossible(problem: Problem, limits: Limits, free: Problem) -> None:
             raise OptionError(*text)
     if (limits.cost is not None or limits.memory is not None) and not len(front(problem, limits)):
         fast = front(problem, replace(limits, cost=None))
-        speed = dense.cost / fast.cost[-1] if len(fast) else 1.0
+        speed = times_faster(dense.cost, float(fast.cost[-1])) if len(fast) else 1.0
         raise OptionError(
             "The speed-up and the KV memory wanted can each be had, but not together: "
             f"within the memory, the most found is {speed:.2f} times.",
@@ -152,6 +152,7 @@ def refuse_contradiction(problem: Problem, limits: Limits, budget: Budget, dense
         return
     held = front(problem, replace(limits, cost=None, memory=None)).pick(max_damage=most)
     best, dense = held or problem.dense, problem.dense
+    share = best.memory / dense.memory if dense.memory else 1.0
     if first:
         raise OptionError(
             f"The budget of {budget} binds: no head's mildest replacement is predicted to keep it.",
@@ -161,7 +162,7 @@ def refuse_contradiction(problem: Problem, limits: Limits, budget: Budget, dense
     wanted += [f"a KV cache of {limits.memory / dense.memory:.1%} of dense"] if limits.memory is not None else []
     raise OptionError(
         f"A budget of {budget} contradicts {' and '.join(wanted)}. The budget binds: within it, a speed-up of "
-        f"{dense.cost / best.cost:.2f} and a KV cache of {best.memory / dense.memory if dense.memory else 1:.1%} are "
+        f"{times_faster(dense.cost, best.cost):.2f} and a KV cache of {share:.1%} are "
         f"predicted at best; what is wanted is predicted to need "
         f"{_increase(float(sweep.damage[0]), budget, dense_loss)}.",
         "Allow a larger budget, or ask for less.",

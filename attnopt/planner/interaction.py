@@ -2,6 +2,9 @@
 
     KL(dense || plan)  ~  1/2 sum_i (sum_h t_hi)^2  =  1/2 sum_h sum_g  rho_hg z_h z_g        z_h = (sum_i t_hi^2)^(1/2)
 
+A head whose far keys something stands in for is taken to be correlated as with its window: of what is left of its
+losses no sketch is kept.
+
 rho, the correlation of two heads' losses over rows, is estimated once, over all pairs of observed windows, from the
 sketches of a profile; the damage of a single head, which is known exactly, is kept. A plan costs H^2 products
 (`Problem.expected`). How much closer that comes to what is measured than heads added as if they were independent

@@ -160,6 +160,11 @@ class Solution:
     memory: float = 0.0
 
 
+def times_faster(dense: float, cost: float) -> float:
+    """dense / cost; a model without any attention left, which costs nothing, is no more than 1e9 times as fast."""
+    return dense / max(cost, 1e-9 * dense)
+
+
 def choices_from(problem: Problem, solution: Solution) -> Choices:
     """Site name -> one Choice per query head, as a Plan holds them."""
     found: dict[str, list[Choice]] = {}

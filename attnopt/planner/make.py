@@ -17,7 +17,7 @@ from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
-from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from
+from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from, times_faster
 from attnopt.planner.problem import (
     RETRIEVAL,
     Tables,
@@ -240,7 +240,7 @@ def make_plan(
     # A cache asked to be small is so at every length, whether or not that saves time.
     saves_time = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
     min_length = min_length_of(choices, sites, of_site) if saves_time else 0
-    faster = problem.dense.cost / found.solution.cost
+    faster = times_faster(problem.dense.cost, found.solution.cost)
     described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
     measured = final_check(last(choices), budget, choices_id(choices), seed, described)
     if probe is not None:
@@ -277,7 +277,8 @@ def posed(
         profile, tables, sites, length, objective=objective, retrieval=weight, fitted=fitted, allow=asked.allow
     )
     if "prune" in asked.allow:
-        free = closed(free, not_pruned(profile, sites), [c for c in free.choices if c.candidate == "pruned"])
+        kept = {site: list(heads) for site, heads in not_pruned(profile, [s.name for s in sites]).items()}
+        free = closed(free, kept, [c for c in free.choices if CANDIDATES[c.candidate].far == "gone"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
     refuse_impossible(problem, limits, free)

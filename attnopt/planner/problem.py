@@ -20,7 +20,7 @@ from attnopt.ir import DENSE, Choice, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.interaction import correlations
-from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, code_of
+from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, code_of, times_faster
 from attnopt.planner.tried import FAMILIES, damage_of, tried_at
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
@@ -69,7 +69,7 @@ def make_problem(
     state: list[Array] = []
     for site in sites:
         seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
-        of_text = _damage(site, choices, allowed, up_to(seen, target_length))
+        of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
         for choice in tried[site.name]:
             of_text[:, choices.index(choice)] = damage_of(fitted, site, choice, seen, target_length)
         damage.append(of_text)
@@ -244,8 +244,7 @@ def predicted_of(problem: Problem, solution: Solution, gap: float | None = None)
         problem.unit,
         dense.cost,
         solution.cost,
-        # A model without any attention left is infinitely faster, which a file cannot hold.
-        dense.cost / max(solution.cost, 1e-9 * dense.cost),
+        times_faster(dense.cost, solution.cost),
         solution.memory / dense.memory if dense.memory else 1.0,
         gap,
     )

@@ -17,7 +17,17 @@ from attnopt.errors import BudgetError
 from attnopt.plan import Budget, Measured, choices_id
 from attnopt.planner.exact import compare
 from attnopt.planner.frontier import Front, front
-from attnopt.planner.knapsack import Array, Choices, Limits, Problem, Solution, back_off, choices_from, settle
+from attnopt.planner.knapsack import (
+    Array,
+    Choices,
+    Limits,
+    Problem,
+    Solution,
+    back_off,
+    choices_from,
+    settle,
+    times_faster,
+)
 
 LEAST_SEQUENCES = 8  # fewer than these say nothing about their spread
 RESAMPLES = 2000
@@ -265,7 +275,7 @@ def verify_loop(
 
 
 def _described(problem: Problem, record: Record) -> str:
-    faster, worst = problem.dense.cost / record.cost, record.worst
+    faster, worst = times_faster(problem.dense.cost, record.cost), record.worst
     return (
         f"{faster:.2f} times as fast as dense by its costs, measured increase {worst.increase:.4g}, "
         f"at most {worst.upper_95:.4g}, at length {worst.length}"

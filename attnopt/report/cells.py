@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Row = TypeVar("Row")
@@ -91,3 +91,8 @@ def short_labels(names: Sequence[str]) -> tuple[str, list[str]]:
     split = [re.split(r"(\d+)", n) for n in names]
     place = next(i for i in range(len(split[0])) if len({s[i] for s in split}) > 1)
     return "".join("*" if i == place else x for i, x in enumerate(split[0])), [s[place] for s in split]
+
+
+def far_sign(head: Mapping[str, Any]) -> str:
+    """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
+    return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()

@@ -28,6 +28,7 @@ from attnopt.cost import device_name, kept_pairs
 from attnopt.ir import GraphReport, Miss, Refusal, Site, page
 from attnopt.plan import Plan, fold
 from attnopt.planner.verify import Record
+from attnopt.registry import CANDIDATES
 from attnopt.report.cells import fold_rows, short_source
 from attnopt.report.profile_map import profile_json
 
@@ -160,18 +161,23 @@ def _pair(one: int, two: int) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs."""
+    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
+    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left."""
     length = plan.lengths.planned
     sites: dict[str, list[dict[str, Any]]] = {}
-    spans: Counter[tuple[str, int, int, float, bool]] = Counter()
+    spans: Counter[tuple[str, int, int, float, bool, str, str]] = Counter()
     for name, choices in plan.choices.items():
         heads: list[dict[str, Any]] = []
         for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
             dense = window >= length
             sink, window = (0, length) if dense else (sink, window)
             kept = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
-            spans[str(choice), sink, window, kept, dense] += 1
-            heads.append({"choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense})
+            kind, far = choice.candidate, CANDIDATES[choice.candidate].far
+            spans[str(choice), sink, window, kept, dense, kind, far] += 1
+            heads.append({
+                "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
+                "candidate": kind, "far": far,
+            })  # fmt: skip
         sites[name] = heads
     ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
     every: list[float] = [head["kept"] for heads in sites.values() for head in heads]
@@ -181,7 +187,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint.structure,
         "budget": {**asdict(plan.budget), "unit": plan.budget.unit},
         "objective": plan.objective,
-        "constraints": {**asdict(plan.constraints), "protect": list(plan.constraints.protect)},
+        "constraints": {
+            **asdict(plan.constraints),
+            "protect": list(plan.constraints.protect),
+            "allow": list(plan.constraints.allow),
+        },
         "lengths": {
             "profiled": list(plan.lengths.profiled),
             "planned": length,
@@ -197,9 +207,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "versions": dict(plan.versions),
         "sites": sites,
         "spans": [
-            {"choice": choice, "sink": sink, "window": window, "kept": kept, "dense": dense, "heads": count}
-            for (choice, sink, window, kept, dense), count in ordered
+            {
+                "choice": choice,
+                "sink": sink,
+                "window": window,
+                "kept": kept,
+                "dense": dense,
+                "heads": count,
+                "candidate": kind,
+                "far": far,
+            }
+            for (choice, sink, window, kept, dense, kind, far), count in ordered
         ],
+        "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
         "density": sum(every) / len(every) if every else 1.0,
     }
 
@@ -225,7 +245,8 @@ def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
         "retrieval": "a nat per answer of the probe counts as {:g} nats per token",
     }
     found = [text.format(asked[name]) for name, text in words.items() if asked[name] is not None]
-    return found + ([f"dense: {', '.join(asked['protect'])}"] if asked["protect"] else [])
+    found += [f"dense: {', '.join(asked['protect'])}"] if asked["protect"] else []
+    return found + ([f"weighed besides spans: {', '.join(asked['allow'])}"] if asked.get("allow") else [])
 
 
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -262,7 +283,10 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan["edited"]:
         facts.append(("edited", "the measurements belong to other choices than these"))
     if plan["min_length"]:
-        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense"))
+        stays = " but for pruned heads" if "pruned" in plan["candidates"] else ""
+        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}"))
+    if set(plan["candidates"]) - {"dense", "sink_window"}:
+        facts.append(("heads", ", ".join(f"{n} {name}" for name, n in plan["candidates"].items())))
     facts.append(("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {lengths['planned']}"))
     return facts
 

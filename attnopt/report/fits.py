@@ -37,7 +37,8 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     plain = plain_window(choice)
     return {
         "choice": str(choice),
-        "family": choice.candidate,
+        "family": CANDIDATES[choice.candidate].family,
+        "replacement": name or choice.candidate,
         "window": None if plain is None else str(plain),
         "offered": fitted.offered(site, choice).nonzero()[:, 0].tolist(),
         "damage": {str(n): fitted.damage(site, n, choice).tolist() for n in lengths},
@@ -53,47 +54,53 @@ def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
     """A line for every replacement at the narrowest window of each site, and how many heads each family is offered."""
     to = to or console()
     found = fitted_json(fitted)
-    lengths = found["lengths"]
+    longest = str(max(found["lengths"]))
     to.print(Text(f"fits of model {found['fingerprint']}", style="bold"))
-    to.print(f"{found['settings']}; tried at {', '.join(map(str, lengths))} tokens")
+    to.print(f"{found['settings']}; tried at {', '.join(map(str, found['lengths']))} tokens")
     columns = ("site", "replacement", "offered", "window loses", "it loses", "maps")
     table = _table(columns, columns[2:5])
-    heads, offered = Counter[str](), Counter[str]()
+    # replacement -> (nats lost by it, by its window alone) of every head
+    against: dict[str, list[tuple[float, float]]] = {}
     for site, rows in found["sites"].items():
-        shown: set[str] = set()
-        taken: dict[str, set[int]] = {}
-        for row in rows:
-            taken.setdefault(row["family"], set()).update(row["offered"])
-            what = row["family"] + "".join(f"/{size}" for size in _size_of(row["choice"]))
-            if what in shown:
-                continue
-            shown.add(what)
-            damage = row["damage"][str(max(lengths))]
-            plain = row["window_damage"]
+        for row in _narrowest(rows):
+            damage, window = row["damage"][longest], (row["window_damage"] or {}).get(longest)
             table.add_row(
                 site, row["choice"], f"{len(row['offered'])} of {len(damage)}",
-                "" if plain is None else f"{sum(plain[str(max(lengths))]):.3g}", f"{sum(damage):.3g}",
-                _methods(row["fits"]),
+                "" if window is None else f"{sum(window):.3g}", f"{sum(damage):.3g}", _methods(row["fits"]),
             )  # fmt: skip
-        for family, of_site in taken.items():
-            heads[family] += len(damage)
-            offered[family] += len(of_site)
+            if window is not None:
+                against.setdefault(row["replacement"], []).extend(zip(damage, window, strict=True))
     to.print(table)
-    to.print(f"nats per token of all heads of a site, at {max(lengths)} tokens and the narrowest window")
-    for family, count in heads.items():
-        to.print(f"{family}: offered on {offered[family]} of {count} heads{_why(family)}")
+    to.print(f"nats per token, summed over the heads of a site, at {longest} tokens and the narrowest window")
+    for what, heads in against.items():
+        loses, alone = (sum(column) for column in zip(*heads, strict=True))
+        better = f"better on {sum(one < other for one, other in heads)} of {len(heads)} heads"
+        to.print(f"{what}: loses {loses:.3g} where the window alone loses {alone:.3g}; {better}")
+    for family, (offered, of) in _offered(found["sites"]).items():
+        to.print(f"{family}: offered on {offered} of {of} heads{_why(family, offered < of)}")
 
 
-def _size_of(choice: str) -> list[str]:
-    """The features or the rank that a choice names, if any."""
-    return [part.partition("=")[2] for part in choice.strip(")").replace("(", ", ").split(", ")
-            if part.startswith(("features=", "rank="))]  # fmt: skip
+def _narrowest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first choice of every replacement of a site: that with the narrowest window."""
+    return list({row["replacement"]: row for row in reversed(rows)}.values())[::-1]
 
 
-def _why(family: str) -> str:
-    if CANDIDATES[family].far == "gone":
-        return " (whatever it loses: the plan's budget decides)"
-    return "; on the others it loses as much as its own window at some length"
+def _offered(sites: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[int, int]]:
+    """family -> (heads that some choice of it is offered to, heads it was tried on)."""
+    to: dict[str, set[tuple[str, int]]] = {}
+    of: dict[str, set[tuple[str, int]]] = {}
+    for site, rows in sites.items():
+        for row in rows:
+            to.setdefault(row["family"], set()).update((site, head) for head in row["offered"])
+            heads = next(iter(row["damage"].values()))
+            of.setdefault(row["family"], set()).update((site, head) for head in range(len(heads)))
+    return {family: (len(to[family]), len(of[family])) for family in of}
+
+
+def _why(family: str, some_not: bool) -> str:
+    if family == "prune":
+        return " (whatever it loses: a plan's budget decides)"
+    return "; on the others no choice of it is better than its own window at every length" if some_not else ""
 
 
 def _methods(fits: list[dict[str, Any]]) -> str:

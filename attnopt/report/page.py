@@ -15,7 +15,7 @@ from zlib import crc32
 
 from attnopt.codegen.emit import write_atomically
 from attnopt.report import figures
-from attnopt.report.cells import bucket, cell_text, is_number, letter
+from attnopt.report.cells import bucket, cell_text, far_sign, is_number, letter
 from attnopt.report.data import plan_facts
 
 LIMIT = 1_900_000  # bytes; a larger page leaves its largest optional parts out and says so
@@ -46,6 +46,7 @@ font-size:.7rem;color:#111}.map th{border:0;padding:0 .5rem 0 0;font-weight:400;
 .key{display:inline-block;min-width:1.2rem;text-align:center;color:#111;font-size:.75rem;margin:0 .3rem 0 .8rem}
 .s0{background:#1a9850}.s1{background:#53ae5d}.s2{background:#8cc665}.s3{background:#c3d968}.s4{background:#f0d95f}
 .s5{background:#fdb44f}.s6{background:#f4793c}.s7{background:#e0604c}.dense{background:var(--dense)}
+.far-linear{background:#a98be0}.far-mean{background:#63b0e8}.far-gone{background:#f2f2f2}
 """
 
 # A part of a section: its HTML, and what to call it if it must be left out (empty: it stays).
@@ -189,10 +190,12 @@ def _plan(data: Mapping[str, Any]) -> list[Part]:
     plan = data["plan"]
     length = plan["lengths"]["planned"]
     top = max(length.bit_length(), 1)
-    buckets = sorted({bucket(span["window"]) for span in plan["spans"] if not span["dense"]})
+    buckets = sorted({bucket(span["window"]) for span in plan["spans"] if not span["dense"] and not span["far"]})
 
     def cell(site: str, head: int, span: Mapping[str, Any]) -> tuple[str, str, str]:
         tip = f"{site} head {head}: {span['choice']}, {100 * span['kept']:.1f} % kept"
+        if span["far"]:
+            return f"far-{span['far']}", far_sign(span), tip
         if span["dense"]:
             return "dense", "", tip
         size = bucket(span["window"])
@@ -201,8 +204,11 @@ def _plan(data: Mapping[str, Any]) -> list[Part]:
 
     rows = {site: [cell(site, n, head) for n, head in enumerate(heads)] for site, heads in plan["sites"].items()}
     legend = [(_shade(b / top), letter(n), f"window <= {1 << b}") for n, b in enumerate(buckets)]
+    fars = {s["candidate"]: (f"far-{s['far']}", far_sign(s), s["candidate"]) for s in plan["spans"] if s["far"]}
+    legend += fars.values()
     spans = [
-        {"choice": s["choice"], "heads": s["heads"], "sink": s["sink"], "window": "all" if s["dense"] else s["window"],
+        {"choice": s["choice"], "heads": s["heads"], "sink": s["sink"],
+         "window": "none" if s["far"] == "gone" else "all" if s["dense"] else s["window"],
          "kept": f"{100 * s['kept']:.1f} %"}
         for s in plan["spans"]
     ]  # fmt: skip

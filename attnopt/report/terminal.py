@@ -25,7 +25,7 @@ from attnopt.plan import Plan
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import data
-from attnopt.report.cells import bucket, cell_text, is_number, letter, short_labels
+from attnopt.report.cells import bucket, cell_text, far_sign, is_number, letter, short_labels
 from attnopt.report.profile_map import FIRST_KEYS, MOSTLY, NEAR
 
 WIDTH = 140  # of tables that go to a file or a pipe, where no terminal says how wide it is
@@ -33,6 +33,7 @@ WIDE = 40  # from so many heads on, a cell of a map is one column and not two
 # From narrow to wide, readable on dark and light alike; dense stands apart.
 RAMP = ("#1a9850", "#53ae5d", "#8cc665", "#c3d968", "#f0d95f", "#fdb44f", "#f4793c", "#d7402b")
 DENSE_COLOUR = "#707a8a"
+FAR_COLOURS = {"linear": "#a98be0", "mean": "#63b0e8", "gone": "#f2f2f2"}
 STATES = {"rewritten": "green", "left alone": "yellow", "not recognised": "red"}
 
 
@@ -187,10 +188,12 @@ def print_plan(plan: Plan, to: Console | None = None) -> None:
     to.print(grid)
     to.print()
     length = found["lengths"]["planned"]
-    buckets = sorted({bucket(span["window"]) for span in found["spans"] if not span["dense"]})
+    buckets = sorted({bucket(span["window"]) for span in found["spans"] if not span["dense"] and not span["far"]})
     top = max(bucket(length), 1)
 
     def cell(head: Mapping[str, Any]) -> tuple[str, str]:
+        if head["far"]:
+            return far_sign(head), FAR_COLOURS[head["far"]]
         if head["dense"]:
             return "#", DENSE_COLOUR
         size = bucket(head["window"])
@@ -198,11 +201,12 @@ def print_plan(plan: Plan, to: Console | None = None) -> None:
 
     _map(to, {name: [cell(head) for head in heads] for name, heads in found["sites"].items()})
     entries = [(letter(n), _ramp(b / top), f"window <= {1 << b}") for n, b in enumerate(buckets)]
-    _legend(to, [*entries, ("#", DENSE_COLOUR, "dense")])
+    fars = {s["candidate"]: (far_sign(s), FAR_COLOURS[s["far"]], s["candidate"]) for s in found["spans"] if s["far"]}
+    _legend(to, [*entries, *fars.values(), ("#", DENSE_COLOUR, "dense")])
     right = ("heads", "sink", "window", "kept")
     table = _table(["choice", "heads", "sink", "window", "kept"], right)
     for span in found["spans"]:
-        window = "all" if span["dense"] else str(span["window"])
+        window = "none" if span["far"] == "gone" else "all" if span["dense"] else str(span["window"])
         table.add_row(span["choice"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
     _titled(to, f"Spans at {length} tokens", table)
 
@@ -335,10 +339,10 @@ def print_bench(rows: Sequence[Mapping[str, Any]], title: str = "Benchmark", to:
 
 
 def print_candidates(rows: Sequence[Mapping[str, Any]], title: str = "Candidates", to: Console | None = None) -> None:
-    """Rows {choice, damage, cost, chosen, why} of one head: nats per token and milliseconds; the chosen one marked."""
+    """Rows {choice, damage, cost, chosen, why} of one head, nats per token and what `title` says of costs; the chosen
+    one marked."""
     to = to or console()
-    table = _table(["", "choice", "damage (nats per token)", "cost (ms)", "why"],
-                   ("damage (nats per token)", "cost (ms)"))  # fmt: skip
+    table = _table(["", "choice", "damage (nats per token)", "cost", "why"], ("damage (nats per token)", "cost"))
     for row in rows:
         style = "bold green" if row.get("chosen") else ""
         cells = [cell_text(row.get(name)) for name in ("choice", "damage", "cost", "why")]

@@ -17,6 +17,7 @@ from attnopt.codegen.spec import SpanBackward, SpanDecode, SpanPrefill
 from attnopt.registry import TARGETS
 from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
+from benchmarks.cuda.linear import linear_checks
 from benchmarks.cuda.masked import masked_checks
 from benchmarks.record import Row
 from benchmarks.spans import Sizes
@@ -134,6 +135,7 @@ CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
     "span_decode": decode_checks,
     "span_backward": backward_checks,
     "masked_prefill": masked_checks,
+    "linear_prefill": linear_checks,
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt import hf, text
-from attnopt.cost import Costs
+from attnopt.cost import Costs, CostTable
 from attnopt.distill import Menu, distill_model
 from attnopt.fitted import Fitted
 from attnopt.instrument import Attention, Instrumented
@@ -99,11 +99,11 @@ class Subject:
         return [row[None] for row in rows if tuple(row[:64].tolist()) not in used][-3:]
 
     def problem(self, length: int, objective: str, allowed: Sequence[str]) -> Problem:
-        """The knapsack at `length` with the families allowed; costs are timed on this machine, once."""
+        """The knapsack at `length` with the families allowed. Bytes need no times; those of prefill are taken once."""
+        tables = CostTable.by_density() if objective == "memory" else self.tables(length)
         return make_problem(
-            self.profile, self.tables(length), self.sites, length, objective=objective, fitted=self.fitted,
-            allow=tuple(allowed),
-        )  # fmt: skip
+            self.profile, tables, self.sites, length, objective=objective, fitted=self.fitted, allow=tuple(allowed)
+        )
 
     def tables(self, length: int) -> dict[str, Costs]:
         if length not in self._tables:

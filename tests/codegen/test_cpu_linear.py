@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import linears
 import pytest
 import torch
+from emitting import check_clean
 
 from attnopt.codegen import linear_cpu, linear_native, reference_linear
 from attnopt.codegen.emit import load
 from attnopt.codegen.self_check import error
 from attnopt.codegen.spec import LinearBackward, LinearDecode, LinearPrefill
+from attnopt.registry import TARGETS
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3}
 SIZES = "cpu", "float32", 8, 4, 16, 24, 5
@@ -32,7 +35,7 @@ def way(request, monkeypatch):
     return request.param
 
 
-def check(q, k, v, tables, maps, pad, tolerance):
+def check(q, k, v, tables, maps, pad, tolerance, lse_tolerance=2e-6):
     """Both kernels against the reference in float64; nothing for one of them to hide in: gradients at both results."""
     dtype, padded = str(q.dtype).removeprefix("torch."), pad is not None
     sizes = "cpu", dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], maps.heads, maps.kind, maps.rank, padded
@@ -40,7 +43,8 @@ def check(q, k, v, tables, maps, pad, tolerance):
     wide = [x.double() for x in (q, k, v)]
     expected, sums = reference_linear.prefill(*wide, *tables, maps, pad)
     assert out.dtype == v.dtype and lse.dtype == torch.promote_types(q.dtype, torch.float32)
-    assert error(out, expected) <= tolerance and error(lse, sums) <= min(tolerance, 2e-6)
+    assert torch.equal(lse.isneginf(), sums.isneginf())
+    assert error(out, expected) <= tolerance and error(lse, sums) <= min(tolerance, lse_tolerance)
     dout, dlse = torch.randn(out.shape).to(v.dtype), torch.randn(lse.shape, dtype=lse.dtype)
     found = load(LinearBackward(*sizes)).backward(dout, dlse, q, k, v, out, lse, *tables, maps, pad)
     given = dout.double(), dlse.double(), *wide, expected, sums
@@ -50,12 +54,33 @@ def check(q, k, v, tables, maps, pad, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", linears.RANK)
-def test_lengths_and_padding(kind, dtype):
+def test_lengths_and_padding(kind, dtype, way):
+    if dtype == torch.float64 and way == "compiled":
+        pytest.skip("never compiled")
     maps, paddings = linears.maps(kind, 5, 16), ("left", "right", "all of one", "holes")
     for length in LENGTHS:
         q, k, v = linears.inputs(length, dtype)
         for pad in ("none", paddings[length % 4]):
             check(q, k, v, linears.tables(), maps, linears.padding(pad, length), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["as they are", "odd rows", "odd start"])
+def test_sizes_that_a_matrix_unit_takes(dtype, layout):
+    """Features and chunks are then products in bfloat16, and logsumexps are as exact as the features in them."""
+    # Where rows are no whole words it is not asked, and results are exact again.
+    pairs = dtype == torch.bfloat16 and layout == "as they are"
+    for length in (1, 66, 200) if layout == "as they are" else (130,):
+        q, k, v = linears.inputs(length, dtype, dim=64, dim_v=32)
+        if layout != "as they are":
+            width, start = (65, 0) if layout == "odd rows" else (66, 1)
+            wide = [x.new_zeros(*x.shape[:3], width) for x in (q, k, v)]
+            for x, into in zip((q, k, v), wide, strict=True):
+                into[..., start : start + x.shape[3]] = x
+            q, k, v = (to[..., start : start + x.shape[3]] for to, x in zip(wide, (q, k, v), strict=True))
+        for pad in ("none", "left", "holes"):
+            given = linears.tables(), linears.maps("exp", 5, 64, rank=32), linears.padding(pad, length)
+            check(q, k, v, *given, TOLERANCE[dtype], 2e-4 if pairs else 2e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -67,6 +92,20 @@ def test_head_sharing(kv_heads):
         check(q, k, v, tables, linears.maps("exp", len(served), 8), None, 2e-6)
 
 
+@pytest.mark.parametrize("length", [40, 64, 129, 700])
+def test_few_heads_are_cut_among_threads(length):
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        for kind in linears.RANK:
+            q, k, v = linears.inputs(length)
+            tables = linears.tables((1,)), linears.tables((6,), windows=(1,) * 8)
+            for each in tables:
+                check(q, k, v, each, linears.maps(kind, 1, 16), linears.padding("holes", length), 2e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_layouts_and_an_empty_batch():
     q, k, v = linears.inputs(100)
     maps = linears.maps("exp", 5, 16)
@@ -75,28 +114,26 @@ def test_layouts_and_an_empty_batch():
     check(*(x[:0] for x in (q, k, v)), linears.tables(), maps, None, 2e-6)
 
 
-def test_padding_is_not_read():
-    q, k, v = linears.inputs(100)
-    pad = linears.padding("left", 100)
-    clean = load(LinearPrefill(*SIZES, "exp", 24, True)).prefill(
-        q, k, v, *linears.tables(), linears.maps("exp", 5, 16), pad
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_is_not_read(dtype):
+    q, k, v = linears.inputs(100, dtype, dim=64, dim_v=32)
+    pad, rest = linears.padding("left", 100), (*linears.tables(), linears.maps("exp", 5, 64, rank=32))
+    clean = linear_cpu.prefill(q, k, v, *rest, pad)
     k, v = (x.masked_fill(~pad[:, None, :, None], float("nan")) for x in (k, v))
-    found = load(LinearPrefill(*SIZES, "exp", 24, True)).prefill(
-        q, k, v, *linears.tables(), linears.maps("exp", 5, 16), pad
-    )
+    found = linear_cpu.prefill(q, k, v, *rest, pad)
     assert all(torch.equal(x, y) and not x.isnan().any() for x, y in zip(found, clean, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wrong", [(1, 0), (-1, 0), (0, 1)])
-def test_a_span_off_by_one_is_out_of_tolerance(wrong):
-    q, k, v = linears.inputs(200)
-    maps = linears.maps("exp", 5, 16)
+def test_a_span_off_by_one_is_out_of_tolerance(wrong, dtype):
+    q, k, v = linears.inputs(200, dtype, dim=64, dim_v=32)
+    maps = linears.maps("exp", 5, 64, rank=32)
     heads, sinks, windows = linears.tables()
-    found = load(LinearPrefill(*SIZES, "exp", 24, False)).prefill(q, k, v, heads, sinks, windows, maps)
+    found = linear_cpu.prefill(q, k, v, heads, sinks, windows, maps)
     spans = sinks + wrong[1], windows + wrong[0]
     expected = reference_linear.prefill(q.double(), k.double(), v.double(), heads, *spans, maps)
-    assert error(found[0], expected[0]) > 1e-3 and error(found[1], expected[1]) > 1e-5
+    assert error(found[0], expected[0]) > 2 * TOLERANCE[dtype] and error(found[1], expected[1]) > 4e-4
 
 
 def test_another_shape_kind_or_padding_is_refused():
@@ -171,10 +208,10 @@ def test_the_state_grows_to_64k_tokens(dtype):
     Only the last rows are compared, whose state holds the whole past; and a run of 64k rows is as exact as a short one.
     """
     length = 2**16
-    q, k, v = linears.inputs(length, dtype, batch=1, kv_heads=1, dim=4, dim_v=4)
+    q, k, v = linears.inputs(length, dtype, batch=1, kv_heads=1, dim=32, dim_v=32)
     v = v + 3.0
-    maps = linears.maps("exp", 1, 4, rank=8)
-    maps.bk.copy_(torch.linspace(-20, 30, 8)[None])
+    maps = linears.maps("exp", 1, 32, rank=32)
+    maps.bk.copy_(torch.linspace(-20, 30, 32)[None])
     tables = linears.tables((3,), (4,) * 8, (100,) * 8)
     out, lse = linear_cpu.prefill(q, k, v, *tables, maps)
     state = reference_linear.state(k.double(), v.double(), tables[0], 8, *tables[1:], maps)
@@ -182,6 +219,13 @@ def test_the_state_grows_to_64k_tokens(dtype):
     nowhere = torch.full((1, 1), -1)
     row = reference_linear.decode(q[:, :, -1:].double(), k[:, :, 0], v[:, :, 0], nowhere, tables[0], state, maps)
     assert error(out[:, :, -1:], row[0]) <= (1e-6 if dtype == torch.float32 else 4e-3)
-    assert error(lse[:, :, -1:], row[1]) <= 1e-6
+    assert error(lse[:, :, -1:], row[1]) <= (1e-6 if dtype == torch.float32 else 1e-4)
     found = linear_cpu.state(k, v, tables[0], 8, *tables[1:], maps)
     assert error(found, state) <= 1e-6
+
+
+def test_emitted_files_are_clean(tmp_path):
+    sizes = "cpu", "bfloat16", 32, 8, 64, 128, 12, "taylor", 8
+    specs = [LinearDecode(*sizes), *(f(*sizes, pad) for f in (LinearPrefill, LinearBackward) for pad in (True, False))]
+    both = [replace(spec, target=target) for spec in specs for target in ("cpu", "reference")]
+    check_clean(tmp_path, (TARGETS[f"{spec.target} {spec.kernel}"].emit(spec) for spec in both))

@@ -235,12 +235,24 @@ def test_the_decoding_takes_it(dtype, monkeypatch):
     wide = replace(case, tokens=33, windows=[])
     decode_cpu.decode(*arguments(wide, dtype), 0.25)
     assert len(asked) == 1
-    with pytest.raises(ValueError, match="follow"):
-        decode_cpu.decode(q, k, v, starts.flip(0) * 0 + torch.tensor([0, 400, 40, 380]), filled, 0.25)
-    assert len(asked) == 1
+    for segments, reason in (
+        ([0, 400, 40, 380], "follow"),
+        ([1, 40, 60, 380], "begin"),
+        ([0, 4, 8, 379], "ends at 379"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            decode_cpu.decode(q, k, v, torch.tensor(segments), filled, 0.25)
 
 
-def test_what_they_do_not_serve_is_said(monkeypatch):
+@pytest.fixture
+def asked_anew():
+    """What this process knows about the kernels is found out in the test, and again after it."""
+    native._loaded.cache_clear(), native._cannot.cache_clear()
+    yield
+    native._loaded.cache_clear(), native._cannot.cache_clear()
+
+
+def test_what_they_do_not_serve_is_said(asked_anew, monkeypatch):
     assert "float16" in native.unusable(torch.float16)
     assert not native.takes(torch.float32, 40, 32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -249,7 +261,7 @@ def test_what_they_do_not_serve_is_said(monkeypatch):
     assert native.told() == dict.fromkeys(("float32", "bfloat16"), "ATTNOPT_NATIVE is 0")
 
 
-def test_without_a_compiler_torchs_operators_run(monkeypatch, caplog):
+def test_without_a_compiler_torchs_operators_run(asked_anew, monkeypatch, caplog):
     from torch._inductor.codecache import CppCodeCache
 
     def missing(*_, **__):
@@ -257,14 +269,10 @@ def test_without_a_compiler_torchs_operators_run(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(CppCodeCache, "load", missing)
-    native._loaded.cache_clear()
-    try:
-        q, k, v = inputs(100, torch.float32)
-        found = span_cpu.prefill(q, k, v, *tables(SPANS["mixed"]), 0.2)
-        assert "No working C++ compiler" in native.unusable()
-        (said,) = caplog.messages
-        assert "Install a C++ compiler" in said and "ATTNOPT_NATIVE=0" in said
-    finally:
-        native._loaded.cache_clear()
+    q, k, v = inputs(100, torch.float32)
+    found = span_cpu.prefill(q, k, v, *tables(SPANS["mixed"]), 0.2)
+    assert "No working C++ compiler" in native.unusable()
+    (said,) = caplog.messages
+    assert "Install a C++ compiler" in said and "ATTNOPT_NATIVE=0" in said
     expected, _ = reference(q.double(), k.double(), v.double(), *tables(SPANS["mixed"]), 0.2)
     assert float((found.double() - expected).norm() / expected.norm()) < 1e-5

@@ -37,7 +37,7 @@ def test_fits_are_written_and_told(
     assert told["fitted"] == str(out) and told["lengths"] == [64]
     assert made.header.fingerprint == Profile.load(profile).header.fingerprint
     rows = told["sites"][SITE]
-    assert [row["family"] for row in rows] == 2 * ["compensation", "linear", "taylor"] + ["pruned"]
+    assert [row["family"] for row in rows] == 2 * ["compensation", "linear", "taylor"] + ["prune"]
     for row, choice in zip(rows, [c for c in made.choices(SITE) if c.candidate != "sink_window"], strict=True):
         assert row["offered"] == made.offered(SITE, choice).nonzero()[:, 0].tolist()
         assert row["damage"]["64"] == made.damage(SITE, 64, choice).tolist()
@@ -49,7 +49,7 @@ def test_fits_are_written_and_told(
     print_fitted(made)
     table = " ".join(capsys.readouterr().out.split())
     offered = len({head for row in rows if row["family"] == "taylor" for head in row["offered"]})
-    assert f"taylor: offered on {offered} of 4 heads" in table and "pruned: offered on 4 of 4 heads" in table
+    assert f"taylor: offered on {offered} of 4 heads" in table and "prune: offered on 4 of 4 heads" in table
     assert "linear(features=4, sink=0, window=8)" in table and "window=32" not in table
 
     before = snapshot(tmp_path)
@@ -59,7 +59,7 @@ def test_fits_are_written_and_told(
         "no profile": {"--profile": str(tmp_path / "none")},
         "not a profile": {"--profile": str(out)},
         "does not hold two sequences of 64": {"--text": str(work / "short")},
-        "invalid choice": {"--families": ""},
+        "no family hedgehog": {"--families": ""},
     }
     (work / "short").write_text("def f(): pass\n" * 20)
     for message, changes in others.items():

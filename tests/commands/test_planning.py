@@ -236,3 +236,32 @@ def test_missing_triton_is_one_message(planned: Path, tmp_path: Path) -> None:
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "needs the package triton" in ended.stderr and "pip install triton" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_fitted_is_weighed_named_and_kept_beside_the_plan(
+    planned: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits, plan, words = tmp_path / "f.safetensors", tmp_path / "p.json", str(planned / "text.py")
+    fitting = ["distill", str(planned / "model"), "--profile", str(planned / "profile"), "--text", words]
+    menu = ["--features", "4", "--ranks", "2", "--windows", "16", "--steps", "0", "--samples", "1"]
+    assert main([*fitting, *menu, "--out", str(fits)]) == 0
+    command = plan_command(planned, plan, fitted=str(fits), objective="memory")
+    before = snapshot(tmp_path)
+    assert "Did you mean 'prune'?" in fails([*command, "--allow", "linear,prun"])
+    assert "Nothing was fitted for linear" in fails([*plan_command(planned, plan), "--allow", "linear"])
+    clash = plan_command(planned, plan, fitted=str(tmp_path / "p.fitted.safetensors"))
+    assert "Give another --out" in fails(clash)
+    assert "holds no fits" in fails(plan_command(planned, plan, fitted=str(planned / "profile")))
+    assert snapshot(tmp_path) == before
+    capsys.readouterr()
+    assert main([*command, "--allow", "linear,taylor,compensation,prune", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["constraints"]["allow"] == ["compensation", "linear", "prune", "taylor"]
+    assert sum(found["candidates"].values()) == 8 and all(
+        "far" in h for heads in found["sites"].values() for h in heads
+    )
+    explained = ["explain", str(plan), f"{SITE}.3", "--profile", str(planned / "profile")]
+    assert main([*explained, "--fitted", str(fits), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    assert {r["choice"].split("(")[0] for r in rows} >= {"linear", "taylor", "compensation", "pruned", "sink_window"}
+    assert all(r["damage"] is not None and r["why"] for r in rows) and rows[0]["cost"] == 0

@@ -22,7 +22,8 @@ module = sys.modules["attnopt.ops.mean_far"]
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(module, "BLOCK", {"cpu": 8})
+    monkeypatch.setattr(module, "CHUNK", 3)
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64, padded: bool = False) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from attnopt.ir import DENSE, Choice, GraphReport, Mask, Miss, Refusal, Rewrite,
 from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
 from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
-from attnopt.report import terminal
+from attnopt.report import data, page, terminal
 from attnopt.report.cells import fold_rows, number_ranges, short_labels, short_source
 from attnopt.statistics import Grid
 
@@ -124,6 +124,23 @@ def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
     assert "edited" not in text and "edited" in shown(
         terminal.print_plan, replace(plan(), choices={"layers.0.attn": (DENSE,)})
     )
+
+
+def test_heads_with_far_parts_and_without_attention_are_named() -> None:
+    tails = [
+        Choice.of("linear", {"sink": 4, "window": 128, "features": 64}),
+        Choice.of("taylor", {"sink": 4, "window": 128, "rank": 8}),
+        Choice.of("compensation", {"sink": 4, "alpha": 128, "beta": 0.0}),
+    ]
+    mixed = replace(plan(), choices={"layers.0.attn": (*tails, DENSE), "layers.1.attn": (Choice("pruned"),) * 4})
+    text = shown(terminal.print_plan, mixed)
+    assert "0 L T C # " in text and "1 x x x x " in text and " x  pruned" in text and "window <=" not in text
+    assert "1 linear, 1 taylor, 1 compensation, 1 dense, 4 pruned" in text
+    assert "under 256 tokens every site runs dense but for pruned heads" in text
+    (row,) = [line.split() for line in text.splitlines() if line.strip().startswith("pruned")]
+    assert row == ["pruned", "4", "0", "none", "0.0", "%"]
+    html = page.render({"plan": data.plan_json(mixed)})
+    assert html.count('class="far-gone"') == 4 and html.count('class="far-linear"') == 2 and "pruned" in html
 
 
 def test_a_profile_is_shown() -> None:
