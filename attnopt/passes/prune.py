@@ -69,17 +69,17 @@ class Kept:
 
 
 def kept_of(heads: int, kv_heads: int, removed: Sequence[int]) -> Kept:
-    """What stays of `heads` query heads over `kv_heads`: groups of equal numbers side by side, the largest first."""
+    """What stays of `heads` query heads over `kv_heads`: groups of equal numbers side by side, else in their order."""
     size = heads // kv_heads
     stay = {g: [h for h in range(g * size, (g + 1) * size) if h not in removed] for g in range(kv_heads)}
     by_number: dict[int, list[int]] = defaultdict(list)
     for group, left in stay.items():
         if left:
             by_number[len(left)].append(group)
-    groups = [g for number in sorted(by_number, reverse=True) for g in by_number[number]]
+    groups = [g for number in by_number for g in by_number[number]]
     classes, head, group = [], 0, 0
-    for number in sorted(by_number, reverse=True):
-        count = len(by_number[number])
+    for number, equal in by_number.items():
+        count = len(equal)
         classes.append(Class(head, count * number, group, count))
         head, group = head + count * number, group + count
     return Kept(tuple(h for g in groups for h in stay[g]), tuple(groups), tuple(classes))
