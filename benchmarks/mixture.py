@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ SIZES = {
     "recall": Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200),
 }
 SHORT = Sizes((256, 512), 768, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
-SHARES = (0.5, 0.3, 0.15, 0.05)
+# A window is never cheap in time; a cache may be a hundredth.
+SHARES = {"prefill": (0.5, 0.3, 0.15, 0.07), "memory": (0.3, 0.1, 0.03, 0.01)}
+FEW = {"prefill": (0.5, 0.2), "memory": (0.5, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Row:
 class Mixture:
     """The plans of one model."""
 
-    def __init__(self, subject: Subject, shares: Sequence[float]) -> None:
+    def __init__(self, subject: Subject, shares: Mapping[str, Sequence[float]]) -> None:
         self.subject, self.shares = subject, shares
         self.length = subject.sizes.length
         self.dense: Choices = {s.name: (DENSE,) * s.heads for s in subject.sites}
@@ -107,7 +109,7 @@ class Mixture:
         for name, allowed in ALLOWED.items():
             problem = self.subject.problem(self.length, objective, allowed)
             sweep = front(problem)
-            for share in self.shares:
+            for share in self.shares[objective]:
                 solution = sweep.pick(max_cost=share * problem.dense.cost)
                 if solution is None:
                     self.subject.say(f"{self.subject.name}, {objective}, {name}: nothing costs {share:g} of dense")
@@ -155,7 +157,7 @@ def measured(name: str, args: argparse.Namespace) -> tuple[list[Row], list[str]]
     """The rows of one model, and what is to be said of it."""
     sizes = SHORT if args.quick else SIZES[name]
     subject = Subject(name, sizes, lambda line: print(line, flush=True))
-    mixture = Mixture(subject, (0.5, 0.2) if args.quick else SHARES)
+    mixture = Mixture(subject, FEW if args.quick else SHARES)
     rows = [row for objective in OBJECTIVES for row in mixture.rows(objective)]
     dense, *plans = mixture.times(2 if args.quick else 5)
     rows = [r if r.wrong else replace(r, timed=ms / dense) for r, ms in zip(rows, plans, strict=True)]

@@ -115,7 +115,7 @@ def subject(tmp_path_factory):
 
 
 def test_every_family_is_measured_and_a_wrong_operator_has_no_figures(subject, monkeypatch, tmp_path):
-    made = mixture.Mixture(subject, (0.6,))
+    made = mixture.Mixture(subject, dict.fromkeys(mixture.OBJECTIVES, (0.6,)))
     rows = [row for objective in mixture.OBJECTIVES for row in made.rows(objective)]
     dense, *times = made.times(1)
     assert len(times) == len(rows) and dense > 0
@@ -131,7 +131,11 @@ def test_every_family_is_measured_and_a_wrong_operator_has_no_figures(subject, m
     mixture.figure(rows, tmp_path / "one.svg")
     assert (tmp_path / "one.svg").stat().st_size > 1000
     monkeypatch.setattr(Subject, "error", lambda self, choices: 0.1)
-    (wrong,) = [r for r in mixture.Mixture(subject, (0.6,)).rows("memory") if r.families == "spans"]
+    (wrong,) = [
+        r
+        for r in mixture.Mixture(subject, dict.fromkeys(mixture.OBJECTIVES, (0.6,))).rows("memory")
+        if r.families == "spans"
+    ]
     assert wrong.increase is None and "WRONG" in str(wrong) and mixture.cell(wrong, "memory") == "WRONG"
 
 

@@ -78,9 +78,11 @@ def hold(gm: GraphModule, node: Node) -> None:
 
 
 def relied_at(gm: GraphModule, names: Iterable[str]) -> dict[int, Tensor]:
-    """The constants among a captured graph's inputs that were relied on, by position."""
+    """The constants among a captured graph's inputs that were relied on, by position. The graph, which a compiled
+    function may keep, lets go of them all: no pass may ask for them any more."""
     positions = {n.name: at for at, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    return {positions[name]: gm.meta[KEY][name] for name in names}
+    held = gm.meta.pop(KEY, {})
+    return {positions[name]: held[name] for name in names}
 
 
 def guarded(

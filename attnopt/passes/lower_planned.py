@@ -98,4 +98,4 @@ def run(program: Program) -> None:
             program.notes.append(located(exact, region.anchor))
             continue
         build = insert_planned(program, choices, plan, region.site.name, range(len(choices)))
-        program.replace(region, build, described(choices), tuple(choices))
+        program.replace(region, build, described(choices), tuple(choices), equal=False)

@@ -69,17 +69,17 @@ class Kept:
 
 
 def kept_of(heads: int, kv_heads: int, removed: Sequence[int]) -> Kept:
-    """What stays of `heads` query heads over `kv_heads`: groups of equal numbers side by side, the largest first."""
+    """What stays of `heads` query heads over `kv_heads`: groups of equal numbers side by side, else in their order."""
     size = heads // kv_heads
     stay = {g: [h for h in range(g * size, (g + 1) * size) if h not in removed] for g in range(kv_heads)}
     by_number: dict[int, list[int]] = defaultdict(list)
     for group, left in stay.items():
         if left:
             by_number[len(left)].append(group)
-    groups = [g for number in sorted(by_number, reverse=True) for g in by_number[number]]
+    groups = [g for number in by_number for g in by_number[number]]
     classes, head, group = [], 0, 0
-    for number in sorted(by_number, reverse=True):
-        count = len(by_number[number])
+    for number, equal in by_number.items():
+        count = len(equal)
         classes.append(Class(head, count * number, group, count))
         head, group = head + count * number, group + count
     return Kept(tuple(h for g in groups for h in stay[g]), tuple(groups), tuple(classes))
@@ -360,17 +360,17 @@ def lower_rest(program: Program, rest: Region, choices: Sequence[Choice], heads:
         no = next((r for r in asked if r is not None), None)
         if no is None:
             build = insert_planned(program, choices, plan, rest.site.name, heads)
-            return put(program, rest, build, described_choices(choices))
+            return put(program, rest, build, described_choices(choices), equal=False)
         said = f"planned, but {no.reason}; the heads that stay are exact"
         program.notes.append(located(replace(no, reason=said, path=rest.site.name), rest.anchor))
     chosen = lower_exact.choose(program, rest)
     return as_one_call(rest) if isinstance(chosen, Refusal) else put(program, rest, *chosen)
 
 
-def put(program: Program, rest: Region, build: Callable[[Region], Node], lowering: str) -> str:
+def put(program: Program, rest: Region, build: Callable[[Region], Node], lowering: str, equal: bool = True) -> str:
     """Replace the SDPA call of the heads that stay; where that fails it stays, and the refusal is reported."""
     before = len(program.rewrites)
-    program.replace(rest, build, lowering)
+    program.replace(rest, build, lowering, equal=equal)
     return lowering if len(program.rewrites) > before else as_one_call(rest)
 
 

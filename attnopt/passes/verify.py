@@ -5,7 +5,8 @@
     q, k, v, mask inputs  ->  what replaces it   ->  c       a == c likewise
 
 With ``options={"verify": True}`` or ATTNOPT_VERIFY=1, and in the tests: the pass looks at every region, its mask and
-bias at random positions as well; `Program.replace` at every rewrite. A site that fails is refused, with the reason.
+bias at random positions as well; `Program.replace` at every rewrite but those of a plan, which are to differ. A site
+that fails is refused, with the reason.
 """
 
 from __future__ import annotations
