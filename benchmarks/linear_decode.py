@@ -37,15 +37,15 @@ from benchmarks.mixtures.subject import Choices, Outcome, Sizes, Subject
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
-TAKES = "15 min"
+TAKES = "10 min"
 QUICK = ("--quick",)
 TOLERANCE = 1e-4
 ALLOWED = {"spans": (), "tails": ("linear", "taylor", "compensation")}
-SIZES = Sizes((1024, 2048), 4096, 2, 2, windows=(32, 128), steps=200)
+SIZES = Sizes((1024, 4096), 4096, 2, 2, windows=(32, 128), steps=200)
 SHORT = Sizes((256, 512), 512, 1, 1, features=(16,), ranks=(4,), windows=(32,), steps=20)
-# Plans that are measured at each length and set of families, closing in on the smallest cache that holds, and how near
-# in the logarithm of its bytes is near enough.
-TRIES, CLOSE = 8, 0.05
+# Sizes of caches that are tried at each length and set of families, in equal ratios from the smallest plan's to dense;
+# and how often the ratio between the last that missed and the first that held is halved.
+STEPS, CLOSER = 6, 3
 
 
 def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float) -> tuple[Choices, Outcome]:
@@ -55,15 +55,13 @@ def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float)
     best: tuple[Choices, Outcome] = ({s.name: (DENSE,) * s.heads for s in subject.sites}, Outcome(0.0, 0.0))
     if len(sweep) < 2:
         return best
-    low, high = math.log(float(sweep.cost.min())), math.log(problem.dense.cost)
-    # Where the prediction meets the limit; from there on halfway between what holds and what misses, in log bytes.
-    nats = most / 100 * subject.dense_loss(length, samples)
-    at = min(max(math.log(float(sweep.cost[sweep.within(nats)])), low), high)
     seen: dict[bytes, Outcome] = {}
-    for _ in range(TRIES):
-        solution = sweep.pick(max_cost=math.exp(at) * (1 + 1e-9))
+
+    def tried(cost: float) -> tuple[Choices, Outcome, float] | None:
+        """The plan of at most this cost, if it holds, and what it costs."""
+        solution = sweep.pick(max_cost=cost * (1 + 1e-9))
         if solution is None:
-            break
+            return None
         choices, key = choices_from(problem, solution), solution.index.tobytes()
         if key not in seen:
             seen[key] = subject.measure(choices, length, samples)
@@ -71,13 +69,22 @@ def cheapest(subject: Subject, allowed: Sequence[str], length: int, most: float)
                 f"  {length} tokens, {', '.join(allowed) or 'spans'}: cache {solution.cost / problem.dense.cost:.4f} "
                 f"of dense, loss {seen[key].increase:+.3f} %"
             )
-        if seen[key].increase <= most:
-            high, best = math.log(solution.cost), (choices, seen[key])
-        else:
-            low = at
-        if high - low < CLOSE:
-            break
-        at = (low + high) / 2
+        return (choices, seen[key], solution.cost) if seen[key].increase <= most else None
+
+    # From the smallest cache up: what is lost need not fall with every byte, and small plans are soon measured.
+    least, dense = float(sweep.cost.min()), problem.dense.cost
+    missed = least
+    for step in range(STEPS):
+        cost = least * (dense / least) ** (step / STEPS)
+        found = tried(cost)
+        if found is None:
+            missed = cost
+            continue
+        for _ in range(CLOSER if step else 0):
+            middle = math.sqrt(missed * found[2])
+            closer = tried(middle)
+            found, missed = (found, middle) if closer is None else (closer, missed)
+        return found[0], found[1]
     return best
 
 

@@ -1,4 +1,4 @@
-"""One token of linear far parts on the CPU: in the compiled kernel linear.cpp where it can be had, else the reference.
+"""One token of linear far parts on the CPU: in the kernel linear_decode.cpp where it can be had, else the reference.
 
 In the kernel a state is walked once, each row taking what leaves the window and being read.
 """

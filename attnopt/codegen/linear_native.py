@@ -19,8 +19,9 @@ from attnopt import settings
 from attnopt.codegen import native
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("linear.cpp")
-# What linear.cpp unpacks: addresses, strides, sizes. In one piece: a token is decoded with a call for every layer.
+# Compiled as one text, in this order.
+SOURCES = tuple(Path(__file__).with_name(f"linear{part}.cpp") for part in ("", "_prefill", "_decode"))
+# What they unpack: addresses, strides, sizes. In one piece: a token is decoded with a call for every layer.
 _PREFILL, _DECODE = struct.Struct("38q").pack, struct.Struct("31q").pack
 
 
@@ -118,7 +119,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         # Private to inductor, and may move: then this is what the reason says.
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
+        library = CppCodeCache.load("".join(path.read_text(encoding="utf-8") for path in SOURCES))
         for name in ("prefill", "decode"):
             for dtype in ("float32", "bfloat16"):
                 getattr(library, f"{name}_{dtype}").argtypes = (ctypes.c_char_p,)
