@@ -66,13 +66,14 @@ def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progre
             progress=progress, report=lambda record: tell(f"   {record}"),
         )  # fmt: skip
 
-    try:
-        return planned(LOSS_INCREASE)
-    except BudgetError as error:
-        # Chosen as the last that holds on one text, a plan may miss on the next; and a second look at that text asks
-        # for more than the first did.
-        tell(f"   {error.problem}\n   Planned again, for half of the budget.")
-        return planned(LOSS_INCREASE / 2)
+    for percent in (LOSS_INCREASE, LOSS_INCREASE / 2):
+        try:
+            return planned(percent)
+        except BudgetError as error:
+            # Chosen as the last that holds on one text, a plan may miss on the next; and a second look at that text
+            # asks for more than the first did.
+            tell(f"   {error.problem}\n   Planned again, for half of that budget.")
+    return planned(LOSS_INCREASE / 4)
 
 
 def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progress: Progress) -> float:

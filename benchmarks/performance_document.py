@@ -16,6 +16,7 @@ FIGURES = PAGE.parent / "figures"
 # Benchmark -> what its section is called and says. The order is that of the page.
 TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
+    "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
     "cpu_linear": "CPU: heads with a linear far part",
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn import Parameter
 
 from attnopt.capture.constants import hold, owned, parameter_of
@@ -125,6 +125,7 @@ class Slices:
         self.twins: dict[Node, Node] = {}
         # Products made of one product of the graph: (original, new).
         self.products: list[tuple[Node, Node]] = []
+        self.fixed = fixed_nodes(self.gm.graph)
         self._weights: dict[Node, Tensor | None] = {}
         self._relied: set[Node] = set()
 
@@ -132,10 +133,9 @@ class Slices:
 
     def weight(self, node: Any) -> Tensor | None:
         """The value of what is computed from parameters and buffers alone; None of anything else."""
-        if not isinstance(node, Node):
+        if not isinstance(node, Node) or node not in self.fixed:
             return None
         if node not in self._weights:
-            self._weights[node] = None
             self._weights[node] = self._computed(node)
         return self._weights[node]
 
@@ -145,13 +145,7 @@ class Slices:
         if node.op == "get_attr":
             held = getattr(self.gm, str(node.target), None)
             return held if type(held) is Tensor else None
-        inputs = node.all_input_nodes
-        if node.op != "call_function" or not inputs or len(inputs) > 8 or value(node) is None:
-            return None
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
-            return None
-        if any(self.weight(n) is None for n in inputs):
+        if any(self.weight(n) is None for n in node.all_input_nodes):
             return None
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.weight)
         with at_compile_time():
@@ -234,7 +228,7 @@ class Slices:
         """Nodes that were made anew and that something else needs all the same, in the graph's order."""
         dead = self.dead()
         left = [n for n in self.gm.graph.nodes if n in self.followed and n not in dead]
-        return [n for n in left if n.op == "call_function" and self.weight(n) is None]
+        return [n for n in left if n.op == "call_function" and n not in self.fixed]
 
     def commit(self) -> None:
         self.fuse()
@@ -288,6 +282,23 @@ class Slices:
                 self.twins = {old: part if new is node else new for old, new in self.twins.items()}
         for node in nodes:
             self.gm.graph.erase_node(node)
+
+
+def fixed_nodes(graph: Graph) -> set[Node]:
+    """Parameters, buffers, and what plain operations make of these alone."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            held = parameter_of(node) is not None
+        elif node.op == "call_function" and value(node) is not None:
+            schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+            plain = schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags
+            held = plain and bool(node.all_input_nodes) and all(n in found for n in node.all_input_nodes)
+        else:
+            held = node.op == "get_attr"
+        if held:
+            found.add(node)
+    return found
 
 
 def at_compile_time() -> ExitStack:

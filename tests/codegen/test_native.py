@@ -198,12 +198,14 @@ def test_decoding_agrees_with_the_reference(name, dtype):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_decoding_in_several_pieces(threads, dtype):
-    """A piece cut off, a piece filled, three pieces; more rows than the products take at once."""
+    """A piece cut off, a piece filled, three pieces; more rows than the products take at once, and rows one by one in
+    fours, twos and ones."""
     case = Case([511, 512, 1300, 1537], share=6, tokens=3, dims=(64, 32), windows=[700] * 12 + [2**30] * 12)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for each in (case, replace(case, windows=[], filled=[[511, 3, 1025, 0], [1, 512, 1300, 1537]])):
+        few = replace(case, share=7, tokens=1, windows=[700] * 14 + [2**30] * 14)
+        for each in (case, few, replace(case, windows=[], filled=[[511, 3, 1025, 0], [1, 512, 1300, 1537]])):
             found, expected = decoding(each, dtype)
             assert relative(found, expected) <= TOLERANCE[dtype]
     finally:

@@ -11,7 +11,9 @@ registers):
     query_states     32, 8 warps: 167 / 0 / 44     32, 8 warps: 168 / 0 / 40
     linear_decode    4 warps: 191 / 0 / 2          4 warps: 194 / 0 / 2          2 warps: 208 / 0 / 8
 
-    linear_prefill of others, sm_90: D=64 216 / 0 / 56; 128 features 32, 8 warps: 254 / 0 / 192; float16 216 / 0 / 108
+    linear_prefill of others on sm_90: D=64 216 / 0 / 56, D=256 251 / 0 / 192, float16 216 / 0 / 108, exp/128
+    254 / 0 / 192, taylor/8 251 / 0 / 80. On sm_80 128 features do not fit: exp/128 spills kilobytes, taylor/8 248 B.
+    float32, off the tensor cores, spills 1.7 kB at D=128.
 
 Blocks of 64 rows take wgmma, and with it keep an address of every product in registers: 4 warps spill 100 bytes and
 more, 8 warps none at 252 registers, which leaves an SM one program that waits for its own loads.
