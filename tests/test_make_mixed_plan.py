@@ -11,12 +11,12 @@ from models import HEADS, NanoGPT, tokens
 
 from attnopt.cost import CostTable
 from attnopt.distill import Menu, distill_model
-from attnopt.errors import FittedError
+from attnopt.errors import FittedError, OptionError
 from attnopt.fingerprint import Fingerprint
 from attnopt.fitted import Fitted
 from attnopt.ir import Choice
 from attnopt.measure import Spans
-from attnopt.plan import Budget, Plan
+from attnopt.plan import Budget, Constraints, Plan
 from attnopt.planner.make import Made, make_plan
 from attnopt.planner.verify import verify_loop
 from attnopt.profile_file import Profile
@@ -76,6 +76,15 @@ def test_where_no_family_is_allowed_spans_alone_are_chosen(evidence: Evidence) -
     plain = made_with(evidence, evidence[1], ()).plan
     assert {c.candidate for heads in plain.choices.values() for c in heads} <= {"dense", "sink_window"}
     assert plain.fitted is None and plain.constraints.allow == ()
+
+
+def test_heads_that_are_gone_do_not_come_back_below_a_length(evidence: Evidence) -> None:
+    with pytest.raises(OptionError, match="--dense-below wants it back"):
+        texts = {LENGTH: tokens(8, LENGTH)}
+        make_plan(
+            NanoGPT().eval(), "nano", evidence[0], texts, texts, Budget("kl", 10.0), LENGTH, fitted=evidence[1],
+            allow=("prune",), constraints=Constraints(dense_below=32),
+        )  # fmt: skip
 
 
 def test_fits_of_another_model_are_refused(evidence: Evidence) -> None:

@@ -8,12 +8,15 @@ Regions whose heads are all dense, or that the plan's kernel cannot serve, are l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnopt.ir import DENSE, Refusal, Region
+from attnopt import settings
+from attnopt.codegen.triton_linear_text import MAX_FEATURES
+from attnopt.ir import DENSE, Choice, Refusal, Region
 from attnopt.mixed import far_parts, hold
 from attnopt.passes.planned import described, insert_planned
 from attnopt.passes.program import Program
@@ -58,6 +61,20 @@ def refusal(region: Region) -> Refusal | None:
     return None
 
 
+def too_wide(program: Program, site: str, choices: Sequence[Choice]) -> Refusal | None:
+    """Why the kernels of this device cannot run the feature maps of a site; None if they can."""
+    assert program.plan is not None
+    if settings.target(program.device) != "triton":
+        return None
+    for part in far_parts(choices):
+        held = hold(part, len(choices), program.plan.fitted, site, range(len(choices)), torch.device("cpu"))
+        width = held.width
+        if width > MAX_FEATURES:
+            said = f"{part.map_name} has {width} features, and Triton kernels hold {MAX_FEATURES} at most"
+            return Refusal(said, code="far-too-wide")
+    return None
+
+
 def check_plan(program: Program, plan: Plan) -> None:
     """PlanError where the plan was made for another model: none of the graph's causal sites is in it, or heads differ;
     and where it wants feature maps that it does not bring along.
@@ -92,6 +109,7 @@ def run(program: Program) -> None:
             continue
         # A Refusal is falsy: it is asked for by identity.
         asked = [refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+        asked.append(too_wide(program, region.site.name, choices))
         no = next((r for r in asked if r is not None), None)
         if no is not None:
             exact = replace(no, reason=f"planned, but {no.reason}; it stays exact", path=region.site.name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, WithFar, load_or_measure, load_or_measure_far
-from attnopt.errors import ModelError, TextError
+from attnopt.errors import ModelError, OptionError, TextError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
@@ -198,6 +198,11 @@ def make_plan(
     check_text(verify, "verify")
     check_text(final, "final")
     families = allowed_families(allow, fitted)
+    if "prune" in families and constraints is not None and constraints.dense_below is not None:
+        raise OptionError(
+            "A pruned head is gone at every length, and --dense-below wants it back under one.",
+            "Leave prune out of --allow, or --dense-below away.",
+        )
     model.eval()
     spans = Spans(model, fitted)
     short = next(iter(verify.values()))[:1, :64]

@@ -20,6 +20,7 @@ import attnopt
 from attnopt import backend
 from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice
+from attnopt.passes import RECOGNISE, lower_planned
 
 FITTED = fits({"attention": CHOICES})
 
@@ -88,6 +89,18 @@ def test_the_least_length() -> None:
         found = trace(attend, q, k, v, plan=plan_of({"attention": CHOICES}, min_length=least), verify=False).output
         expected = attend(q, k, v) if dense else naive(q, k, v, CHOICES, site(), FITTED)
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_maps_that_no_triton_kernel_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes alone run for that target: its kernels need a GPU."""
+    wide = (linear(0, 3, 129),) * 8
+    plan = plan_of({"attention": wide}, fits({"attention": wide}))
+    for target, lowered in (("cpu", ["span kernel, 1 span; linear tail on 8 heads"]), ("triton", [])):
+        monkeypatch.setattr(lower_planned.settings, "target", lambda _, target=target: target)
+        traced = trace(attend, *inputs(2), plan=plan, verify=False, passes=(*RECOGNISE, lower_planned.run))
+        assert traced.rewrites == lowered
+        assert [no.code for no in traced.program.notes] == ([] if lowered else ["far-too-wide"])
+        monkeypatch.undo()
 
 
 PATH = "model.layers.{}.self_attn"
