@@ -221,6 +221,9 @@ def feature_map(node: Node) -> str:
     for _ in range(REACH):
         nodes = [n for n in nodes if n.op == "call_function" and n not in seen]
         for n in nodes:
+            if "softmax" in name_of(n) and leads_back(n.all_input_nodes[0]):
+                # Weights of pairs: attention, and nobody's features.
+                return ""
             if name_of(n) in OF_FEATURES:
                 return "elu + 1" if name_of(n) == "elu" else name_of(n).removeprefix("_")
             if name_of(n) == "mul" and alike(*n.args[:2]):

@@ -224,7 +224,7 @@ def make_plan(
             tables = with_far_parts(timed, sites, fitted, families, target, device, lengths, progress)
     of_site = {s.name: table_of(tables, s) for s in sites}
     asked = replace(constraints or Constraints(), allow=families)
-    notes = left_dense(sites)
+    notes = left_dense(sites, families)
     problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted)
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)

@@ -101,13 +101,15 @@ def make_problem(
     return weighed(problem, objective, tables, sites)
 
 
-def left_dense(sites: Sequence[Site]) -> tuple[str, ...]:
-    """Of the sites where no candidate but dense can stand, why; one line for all that share a reason.
+def left_dense(sites: Sequence[Site], allow: Sequence[str] = ()) -> tuple[str, ...]:
+    """Of the sites where no candidate but dense can stand, why; one line for all that share a reason. allow: families
+    weighed besides spans.
 
     ModelError where that is every site."""
     found: dict[str, list[str]] = {}
     for site in sites:
-        refused = [item.refuse(site) for name, item in CANDIDATES if name != DENSE.candidate]
+        others = [c for name, c in CANDIDATES if name != DENSE.candidate and c.family in ("", *allow)]
+        refused = [candidate.refuse(site) for candidate in others]
         reasons = dict.fromkeys(no.reason for no in refused if no is not None)
         if all(no is not None for no in refused):
             found.setdefault("; ".join(reasons), []).append(site.name)
