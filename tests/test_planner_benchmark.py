@@ -66,7 +66,7 @@ def test_scores_are_compared_with_what_is_measured(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(prediction, "PASSES", 1)
     data = run(
         prediction, monkeypatch, tmp_path / "rows.json",
-        "--length", "192", "--samples", "2", "--draws", "1", "--mixtures", "4",
+        "--length", "160", "--samples", "2", "--draws", "1", "--mixtures", "2",
     )  # fmt: skip
     found = data["summary"]["one head"]
     assert found["plans"] == len([r for r in data["rows"] if r["kind"] == "one head"]) == 48
