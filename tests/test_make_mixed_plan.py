@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import HEADS, NanoGPT, tokens
+from torch import nn
 
 from attnopt.cost import CostTable
 from attnopt.distill import Menu, distill_model
@@ -17,6 +18,7 @@ from attnopt.fitted import Fitted
 from attnopt.ir import Choice
 from attnopt.measure import Spans
 from attnopt.plan import Budget, Constraints, Plan
+from attnopt.planner.cuttable import not_cuttable
 from attnopt.planner.make import Made, make_plan
 from attnopt.planner.verify import verify_loop
 from attnopt.profile_file import Profile
@@ -76,6 +78,24 @@ def test_where_no_family_is_allowed_spans_alone_are_chosen(evidence: Evidence) -
     plain = made_with(evidence, evidence[1], ()).plan
     assert {c.candidate for heads in plain.choices.values() for c in heads} <= {"dense", "sink_window"}
     assert plain.fitted is None and plain.constraints.allow == ()
+
+
+def test_sites_whose_projections_cannot_be_cut_are_named(evidence: Evidence) -> None:
+    """A gate between the heads and their projection; the other layer has none."""
+    model, fitted = NanoGPT().eval(), evidence[1]
+    spans = Spans(model)
+    spans.losses(tokens(1, LENGTH), None)
+    sites, fingerprint = list(spans.sites.values()), fitted.header.fingerprint
+    assert not_cuttable(model, tokens(1, LENGTH), sites, fingerprint, fitted) == {}
+
+    class Gated(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * torch.sigmoid(x))
+
+    projection = model.h[1].c_proj
+    model.h[1].c_proj = Gated(projection.in_features, projection.out_features)
+    (found,) = not_cuttable(model, tokens(1, LENGTH), sites, fingerprint, fitted).items()
+    assert found[0] == "h.1" and "sigmoid" in found[1]
 
 
 def test_heads_that_are_gone_do_not_come_back_below_a_length(evidence: Evidence) -> None:

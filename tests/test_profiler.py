@@ -102,7 +102,7 @@ def test_an_interruption_within_a_sequence_counts_nothing_of_it(tmp_path, monkey
             logits.register_hook(lambda _: (_ for _ in ()).throw(Interrupted()))
         return loss_and_gradient(logits, *rest)
 
-    model = build("llama")
+    model = build("llama", num_hidden_layers=1)
     monkeypatch.setattr(profiler, "loss_and_gradient", loss)
     with pytest.raises(Interrupted):
         profile_model(model, SEQUENCES, GRID, partial=partial)
@@ -147,9 +147,9 @@ def test_several_draws_are_several_samples(whole):
 
 def test_draws_that_are_there_are_not_drawn_again(tmp_path):
     partial = tmp_path / "partial.safetensors"
-    profile_model(build("llama"), SEQUENCES, GRID, partial=partial)
-    more = profile_model(build("llama"), SEQUENCES, GRID, draws=2, partial=partial)
-    equal(more, profile_model(build("llama"), SEQUENCES, GRID, draws=2), rtol=1e-6)
+    profile_model(build("llama", num_hidden_layers=1), SEQUENCES, GRID, partial=partial)
+    more = profile_model(build("llama", num_hidden_layers=1), SEQUENCES, GRID, draws=2, partial=partial)
+    equal(more, profile_model(build("llama", num_hidden_layers=1), SEQUENCES, GRID, draws=2), rtol=1e-6)
 
 
 def test_scalars_of_samples_are_their_sums(whole, monkeypatch):
@@ -173,7 +173,7 @@ def test_scalars_of_samples_are_their_sums(whole, monkeypatch):
 
 def test_masked_tokens_have_no_loss():
     """Weights that leave one token to predict give the statistics of that token's loss alone, by autograd."""
-    model, ids = build("llama"), SEQUENCES[0]
+    model, ids = build("llama", num_hidden_layers=1), SEQUENCES[0]
     weights = torch.zeros(24)
     weights[20] = 1.0
     seen = observed(model, [Sample(ids, weights)], labels="data")
@@ -191,7 +191,8 @@ def test_masked_tokens_have_no_loss():
 @pytest.mark.parametrize("labels, power", [("model", 1), ("data", 2)])
 def test_a_weight_weighs_the_divergence_or_the_loss(labels, power):
     plain, weighed = (
-        observed(build("llama"), [Sample(SEQUENCES[0], torch.full((24,), w))], labels=labels) for w in (1.0, 4.0)
+        observed(build("llama", num_hidden_layers=1), [Sample(SEQUENCES[0], torch.full((24,), w))], labels=labels)
+        for w in (1.0, 4.0)
     )
     assert (plain.counted, weighed.counted) == (23.0, 92.0)
     # The labels of model draws are those of another seed: the weights are part of what seeds them.
@@ -264,7 +265,7 @@ def test_without_a_backward_pass(whole, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):
-    model, partial = build("llama"), tmp_path / "partial"
+    model, partial = build("llama", num_hidden_layers=1), tmp_path / "partial"
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ProfileError, match="loss of a sequence of 24 tokens is not finite") as caught:
@@ -284,7 +285,7 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path):
         def backward(ctx, grad):
             return grad * float("inf")
 
-    model, partial = build("llama"), tmp_path / "partial"
+    model, partial = build("llama", num_hidden_layers=1), tmp_path / "partial"
     logits = profiler.Instrumented.logits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiler.Instrumented, "logits", lambda self, ids: Steep.apply(logits(self, ids)))
@@ -295,7 +296,7 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path):
 
 def test_no_text():
     with pytest.raises(ProfileError, match="no text"):
-        profile_model(build("llama"), [], GRID)
+        profile_model(build("llama", num_hidden_layers=1), [], GRID)
 
 
 def test_a_model_without_attention():

@@ -30,7 +30,7 @@ class Pruned(Tried):
     far = "gone"
 
     def refuse(self, site: Site) -> Refusal | None:
-        """Whether the projections can be cut is seen in the graph only."""
+        """Whether the projections can be cut is seen in the graph only (attnopt/planner/cuttable.py)."""
         if not site.heads:
             return Refusal("it has no number of heads to remove some of", site.name, site.source, code="symbolic-heads")
         return None

@@ -17,6 +17,7 @@ from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
+from attnopt.planner.cuttable import not_cuttable
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from, times_faster
 from attnopt.planner.problem import (
     RETRIEVAL,
@@ -225,7 +226,12 @@ def make_plan(
     of_site = {s.name: table_of(tables, s) for s in sites}
     asked = replace(constraints or Constraints(), allow=families)
     notes = left_dense(sites, families)
-    problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted)
+    whole: dict[str, str] = {}
+    if "prune" in families:
+        assert fitted is not None
+        whole = not_cuttable(model, short, sites, fingerprint, fitted)
+        notes += tuple(f"{name} keeps all heads: {reason}." for name, reason in whole.items())
+    problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted, tuple(whole))
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
@@ -273,9 +279,10 @@ def make_plan(
 
 def posed(
     profile: Profile, tables: Tables, sites: Sequence[Site], length: int, asked: Constraints, objective: str,
-    fitted: Fitted | None = None,
+    fitted: Fitted | None = None, whole: Sequence[str] = (),
 ) -> tuple[Problem, Limits]:  # fmt: skip
-    """The problem with its protected heads, and its limits; OptionError where nothing is within them."""
+    """The problem with its protected heads, and its limits; OptionError where nothing is within them. whole: sites none
+    of whose heads can be removed."""
     protect = protected(sites, asked, profile)
     weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
     free = make_problem(
@@ -283,6 +290,7 @@ def posed(
     )
     if "prune" in asked.allow:
         kept = {site: list(heads) for site, heads in not_pruned(profile, [s.name for s in sites]).items()}
+        kept |= {s.name: list(range(s.heads)) for s in sites if s.name in whole}
         free = closed(free, kept, [c for c in free.choices if CANDIDATES[c.candidate].far == "gone"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
