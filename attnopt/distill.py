@@ -272,7 +272,10 @@ class _Run:
         done = 0
         for family, size in maps:
             if family == "linear":
-                report = lambda step, before=done: self.progress(stage, before + step, steps)  # noqa: E731
+
+                def report(step: int, before: int = done) -> None:
+                    self.progress(stage, before + step, steps)
+
                 map, fits = work.exponential(size, menu.steps, report)
                 done += menu.steps
             else:

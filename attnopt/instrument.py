@@ -5,7 +5,7 @@ verifier's way in. Same capture, same matcher and same mask as the backend; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -69,8 +69,7 @@ class Instrumented:
         return guarded(run, lambda: changed, constants) if constants else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        limits = {name: MAX_GRAPHS for name in ("recompile_limit", "accumulated_recompile_limit")}
-        with torch._dynamo.config.patch(limits):
+        with many_graphs():
             return self._compiled(*args, **kwargs)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -84,6 +83,13 @@ class Instrumented:
             raise ModelError(
                 f"No attention of this model can be observed: {reasons}.", "`attnopt examine` lists every site."
             )
+
+
+def many_graphs() -> AbstractContextManager[Any]:
+    """In which Dynamo compiles a function up to `MAX_GRAPHS` times, where it would give up without a word after 8."""
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), MAX_GRAPHS)
+    found: AbstractContextManager[Any] = torch._dynamo.config.patch(limits)
+    return found
 
 
 def changed(*_: Any) -> Any:

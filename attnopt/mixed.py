@@ -21,7 +21,6 @@ from torch import Tensor
 
 from attnopt import ops
 from attnopt.errors import FittedError, PlanError
-from attnopt.feature_maps import FeatureMap
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.registry import CANDIDATES
 
@@ -91,11 +90,6 @@ class HeldPart:
     index: Any
     maps: tuple[Any, ...] = ()
     kind: str = ""
-
-    @property
-    def width(self) -> int:
-        """Features of a key; 0 without maps."""
-        return FeatureMap(self.kind, *self.maps).width if self.maps else 0
 
 
 def hold(

@@ -23,7 +23,7 @@ from attnopt.codegen.emit import load
 from attnopt.codegen.spec import LinearBackward, LinearDecode, LinearPrefill
 from attnopt.errors import PlanError
 from attnopt.feature_maps import KINDS, FeatureMap, shapes
-from attnopt.ops.span import empty_tokens_first, launches, on_device, spans_at, tokens_first
+from attnopt.ops.span import empty_tokens_first, launches, no_second, on_device, spans_at, tokens_first
 
 MAPS = "Tensor wq, Tensor bq, Tensor cq, Tensor wk, Tensor bk, Tensor ck, Tensor u, Tensor u0"
 
@@ -168,14 +168,8 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
     return *found, *(None for _ in range(15))
 
 
-def _no_second(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "attnopt::linear_far has no second derivative. Differentiate twice through the model as it was, uncompiled."
-    )
-
-
 linear_far.register_autograd(_gradients, setup_context=_save)
-linear_far_backward.register_autograd(_no_second)
+linear_far_backward.register_autograd(no_second("linear_far"))
 
 # Decoding is called once for each layer and token: low-level, as attnopt::span_decode, for what a call costs.
 _library = torch.library.Library("attnopt", "FRAGMENT")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.span import empty_tokens_first, spans_at, tokens_first
+from attnopt.ops.span import empty_tokens_first, no_second, spans_at, tokens_first
 
 # Rows of one block: on the CPU such that it stays in the cache, elsewhere such that few kernels are launched. CHUNK:
 # rows of the triangles of ones that sum within it. ms of 1 and 2 heads of 64 at 8192 keys on one thread of a Xeon,
@@ -222,11 +222,5 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
     return *found, *(None for _ in range(7))
 
 
-def _no_second(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "attnopt::mean_far has no second derivative. Differentiate twice through the model as it was, uncompiled."
-    )
-
-
 mean_far.register_autograd(_gradients, setup_context=_save)
-mean_far_backward.register_autograd(_no_second)
+mean_far_backward.register_autograd(no_second("mean_far"))

@@ -8,6 +8,7 @@ attnopt::span_attention_backward   that gradient, at q, k and v; it has none its
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -187,11 +188,17 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     return *found, *(None for _ in range(7))
 
 
-def _no_second(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "attnopt::span_attention has no second derivative. Differentiate twice through the model as it was, uncompiled."
-    )
+def no_second(operator: str) -> Callable[..., None]:
+    """The gradient of an operator's gradient, which there is not."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(
+            f"attnopt::{operator} has no second derivative. "
+            "Differentiate twice through the model as it was, uncompiled."
+        )
+
+    return refuse
 
 
 span_attention_lse.register_autograd(_gradients, setup_context=_save)
-span_attention_backward.register_autograd(_no_second)
+span_attention_backward.register_autograd(no_second("span_attention"))

@@ -61,14 +61,21 @@ def refusal(region: Region) -> Refusal | None:
     return None
 
 
-def too_wide(program: Program, site: str, choices: Sequence[Choice]) -> Refusal | None:
-    """Why the kernels of this device cannot run the feature maps of a site; None if they can."""
-    assert program.plan is not None
-    if settings.target(program.device) != "triton":
+def unserved(program: Program, region: Region, choices: Sequence[Choice], heads: Sequence[int]) -> Refusal | None:
+    """Why no kernel runs these choices at a region, whose heads are the query heads `heads` of the site; None if one
+    does."""
+    # A Refusal is falsy: it is asked for by identity.
+    asked = [refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+    return next((no for no in asked if no is not None), too_wide(program, region.site.name, choices, heads))
+
+
+def too_wide(program: Program, site: str, choices: Sequence[Choice], heads: Sequence[int]) -> Refusal | None:
+    """Why the kernels of this device cannot run the feature maps of some heads of a site; None if they can."""
+    fitted = program.plan.fitted if program.plan is not None else None
+    if fitted is None or settings.target(program.device) != "triton":
         return None
     for part in far_parts(choices):
-        held = hold(part, len(choices), program.plan.fitted, site, range(len(choices)), torch.device("cpu"))
-        width = held.width
+        width = fitted.map_of(site, part.map_name, [heads[h] for h in part.heads]).width if part.map_name else 0
         if width > MAX_FEATURES:
             said = f"{part.map_name} has {width} features, and Triton kernels hold {MAX_FEATURES} at most"
             return Refusal(said, code="far-too-wide")
@@ -107,10 +114,7 @@ def run(program: Program) -> None:
             continue
         if all(c == DENSE for c in choices):
             continue
-        # A Refusal is falsy: it is asked for by identity.
-        asked = [refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
-        asked.append(too_wide(program, region.site.name, choices))
-        no = next((r for r in asked if r is not None), None)
+        no = unserved(program, region, choices, range(len(choices)))
         if no is not None:
             exact = replace(no, reason=f"planned, but {no.reason}; it stays exact", path=region.site.name)
             program.notes.append(located(exact, region.anchor))

@@ -44,7 +44,6 @@ from attnopt.patterns import Match
 from attnopt.patterns.layout import Atom, Space, is_one, same, shape_of
 from attnopt.patterns.sdpa import Sdpa
 from attnopt.reasons import described, located
-from attnopt.registry import CANDIDATES
 
 aten = torch.ops.aten
 
@@ -92,16 +91,19 @@ def run(program: Program) -> None:
     lower_planned.check_plan(program, plan)
     for region in program.pending:
         choices = plan.choices.get(region.site.name, ())
-        removed = gone(choices)
-        if not removed:
+        if not gone(choices):
             continue
-        no = unfit(program, region)
-        if no is None:
-            no = cut(program, region, choices, removed)
+        no = remove_heads(program, region, choices)
         if no is not None:
-            said = f"{len(removed)} of its heads are to go, but {no.reason}; it stays exact"
+            said = f"{len(gone(choices))} of its heads are to go, but {no.reason}; it stays exact"
             program.notes.append(located(replace(no, reason=said, path=region.site.name), region.anchor))
             program.exact.add(region.site.name)
+
+
+def remove_heads(program: Program, region: Region, choices: Sequence[Choice]) -> Refusal | None:
+    """Remove the heads of a site that are to go; or why it stays, with nothing changed."""
+    no = unfit(program, region)
+    return cut(program, region, choices, gone(choices)) if no is None else no
 
 
 def unfit(program: Program, region: Region) -> Refusal | None:
@@ -356,8 +358,7 @@ def lower_rest(program: Program, rest: Region, choices: Sequence[Choice], heads:
     plan = program.plan
     assert plan is not None
     if any(choice != DENSE for choice in choices) or (planned and program.watch is not None):
-        asked = [lower_planned.refusal(rest), *(CANDIDATES[c.candidate].refuse(rest.site) for c in choices)]
-        no = next((r for r in asked if r is not None), None)
+        no = lower_planned.unserved(program, rest, choices, heads)
         if no is None:
             build = insert_planned(program, choices, plan, rest.site.name, heads)
             return put(program, rest, build, described_choices(choices), equal=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from attnopt.capture import capture
-from attnopt.instrument import logits_of
+from attnopt.instrument import logits_of, many_graphs
 from attnopt.ir import DENSE, Choice, Refusal, Site
 from attnopt.passes import RECOGNISE, Program, prune
 from attnopt.plan import Budget, Lengths, Plan, Predicted
@@ -34,13 +34,14 @@ def not_cuttable(
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm)
         if not isinstance(captured, Refusal):
-            program = Program(captured, plan=asked).run((*RECOGNISE, prune.run))
-            # "1 of its heads are to go, but REASON; it stays exact"
-            found.update(
-                (no.path, no.reason.partition("but ")[2].removesuffix("; it stays exact")) for no in program.notes
-            )
+            program = Program(captured, plan=asked).run(RECOGNISE)
+            for region in program.pending:
+                name = region.site.name
+                no = prune.remove_heads(program, region, choices[name]) if name in choices else None
+                if no is not None:
+                    found[name] = no.reason
         return gm.forward
 
-    with torch.no_grad():
+    with torch.no_grad(), many_graphs():
         logits_of(torch.compile(model, backend=backend, dynamic=False), ids, model)
     return found
