@@ -1,5 +1,6 @@
 """The operators rewritten graphs call: opaque to inductor, with a kernel chosen by device and a fake for tracing."""
 
+from attnopt.ops.cache import attend_update
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
 from attnopt.ops.linear import linear_decode, linear_far, linear_far_backward, linear_state
@@ -17,6 +18,7 @@ from attnopt.ops.span import (
 )
 
 __all__ = [
+    "attend_update",
     "compute",
     "document_attention",
     "launches",
