@@ -12,15 +12,19 @@ hand the attention no mask at all, padding or not, and say nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnopt import settings
+from attnopt import ops
 from attnopt.errors import AttnoptError, ModelError
 from attnopt.hf.cache import NAME, Handle
+from attnopt.ir import DENSE, Choice, Site
+from attnopt.mixed import tables
 
 # transformers, by way of cache.py, is there.
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils  # isort: skip
@@ -30,6 +34,8 @@ IGNORED = frozenset(
     {"position_ids", "cache_position", "use_cache", "position_embeddings", "num_items_in_batch", "return_dict"}
     | {"output_hidden_states", "output_router_logits", "logits_to_keep", "deterministic"}
 )
+# The attribute of an attention module that holds the plan's spans.
+SPANS = "_attnopt_spans"
 DISABLE = "Call attnopt.disable(model), or choose another attention for this call."
 
 
@@ -75,12 +81,12 @@ def attention(
             )
         out = layer.attend(query, key.key, key.value, valid, scale)
     elif key.shape[2] == query.shape[2]:
-        out = uncached(query, key, value, valid, scale, sliding_window, dropout)
+        out = uncached(module, query, key, value, valid, scale, sliding_window or 0, dropout)
     else:
         raise AttnoptError(
             f"{query.shape[2]} new tokens came with {key.shape[2]} keys: a cache that attnopt does not know holds some "
             "of them, and which tokens those are it does not say.",
-            "Leave past_key_values out of generate(), or pass attnopt.SpanCache.for_model(model, plan, max_length=...).",
+            "Leave past_key_values out, or pass attnopt.SpanCache.for_model(model, plan, max_length=...).",
         )
     return out.transpose(1, 2), None
 
@@ -98,28 +104,64 @@ def counted(query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask[:, 0, 0]
 
 
+@dataclass(frozen=True)
+class Spans:
+    """The spans of a layer's heads as `attnopt::span_attention` reads them: int32 (H,) twice and float64 (H,)."""
+
+    sinks: Tensor
+    alphas: Tensor
+    betas: Tensor
+    min_length: int
+
+
+def spans_of(choices: Sequence[Choice] | None, site: Site, min_length: int) -> Spans | None:
+    """The spans that a plan gives the heads of a site; None where all are dense."""
+    if choices is None or all(choice == DENSE for choice in choices):
+        return None
+    return Spans(**tables(choices, site.heads), min_length=min_length)
+
+
 def uncached(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float, window: int | None, dropout: float
-) -> Tensor:
-    """Attention among the tokens of this call alone, (B, H, T, Dv); it has gradients. Rows that do not count are 0."""
-    tokens, share = query.shape[2], query.shape[1] // key.shape[1]
-    if valid is None and window is None:
-        return scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=tokens > 1, scale=scale, enable_gqa=share > 1
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float, window: int,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention among the tokens of this call alone, (B, H, T, Dv), by the plan's spans at T tokens. It has gradients
+    at query, key and value. Rows that do not count are 0."""
+    spans = getattr(module, SPANS, None)
+    if dropout and (spans is not None or window):
+        raise ModelError(f"{type(module).__name__} drops attention weights, which spans cannot.", "Call model.eval().")
+    back = None
+    if valid is not None:
+        # Tokens that count come first, in their order: then columns are positions, and no later one is seen.
+        order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
+        back = torch.argsort(order, dim=1)
+        query, key, value = (taken(x, order) for x in (query, key, value))
+    if spans is None and not window:
+        causal = query.shape[2] > 1
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    at = torch.arange(tokens, device=query.device)[None]
-    if valid is not None:
-        at = valid.cumsum(1) - 1
-    ahead = at[:, :, None] - at[:, None, :]
-    keep = ahead >= 0
-    if window is not None:
-        keep = keep & (ahead < window)
-    if valid is not None:
-        keep = keep & valid[:, None, :] & valid[:, :, None]
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=keep[:, None], dropout_p=dropout, scale=scale, enable_gqa=share > 1
-    )
-    return out if valid is None else out.masked_fill(~valid[:, None, :, None], 0)
+    else:
+        rules = Spans(**tables(None, query.shape[1]), min_length=0) if spans is None else spans
+        numbers = None, scale, window, rules.min_length
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            out = ops.span_attention_lse(query, key, value, rules.sinks, rules.alphas, rules.betas, *numbers)[0]
+        else:
+            out = ops.span_attention(query, key, value, rules.sinks, rules.alphas, rules.betas, *numbers)
+    if valid is None or back is None:
+        return out
+    return taken(out, back).masked_fill(~valid[:, None, :, None], 0)
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, heads, T, D) with the tokens order (B, T)."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def mask(
@@ -178,8 +220,7 @@ def alike(a: Any, b: Any) -> bool:
     code = getattr(a, "__code__", None)
     if code is None or code is not getattr(b, "__code__", None):
         return bool(type(a) is type(b) and isinstance(a, int) and a == b)
-    cells, others = a.__closure__ or (), b.__closure__ or ()
-    return len(cells) == len(others) and all(alike(x.cell_contents, y.cell_contents) for x, y in zip(cells, others))
+    return alike(*(tuple(cell.cell_contents for cell in f.__closure__ or ()) for f in (a, b)))
 
 
 register()

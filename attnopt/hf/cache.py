@@ -5,7 +5,7 @@
     model.generate(**inputs, past_key_values=cache)
 
 transformers hands `update` the new keys and values and passes what it returns on to the attention function. A layer of
-this cache returns a Handle, which is no tensor: the attention function "attnopt" knows what to do with it, and any other
+this cache returns a Handle, which is no tensor: the attention function "attnopt" knows what to do with it, any other
 fails with a remedy. Attending and writing are then one operator, `attnopt::attend_update`.
 
 A token's position is the number of tokens of its row that count before it, so that padding is neither attended to nor
@@ -20,16 +20,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from attnopt import ops  # noqa: F401  registers attnopt::attend_update
 from attnopt.cache import Layout, layouts_of
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError, PlanError
 from attnopt.hf import loading, sites
-from attnopt.ops import cache as _operator  # noqa: F401  registers attnopt::attend_update
 from attnopt.plan import Plan
 
 loading.transformers()
 from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
 
 NAME = "attnopt"
+attend = torch.ops.attnopt.attend_update.default
 # Tokens that assisted decoding may take back at once. It drafts 20 by default and up to the cache's slack.
 ROLLBACK = 64
 ANOTHER = 'Call attnopt.enable(model), or model.set_attn_implementation("attnopt").'
@@ -118,7 +119,7 @@ class SpanLayer(CacheLayerMixin):
             tail = valid.flip(1).cumprod(1).sum(1, dtype=torch.int32)
             self.solid.copy_(torch.where(tail < valid.shape[1], self.n + counted - tail, self.solid))
             self.pads.add_(valid.shape[1] - counted)
-        out: Tensor = torch.ops.attnopt.attend_update(
+        out: Tensor = attend(
             query, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, self.spans, scale, self.fresh
         )
         self.fresh = False

@@ -18,7 +18,7 @@ from attnopt.hf.loading import transformers
 from attnopt.ir import Mask, Site
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-AS_IT_IS = "Run this model as it is, or compiled: model.compile(backend=\"attnopt\")."
+AS_IT_IS = 'Run this model as it is, or compiled: model.compile(backend="attnopt").'
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def generator(model: Any) -> Any:
 
 
 def attentions(model: Any) -> list[Attention]:
-    """The attentions of a model in the order of their layers. ModelError, by name, for a model that cannot be served."""
+    """The attentions of a model in the order of their layers. ModelError, with a reason, where it cannot be served."""
     refuse(model)
     config = model.config
     found = []
@@ -117,8 +117,17 @@ def reasons(model: Any) -> Iterator[str]:
         yield "its soft-max holds a learned sink"
     if any(isinstance(p, torch.nn.parameter.UninitializedParameter) or p.is_meta for p in model.parameters()):
         yield "its weights are not loaded"
-    if not getattr(model, "_supports_attention_backend", True):
-        yield "its attention does not go through transformers' attention functions"
+
+
+def problems(model: Any) -> list[str]:
+    """Why a model cannot be served; nothing where it can."""
+    found = list(reasons(model))
+    if not found:
+        try:
+            attentions(model)
+        except ModelError as error:
+            found.append(error.problem.partition(": ")[2].removesuffix("."))
+    return found
 
 
 def unserved(model: Any, reason: str) -> ModelError:
