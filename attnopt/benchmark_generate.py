@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from attnopt import hf
+from attnopt.hf.cache import SpanCache
+from attnopt.hf.generation import disable, enable
 from attnopt.plan import Plan
 
 DYNAMIC, STATIC, EXACT, PLANNED = "DynamicCache", "StaticCache", "attnopt exact", "attnopt planned"
@@ -82,18 +84,18 @@ def running(model: nn.Module, prefix: Prefix) -> Iterator[None]:
     if not prefix.ours:
         yield
         return
-    hf.enable(model, prefix.plan)
+    enable(model, prefix.plan)
     try:
         yield
     finally:
-        hf.disable(model)
+        disable(model)
 
 
 def empty_cache(model: Any, prefix: Prefix, length: int) -> Any:
     """A cache of the variant for `length` tokens."""
     transformers = hf.transformers()
     if prefix.ours:
-        return hf.SpanCache.for_model(model, prefix.plan, max_length=length)
+        return SpanCache.for_model(model, prefix.plan, max_length=length)
     config = model.config.get_text_config(decoder=True)
     if prefix.variant == STATIC:
         return transformers.StaticCache(config=config, max_cache_len=length)
@@ -102,7 +104,7 @@ def empty_cache(model: Any, prefix: Prefix, length: int) -> Any:
 
 def megabytes(cache: Any) -> float:
     """What the keys and values of a cache take, in 10^6 bytes."""
-    if isinstance(cache, hf.SpanCache):
+    if isinstance(cache, SpanCache):
         return float(cache.nbytes) / 1e6
     return float(sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))) / 1e6
 
