@@ -146,7 +146,7 @@ Stored step(Stepping<T>& call, bool attends) {
   int64_t slots = 0, room = std::numeric_limits<int64_t>::max();
   for (int64_t g = 0; g < s.kv_heads; g++) {
     const Segment& head = call.table[g];
-    if (head.start != slots || head.sink < 0 || head.ring() < 1) return TABLE_OF_ANOTHER;
+    if (head.start != slots || head.sink < 0 || head.ring() < 0) return TABLE_OF_ANOTHER;
     slots += head.capacity;
     // One that holds every token: its window is wider than its ring, which must not wrap.
     if (head.window > head.ring()) room = std::min<int64_t>(room, head.capacity);

@@ -23,7 +23,9 @@ from attnopt.errors import CacheFull
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("spans.cpp", "rows.cpp", "decode.cpp", "cache.cpp", "live.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("spans.cpp", "rows.cpp", "decode.cpp", "cache.cpp", "live.cpp")
+)
 # What the kernel's vector loops step by.
 FEATURES = 32
 
@@ -161,7 +163,9 @@ def step(
     )  # fmt: skip
     wrong = _entry("step", dtype)(call, scale)
     if wrong == FULL:
-        raise CacheFull("A row would hold more tokens than the cache was made for.", "Make it with a larger max_length.")
+        raise CacheFull(
+            "A row would hold more tokens than the cache was made for.", "Make it with a larger max_length."
+        )
     if wrong:
         raise ValueError(f"the table is not that of a cache of {keys.shape[1]} slots: {table.tolist()}")
     return None if out is None else out.transpose(1, 2)
