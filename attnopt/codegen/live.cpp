@@ -8,6 +8,11 @@ enum Masked : int { NO_MASK, BOOLEAN, FLOAT, SAME };
 // of their type.
 constexpr float HIDDEN = -1e30f;
 
+struct Stretch {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
 // k, v (B, G, C, ·). mask: (B or 1, T or 1, C), strides of batch and token, of a type as `masked` says.
 template <typename T>
 struct Looking : Rows<T> {
@@ -16,32 +21,37 @@ struct Looking : Rows<T> {
   Masked masked;
   const void* mask;
   int64_t mask_batch, mask_row;
-  // (B, T): between which columns a query keeps every one, first and end.
-  const std::pair<int64_t, int64_t>* kept;
+  // Of every row of the mask, its longest run of columns that are all kept.
+  const Stretch* whole;
 
+  int64_t masks() const { return mask_row ? tokens : 1; }
   template <typename M>
   const M* mask_of(int64_t b, int64_t t) const {
     return static_cast<const M*>(mask) + b * mask_batch + t * mask_row;
   }
+  // `each` with a row of the mask, as what it consists of.
+  template <typename Each>
+  void with_mask(int64_t b, int64_t t, Each each) const {
+    if (masked == BOOLEAN) each(mask_of<bool>(b, t));
+    if (masked == FLOAT) each(mask_of<float>(b, t));
+    if (masked == SAME) each(mask_of<T>(b, t));
+  }
 
   void hide(const Piece<T>& piece, const Block& block, int64_t r, int64_t from, int64_t n, float* row) const override {
     int64_t t = block.token + r % block.tokens, first = piece.first + from;
-    if (masked == BOOLEAN) {
-      auto [begin, end] = kept[block.b * tokens + t];
-      if (first >= begin && first + n <= end) return;
-      const bool* here = mask_of<bool>(block.b, t) + first;
-      for (int64_t c = 0; c < n; c++) row[c] = here[c] ? row[c] : NONE;
-    } else if (masked == FLOAT) {
-      add(mask_of<float>(block.b, t) + first, n, row);
-    } else {
-      add(mask_of<T>(block.b, t) + first, n, row);
-    }
+    const Stretch& kept = whole[(mask_batch ? block.b : 0) * masks() + (mask_row ? t : 0)];
+    if (masked == BOOLEAN && first >= kept.begin && first + n <= kept.end) return;
+    with_mask(block.b, t, [&](const auto* mask) { put(mask + first, n, row); });
+  }
+
+  void put(const bool* mask, int64_t n, float* row) const {
+    for (int64_t c = 0; c < n; c++) row[c] = mask[c] ? row[c] : NONE;
   }
 
   // What is added comes before the scale here, and after it in the mask.
   template <typename M>
-  void add(const M* bias, int64_t n, float* row) const {
-    for (int64_t c = 0; c < n; c++) row[c] += static_cast<float>(bias[c]) / this->scale;
+  void put(const M* mask, int64_t n, float* row) const {
+    for (int64_t c = 0; c < n; c++) row[c] += static_cast<float>(mask[c]) / this->scale;
   }
 };
 
@@ -67,35 +77,34 @@ int64_t next(const bool* row, int64_t at, int64_t columns, bool wanted) {
   return at;
 }
 
-using Runs = std::vector<std::pair<int64_t, int64_t>>;
-
-// Runs of columns that any row of a mask shows; of each row, the longest run by itself, and whether it has one.
+// Runs of columns that any of the rows of a mask shows; of each row its longest run. False if one shows nothing.
 template <typename M>
-bool find_runs(const M* mask, int64_t stride, int64_t rows, int64_t columns, Runs& runs, Runs& longest) {
+bool find_runs(
+    const M* mask, int64_t stride, int64_t rows, int64_t columns, std::vector<Stretch>& runs,
+    std::vector<Stretch>& whole) {
   thread_local std::vector<uint8_t> any;
   runs.clear();
   bool all = true;
   if (rows > 1) any.assign(columns, 0);
   for (int64_t t = 0; t < rows; t++) {
     const M* row = mask + t * stride;
-    std::pair<int64_t, int64_t> most{0, 0};
-    for (int64_t begin = next(row, 0, columns, true); begin < columns;) {
-      int64_t end = next(row, begin, columns, false);
-      if (end - begin > most.second - most.first) most = {begin, end};
-      if (rows > 1) {
-        std::fill(&any[begin], &any[0] + end, 1);
+    Stretch most{0, 0};
+    for (int64_t end = 0, begin; (begin = next(row, end, columns, true)) < columns;) {
+      end = next(row, begin, columns, false);
+      if (end - begin > most.size()) most = {begin, end};
+      if (rows == 1) {
+        runs.push_back({begin, end});
       } else {
-        runs.emplace_back(begin, end);
+        std::fill(any.begin() + begin, any.begin() + end, 1);
       }
-      begin = next(row, end, columns, true);
     }
-    all = all && most.second > 0;
-    longest.push_back(most);
+    all = all && most.size() > 0;
+    whole.push_back(most);
   }
   const bool* together = reinterpret_cast<const bool*>(any.data());
   for (int64_t end = 0, begin; rows > 1 && (begin = next(together, end, columns, true)) < columns;) {
     end = next(together, begin, columns, false);
-    runs.emplace_back(begin, end);
+    runs.push_back({begin, end});
   }
   return all;
 }
@@ -104,41 +113,31 @@ enum Looked : int { LOOKED, NOTHING_SHOWN };
 
 template <typename T>
 Looked look(Looking<T>& call) {
-  thread_local Runs runs, longest_runs;
+  thread_local std::vector<Stretch> runs, whole;
   thread_local Work<T> work;
   int64_t rows = call.share * call.tokens;
+  bool all = true;
   call.hides = call.masked != NO_MASK;
   runs.assign(1, {0, call.columns});
-  longest_runs.clear();
+  whole.clear();
   work.clear(longest(rows));
-  bool all = true;
   for (int64_t b = 0; b < call.batch; b++) {
-    int64_t known = longest_runs.size(), masks = call.mask_row ? call.tokens : 1;
-    if (b > 0 && call.mask_batch == 0) {
-      for (int64_t t = 0; call.hides && t < call.tokens; t++) longest_runs.push_back(longest_runs[known - call.tokens]);
-      for (int64_t t = 0; call.hides && t < call.tokens; t++) {
-        longest_runs[known + t] = longest_runs[known + t - call.tokens];
-      }
-    } else if (call.hides) {
-      if (call.masked == BOOLEAN) {
-        all &= find_runs(call.template mask_of<bool>(b, 0), call.mask_row, masks, call.columns, runs, longest_runs);
-      } else if (call.masked == FLOAT) {
-        all &= find_runs(call.template mask_of<float>(b, 0), call.mask_row, masks, call.columns, runs, longest_runs);
-      } else {
-        all &= find_runs(call.template mask_of<T>(b, 0), call.mask_row, masks, call.columns, runs, longest_runs);
-      }
-      longest_runs.resize(known + call.tokens, longest_runs.back());
+    if (b == 0 || call.mask_batch) {
+      call.with_mask(b, 0, [&](const auto* mask) {
+        all &= find_runs(mask, call.mask_row, call.masks(), call.columns, runs, whole);
+      });
     }
     for (int64_t g = 0; g < call.kv_heads; g++) {
       work.open({b, g, 0, call.tokens});
-      for (auto [begin, end] : runs) {
-        work.add(call.k.at(b, g, begin), call.v.at(b, g, begin), call.k.row, call.v.row, begin, end - begin);
+      for (const Stretch& run : runs) {
+        const T *keys = call.k.at(b, g, run.begin), *values = call.v.at(b, g, run.begin);
+        work.add(keys, values, call.k.row, call.v.row, run.begin, run.size());
       }
     }
   }
   // Where the least number hides everything, everything is shown alike; who added -inf meant 0.
   if (!all && call.masked != BOOLEAN) return NOTHING_SHOWN;
-  call.kept = longest_runs.data();
+  call.whole = whole.data();
   attend(call, work, rows);
   return LOOKED;
 }
