@@ -125,11 +125,11 @@ _lists: OrderedDict[tuple, list[WorkList]] = OrderedDict()
 
 
 def read_table(table: torch.Tensor) -> tuple[int, ...]:
-    """Values of a table. Reading a CUDA tensor waits for the device, so it is done once per tensor and version."""
+    """Values of a table, row by row. Reading a CUDA tensor waits for the device, so it is done once per tensor and version."""
     version = 0 if table.is_inference() else table._version
     known = _values.get(table)
     if known is None or known[0] != version:
-        known = (version, tuple(table.tolist()))
+        known = (version, tuple(table.flatten().tolist()))
         _values[table] = known
     return known[1]
 
