@@ -116,8 +116,8 @@ def decode_list(starts: torch.Tensor, batch: int) -> DecodeList:
 
 
 def cache_list(table: torch.Tensor, batch: int, tiles: int) -> DecodeList:
-    """The list of a cache whose KV head g has table[g] = (start, capacity, ...), int32 (G, ...) on any device, each chunk
-    of which is read by `tiles` programs of each of `batch` entries. Kept and read as `decode_list` does."""
+    """The list of a cache whose KV head g has table[g] = (start, capacity, ...), int32 (G, ...) on any device, each
+    chunk of which is read by `tiles` programs of each of `batch` entries. Kept and read as `decode_list` does."""
     values, columns = read_table(table), table.shape[1]
     starts = (*values[::columns], values[-columns] + values[1 - columns])
     if tuple(values[1::columns]) != capacities_of(starts):

@@ -67,7 +67,7 @@ def step(
 
 
 class Reference:
-    """Also the cpu and triton targets' until they have a file of their own."""
+    """Also the cpu target's until it has a file of its own."""
 
     @staticmethod
     def emit(spec: CacheStep) -> str:
@@ -75,5 +75,5 @@ class Reference:
         return text + footer(spec, "self_check_cache", "step")
 
 
-for _target in ("reference", "cpu", "triton"):
+for _target in ("reference", "cpu"):
     TARGETS.register(f"{_target} cache_step")(Reference)

@@ -46,7 +46,9 @@ if torch.version.hip:
 
 def _attend_start(spec: CacheStep) -> str:
     groups, share = spec.kv_heads, spec.share
-    q_load = load_text("q + q_row[:, None] + dims[None, :]", "inside[:, None]", dim_mask(spec.head_dim, "dims[None, :]"))
+    q_load = load_text(
+        "q + q_row[:, None] + dims[None, :]", "inside[:, None]", dim_mask(spec.head_dim, "dims[None, :]")
+    )
     return f'''
 
 @triton.jit(do_not_specialize=["batch", "tiles", "partials"])
@@ -160,8 +162,8 @@ def _old_loops(spec: CacheStep) -> str:
         span = (at[None, :] < sink[:, None]) | (back < window[:, None])
         keep = span & (cols[None, :] < end)"""
     return f"""
-    if first_place + wide <= 0:
-        # Every window begins behind the slots: what is left are sinks.
+    if first_place - wide >= -1:
+        # Every window begins behind the newest slot: what is left are sinks.
         end = tl.minimum(end, deep)
     # The oldest token of the chunk. If no window of a row ends before it, no key has to be tested.
     oldest = begin + lap
@@ -182,8 +184,7 @@ def _new_loop(spec: CacheStep) -> str:
         span = (seen + at[None, :] < sink[:, None]) | (back < window[:, None])
         keep = span & (back >= 0) & live[None, :]"""
     return f"""
-    # The new tokens, up to the last of the tile's own.
-    # Where tokens are not all real, a window reaches back further than its width.
+    # The new tokens, up to the last of the tile's own. Where some are not real, a window reaches back over them.
     first = tl.maximum(first_place - wide + 1, 0) // BLOCK_T * BLOCK_T
     first = tl.where((deep > seen) | PADDED, 0, first)
     until = tl.minimum(tokens, (tile * ROWS + ROWS - 1) // {spec.share} + 1)
@@ -215,11 +216,13 @@ def _attend_end(spec: CacheStep) -> str:
     if part < 0:
         # Tokens first: (B, T, {spec.heads}, {dim_v}).
         places = (entry * tokens + token) * {spec.heads} + head
-        tl.store(out + places[:, None] * {dim_v} + dims_v[None, :], acc.to(out.dtype.element_ty){mask})
+        places = places[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(out + places, acc.to(out.dtype.element_ty){mask})
     else:
-        places = (entry * partials + part + index) * (tokens * {share}) + row
-        tl.store(partial + places[:, None] * {dim_v} + dims_v[None, :], acc{mask})
-        tl.store(partial_lse + places, top + tl.log2(total), mask=inside)
+        first = (entry * partials + part + index) * (tokens * {share})
+        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        tl.store(partial + places, acc{mask})
+        tl.store(partial_lse + first + row, top + tl.log2(total), mask=inside)
 """
 
 
@@ -252,7 +255,8 @@ def merge(
     # The first chunk has the new tokens, whatever is filled.
     chunks = tl.maximum(tl.cdiv(used, chunk), 1)
     first = (entry * partials + tl.load(parts + group)) * rows + row
-{merge_loop(spec, "rows")}    out += ((entry * tokens + row // {share}) * {heads} + group * {share} + row % {share}) * {dim_v}
+{merge_loop(spec, "rows")}    place = (entry * tokens + row // {share}) * {heads} + group * {share} + row % {share}
+    out += place * {dim_v}
     tl.store(out + dims_v, acc.to(out.dtype.element_ty){mask_argument(dim_mask(dim_v, "dims_v"))})
 '''
 
