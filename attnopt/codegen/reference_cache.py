@@ -66,14 +66,9 @@ def step(
     return out
 
 
+@TARGETS.register("reference cache_step")
 class Reference:
-    """Also the triton target's until it has a file of its own."""
-
     @staticmethod
     def emit(spec: CacheStep) -> str:
         text = f'"""{spec}."""\n\nfrom attnopt.codegen.reference_cache import step\n\n__all__ = ["step"]\n'
         return text + footer(spec, "self_check_cache", "step")
-
-
-for _target in ("reference", "triton"):
-    TARGETS.register(f"{_target} cache_step")(Reference)
