@@ -32,8 +32,8 @@ def step(
 
     keys (B, S, D), values (B, S, Dv): the cache, in which KV head g has the slots of row g of table int32 (G, 4):
     start, capacity, sink, window; n int32 (B,): the tokens seen; all three are written. valid bool (B, T): which tokens
-    count, None for all; a token's position is the number of those before it in its row, old and new. spans int32 (H, 2): sink
-    and window of each query head, which at position i keeps the key at p where
+    count, None for all; a token's position is the number of those before it in its row, old and new. spans int32
+    (H, 2): sink and window of each query head, which at position i keeps the key at p where
     ``p <= i and (p < sink or i - p < window)``. fresh: the caller knows that n is 0 everywhere.
 
     Rows that do not count, or keep nothing, are 0. Scores and soft-max in float32, or in float64 for float64 inputs.
