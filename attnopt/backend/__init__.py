@@ -21,6 +21,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
+from attnopt.backend import bypass
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
 from attnopt.capture import capture, needs_grad
@@ -167,6 +168,7 @@ def attnopt(
 
     Mistakes in the options raise; anything else leaves the graph as it was.
     """
+    bypass.called()
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     try:
         graph, report, constants = rewrite(gm, example_inputs, chosen)
@@ -200,3 +202,6 @@ def compiled(
     run = to_inductor(graph, inputs, patches)
     record(replace(report, notes=(*report.notes, SHIELDED)) if kept_apart else report)
     return guarded(run, untouched, constants) if constants and untouched else run
+
+
+bypass.looked_up()
