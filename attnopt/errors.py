@@ -64,3 +64,7 @@ class DependencyError(AttnoptError):
 
 class VerificationError(AttnoptError):
     """A rewrite whose result differs from the original on random inputs."""
+
+
+class CacheFull(AttnoptError):
+    """More tokens than the length a cache was made for. Nothing of the call that raises it was written."""

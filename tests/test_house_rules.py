@@ -25,7 +25,7 @@ FLOORS = {
     1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "fitting", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture", "mixed"),
-    4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "distill", *PROFILING),
+    4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
     7: ("cli", "__main__", "__init__"),

@@ -106,6 +106,18 @@ class SpanDecode(KernelSpec):
 
 
 @dataclass(frozen=True)
+class CacheStep(KernelSpec):
+    """New tokens against a cache in which KV head g has a sink and a ring of its own, and into it.
+
+    Query head h at position i keeps key p, old or new, where ``p <= i and (p < sink[h] or i - p < window[h])``; then
+    the new keys that a later token may ask for are written. How many tokens there are is not part of it: a prompt, a
+    chunk of one and a single token run in one file. The slots are those of attnopt/codegen/slots.py.
+    """
+
+    kernel: ClassVar[str] = "cache_step"
+
+
+@dataclass(frozen=True)
 class MaskedPrefill(KernelSpec):
     """A prefill under any recovered mask and score modifiers, query and key lengths at will.
 

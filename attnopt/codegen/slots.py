@@ -1,0 +1,41 @@
+"""Which slot of a ragged cache a token has, and which token a slot holds: in closed form, no positions are stored.
+
+A KV head has `capacity` slots, the first `sink` of them for the tokens at the positions below `sink`, the rest a ring:
+
+    slot(p) = p                                  where p < sink
+              sink + (p - sink) mod ring         elsewhere                    ring = capacity - sink
+    held(s) = s                                  where s < sink
+              last - (last - s) mod ring         elsewhere                    last = n - 1, n tokens seen
+
+A slot is empty where held(s) is not one of the tokens that could have it: below 0 or beyond last for a sink, below
+`sink` in the ring. After a rollback of r tokens the r newest slots hold tokens that held() takes for those one ring
+earlier; these lie outside every window as long as r <= ring - window, which is the slack a cache is made with. It is
+the rolling buffer of Jiang et al. ("Mistral 7B", arXiv:2310.06825, section 2) beside the kept first tokens of Xiao et
+al. (arXiv:2309.17453).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slots(positions: Tensor, capacity: int, sink: int) -> Tensor:
+    """The slot of each position, int of the same shape; counted from the first slot of the KV head."""
+    return torch.where(positions < sink, positions, sink + (positions - sink) % (capacity - sink))
+
+
+def held(n: Tensor | int, capacity: int, sink: int, device: torch.device | None = None) -> Tensor:
+    """The position that each slot holds after n tokens, -1 where it is empty: n int (...,) -> int64 (..., capacity)."""
+    count = torch.as_tensor(n, device=device).long()[..., None]
+    slot = torch.arange(capacity, device=count.device)
+    last = count - 1
+    ring = last - (last - slot) % (capacity - sink)
+    found = torch.where(slot < sink, slot, ring)
+    empty = (found > last) | (found < torch.where(slot < sink, 0, sink))
+    return found.masked_fill(empty, -1)
+
+
+def survives(positions: Tensor, after: Tensor | int, capacity: int, sink: int) -> Tensor:
+    """Which tokens are still in the cache once it has seen `after` of them: bool, of the shape of `positions`."""
+    return (positions < sink) | (positions >= after - (capacity - sink))
