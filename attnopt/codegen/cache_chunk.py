@@ -32,8 +32,8 @@ def chunk(
     """The output of a step, nothing written: arguments and result are those of attnopt/codegen/reference_cache.py."""
     if valid is not None and not bool(valid.all()):
         place, order = together(valid)
-        moved = (taken(x, order) for x in (q, k, v))
-        found = taken(_chunk(*moved, keys, values, n, table, spans, scale), place)
+        q, k, v = (taken(x, order) for x in (q, k, v))
+        found = taken(_chunk(q, k, v, keys, values, n, table, spans, scale), place)
         return found.masked_fill_(~valid[:, None, :, None], 0.0)
     return _chunk(q, k, v, keys, values, n, table, spans, scale)
 
@@ -50,8 +50,8 @@ def _chunk(
     if min(seen) < most and min(seen) != max(seen):
         for entry in range(len(seen)):
             one = slice(entry, entry + 1)
-            cache = keys[one], values[one], n[one]
-            out[one] = _chunk(q[one], k[one], v[one], *cache, table, spans, scale)
+            new, old = (q[one], k[one], v[one]), (keys[one], values[one], n[one])
+            out[one] = _chunk(*new, *old, table, spans, scale)
         return out
     spec = SpanPrefill(
         "cpu", str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3], v.shape[3], False
@@ -62,9 +62,9 @@ def _chunk(
     share = q.shape[1] // k.shape[1]
     if scale <= 0:  # SDPA hides keys before it scales
         q, scale = q * scale, 1.0
-    for group, row in enumerate(table.tolist()):
+    for group, (start, capacity, sink, _) in enumerate(table.tolist()):
         own = slice(group * share, (group + 1) * share)
-        head = Head(*row[:3], spans[own])
+        head = Head(start, capacity, sink, spans[own])
         for rows, far, far_lse in _old(q[:, own], keys, values, n, head, scale):
             part = out[:, own, rows]
             weight = torch.sigmoid(far_lse - near_lse[:, own, rows])[..., None]

@@ -1,5 +1,5 @@
 """A step of the ragged cache out of torch's operators and the span prefill kernels: the CPU's where its own does not
-serve, and the triton target's until it has one."""
+serve."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def step(
     return out
 
 
+@TARGETS.register("cpu cache_step")
 class Torch:
     @staticmethod
     def emit(spec: CacheStep) -> str:
@@ -36,7 +37,3 @@ class Torch:
         text += "from functools import partial\n\nfrom attnopt.codegen import cache_torch\n\n"
         text += f'step = partial(cache_torch.step, "{spec.target}")\n'
         return text + footer(spec, "self_check_cache", "step")
-
-
-TARGETS.register("cpu cache_step")(Torch)
-TARGETS.register("triton cache_step")(Torch)

@@ -4,6 +4,7 @@ from attnopt.ops.cache import attend_update
 from attnopt.ops.decode import span_decode
 from attnopt.ops.documents import document_attention
 from attnopt.ops.linear import linear_decode, linear_far, linear_far_backward, linear_state
+from attnopt.ops.live import live_attention
 from attnopt.ops.masked import masked_attention
 from attnopt.ops.mean_far import mean_far
 from attnopt.ops.merge import compute, merge
@@ -25,6 +26,7 @@ __all__ = [
     "linear_far",
     "linear_far_backward",
     "linear_state",
+    "live_attention",
     "masked_attention",
     "mean_far",
     "merge",

@@ -122,9 +122,12 @@ def varies_over(region: Region) -> set[str]:
     return {name[:1] for name in names}
 
 
-def mask_read_once(program: Program, builder: Builder, region: Region) -> Node | None:
-    """The mask as it was, at index 0 of every axis it repeats itself along: (B | 1, heads | 1, Sq | 1, Sk)."""
-    mask = operand_mask(builder, region.match, region.q.meta["val"].dtype, program.needs_grad)
+def mask_read_once(program: Program, builder: Builder, region: Region, hidden: bool = False) -> Node | None:
+    """The mask as it was, at index 0 of every axis it repeats itself along: (B | 1, heads | 1, Sq | 1, Sk).
+
+    hidden: what is masked is false or minus infinity, never a finite fill.
+    """
+    mask = operand_mask(builder, region.match, region.q.meta["val"].dtype, hidden or program.needs_grad)
     if mask is None:
         return None
     varies = varies_over(region)

@@ -11,6 +11,7 @@
     causal, doc[b, i] == doc[b, j]                  ->  attnopt::document_attention (each document by itself)
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
+    keys written into a buffer, any mask            ->  attnopt::live_attention (reads what the mask shows of it)
     any mask, bias, soft-cap or sink, on a GPU      ->  attnopt::masked_attention, which has them printed into it
 
 Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0. Of what
@@ -38,6 +39,7 @@ from attnopt.passes.exact_forms import (
     lower_plain,
     varies_over,
 )
+from attnopt.passes.live import lower_live, on_live_columns
 from attnopt.passes.masked import insert_masked, unserved
 from attnopt.passes.program import Program
 from attnopt.passes.span import insert_span
@@ -120,6 +122,8 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     """What is right for the site and may be cheaper, the best first."""
     site, mask = region.site, region.site.mask
     square = same(region.q.meta["val"].shape[2], region.k.meta["val"].shape[2])
+    if on_live_columns(program, region):
+        yield lower_live(program), pays.LIVE
     if packable(program, region):
         yield lower_packed(program), pays.PACKED
         if already_exact(region) and not unfused(program, region):

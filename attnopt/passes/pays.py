@@ -63,6 +63,7 @@ AS_IT_WAS = "SDPA with the mask as it was"
 # Nothing is known against it: it has not been timed on a GPU, and no other device takes it.
 PRINTED = "kernel with the mask printed into it"
 DOCUMENTS = "documents apart"
+LIVE = "the filled slots, query heads packed into rows"
 
 LOSSES = (
     # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys. The compiled kernel, 8 heads over 2.
@@ -135,6 +136,7 @@ LOSSES = (
         lambda f: not f.written and f.held < 2**21,
         "in bfloat16 a grouped call is as fast while a head's keys and values take less than 2 MiB",
     ),
+    Loss(LIVE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 slots to look for those that are filled costs as much"),
     # Over written out, one query, 8 over 2 heads. float32: 512 keys 0.75 to 0.81, 2048 keys 0.76 to 0.85. bfloat16:
     # 1.11 to 1.26. Without a mask 2.3, and packed 1.17 to 3.5: those are not refused.
     Loss(PADDING, "cpu", HIGH, lambda f: f.written and f.queries == 1, "one query is cheaper written out"),

@@ -1,0 +1,73 @@
+"""`attnopt::live_attention`: queries against the whole buffers of a cache, of which only a part is written.
+
+Registered as `attnopt::span_decode` is, and for the same reason. It has no gradient and says so.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt import settings
+from attnopt.codegen import live_cpu, reference_live
+from attnopt.ops.span import empty_tokens_first, tokens_first
+
+_library = torch.library.Library("attnopt", "FRAGMENT")
+_library.define("live_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("attnopt::live_attention has no gradient: decode under torch.no_grad()")
+    if mask is None:
+        return
+    if mask.ndim != 4 or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(
+            f"the mask is {mask.dtype} {tuple(mask.shape)}, expected bool or floating (B | 1, 1, T | 1, C)"
+        )
+    torch._check(mask.shape[3] == k.shape[2], lambda: f"the mask has {mask.shape[3]} columns, the cache {k.shape[2]}")
+
+
+def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv), mask (B | 1, 1, T | 1, C) -> (B, H, T, Dv), laid out as
+    (B, T, H, Dv).
+
+    mask: bool, true where a key is kept, or floating, added to the scores, minus infinity where a key is not kept; None
+    keeps all. On the CPU the columns before the first and behind the last that a batch entry keeps are not read. A GPU
+    reads all of them: to know which count it would have to wait. KV heads are not repeated. A row that keeps nothing
+    is 0.
+    """
+    _checked(q, k, v, mask)
+    target = settings.target(q.device.type)
+    if target == "cpu":
+        found = live_cpu.attend(q, k, v, mask, scale)
+    elif target == "reference":
+        found = reference_live.attend(q, k, v, mask, scale)
+    else:
+        found = _whole(q, k, v, mask, scale)
+    return tokens_first(found)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Without a look at the mask's values: one SDPA call, the query heads of a KV head as rows of one head."""
+    batch, heads, tokens, dim = q.shape
+    share = heads // k.shape[1]
+    rows = None
+    if mask is not None:
+        rows = reference_live.shown(mask).any(-1, keepdim=True)
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, share, 1)
+        mask = mask.expand(batch, k.shape[1], share * tokens, k.shape[2])
+    packed = q.reshape(batch, k.shape[1], share * tokens, dim)
+    out = F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(batch, heads, tokens, v.shape[3])
+    return out if rows is None else out.masked_fill(~rows, 0.0)
+
+
+def _fake(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
+    _checked(q, k, v, mask)
+    return empty_tokens_first(q, v.shape[3])
+
+
+_library.impl("live_attention", live_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("attnopt::live_attention", _fake, lib=_library)

@@ -1,0 +1,50 @@
+"""Read of a written cache the part that was written: the fixed buffers of transformers' StaticCache, above all.
+
+    k' = index_copy(keys, 2, at, k)                               k' = index_copy(keys, 2, at, k)
+    sdpa(q, repeat(k'), repeat(v'), mask (B, 1, T, C))     ->     live_attention(q, k', v', mask, scale)
+
+The buffers have room for all that may come, and are read whole at every step, under a mask that is mostly an input:
+nothing in the graph says where it ends. The operator looks for the first and the last column that is kept when it runs,
+which is right for every mask. What writes the buffers stays as it was, and in place (tests/test_cache_in_place.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from attnopt import ops  # noqa: F401  (registers the operator)
+from attnopt.ir import Region
+from attnopt.passes.exact_forms import mask_read_once, varies_over
+from attnopt.passes.program import Builder, Program
+from attnopt.patterns import checked
+
+# Caches whose tensors have more room than tokens. "ring": full or not, a mask says what counts.
+FIXED = ("write", "ring")
+
+
+def on_live_columns(program: Program, region: Region) -> bool:
+    """Whether the operator may stand for the site: buffers of a fixed size under a mask that all heads share.
+
+    Without a mask every column counts. Under ``is_causal`` one new query keeps key 0 alone.
+    """
+    masked = any(not checked(term) for term in region.match.terms) and not region.match.causal
+    known = program.device in ("cpu", "cuda") and not program.needs_grad
+    if not (known and masked and region.site.kv in FIXED):
+        return False
+    varies = varies_over(region)
+    return "j" in varies and "h" not in varies
+
+
+def lower_live(program: Program) -> Callable[[Region], Node]:
+    """A builder of the operator's call for one region."""
+
+    def build(region: Region) -> Node:
+        builder = Builder(program.gm, region.out)
+        mask = mask_read_once(program, builder, region, hidden=True)
+        op = torch.ops.attnopt.live_attention.default
+        return builder.call(op, region.q, region.k, region.v, mask, region.site.scale)
+
+    return build

@@ -1,0 +1,116 @@
+"""`attnopt::live_attention` against a soft-max written out over every column, in float64: any mask, any strides."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt import ops  # noqa: F401
+from attnopt.codegen import live_cpu
+
+SLOTS, BATCH, KV_HEADS, DIM = 37, 3, 2, 32
+live = torch.ops.attnopt.live_attention
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(tokens: int) -> dict[str, Tensor]:
+    """bool (B | 1, 1, T | 1, C): what a static cache comes with, and what none ever had."""
+    column, row = torch.arange(SLOTS), torch.arange(tokens)[:, None]
+    filled = (column <= 11 + row)[None, None]
+    padded = filled & (column >= torch.tensor([0, 3, 9])[:, None])[:, None, None]
+    interior = padded & ~((column > 4) & (column < 8))
+    lengths = (column < torch.tensor([4, 33, 20])[:, None])[:, None, None]
+    nothing = padded.clone()
+    nothing[1] = False
+    scattered = torch.rand(BATCH, 1, tokens, SLOTS, generator=torch.Generator().manual_seed(1)) < 0.2
+    return {
+        "filled": filled, "one row for all": filled[:, :, :1], "padded": padded, "interior": interior,
+        "lengths": lengths, "an entry without keys": nothing, "nothing": filled & False, "all": filled | True,
+        "scattered": scattered, "the last column": (column == SLOTS - 1)[None, None, None],
+    }  # fmt: skip
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Over all columns, K and V repeated; rows that keep nothing are 0."""
+    share = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(share, 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if mask is not None:
+        added = torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        scores = scores + added
+    return (scores.softmax(-1).nan_to_num(0.0)) @ v
+
+
+@pytest.mark.parametrize(("target", "native"), [("cpu", "1"), ("cpu", "0"), ("reference", "1"), ("triton", "1")])
+def test_agrees_with_float64(target: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that share KV heads or not, one and more tokens, values of another size, K and V as views."""
+    monkeypatch.setenv("ATTNOPT_TARGET", target)
+    monkeypatch.setenv("ATTNOPT_NATIVE", native)
+    for tokens, share, dim_v, scale in [(1, 4, DIM, 0.2), (1, 1, 64, 0.2), (3, 2, DIM, -0.3), (40, 2, 5, 0.2)]:
+        q = normal(BATCH, KV_HEADS * share, tokens, DIM)
+        k = normal(BATCH, SLOTS, KV_HEADS, DIM, seed=1).transpose(1, 2)
+        v = normal(BATCH, KV_HEADS, SLOTS, dim_v, seed=2)
+        for (name, keep), kind in product(masks(tokens).items(), ("bool", "added")):
+            mask = keep
+            if kind == "added":
+                mask = normal(*keep.shape, seed=3).masked_fill(~keep, -torch.inf)
+            found = live(q, k, v, mask, scale)
+            expected = written_out(q, k, v, mask, scale)
+            torch.testing.assert_close(
+                found.double(), expected, rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
+            assert found.transpose(1, 2).is_contiguous()
+        found, expected = live(q, k, v, None, scale).double(), written_out(q, k, v, None, scale)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_dead_columns_are_not_read() -> None:
+    """What lies outside the kept columns may be anything. In front of the first and behind the last, NaN."""
+    q, k, v = normal(2, 4, 1, DIM), normal(2, 2, SLOTS, DIM, seed=1), normal(2, 2, SLOTS, DIM, seed=2)
+    column = torch.arange(SLOTS)
+    keep = ((column >= 5) & (column <= 20))[None, None, None]
+    expected = written_out(q, k, v, keep, 0.2)
+    for x in (k, v):
+        x[:, :, :5] = torch.nan
+        x[:, :, 21:] = torch.nan
+    torch.testing.assert_close(live(q, k, v, keep, 0.2).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_bfloat16() -> None:
+    q, k, v = (normal(*s, seed=n).bfloat16() for n, s in enumerate([(2, 8, 1, 64), (2, 2, 300, 64), (2, 2, 300, 64)]))
+    keep = (torch.arange(300) < 201)[None, None, None]
+    torch.testing.assert_close(live(q, k, v, keep, 0.2).double(), written_out(q, k, v, keep, 0.2), rtol=2e-2, atol=1e-2)
+
+
+def test_live_columns() -> None:
+    found = {name: live_cpu.live_columns(mask) for name, mask in masks(2).items()}
+    assert found["filled"] == [(0, 13)] and found["one row for all"] == [(0, 12)]
+    assert found["padded"] == [(0, 13), (3, 13), (9, 13)] == found["interior"]
+    assert found["an entry without keys"] == [(0, 13), (0, 0), (9, 13)]
+    assert found["nothing"] == [(0, 0)] and found["all"] == [(0, SLOTS)]
+    assert found["the last column"] == [(SLOTS - 1, SLOTS)]
+    every_other = torch.zeros(1, 1, 1, 2 * SLOTS, dtype=torch.bool)
+    every_other[..., 6] = every_other[..., 8] = True
+    assert live_cpu.live_columns(every_other[..., ::2]) == [(3, 5)]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_registration(tokens: int) -> None:
+    q, k = normal(BATCH, 4, tokens, DIM), normal(BATCH, KV_HEADS, SLOTS, DIM, seed=1)
+    torch.library.opcheck(live.default, (q, k, k, masks(tokens)["padded"], 0.25))
+
+
+def test_refusals() -> None:
+    q, k = normal(1, 2, 1, DIM), normal(1, 2, 5, DIM)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        live(q.requires_grad_(), k, k, None, 0.2)
+    with pytest.raises(ValueError, match=r"int64 \(5,\)"):
+        live(q.detach(), k, k, torch.ones(5, dtype=torch.int64), 0.2)
+    with pytest.raises(RuntimeError, match="the mask has 4 columns, the cache 5"):
+        live(q.detach(), k, k, torch.ones(1, 1, 1, 4, dtype=torch.bool), 0.2)
