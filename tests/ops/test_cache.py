@@ -207,7 +207,7 @@ def test_wrong_sizes_dtypes_and_devices_are_named() -> None:
         cache().step(q, k, v.float())
     with pytest.raises(ValueError, match=r"n, table and spans are torch.int64, .*expected torch.int32"):
         cache(n=torch.zeros(1, dtype=torch.int64)).step(q, k, v)
-    with pytest.raises(ValueError, match="valid is torch.int64, expected torch.bool"):
+    with pytest.raises(ValueError, match=r"valid is torch.int64, expected torch.bool"):
         cache().step(q, k, v, torch.ones(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="lie on several devices"):
         cache(keys=torch.empty(1, layout.slots, 5, dtype=torch.float64, device="meta")).step(q, k, v)
