@@ -48,6 +48,9 @@ class Handle:
         self.layer, self.key, self.value = layer, key, value
 
     def __getattr__(self, name: str) -> NoReturn:
+        # Python and Dynamo ask for these of any object, and take this answer for no.
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise AttnoptError(
             f"A SpanCache was handed to an attention that does not know it (it asks for .{name} of the keys).", ANOTHER
         )
