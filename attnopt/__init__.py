@@ -12,20 +12,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnopt.backend import clear_reports, reports
     from attnopt.backend.live import LivePlan
+    from attnopt.hf.cache import SpanCache
+    from attnopt.hf.explained import explain
+    from attnopt.hf.generation import disable, enable
     from attnopt.plan import Budget, Plan
     from attnopt.planner.make import make_plan
     from attnopt.profile_file import Profile
     from attnopt.profiler import profile_model
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "LivePlan", "Plan", "Profile", "clear_reports", "make_plan", "profile_model", "reports"]
+__all__ = [
+    "Budget",
+    "LivePlan",
+    "Plan",
+    "Profile",
+    "SpanCache",
+    "clear_reports",
+    "disable",
+    "enable",
+    "explain",
+    "make_plan",
+    "profile_model",
+    "reports",
+]
 
 _HOMES = {
     "Budget": "attnopt.plan",
     "LivePlan": "attnopt.backend.live",
     "Plan": "attnopt.plan",
     "Profile": "attnopt.profile_file",
+    "SpanCache": "attnopt.hf.generation",
     "clear_reports": "attnopt.backend",
+    "disable": "attnopt.hf.generation",
+    "enable": "attnopt.hf.generation",
+    "explain": "attnopt.hf.explained",
     "make_plan": "attnopt.planner.make",
     "profile_model": "attnopt.profiler",
     "reports": "attnopt.backend",

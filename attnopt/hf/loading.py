@@ -1,4 +1,4 @@
-"""Everything that knows transformers: finding and loading models and their tokenizers."""
+"""Finding and loading models and their tokenizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Loaded:
 
 def demo_model_path() -> Path:
     """The small trained model that ships with attnopt."""
-    return Path(__file__).parent / "assets" / "demo_model"
+    return Path(__file__).parent.parent / "assets" / "demo_model"
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -1,0 +1,34 @@
+"""Everything that knows transformers.
+
+loading.py     finding and loading models and their tokenizers
+sites.py       which modules of a model attend, and which models cannot be served
+cache.py       SpanCache: a KV cache that holds what the plan keeps
+attention.py   the attention and the mask function that transformers calls by the name "attnopt"
+generation.py  enable, disable and explain
+
+Only loading.py is imported with this package, and it imports transformers when a model is asked for.
+"""
+
+from attnopt.hf.loading import (
+    ALIASES,
+    DTYPES,
+    Loaded,
+    demo_model_path,
+    dtype_of,
+    from_callable,
+    load,
+    tokenizer_of,
+    transformers,
+)
+
+__all__ = [
+    "ALIASES",
+    "DTYPES",
+    "Loaded",
+    "demo_model_path",
+    "dtype_of",
+    "from_callable",
+    "load",
+    "tokenizer_of",
+    "transformers",
+]
