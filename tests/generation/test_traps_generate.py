@@ -66,6 +66,20 @@ def all_of(*parts: mistakes.Mistake) -> mistakes.Mistake:
     return mistake
 
 
+@contextlib.contextmanager
+def attending(model: Any) -> Iterator[None]:
+    """Attnopt's attention alone, by transformers' own means."""
+    model.set_attn_implementation("attnopt")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def unchecked(patch: pytest.MonkeyPatch) -> None:
+    not_done(SpanLayer, "check")(patch)
+
+
 def registered(patch: pytest.MonkeyPatch) -> None:
     """What is registered with transformers now, stays."""
     for module in (attention, generation):
@@ -340,20 +354,49 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
     first, second = models.prompts(2, 21), models.prompts(2, 20, seed=7)
     mask = torch.ones_like(second)
 
+    def refused(cache: SpanCache) -> None:
+        for length in (20, int(cache.get_seq_length())):
+            with pytest.raises(AttnoptError, match="reset"):
+                models.generate(model, models.prompts(2, length, seed=7), None, 2, past_key_values=cache)
+
     def check() -> None:
         with enabled(model, rules):
             cache = SpanCache.for_model(model, models.plan_of(model, rules), max_length=64)
             models.generate(model, first, None, 8, past_key_values=cache)
-            with pytest.raises(AttnoptError, match="reset"):
-                models.generate(model, second, mask, 8, past_key_values=cache)
+            refused(cache)
             cache.reset()
             out = models.generate(model, second, mask, 8, past_key_values=cache)
         assert wrong(out, second, mask, 64) <= models.TOLERANCE
+        # Without enable(), which knows of a call of generate() before transformers cuts the prompt.
+        with attending(model):
+            refused(cache)
 
     def one_layer(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(SpanCache, "reset", lambda self: self.layers[0].reset())
 
-    only_right(check, all_of(not_done(generation, "accept"), any_mask), one_layer)
+    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), unchecked, one_layer)
+
+
+def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
+    """What is evicted cannot be told from what is masked; a whole cache would go on without that token."""
+    model, (ids, mask) = models.shared("llama"), models.left_padded()
+
+    def check() -> None:
+        with enabled(model, models.RULES), torch.no_grad():
+            for column, generates in ((12, True), (12, False), (0, True)):
+                cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=models.MAX_LENGTH)
+                turn = models.generate(model, ids, mask, 8, past_key_values=cache).sequences
+                asked = torch.cat((turn, models.prompts(3, 7, seed=3)), 1)
+                both = torch.cat((mask, mask.new_ones(3, asked.shape[1] - mask.shape[1])), 1)
+                both[1, column] ^= 1
+                seen = int(cache.get_seq_length())
+                with pytest.raises(AttnoptError, match="older tokens count"):
+                    if generates:
+                        models.generate(model, asked, both, 8, past_key_values=cache)
+                    else:
+                        model(asked[:, seen:], attention_mask=both, past_key_values=cache)
+
+    only_right(check, unchecked)
 
 
 def test_a_second_turn_is_cut_by_what_was_seen() -> None:
