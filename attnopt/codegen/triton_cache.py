@@ -219,10 +219,10 @@ def _attend_end(spec: CacheStep) -> str:
         places = places[:, None] * {dim_v} + dims_v[None, :]
         tl.store(out + places, acc.to(out.dtype.element_ty){mask})
     else:
-        first = (entry * partials + part + index) * (tokens * {share})
-        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        rows = (entry * partials + part + index) * (tokens * {share}) + row
+        places = rows[:, None] * {dim_v} + dims_v[None, :]
         tl.store(partial + places, acc{mask})
-        tl.store(partial_lse + first + row, top + tl.log2(total), mask=inside)
+        tl.store(partial_lse + rows, top + tl.log2(total), mask=inside)
 """
 
 

@@ -112,6 +112,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
             *(out, partial, partial_lse, n, table, work.split, work.parts, batch, tokens, work.chunk, work.partials),
             BLOCK_P={BLOCK_P},
             num_warps={merge_warps(spec)},
+            enable_fp_fusion=True,
         )
 
 
@@ -128,6 +129,7 @@ def _write(k, v, keys, values, n, ranks, table):
         PADDED=ranks is not None,
         ADVANCE=tiles == 1,
         ROWS={WRITE_ROWS} if tiles > 1 else triton.next_power_of_2({groups} * tokens),
+        enable_fp_fusion=True,
     )
     if tiles > 1:
         n.add_(tokens if ranks is None else counts)

@@ -223,10 +223,10 @@ def attend(
         places = places[:, None] * 128 + dims_v[None, :]
         tl.store(out + places, acc.to(out.dtype.element_ty), mask=inside[:, None])
     else:
-        first = (entry * partials + part + index) * (tokens * 4)
-        places = (first + row)[:, None] * 128 + dims_v[None, :]
+        rows = (entry * partials + part + index) * (tokens * 4) + row
+        places = rows[:, None] * 128 + dims_v[None, :]
         tl.store(partial + places, acc, mask=inside[:, None])
-        tl.store(partial_lse + first + row, top + tl.log2(total), mask=inside)
+        tl.store(partial_lse + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "partials"])
@@ -435,6 +435,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
             *(out, partial, partial_lse, n, table, work.split, work.parts, batch, tokens, work.chunk, work.partials),
             BLOCK_P=16,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -451,6 +452,7 @@ def _write(k, v, keys, values, n, ranks, table):
         PADDED=ranks is not None,
         ADVANCE=tiles == 1,
         ROWS=64 if tiles > 1 else triton.next_power_of_2(8 * tokens),
+        enable_fp_fusion=True,
     )
     if tiles > 1:
         n.add_(tokens if ranks is None else counts)
