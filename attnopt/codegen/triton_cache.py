@@ -33,9 +33,10 @@ import torch
 import triton
 import triton.language as tl
 
+from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.decode_list import cache_list
 
-# Query heads of a KV head times tokens, {rows} rows of a tile at most.
+# Query heads of a KV head; rows, of a head and a token, of a tile at most.
 SHARE, MAX_ROWS = {spec.share}, {rows}
 LAUNCH = {{"BLOCK_N": {block}, "num_warps": {warps}, "num_stages": {stages}}}
 if torch.version.hip:

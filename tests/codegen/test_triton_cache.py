@@ -43,12 +43,12 @@ class Case:
 
 
 CASES = {
-    # A full head beside a ring, each with unequal spans in a group; pads left and inside; wraps; several tiles of rows.
+    # A prompt through the prefill kernel; a full head beside a ring, each with unequal spans in a group; pads left and inside; wraps; several tiles of rows.
     "padded": Case(
         ((0, 99), (0, 20), (2, 9), (1, 12)),
         2,
         62,
-        (("0011111", "1101101"), 3, ("1", "0"), 12, ("01", "00"), 1, 20, 1),
+        (("001101111111011111", "111111110111111101"), 3, ("1", "0"), 12, ("01", "00"), 1, 20, 1),
         16,
     ),
     # Rollback by as much as the slack, before and after the ring has wrapped; sinks that are never full.
