@@ -31,6 +31,8 @@ def prefill(target: str, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, 
     runs = real_runs(valid) if q.device.type == "cpu" else None
     if runs is None:
         place, order = together(valid)
+        # In its own tile a row meets padding behind it with a weight of 0, which does not hide NaN.
+        k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
         found = taken(kernel(*(taken(x, order) for x in (q, k, v)), *tables, scale), place)
         return found.masked_fill_(~valid[:, None, :, None], 0.0)
     if [run[1:] for run in runs] == [(batch, 0, tokens)]:
