@@ -98,6 +98,7 @@ def test_each_token_is_written_behind_the_others(compiled: Callable[..., Any]) -
     assert sum(memory.values()) <= 1.2 * sum(t.nbytes for t in found) + 2 * 272 * found[0][:, :, 0].nbytes
 
 
+ROWS = torch.tensor([1, 1])
 FORKS: dict[str, Callable[[State], State]] = {
     "the same state again": lambda state: state,
     "a copy of the holder": lambda state: copy.copy(state),
@@ -109,7 +110,6 @@ FORKS: dict[str, Callable[[State], State]] = {
     "keys in the place of values": lambda state: (state[1], state[0]),
     "a detached alias": lambda state: (state[0].detach(), state[1].detach()),
 }
-ROWS = torch.tensor([1, 1])
 
 
 def forked(compiled: Callable[..., Any], fork: Callable[[State], State]) -> None:
