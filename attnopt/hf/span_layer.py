@@ -34,6 +34,9 @@ class Handle:
         self.layer, self.key, self.value = layer, key, value
 
     def __getattr__(self, name: str) -> NoReturn:
+        # Python and Dynamo ask for these of any object, and take this answer for no.
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise AttnoptError(
             f"A SpanCache was handed to an attention that does not know it (it asks for .{name} of the keys).", ANOTHER
         )
@@ -155,12 +158,6 @@ class SpanLayer(CacheLayerMixin):
                 f"The cache was made for {self.layout.length} tokens of a row, and this would be {most}.",
                 f"Make it with max_length={most} or more.",
             )
-        if positions is not None and positions.dim() == 2 and self._goes_back(mask, positions):
-            raise AttnoptError(
-                f"The new tokens end at position {int(positions.max())}, and the cache holds "
-                f"{int(self.n.max())} tokens already: they are no continuation.",
-                AGAIN,
-            )
         history = getattr(mask, "history", None)
         if history is None and mask is None and (tokens > 1 or settings.verify()):
             history = self.n + self.pads
@@ -170,14 +167,18 @@ class SpanLayer(CacheLayerMixin):
                 f"{self.n.tolist()} when they were new; what is cached cannot be masked afterwards.",
                 "Pass the attention_mask of all tokens so far, unchanged, or reset() the cache and feed it again.",
             )
+        if positions is not None and positions.dim() == 2 and self._goes_back(mask, positions):
+            raise AttnoptError(
+                f"The new tokens begin at position {int(positions.min())}, and the cache holds "
+                f"{int(self.n.max())} tokens already: they are no continuation.",
+                AGAIN,
+            )
 
     def _goes_back(self, mask: Tensor | None, positions: Tensor) -> bool:
-        """Whether all new tokens of some row come before one that is cached."""
-        if mask is None:
-            return bool((positions.amax(1) < self.n).any())
-        valid = mask[:, 0, 0]
-        last = positions.masked_fill(~valid, -1).amax(1)
-        return bool(((last < self.n) & valid.any(1)).any())
+        """Whether a new token of some row comes before one that is cached."""
+        if mask is not None:
+            positions = positions.masked_fill(~mask[:, 0, 0], torch.iinfo(positions.dtype).max)
+        return bool((positions.amin(1) < self.n).any())
 
     def get_seq_length(self) -> Any:
         """Columns seen so far, padding included: an int32 tensor (), or 0 where there is nothing yet."""
