@@ -102,10 +102,11 @@ class SpanCache(Cache):
         columns = first.asked(tokens_to_remove)
         if columns:
             padding = first.padding(columns)
+            furthest = first.furthest(columns, padding)
             for layer in self.layers:
-                layer.check_crop(columns, padding)
+                layer.check_crop(*furthest)
             for layer in self.layers:
-                layer.take_back(columns, padding)
+                layer.crop(-columns, padding)
 
     def grow(self, larger: SpanCache) -> None:
         """Go on with the layouts of a cache of more tokens, whose windows are the same."""

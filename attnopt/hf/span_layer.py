@@ -249,10 +249,14 @@ class SpanLayer(CacheLayerMixin):
         at = seen[:, None] - 1 - torch.arange(columns, device=seen.device)
         return (self.marks.gather(1, at % REMEMBERED) == at + 1).sum(1, dtype=torch.int32)
 
-    def check_crop(self, columns: int, padding: Tensor) -> None:
-        """Raise unless the last `columns` columns, so many of them padding, can be taken back exactly."""
+    def furthest(self, columns: int, padding: Tensor) -> tuple[int, int]:
+        """Of all rows: how far behind the most tokens there ever were the last `columns` begin, and that most."""
         highest = torch.maximum(self.highest, self.n)
-        back, top = int((highest - self.n + columns - padding).max()), int(highest.max())
+        back, top = torch.stack(((highest - self.n + columns - padding).amax(), highest.amax())).tolist()
+        return back, top
+
+    def check_crop(self, back: int, top: int) -> None:
+        """Raise unless tokens can be taken back exactly, from `top` to `back` before."""
         wrapped = any(top > c and not w for c, w in zip(self.layout.capacities, self.layout.whole, strict=True))
         if back > self.layout.slack and wrapped:
             raise AttnoptError(
@@ -260,19 +264,19 @@ class SpanLayer(CacheLayerMixin):
                 f"Make it with SpanCache.for_model(..., slack={back}), or reset() it and feed it again.",
             )
 
-    def take_back(self, columns: int, padding: Tensor) -> None:
+    def crop(self, tokens_to_remove: Any, padding: Tensor | None = None) -> None:
+        """Take back the last |tokens_to_remove| columns, exactly; raise where they cannot be. padding: how many of them
+        are, where that was looked up and all was checked for the whole cache."""
+        columns = self.asked(tokens_to_remove)
+        if not columns:
+            return
+        if padding is None:
+            padding = self.padding(columns)
+            self.check_crop(*self.furthest(columns, padding))
         self.highest.copy_(torch.maximum(self.highest, self.n))
         self.n.sub_(columns - padding)
         self.pads.sub_(padding)
         self.marks.masked_fill_(self.marks > (self.n + self.pads)[:, None], 0)
-
-    def crop(self, tokens_to_remove: Any) -> None:
-        """Take back the last |tokens_to_remove| columns, exactly; raise where they cannot be."""
-        columns = self.asked(tokens_to_remove)
-        if columns:
-            padding = self.padding(columns)
-            self.check_crop(columns, padding)
-            self.take_back(columns, padding)
 
     def asked(self, tokens_to_remove: Any) -> int:
         """Columns to take back, of transformers' argument: a negative number of them, an int or a tensor ().
