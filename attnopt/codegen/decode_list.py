@@ -28,6 +28,9 @@ PER_SM = 2
 # and then rings stay full. For the full cache alone, dense heads would take chunks as long as the slots allow, which
 # leaves half of the programs idle at half the length.
 LIFE = {4: 3, 3: 1, 2: 1, 1: 1}
+# Programs, as many times as the GPU holds at once, from which segments are not divided: partial results would take more
+# memory than the keys.
+ENOUGH = 8
 CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 1024))
 
 
@@ -80,7 +83,8 @@ def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORK
 def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:
     """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries."""
     capacities = capacities_of(starts)
-    chunk, groups = chunk_of(capacities, batch, slots), len(capacities)
+    groups = len(capacities)
+    chunk = chunk_of(capacities, batch, slots) if batch * groups < ENOUGH * slots else max(BLOCK, *capacities)
     items, parts, split, partials = [], [], [], 0
     for group, capacity in enumerate(capacities):
         # A segment without slots has an item too: it writes zeros.
@@ -109,3 +113,13 @@ def decode_list(starts: torch.Tensor, batch: int) -> DecodeList:
     A table on a GPU is read once, before a graph is captured: its values may not change afterwards.
     """
     return _built(read_table(starts), batch, starts.device)
+
+
+def cache_list(table: torch.Tensor, batch: int, tiles: int) -> DecodeList:
+    """The list of a cache whose KV head g has table[g] = (start, capacity, ...), int32 (G, ...) on any device, each
+    chunk of which is read by `tiles` programs of each of `batch` entries. Kept and read as `decode_list` does."""
+    values, columns = read_table(table), table.shape[1]
+    starts = (*values[::columns], values[-columns] + values[1 - columns])
+    if tuple(values[1::columns]) != capacities_of(starts):
+        raise ValueError(f"segments of a cache follow each other, not those of {values}")
+    return _built(starts, batch * tiles, table.device)

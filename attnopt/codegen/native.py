@@ -1,4 +1,4 @@
-"""The CPU's own kernels, spans.cpp and decode.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
+"""The CPU's own kernels, spans.cpp to live.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
 
 They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where they cannot be had, no
 compiler above all, attention runs out of torch's own operators (span_cpu.py, decode_cpu.py): slower, the same within
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen.decode_list import capacities_of
+from attnopt.errors import CacheFull
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("spans.cpp", "decode.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("spans.cpp", "rows.cpp", "decode.cpp", "cache.cpp", "live.cpp")
+)
 # What the kernel's vector loops step by.
 FEATURES = 32
 
@@ -88,6 +91,9 @@ MOST_ROWS = 64
 # What decode.cpp unpacks: ten addresses, ten strides, one more, seven sizes. Packed at once: a call is made for every
 # layer and token, and eleven ctypes objects took longer than reading two hundred slots.
 _PACKED = struct.Struct("28q").pack
+# What cache.cpp unpacks: ten addresses, seventeen strides, seven sizes; and live.cpp: five, fourteen, what the mask is,
+# seven.
+_STEP, _LOOK = struct.Struct("34q").pack, struct.Struct("27q").pack
 
 
 def decode(
@@ -128,6 +134,73 @@ def decode(
     return out
 
 
+def step(
+    q: Tensor | None, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None,
+    table: Tensor, spans: Tensor, scale: float,
+) -> Tensor | None:  # fmt: skip
+    """The contract of attnopt/codegen/reference_cache.py, for a positive scale; without q what is new is only written.
+
+    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), keys (B, S, D), values (B, S, Dv) -> (B, H, T, Dv) laid out as
+    (B, T, H, Dv). keys, values: each slot contiguous; n, table, spans int32 and contiguous. CacheFull where a row would
+    hold too many tokens, ValueError where the table is not that of the cache; then nothing has been written.
+    """
+    dtype = k.dtype
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, groups, tokens, dim = k.shape
+    width, heads, out = v.shape[3], spans.shape[0], None
+    read, written = (0, 0, 0, 0), (0, 0, 0, 0)
+    if q is not None:
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        out = q.new_empty((batch, tokens, heads, width))
+        read = (q.data_ptr(), *q.stride()[:3])
+        written = (out.data_ptr(), tokens * heads * width, width, heads * width)
+    valid = valid if valid is None or valid.stride(-1) == 1 else valid.contiguous()
+    marked = (0, 0) if valid is None else (valid.data_ptr(), valid.stride(0))
+    call = _STEP(
+        read[0], k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), written[0], n.data_ptr(), marked[0],
+        table.data_ptr(), spans.data_ptr(), *read[1:], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:2],
+        *values.stride()[:2], *written[1:], marked[1], batch, heads, groups, tokens, keys.shape[1], dim, width,
+    )  # fmt: skip
+    wrong = _entry("step", dtype)(call, scale)
+    if wrong == FULL:
+        raise CacheFull(
+            "A row would hold more tokens than the cache was made for.", "Make it with a larger max_length."
+        )
+    if wrong:
+        raise ValueError(f"the table is not that of a cache of {keys.shape[1]} slots: {table.tolist()}")
+    return None if out is None else out.transpose(1, 2)
+
+
+# What `step` says in cache.cpp where a row has no room left.
+FULL = 1
+
+
+def live(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+    """The contract of attnopt/codegen/reference_live.py, for a positive scale and a dtype and sizes that `takes` has.
+
+    q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv), mask bool, float32 or of q's dtype (B | 1, 1, T | 1, C) or None ->
+    (B, H, T, Dv) laid out as (B, T, H, Dv). None where the mask is of another dtype, or a floating one that leaves a
+    query nothing.
+    """
+    dtype, kind = q.dtype, 0
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    (batch, heads, tokens, dim), (_, groups, columns, width) = q.shape, v.shape
+    rows = (0, 0, 0)
+    if mask is not None:
+        if mask.dtype not in (torch.bool, torch.float32, dtype):
+            return None
+        kind = 1 if mask.dtype is torch.bool else 2 if mask.dtype is torch.float32 else 3
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        rows = (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2) if mask.shape[2] > 1 else 0)
+    out = q.new_empty((batch, tokens, heads, width))
+    call = _LOOK(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), rows[0], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], tokens * heads * width, width, heads * width, *rows[1:], kind, batch, groups, heads // groups,
+        tokens, columns, dim, width,
+    )  # fmt: skip
+    return None if _entry("look", dtype)(call, scale) else out.transpose(1, 2)
+
+
 def _table(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
@@ -158,7 +231,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = CppCodeCache.load("".join(path.read_text(encoding="utf-8") for path in SOURCES))
         for dtype in ("float32", "bfloat16"):
             getattr(library, f"prefill_{dtype}").restype = None
-            getattr(library, f"decode_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
+            for entry in ("decode", "step", "look"):
+                getattr(library, f"{entry}_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,6 +34,11 @@ class KernelSpec:
             raise ValueError(f"{self.heads} query heads do not divide into {self.kv_heads} KV heads")
 
     @property
+    def share(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
     def flags(self) -> str:
         """What a family says beside sizes and dtype, joined by ", ": part of the key and of the text."""
         return ""
@@ -93,11 +98,6 @@ class SpanDecode(KernelSpec):
 
     tokens: int = 1
     positioned: bool = False
-
-    @property
-    def share(self) -> int:
-        """Query heads of a KV head."""
-        return self.heads // self.kv_heads
 
     @property
     def flags(self) -> str:

@@ -10,7 +10,7 @@ Triton itself is imported by the emitted files alone.
 from __future__ import annotations
 
 from attnopt.codegen.self_check import footer
-from attnopt.codegen.spec import SpanDecode
+from attnopt.codegen.spec import KernelSpec, SpanDecode
 from attnopt.codegen.triton_decode_host import aot, launch, launcher, rows_of
 from attnopt.codegen.triton_text import (
     check,
@@ -142,18 +142,19 @@ def span_decode(
 '''
 
 
-def _dots(spec: SpanDecode) -> tuple[str, str]:
+def _dots(spec: KernelSpec) -> tuple[str, str]:
     exact = ', input_precision="ieee"' if spec.dtype == "float32" else ""
     return f"tl.dot(queries, keys{exact})", f"tl.dot(weights.to(values.dtype), values, acc{exact})"
 
 
-def _full_loop(spec: SpanDecode) -> str:
+def whole_blocks(spec: KernelSpec, blocks: str) -> str:
+    """Text of a loop over the first blocks of a chunk, none of whose keys is tested. blocks: text of how many."""
     k_load = load_text("k_block + k_tile", dim_mask(spec.head_dim, "dims[:, None]"))
     v_load = load_text("v_block + v_tile", dim_mask(spec.head_dim_v, "dims_v[None, :]"))
     score_dot, value_dot = _dots(spec)
     return f"""
     # Whole blocks: no mask, and every score is finite.
-    blocks = tl.maximum(end - begin, 0) // BLOCK_N
+    blocks = {blocks}
     for n in range(0, blocks):
         start = begin + n * BLOCK_N
         k_block = k + start.to(tl.int64) * k_slot
@@ -168,7 +169,11 @@ def _full_loop(spec: SpanDecode) -> str:
         values = {v_load}
         acc = {value_dot}
         top = new_top
+"""
 
+
+def _full_loop(spec: SpanDecode) -> str:
+    return f"""{whole_blocks(spec, "tl.maximum(end - begin, 0) // BLOCK_N")}
     # What is left of the chunk, masked.
     rest = begin + blocks * BLOCK_N
     for n in range(0, tl.cdiv(tl.maximum(end - rest, 0), BLOCK_N)):
@@ -192,20 +197,20 @@ def _positioned_loop(spec: SpanDecode) -> str:
 """
 
 
-def _masked_body(spec: SpanDecode) -> str:
-    k_mask = "cols[None, :] < end", dim_mask(spec.head_dim, "dims[:, None]")
-    v_mask = "cols[:, None] < end", dim_mask(spec.head_dim_v, "dims_v[None, :]")
+def masked_block(
+    spec: KernelSpec, keep: str, live: str = "cols{} < end", k_slot: str = "k_slot", v_slot: str = "v_slot"
+) -> str:
+    """Text of a loop's body: the block of keys from slot `start` on.
+
+    keep: lines that set `keep`, bool (rows, keys), where `scores` count; live: what is read, of the keys `cols{}`;
+    k_slot, v_slot: strides of a key and a value from k and v on.
+    """
+    k_mask = live.format("[None, :]"), dim_mask(spec.head_dim, "dims[:, None]")
+    v_mask = live.format("[:, None]"), dim_mask(spec.head_dim_v, "dims_v[None, :]")
     score_dot, value_dot = _dots(spec)
-    keep = "        keep = cols[None, :] < end"
-    if spec.positioned:
-        own = "position" if spec.tokens == 1 else "position[:, None]"
-        keep = f"""        held = tl.load(positions + cols, mask=cols < end, other=0)
-        back = {own} - held[None, :]
-        span = (held[None, :] < sink[:, None]) | (back < window[:, None])
-        keep = span & (back >= 0) & (cols[None, :] < end)"""
     return f"""        cols = start + local
-        k_block = k + start.to(tl.int64) * k_slot
-        v_block = v + start.to(tl.int64) * v_slot
+        k_block = k + start.to(tl.int64) * {k_slot}
+        v_block = v + start.to(tl.int64) * {v_slot}
         keys = {load_text("k_block + k_tile", *k_mask)}
         scores = {score_dot}
 {keep}
@@ -220,10 +225,18 @@ def _masked_body(spec: SpanDecode) -> str:
         values = {load_text("v_block + v_tile", *v_mask)}
         acc = {value_dot}
         top = new_top
-
-    # A row without a kept key is 0.
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
 """
+
+
+def _masked_body(spec: SpanDecode) -> str:
+    keep = "        keep = cols[None, :] < end"
+    if spec.positioned:
+        own = "position" if spec.tokens == 1 else "position[:, None]"
+        keep = f"""        held = tl.load(positions + cols, mask=cols < end, other=0)
+        back = {own} - held[None, :]
+        span = (held[None, :] < sink[:, None]) | (back < window[:, None])
+        keep = span & (back >= 0) & (cols[None, :] < end)"""
+    return masked_block(spec, keep)
 
 
 def _kernel_end(spec: SpanDecode) -> str:
@@ -231,7 +244,10 @@ def _kernel_end(spec: SpanDecode) -> str:
     row_mask = "" if rows == tile else f"row[:, None] < {rows}"
     mask = mask_argument(row_mask, dim_mask(dim_v, "dims_v[None, :]"))
     lse_mask = mask_argument("" if rows == tile else f"row < {rows}")
-    return f"""    if part < 0:
+    return f"""
+    # A row without a kept key is 0.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if part < 0:
         # Query heads and tokens of a KV head are {rows} consecutive rows of out.
         first = (entry * {spec.kv_heads} + group) * {rows}
         places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
@@ -244,9 +260,34 @@ def _kernel_end(spec: SpanDecode) -> str:
 """
 
 
+def merge_loop(spec: KernelSpec, rows: int | str) -> str:
+    """Text that adds up `chunks` partial results from row `first` on, `rows` rows apart, in `acc` (dim,)."""
+    dim_v = spec.head_dim_v
+    part_mask = mask_argument("live[:, None]", dim_mask(dim_v, "dims_v[None, :]"))
+    return f"""    dims_v = tl.arange(0, {padded_dim(dim_v)})
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([{padded_dim(dim_v)}], tl.float32)
+    for start in range(0, chunks, BLOCK_P):
+        index = start + tl.arange(0, BLOCK_P)
+        live = index < chunks
+        place = first + index * {rows}
+        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(lse - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 0)
+        places = place[:, None] * {dim_v} + dims_v[None, :]
+        part = tl.load(partial + places{part_mask}, other=0.0)
+        acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+"""
+
+
 def _merge(spec: SpanDecode) -> str:
     rows, groups, dim_v = rows_of(spec), spec.kv_heads, spec.head_dim_v
-    part_mask = mask_argument("live[:, None]", dim_mask(dim_v, "dims_v[None, :]"))
     return f'''
 
 @triton.jit(do_not_specialize=["batch", "partials"])
@@ -272,26 +313,7 @@ def merge(
     used = tl.minimum(tl.load(filled + entry * {groups} + group), capacity)
     chunks = tl.cdiv(tl.maximum(used, 0), chunk)
     first = (entry * partials + tl.load(parts + group)) * {rows} + row
-    dims_v = tl.arange(0, {padded_dim(dim_v)})
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([{padded_dim(dim_v)}], tl.float32)
-    for start in range(0, chunks, BLOCK_P):
-        index = start + tl.arange(0, BLOCK_P)
-        live = index < chunks
-        place = first + index * {rows}
-        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(lse - base)
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 0)
-        places = place[:, None] * {dim_v} + dims_v[None, :]
-        part = tl.load(partial + places{part_mask}, other=0.0)
-        acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    out += ((entry * {groups} + group) * {rows} + row) * {dim_v}
+{merge_loop(spec, rows)}    out += ((entry * {groups} + group) * {rows} + row) * {dim_v}
     tl.store(out + dims_v, acc.to(out.dtype.element_ty){mask_argument(dim_mask(dim_v, "dims_v"))})
 '''
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnopt.codegen.decode_list import BLOCK
-from attnopt.codegen.spec import SpanDecode
+from attnopt.codegen.spec import KernelSpec, SpanDecode
 from attnopt.codegen.triton_text import TRITON_DTYPES, padded_dim
 
 # Partial results that `merge` reads at a time.
@@ -14,7 +14,7 @@ def rows_of(spec: SpanDecode) -> int:
     return spec.share * spec.tokens
 
 
-def launch(spec: SpanDecode) -> tuple[int, int, int]:
+def launch(spec: KernelSpec) -> tuple[int, int, int]:
     """(slots per block, warps, pipeline stages); tests compile them ahead of time and check what they spill.
 
     float32 stays off the tensor cores, which would round to tf32, and so wants small blocks and many warps: at D=128
@@ -147,7 +147,7 @@ def decode(q, k, v, starts, filled, scale{more}):
 '''
 
 
-def merge_warps(spec: SpanDecode) -> int:
+def merge_warps(spec: KernelSpec) -> int:
     """Warps of `merge`: a tile of BLOCK_P x dim float32 is 16 registers a thread or fewer."""
     return max(1, padded_dim(spec.head_dim_v) * BLOCK_P // (32 * 16))
 

@@ -125,11 +125,16 @@ _lists: OrderedDict[tuple, list[WorkList]] = OrderedDict()
 
 
 def read_table(table: torch.Tensor) -> tuple[int, ...]:
-    """Values of a table. Reading a CUDA tensor waits for the device, so it is done once per tensor and version."""
+    """Values of a table, row by row. Reading a CUDA tensor waits for the device: once per tensor and version."""
     version = 0 if table.is_inference() else table._version
     known = _values.get(table)
     if known is None or known[0] != version:
-        known = (version, tuple(table.tolist()))
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a kernel's table is read once, outside a CUDA graph: call it once with this very tensor before it is "
+                "captured (under torch.compile, torch._dynamo.mark_static_address keeps it the same)"
+            )
+        known = (version, tuple(table.flatten().tolist()))
         _values[table] = known
     return known[1]
 

@@ -1,0 +1,68 @@
+"""A step of the ragged cache on the CPU: the compiled kernel, cache.cpp, or torch's operators where it does not serve.
+
+A prompt into an empty cache has no use for the cache: its span prefill keeps to itself, and what stays is written. All
+else, a token or a chunk of a prompt, is one call of the kernel, which attends and writes.
+
+Without the kernel (native.py says where), one token is written first and then decodes the cache as it stands: the slot
+that it takes over has left every window. More tokens than one are attended to a KV head at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnopt.codegen import decode_cpu, native
+from attnopt.codegen.cache_chunk import chunk
+from attnopt.codegen.cache_prefill import prefill
+from attnopt.codegen.cache_write import write
+from attnopt.codegen.slots import held, refuse_overflow
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor,
+    spans: Tensor, scale: float, fresh: bool,
+) -> Tensor:  # fmt: skip
+    """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) -> (B, H, T, Dv), laid out as (B, T, H, Dv).
+
+    The contract of attnopt/codegen/reference_cache.py. CacheFull, with nothing written, where a head that holds every
+    token has no slot left.
+    """
+    batch, heads, tokens, dim = q.shape
+    width = v.shape[3]
+    if not (batch and tokens and dim and width):
+        return q.new_zeros((batch, tokens, heads, width)).transpose(1, 2)
+    ours = scale > 0 and native.takes(q.dtype, dim, width) and keys.stride(2) == values.stride(2) == 1
+    if not ours:
+        refuse_overflow(tokens, keys.shape[1], n, valid, table)
+    if fresh and heads // k.shape[1] * tokens > native.MOST_ROWS:
+        # First what can be refused.
+        if ours:
+            native.step(None, k, v, keys, values, n, valid, table, spans, scale)
+        else:
+            write(k, v, keys, values, n, valid, table)
+        return prefill("cpu", q, k, v, valid, spans, scale)
+    if ours:
+        return native.step(q, k, v, keys, values, n, valid, table, spans, scale)  # type: ignore[return-value]
+    if tokens == 1:
+        return _token(q, k, v, keys, values, n, valid, table, spans, scale)
+    out = chunk(q, k, v, keys, values, n, valid, table, spans, scale)
+    write(k, v, keys, values, n, valid, table)
+    return out
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor,
+    spans: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """One new token of each row, written and then attended to where it lies."""
+    # A row whose token is not valid asks from before the first.
+    at = n.clone() if valid is None else torch.where(valid[:, 0], n, -1)
+    write(k, v, keys, values, n, valid, table)
+    rows = table.tolist()
+    positions = torch.cat([held(n, capacity, sink) for _, capacity, sink, _ in rows], 1).int()
+    starts = torch.cat((table[:, 0], table[-1:, 0] + table[-1:, 1]))
+    filled = torch.minimum(n[:, None], table[:, 1])
+    sinks, windows = spans.unbind(1)
+    out = decode_cpu.decode(q, keys, values, starts, filled, scale, sinks, windows, positions, at)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
