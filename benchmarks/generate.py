@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 import attnopt
-from attnopt.benchmark_generate import DYNAMIC, EXACT, PLANNED, STATIC, Clock, decode, megabytes, running, timed_decoding
 from attnopt.fingerprint import fingerprint_of
+from attnopt.hf.benchmark import DYNAMIC, EXACT, PLANNED, STATIC, Clock, decode, megabytes, running, timed_decoding
 from attnopt.ir import DENSE, Choice
 from attnopt.plan import Budget, Lengths, Plan, Predicted
 from attnopt.profiler import discover
@@ -142,7 +142,8 @@ def aims_of(rows: list[Row]) -> list[Aim]:
     ideal = max((r.ratios["ideal"] for r in right), default=None)
     python = max((r.ratios["python"] for r in right if r.case["length"] == 16384), default=None)
     return [
-        Aim("planned generation over StaticCache of just the length, 8 layers, 16384 tokens", 1.8, least(long, "static")),
+        Aim("planned generation over a StaticCache of just the length, 8 layers, 16384 tokens", 1.8,
+            least(long, "static")),
         Aim("planned generation over DynamicCache, 8 layers, 16384 tokens", 6.0, least(long, "dynamic")),
         Aim("cache of a model without groups, a quarter of its heads full, over dense", 2.5,
             least([r for r in right if r.case["kv_heads"] == HEADS], "memory")),

@@ -2,7 +2,7 @@
 
     python examples/generate_long.py
 
-The trained model that ships with attnopt, on one text, in a minute on a core. Beside this file lies a plan for it, made by
+The trained model that ships with attnopt, on one text, in a minute on a core. Beside this file lies a plan for it, by
 
     attnopt profile demo --lengths 1024,2048,4096 --samples 3 --probe 2 --out profile.safetensors
     attnopt plan demo --profile profile.safetensors --objective memory --length 4096 --retrieval 0.5 \\
@@ -19,7 +19,7 @@ import torch
 
 import attnopt
 from attnopt import hf
-from attnopt.benchmark_generate import compare_decoding
+from attnopt.hf.benchmark import compare_decoding
 from attnopt.plan import Plan
 from attnopt.probe import Probe
 

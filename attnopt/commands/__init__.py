@@ -207,7 +207,7 @@ def generate_rows(
     loaded: hf.Loaded, ids: torch.Tensor, held: Plan | None, args: argparse.Namespace, progress: Progress
 ) -> list[dict[str, Any]]:
     """One row per cache after a prompt of ids' length, from one interleaved run."""
-    from attnopt.benchmark_generate import DYNAMIC, STATIC, compare_decoding
+    from attnopt.hf.benchmark import DYNAMIC, STATIC, compare_decoding
 
     ids = ids.expand(args.batch, -1).contiguous()
     mask = padded_mask(ids) if args.padded else None
