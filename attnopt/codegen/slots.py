@@ -25,10 +25,11 @@ def slots(positions: Tensor, capacity: int, sink: int) -> Tensor:
     return torch.where(positions < sink, positions, sink + (positions - sink) % (capacity - sink))
 
 
-def held(n: Tensor | int, capacity: int, sink: int, device: torch.device | None = None) -> Tensor:
-    """The position that each slot holds after n tokens, -1 where it is empty: n int (...,) -> int64 (..., capacity)."""
-    count = torch.as_tensor(n, device=device).long()[..., None]
-    slot = torch.arange(capacity, device=count.device)
+def held(n: Tensor | int, capacity: int, sink: int, first: int | None = None) -> Tensor:
+    """The position that each slot holds after n tokens, -1 where it is empty: n int (...,) -> int64 (..., capacity), or
+    of the `first` slots only."""
+    count = torch.as_tensor(n).long()[..., None]
+    slot = torch.arange(capacity if first is None else first, device=count.device)
     last = count - 1
     ring = last - (last - slot) % (capacity - sink)
     found = torch.where(slot < sink, slot, ring)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnopt import ops  # noqa: F401  registers attnopt::attend_update
+from attnopt import ops, settings  # noqa: F401  ops registers attnopt::attend_update
 from attnopt.cache import Layout, layouts_of
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError, PlanError
 from attnopt.hf import loading, sites
@@ -33,6 +33,7 @@ NAME = "attnopt"
 attend = torch.ops.attnopt.attend_update.default
 # Tokens that assisted decoding may take back at once. It drafts 20 by default and up to the cache's slack.
 ROLLBACK = 64
+AGAIN = "Call cache.reset() before another prompt, or pass all tokens of the conversation so far."
 ANOTHER = 'Call attnopt.enable(model), or model.set_attn_implementation("attnopt").'
 
 
@@ -42,15 +43,22 @@ class Handle:
     key (B, G, T, D), value (B, G, T, Dv).
     """
 
-    __slots__ = ("key", "layer", "value")
-
     def __init__(self, layer: SpanLayer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
 
     def __getattr__(self, name: str) -> NoReturn:
+        # Python and Dynamo ask for these of any object, and take this answer for no.
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise AttnoptError(
             f"A SpanCache was handed to an attention that does not know it (it asks for .{name} of the keys).", ANOTHER
         )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that attention has under torch.autocast, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class SpanLayer(CacheLayerMixin):
@@ -64,8 +72,9 @@ class SpanLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, layout: Layout, window: int | None = None) -> None:
-        self.layout, self.window = layout, window
+    def __init__(self, layout: Layout, window: int | None = None, leads: bool = False) -> None:
+        """window: the model's own at this layer. leads: it is the first, which checks a call for all of them."""
+        self.layout, self.window, self.leads = layout, window, leads
         self.is_initialized = False
         self.fresh = True
 
@@ -105,6 +114,7 @@ class SpanLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """What the attention function attends with; nothing is written before it does, as the mask is not known."""
+        key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         handle = Handle(self, key_states, value_states)
@@ -120,10 +130,62 @@ class SpanLayer(CacheLayerMixin):
             self.solid.copy_(torch.where(tail < valid.shape[1], self.n + counted - tail, self.solid))
             self.pads.add_(valid.shape[1] - counted)
         out: Tensor = attend(
-            query, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, self.spans, scale, self.fresh
+            autocast(query),
+            key,
+            value,
+            self.slots_k,
+            self.slots_v,
+            self.n,
+            valid,
+            self.table,
+            self.spans,
+            scale,
+            self.fresh,
         )
         self.fresh = False
         return out
+
+    def check(self, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Raise, with nothing written, where `tokens` new ones cannot follow what the cache holds.
+
+        mask: what the mask function made, bool (B, 1, 1, tokens), with the attribute `history`, int (B,), where it was
+        told what counts of the older tokens. positions: position_ids. Called for the first layer, outside of graphs.
+        """
+        if self.device.type != "cpu" and (tokens == 1 or torch.cuda.is_current_stream_capturing()):
+            # A step of decoding does not wait for the device; `SpanCache.check` does.
+            return
+        if not tokens:
+            raise AttnoptError("There are no new tokens: the cache holds the whole prompt and more.", AGAIN)
+        counted = tokens if mask is None else mask[:, 0, 0].sum(1)
+        most = int((self.n + counted).max()) if self.batch_size else 0
+        if most > self.layout.length:
+            raise CacheFull(
+                f"The cache was made for {self.layout.length} tokens of a row, and this would be {most}.",
+                f"Make it with max_length={most} or more.",
+            )
+        if positions is not None and positions.dim() == 2 and self._goes_back(mask, positions):
+            raise AttnoptError(
+                f"The new tokens end at position {int(positions.max())}, and the cache holds "
+                f"{int(self.n.max())} tokens already: they are no continuation.",
+                AGAIN,
+            )
+        history = getattr(mask, "history", None)
+        if history is None and mask is None and (tokens > 1 or settings.verify()):
+            history = self.n + self.pads
+        if history is not None and not torch.equal(history.to(self.n), self.n):
+            raise AttnoptError(
+                f"The attention_mask says that {history.tolist()} of the older tokens count, and the cache was told "
+                f"{self.n.tolist()} when they were new; what is cached cannot be masked afterwards.",
+                "Pass the attention_mask of all tokens so far, unchanged, or reset() the cache and feed it again.",
+            )
+
+    def _goes_back(self, mask: Tensor | None, positions: Tensor) -> bool:
+        """Whether all new tokens of some row come before one that is cached."""
+        if mask is None:
+            return bool((positions.amax(1) < self.n).any())
+        valid = mask[:, 0, 0]
+        last = positions.masked_fill(~valid, -1).amax(1)
+        return bool(((last < self.n) & valid.any(1)).any())
 
     def get_seq_length(self) -> Any:
         """Columns seen so far, padding included: an int32 tensor (), or 0 where there is nothing yet."""
@@ -276,13 +338,14 @@ class SpanCache(Cache):
     @classmethod
     def of(cls, found: list[sites.Attention], plan: Plan | None, length: int, slack: int = 0) -> SpanCache:
         layouts = layouts_of(plan, [a.site for a in found], length, slack)
-        return cls([SpanLayer(layouts[a.site.name], a.site.mask.window) for a in found], length)
+        rows = enumerate(a.site for a in found)
+        return cls([SpanLayer(layouts[site.name], site.mask.window, at == 0) for at, site in rows], length)
 
     def allocate(self, model: Any, found: list[sites.Attention], rows: int) -> None:
         """Allocate all layers for so many rows, in the model's dtype, each on the device of its module."""
         for layer, attention in zip(self.layers, found, strict=True):
             site, device = attention.site, next(attention.module.parameters()).device
-            empty = torch.empty(rows, site.kv_heads, 0, site.head_dim, dtype=model.dtype, device=device)
+            empty = autocast(torch.empty(rows, site.kv_heads, 0, site.head_dim, dtype=model.dtype, device=device))
             layer.lazy_initialization(empty, empty)
 
     @property

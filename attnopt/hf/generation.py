@@ -19,7 +19,7 @@ from torch import nn
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError
 from attnopt.hf import sites
 from attnopt.hf.attention import SPANS, register, spans_of
-from attnopt.hf.cache import NAME, ROLLBACK, SpanCache, SpanLayer, plan_for
+from attnopt.hf.cache import AGAIN, NAME, ROLLBACK, SpanCache, SpanLayer, plan_for
 from attnopt.plan import Plan
 
 MARK = "_attnopt"
@@ -215,7 +215,7 @@ def accept(self: Any, given: Any, generation_config: Any, model_kwargs: dict[str
     if columns is not None and columns <= seen:
         raise AttnoptError(
             f"The prompt has {columns} tokens and the cache holds {seen} already: it is no continuation.",
-            "Call cache.reset() before another prompt, or pass all tokens of the conversation so far.",
+            AGAIN,
         )
 
 
@@ -236,7 +236,8 @@ def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -
     installed.pool.clear()
     if layers is None:
         cache = SpanCache.of(installed.attentions, installed.plan, length, slack)
-        if installed.compiled:
+        if model._compiled_call_impl is not None:
+            # A compiled forward that allocates is another graph than one that finds everything there.
             cache.allocate(model, installed.attentions, rows)
     else:
         cache = SpanCache(layers, length)
