@@ -24,7 +24,7 @@ from attnopt.errors import CacheFull
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("spans.cpp", "rows.cpp", "decode.cpp", "cache.cpp", "live.cpp")
+    Path(__file__).with_name(f"{name}.cpp") for name in ("spans", "rows", "decode", "cache", "live", "dispatch")
 )
 # What the kernel's vector loops step by.
 FEATURES = 32
@@ -233,6 +233,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
             getattr(library, f"prefill_{dtype}").restype = None
             for entry in ("decode", "step", "look"):
                 getattr(library, f"{entry}_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
+        library.serve_operators()
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
