@@ -63,7 +63,7 @@ def examine_model(loaded: hf.Loaded, length: int, padded: bool = False) -> list[
     found: list[GraphReport] = []
 
     def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        report = backend.rewrite(gm, inputs, backend.Options())[1]
+        report = backend.rewrite(gm, inputs, backend.Options()).report
         found.append(report)
         return unrun(gm)
 
