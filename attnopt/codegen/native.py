@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen.decode_list import capacities_of
-from attnopt.errors import CacheFull
+from attnopt.codegen.slots import refuse_overflow
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
@@ -161,18 +161,10 @@ def step(
         table.data_ptr(), spans.data_ptr(), *read[1:], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:2],
         *values.stride()[:2], *written[1:], marked[1], batch, heads, groups, tokens, keys.shape[1], dim, width,
     )  # fmt: skip
-    wrong = _entry("step", dtype)(call, scale)
-    if wrong == FULL:
-        raise CacheFull(
-            "A row would hold more tokens than the cache was made for.", "Make it with a larger max_length."
-        )
-    if wrong:
-        raise ValueError(f"the table is not that of a cache of {keys.shape[1]} slots: {table.tolist()}")
+    if _entry("step", dtype)(call, scale):
+        refuse_overflow(tokens, keys.shape[1], n, valid, table)
+        raise ValueError(f"the table does not divide {keys.shape[1]} slots among {groups} KV heads: {table.tolist()}")
     return None if out is None else out.transpose(1, 2)
-
-
-# What `step` says in cache.cpp where a row has no room left.
-FULL = 1
 
 
 def live(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:

@@ -16,10 +16,10 @@ from attnopt.codegen.reference_live import attend as looked
 from attnopt.errors import CacheFull
 
 LENGTH = 40
-Change = Callable[[dict[str, Tensor | None | float | bool]], None]
+Change = Callable[[dict[str, Tensor | float | bool | None]], None]
 
 
-def update(dtype: torch.dtype = torch.float32, tokens: int = 3) -> dict[str, Tensor | None | float | bool]:
+def update(dtype: torch.dtype = torch.float32, tokens: int = 3) -> dict[str, Tensor | float | bool | None]:
     """Arguments of attend_update: six of at most forty tokens seen, one of the new ones padding."""
     generator = torch.Generator().manual_seed(0)
     layout = Layout.of_spans([0, 2, 0, 0], [LENGTH, 8, 16, 5], 2, LENGTH)
@@ -54,7 +54,7 @@ STRAIGHT = {
 ROUND = {
     "features apart": turned("q"),
     "slots apart": turned("values"),
-    "scale": changed(scale=-0.2),
+    "scale": lambda given: given.update(update(tokens=1), scale=-0.2),
     "a long prompt": lambda given: given.update(update(tokens=35), n=torch.zeros(2, dtype=torch.int32), fresh=True),
     "valid apart": lambda given: given.update(valid=torch.ones(3, 2, dtype=torch.bool).t()),
     "float64": lambda given: given.update(update(torch.float64)),
