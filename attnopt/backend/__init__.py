@@ -21,6 +21,8 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
+from attnopt.backend import bypass
+from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
 from attnopt.capture import capture, needs_grad
@@ -29,6 +31,7 @@ from attnopt.capture.floats import give_floats_back
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
+from attnopt.passes.append import Append
 from attnopt.plan import Plan
 
 log = logging.getLogger("attnopt")
@@ -99,6 +102,13 @@ def freezing(chosen: dict[str, Any]) -> bool:
     return bool(chosen.get("freezing", config.freezing))
 
 
+def recorded(chosen: dict[str, Any], device: str) -> bool:
+    """Whether inductor will record calls as CUDA graphs."""
+    from torch._inductor import config
+
+    return device == "cuda" and bool(chosen.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def reports() -> list[GraphReport]:
     """What was done to every graph compiled so far in this process."""
     return list(_reports)
@@ -118,16 +128,25 @@ def record(report: GraphReport) -> None:
             log.info(line)
 
 
-def rewrite(
-    gm: GraphModule, inputs: Sequence[Any], options: Options
-) -> tuple[GraphModule, GraphReport, dict[int, torch.Tensor]]:
-    """The rewritten functional graph, or `gm` itself with the reason in the report; and the constants relied on, by
-    the positions of the inputs they are."""
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph, what was done to it, and under which conditions it may run: `constants` relied on, by the positions of
+    the inputs they are, and inputs that are to be continued in place."""
+
+    graph: GraphModule
+    report: GraphReport
+    constants: dict[int, torch.Tensor] = field(default_factory=dict)
+    appends: tuple[Append, ...] = ()
+
+
+def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritten:
+    """The rewritten functional graph, or `gm` itself with the reason in the report."""
     started = time.perf_counter()
     captured = capture(gm)
     exporting = Step("capture", (time.perf_counter() - started) * 1e3, len(gm.graph.nodes), 0)
     if isinstance(captured, Refusal):
-        return gm, GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,)), {}
+        no = GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,))
+        return Rewritten(gm, no)
     exporting = replace(exporting, after=len(captured.graph.nodes))
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     program = Program(
@@ -137,6 +156,8 @@ def rewrite(
         plan=options.plan,
         verify=options.verify,
         watch=options.live.watch if options.live is not None else None,
+        room=True,
+        recorded=recorded(options.patches(), device),
     )
     if settings.debug() > 1:
         print(f"--- before\n{captured.code}", file=sys.stderr)
@@ -147,10 +168,10 @@ def rewrite(
     report = replace(report, history=(exporting, *report.history))
     # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
     if not report.rewrites:
-        return gm, report, {}
+        return Rewritten(gm, report)
     relied = relied_at(captured, program.relied_on)
     give_floats_back(captured)
-    return captured, report, relied
+    return Rewritten(captured, report, relied, tuple(program.appends))
 
 
 def left_alone(error: Exception) -> GraphReport:
@@ -167,36 +188,37 @@ def attnopt(
 
     Mistakes in the options raise; anything else leaves the graph as it was.
     """
+    bypass.called()
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     try:
-        graph, report, constants = rewrite(gm, example_inputs, chosen)
+        made = rewrite(gm, example_inputs, chosen)
     except Exception as error:
         if settings.strict() or isinstance(error, PlanError):
             raise
-        graph, report, constants = gm, left_alone(error), {}
-    if graph is not gm:
+        made = Rewritten(gm, left_alone(error))
+    if made.graph is not gm:
         try:
-            return compiled(graph, example_inputs, chosen, report, lambda: later(gm, chosen.patches()), constants)
+            return compiled(made, example_inputs, chosen, lambda: later(gm, chosen.patches()))
         except torch._dynamo.exc.RestartAnalysis:
             # Inductor asks Dynamo for another graph: no failure.
             raise
         except Exception as error:
             if settings.strict():
                 raise
-            report = left_alone(error)
-    return compiled(gm, example_inputs, chosen, report)
+            made = Rewritten(gm, left_alone(error))
+    return compiled(made, example_inputs, chosen)
 
 
 def compiled(
-    graph: GraphModule,
-    inputs: list[Any],
-    chosen: Options,
-    report: GraphReport,
-    untouched: Callable[[], Callable[..., Any]] | None = None,
-    constants: dict[int, torch.Tensor] | None = None,
+    made: Rewritten, inputs: list[Any], chosen: Options, untouched: Callable[[], Callable[..., Any]] | None = None
 ) -> Callable[..., Any]:
-    """What inductor makes of `graph`, under a check of the constants; `untouched` compiles what runs when it fails."""
-    patches, kept_apart = protected(graph, chosen.patches())
-    run = to_inductor(graph, inputs, patches)
-    record(replace(report, notes=(*report.notes, SHIELDED)) if kept_apart else report)
-    return guarded(run, untouched, constants) if constants and untouched else run
+    """What inductor makes of a graph, under its conditions; `untouched` compiles what runs where they do not hold."""
+    patches, kept_apart = protected(made.graph, chosen.patches())
+    run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
+    record(replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report)
+    if made.appends and untouched:
+        run = appending(run, made.appends, untouched)
+    return guarded(run, untouched, made.constants) if made.constants and untouched else run
+
+
+bypass.looked_up()

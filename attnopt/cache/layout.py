@@ -111,7 +111,7 @@ class Layout:
         """The slots, in the layer's buffer, of positions int (...,) in KV head `head`."""
         return self.starts[head] + slots.slots(positions, self.capacities[head], self.sinks[head])
 
-    def positions_of(self, n: Tensor | int, head: int) -> Tensor:
+    def positions_of(self, n: Tensor, head: int) -> Tensor:
         """The positions that the slots of KV head `head` hold after n tokens, -1 in empty ones: n int (...,) -> int64
         (..., capacity)."""
         return slots.held(n, self.capacities[head], self.sinks[head])

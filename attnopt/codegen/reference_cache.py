@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.codegen.reference_decode import kept
 from attnopt.codegen.self_check import footer
-from attnopt.codegen.slots import held, slots, survives
+from attnopt.codegen.slots import held, refuse_overflow, slots, survives
 from attnopt.codegen.spec import CacheStep
 from attnopt.registry import TARGETS
 
@@ -31,15 +31,16 @@ def step(
     """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) of T new tokens -> (B, H, T, Dv), laid out as (B, T, H, Dv).
 
     keys (B, S, D), values (B, S, Dv): the cache, in which KV head g has the slots of row g of table int32 (G, 4):
-    start, capacity, sink, window; n int32 (B,): the tokens seen; all three are written. valid bool (B, T): which tokens
-    count, None for all; a token's position is the number of those before it in its row, old and new. spans int32
-    (H, 2): sink and window of each query head, which at position i keeps the key at p where
+    start, capacity, sink, window; n int32 (B,): the tokens seen; all three are written. Empty slots may hold anything.
+    valid bool (B, T): which tokens count, None for all; a token's position is the number of those before it in its row,
+    old and new. spans int32 (H, 2): sink and window of each query head, which at position i keeps the key at p where
     ``p <= i and (p < sink or i - p < window)``. fresh: the caller knows that n is 0 everywhere.
 
     Rows that do not count, or keep nothing, are 0. Scores and soft-max in float32, or in float64 for float64 inputs.
     A ring whose capacity is smaller than its sink and window is the caller's mistake.
     """
     batch, heads, tokens, _ = q.shape
+    refuse_overflow(tokens, keys.shape[1], n, valid, table)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     share, rows = heads // k.shape[1], table.tolist()
@@ -48,14 +49,14 @@ def step(
         at = seen + torch.arange(len(new), device=q.device)
         for group, (start, capacity, sink, _) in enumerate(rows):
             own, segment = slice(group * share, (group + 1) * share), slice(start, start + capacity)
-            old = held(seen, capacity, sink, q.device)
+            old = held(n[entry], capacity, sink)
             there, old = (old >= 0).nonzero()[:, 0], old[old >= 0]
             read, given = (
                 torch.cat((cache[entry, segment][there], fed[entry, group, new])).to(wide)
                 for cache, fed in ((keys, k), (values, v))
             )
             sinks, windows = spans[own].unbind(1)
-            keep = kept(torch.cat((old, at)), torch.tensor(seen, device=q.device), len(new), sinks, windows)
+            keep = kept(torch.cat((old, at)), n[entry], len(new), sinks, windows)
             scores = (q[entry, own][:, new].to(wide) @ read.T * scale).masked_fill(~keep, float("-inf"))
             weights = torch.softmax(scores, -1).masked_fill(~keep.any(-1, keepdim=True), 0.0)
             out[entry, own][:, new] = (weights @ given).to(q.dtype)

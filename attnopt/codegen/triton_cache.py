@@ -33,9 +33,10 @@ import torch
 import triton
 import triton.language as tl
 
+from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.decode_list import cache_list
 
-# Query heads of a KV head times tokens, {rows} rows of a tile at most.
+# Query heads of a KV head; rows, of a head and a token, of a tile at most.
 SHARE, MAX_ROWS = {spec.share}, {rows}
 LAUNCH = {{"BLOCK_N": {block}, "num_warps": {warps}, "num_stages": {stages}}}
 if torch.version.hip:
@@ -219,10 +220,10 @@ def _attend_end(spec: CacheStep) -> str:
         places = places[:, None] * {dim_v} + dims_v[None, :]
         tl.store(out + places, acc.to(out.dtype.element_ty){mask})
     else:
-        first = (entry * partials + part + index) * (tokens * {share})
-        places = (first + row)[:, None] * {dim_v} + dims_v[None, :]
+        rows = (entry * partials + part + index) * (tokens * {share}) + row
+        places = rows[:, None] * {dim_v} + dims_v[None, :]
         tl.store(partial + places, acc{mask})
-        tl.store(partial_lse + first + row, top + tl.log2(total), mask=inside)
+        tl.store(partial_lse + rows, top + tl.log2(total), mask=inside)
 """
 
 

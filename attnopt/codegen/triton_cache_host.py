@@ -70,18 +70,22 @@ def step(q, k, v, keys, values, n, valid, table, spans, scale, fresh):
     }), laid out tokens first.
 
     keys (B, S, {dim}), values (B, S, {dim_v}) and n int32 (B,) are attended, then written; valid bool (B, T) or None;
-    table int32 ({groups}, 4), spans int32 ({heads}, 2). No value of a tensor is read here, but table's, once.
+    table int32 ({groups}, 4), spans int32 ({heads}, 2). fresh: n is 0, and a prompt of more rows than a tile takes the
+    kernel of a prefill. No value of a tensor is read here, but those of table and spans, once.
     """
     _check(q, k, v, keys, values, n, valid, table, spans)
     batch, tokens, dtype = q.shape[0], q.shape[2], q.dtype{upcast}
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty((batch, tokens, {heads}, {dim_v}), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, tokens, {heads}, {dim_v}), dtype=q.dtype, device=q.device).transpose(1, 2)
     if batch and tokens:
         ranks = _ranks(valid)
         with torch.cuda.device_of(q):
-            _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
+            if fresh and SHARE * tokens > MAX_ROWS:
+                out = prefill("triton", q, k, v, valid, spans, scale)
+            else:
+                _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
             _write(k, v, keys, values, n, ranks, table){downcast}
-    return out.to(dtype).transpose(1, 2)
+    return out.to(dtype)
 
 
 def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
@@ -112,6 +116,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
             *(out, partial, partial_lse, n, table, work.split, work.parts, batch, tokens, work.chunk, work.partials),
             BLOCK_P={BLOCK_P},
             num_warps={merge_warps(spec)},
+            enable_fp_fusion=True,
         )
 
 
@@ -128,6 +133,7 @@ def _write(k, v, keys, values, n, ranks, table):
         PADDED=ranks is not None,
         ADVANCE=tiles == 1,
         ROWS={WRITE_ROWS} if tiles > 1 else triton.next_power_of_2({groups} * tokens),
+        enable_fp_fusion=True,
     )
     if tiles > 1:
         n.add_(tokens if ranks is None else counts)

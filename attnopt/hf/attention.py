@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnopt import ops
+from attnopt import ops, settings
 from attnopt.errors import AttnoptError, ModelError
-from attnopt.hf.cache import NAME, Handle
+from attnopt.hf.cache import NAME
+from attnopt.hf.span_layer import Handle
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.mixed import tables
 
@@ -79,6 +80,8 @@ def attention(
                 f"{layer.window or 'none'}.",
                 "Make the cache of this very model, and do not change its configuration afterwards.",
             )
+        if layer.leads and not torch.compiler.is_compiling():
+            layer.check(query.shape[2], attention_mask, kwargs.get("position_ids"))
         out = layer.attend(query, key.key, key.value, valid, scale)
     elif key.shape[2] == query.shape[2]:
         out = uncached(module, query, key, value, valid, scale, sliding_window or 0, dropout)
@@ -199,7 +202,11 @@ def mask(
             f"{int(q_offset) + q_length}.",
             "Pass one for all tokens so far; reset() a cache before another prompt.",
         )
-    return attention_mask[:, None, None, -q_length:].to(torch.bool).contiguous()
+    made = attention_mask[:, None, None, -q_length:].to(torch.bool).contiguous()
+    if known and (q_length > 1 or settings.verify()):
+        # The layer compares it with what it was told when these tokens were new; a step of decoding can do without.
+        made.history = attention_mask[:, :-q_length].sum(1)  # type: ignore[attr-defined]
+    return made
 
 
 def causal(mask_function: Any, local_size: int | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from attnopt.passes import (
+    append,
     kv_sources,
     lower_exact,
     lower_planned,
@@ -34,7 +35,8 @@ RECOGNISE: tuple[Pass, ...] = (
     verify.run,
 )
 # torch.compile(model, backend="attnopt")
-PIPELINE: tuple[Pass, ...] = (*RECOGNISE, prune.run, lower_planned.run, lower_exact.run, remove_dead_code.run)
+LOWER: tuple[Pass, ...] = (prune.run, lower_planned.run, lower_exact.run, append.run)
+PIPELINE: tuple[Pass, ...] = (*RECOGNISE, *LOWER, remove_dead_code.run)
 # attnopt profile: every recognised site computes the same and is observed
 OBSERVE: tuple[Pass, ...] = (*RECOGNISE, observe.run, remove_dead_code.run)
 

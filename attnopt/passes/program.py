@@ -17,6 +17,7 @@ from attnopt.patterns import Match
 from attnopt.reasons import located
 
 if TYPE_CHECKING:
+    from attnopt.passes.append import Append
     from attnopt.plan import Plan
 
 
@@ -25,7 +26,8 @@ class Program:
     """A graph and what is known of it. `needs_grad`: gradients will be asked of it; `plan`: None is exact mode.
 
     `observer` is called with (region) by the observe pass and returns the callable that stands in for it; `watch` with
-    (site's name, its tables by name, the query heads they are of) of every span that is inserted.
+    (site's name, its tables by name, the query heads they are of) of every span that is inserted. `room`: the caller
+    gives `appends` their room, and `recorded`: it records calls as CUDA graphs.
     """
 
     gm: GraphModule
@@ -35,6 +37,8 @@ class Program:
     verify: bool = False
     observer: Callable[[Region], Callable[..., torch.Tensor]] | None = None
     watch: Callable[[str, Mapping[str, torch.Tensor], Sequence[int]], None] | None = None
+    room: bool = False
+    recorded: bool = False
     matches: list[Match] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
@@ -47,6 +51,8 @@ class Program:
     misses: list[Miss] = field(default_factory=list)
     # How often each named rule of the normaliser and of the walk back from a soft-max applied.
     hits: Counter[str] = field(default_factory=Counter)
+    # Inputs that are continued in place.
+    appends: list[Append] = field(default_factory=list)
     # Constant inputs (placeholder names) whose value a rewrite relies on: the backend guards them.
     relied_on: set[str] = field(default_factory=set)
     history: list[Step] = field(default_factory=list)

@@ -7,6 +7,8 @@ many moves logits by far more than rounding does, which a test of this folder as
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ import transformers
 from generation import oracle
 from torch import Tensor
 
+import attnopt
 from attnopt.fingerprint import Fingerprint, fingerprint_of
 from attnopt.ir import DENSE, Choice, Mask, Site
 from attnopt.plan import Budget, Lengths, Plan, Predicted
@@ -186,3 +189,42 @@ def difference(a: Tensor, b: Tensor) -> float:
     """The largest, in float64; NaN and infinities are differences too."""
     found = (a.double() - b.double()).abs().max().item()
     return found if found == found else float("inf")
+
+
+@contextmanager
+def enabled(model: Any, rules: tuple[tuple[Rule, ...], ...] | None, **options: Any) -> Iterator[Any]:
+    """The model under `attnopt.enable` and a plan of these rules; None: without a plan."""
+    attnopt.enable(model, None if rules is None else plan_of(model, rules), **options)
+    try:
+        yield model
+    finally:
+        attnopt.disable(model)
+
+
+@contextmanager
+def attending(model: Any) -> Iterator[Any]:
+    """The model with the attention of attnopt and nothing else of it: the route on public interfaces alone."""
+
+    before = model.config._attn_implementation
+    model.set_attn_implementation("attnopt")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def assert_follows(
+    model: Any, rules: tuple[tuple[Rule, ...], ...], ids: Tensor, mask: Tensor | None, out: Any,
+    length: int | None = None,
+) -> None:  # fmt: skip
+    """Every logit of a call of `generate` is the oracle's, along the sequences it produced.
+
+    length: what elastic windows are a share of; None: the length its cache was made for.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    length = length or out.past_key_values.max_length
+    expected = oracle.following(model, ids, mask, out, spans_of(model, rules, length))
+    found = produced_logits(out)
+    assert found.shape == expected.shape
+    off = difference(found, expected)
+    assert off < TOLERANCE, f"off by {off:.2g}, at a spread of {expected.std():.2g}"

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.decode_list import cache_list
 
-# Query heads of a KV head times tokens, 64 rows of a tile at most.
+# Query heads of a KV head; rows, of a head and a token, of a tile at most.
 SHARE, MAX_ROWS = 4, 64
 LAUNCH = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 if torch.version.hip:
@@ -223,10 +224,10 @@ def attend(
         places = places[:, None] * 128 + dims_v[None, :]
         tl.store(out + places, acc.to(out.dtype.element_ty), mask=inside[:, None])
     else:
-        first = (entry * partials + part + index) * (tokens * 4)
-        places = (first + row)[:, None] * 128 + dims_v[None, :]
+        rows = (entry * partials + part + index) * (tokens * 4) + row
+        places = rows[:, None] * 128 + dims_v[None, :]
         tl.store(partial + places, acc, mask=inside[:, None])
-        tl.store(partial_lse + first + row, top + tl.log2(total), mask=inside)
+        tl.store(partial_lse + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "partials"])
@@ -386,7 +387,8 @@ def step(q, k, v, keys, values, n, valid, table, spans, scale, fresh):
     """q (B, 32, T, 128), k (B, 8, T, 128), v (B, 8, T, 128) -> (B, 32, T, 128), laid out tokens first.
 
     keys (B, S, 128), values (B, S, 128) and n int32 (B,) are attended, then written; valid bool (B, T) or None;
-    table int32 (8, 4), spans int32 (32, 2). No value of a tensor is read here, but table's, once.
+    table int32 (8, 4), spans int32 (32, 2). fresh: n is 0, and a prompt of more rows than a tile takes the
+    kernel of a prefill. No value of a tensor is read here, but those of table and spans, once.
     """
     _check(q, k, v, keys, values, n, valid, table, spans)
     batch, tokens, dtype = q.shape[0], q.shape[2], q.dtype
@@ -395,16 +397,19 @@ def step(q, k, v, keys, values, n, valid, table, spans, scale, fresh):
         # Triton's interpreter would multiply the bit patterns of bfloat16.
         q, k, v, keys, values = (x.float() for x in (q, k, v, keys, values))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty((batch, tokens, 32, 128), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, tokens, 32, 128), dtype=q.dtype, device=q.device).transpose(1, 2)
     if batch and tokens:
         ranks = _ranks(valid)
         with torch.cuda.device_of(q):
-            _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
+            if fresh and SHARE * tokens > MAX_ROWS:
+                out = prefill("triton", q, k, v, valid, spans, scale)
+            else:
+                _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
             _write(k, v, keys, values, n, ranks, table)
     if INTERPRETED:
         for cache, wide in zip(kept, (keys, values), strict=True):
             cache.copy_(wide)
-    return out.to(dtype).transpose(1, 2)
+    return out.to(dtype)
 
 
 def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
@@ -435,6 +440,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
             *(out, partial, partial_lse, n, table, work.split, work.parts, batch, tokens, work.chunk, work.partials),
             BLOCK_P=16,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -451,6 +457,7 @@ def _write(k, v, keys, values, n, ranks, table):
         PADDED=ranks is not None,
         ADVANCE=tiles == 1,
         ROWS=64 if tiles > 1 else triton.next_power_of_2(8 * tokens),
+        enable_fp_fusion=True,
     )
     if tiles > 1:
         n.add_(tokens if ranks is None else counts)
