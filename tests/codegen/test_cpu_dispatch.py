@@ -68,9 +68,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if reason := native.unusable():
         pytest.skip(reason)
     found: list[str] = []
-    kernel, attend = ops.cache._kernel, live_cpu.attend
-    monkeypatch.setattr(ops.cache, "_kernel", lambda *a: found.append("attend_update") or kernel(*a))
-    monkeypatch.setattr(live_cpu, "attend", lambda *a: found.append("live_attention") or attend(*a))
+
+    def telling(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def told(*args: object) -> object:
+            found.append(name)
+            return call(*args)
+
+        return told
+
+    monkeypatch.setattr(ops.cache, "_kernel", telling("attend_update", ops.cache._kernel))
+    monkeypatch.setattr(live_cpu, "attend", telling("live_attention", live_cpu.attend))
     return found
 
 
