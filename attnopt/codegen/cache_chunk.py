@@ -67,7 +67,9 @@ def _chunk(
         head = Head(start, capacity, sink, spans[own])
         for rows, far, far_lse in _old(q[:, own], keys, values, n, head, scale):
             part = out[:, own, rows]
-            weight = torch.sigmoid(far_lse - near_lse[:, own, rows])[..., None]
+            # A row may keep no key of either, and -inf less -inf has no value.
+            ahead = (far_lse - near_lse[:, own, rows]).masked_fill_(far_lse == float("-inf"), float("-inf"))
+            weight = torch.sigmoid(ahead)[..., None]
             part += (weight * (far.to(weight.dtype) - part)).to(part.dtype)
     return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.codegen.reference_decode import kept
 from attnopt.codegen.self_check import footer
-from attnopt.codegen.slots import held, slots, survives
+from attnopt.codegen.slots import held, refuse_overflow, slots, survives
 from attnopt.codegen.spec import CacheStep
 from attnopt.registry import TARGETS
 
@@ -40,6 +40,7 @@ def step(
     A ring whose capacity is smaller than its sink and window is the caller's mistake.
     """
     batch, heads, tokens, _ = q.shape
+    refuse_overflow(tokens, keys.shape[1], n, valid, table)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     share, rows = heads // k.shape[1], table.tolist()

@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnopt.errors import CacheFull
+
 
 def slots(positions: Tensor, capacity: int, sink: int) -> Tensor:
     """The slot of each position, int of the same shape; counted from the first slot of the KV head."""
@@ -40,3 +42,21 @@ def held(n: Tensor | int, capacity: int, sink: int, first: int | None = None) ->
 def survives(positions: Tensor, after: Tensor | int, capacity: int, sink: int) -> Tensor:
     """Which tokens are still in the cache once it has seen `after` of them: bool, of the shape of `positions`."""
     return (positions < sink) | (positions >= after - (capacity - sink))
+
+
+def refuse_overflow(tokens: int, slots: int, n: Tensor, valid: Tensor | None, table: Tensor) -> None:
+    """Raise CacheFull where a head that holds every token (its window is wider than its ring) has too few slots."""
+    rows = table.tolist()
+    total = sum(row[1] for row in rows)
+    if total != slots:
+        raise ValueError(f"the table has {total} slots, the cache {slots}")
+    room = min((capacity for _, capacity, sink, window in rows if window > capacity - sink), default=None)
+    if room is None or not n.numel():
+        return
+    after = n + (tokens if valid is None else valid.sum(1))
+    most = int(after.max())
+    if most > room:
+        raise CacheFull(
+            f"The cache holds {room} tokens of a row, and this would be {most}.",
+            "Make it with a larger max_length.",
+        )

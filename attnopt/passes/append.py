@@ -65,7 +65,8 @@ def run(program: Program) -> None:
     for region in program.regions if program.room else ():
         if region.site.kv != "cat":
             continue
-        writers = [region.kv_nodes[f"{side}_writer"] for side in "kv"]
+        # One where keys are values.
+        writers = list(dict.fromkeys(region.kv_nodes[f"{side}_writer"] for side in "kv"))
         if not any(kept(program, writer) for writer in writers):
             continue
         found = [obstacle(program, writer) for writer in writers]
