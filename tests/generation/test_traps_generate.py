@@ -374,7 +374,7 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
     def one_layer(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(SpanCache, "reset", lambda self: self.layers[0].reset())
 
-    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), unchecked, one_layer)
+    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), one_layer)
 
 
 def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
