@@ -136,6 +136,12 @@ LOSSES = (
         lambda f: not f.written and f.held < 2**21,
         "in bfloat16 a grouped call is as fast while a head's keys and values take less than 2 MiB",
     ),
+    # Over the form that would be taken else (packed for one query of grouped heads, else one call with the mask as it
+    # was) where every slot is filled, at its worst: what is not filled costs nothing. 8 over 2 heads and 8 over 8.
+    # float32, one query: 256 slots 0.81 0.85, 512 slots 0.82 0.87, 1024 slots 0.96 1.22, 2048 slots 1.00 1.09; four:
+    # 0.85 0.90, 0.98 1.00, 1.09 1.21, 1.34 1.21; 64: 0.68 0.78, 0.81 0.84, 0.88 0.98, 0.89 1.05. bfloat16, one query:
+    # 0.92 0.79, 0.99 0.86, 0.92 0.88, 1.12 1.05; four: 0.93 0.98, 1.21 1.05, 1.44 1.22, 1.66 1.48; 64: 0.61 0.71, 0.73
+    # 0.88, 0.83 1.08, 1.02 1.15.
     Loss(LIVE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 slots to look for those that are filled costs as much"),
     # Over written out, one query, 8 over 2 heads. float32: 512 keys 0.75 to 0.81, 2048 keys 0.76 to 0.85. bfloat16:
     # 1.11 to 1.26. Without a mask 2.3, and packed 1.17 to 3.5: those are not refused.
