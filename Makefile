@@ -1,5 +1,6 @@
 # make demo    the whole path on the model that ships with attnopt; installs into .venv first
 # make test    the tests
+# make oldest  the tests that meet transformers, with the oldest version of it that is supported
 # make check   linter, types, house rules, sizes
 # make bench   the table of the README on this machine; ARGS=list shows every benchmark, ARGS="run NAME" runs one
 # make clean   removes .venv and what the tools left behind
@@ -10,6 +11,7 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && { echo $$p; break; }; done || echo python3)
 endif
 ARGS ?=
+OLDEST_TRANSFORMERS := 5.17.0
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
@@ -17,7 +19,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -c $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test check bench clean requirements
+.PHONY: help demo test oldest check bench clean requirements
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
@@ -27,6 +29,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# That version and what it needs lie before those of the environment; torch is not among them.
+oldest: $(VENV)/oldest/.$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest tests/hf tests/generation $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -61,6 +67,11 @@ $(VENV)/constraints.txt: constraints.txt | requirements
 
 $(VENV)/.demo: pyproject.toml $(VENV)/constraints.txt | requirements
 	$(INSTALL) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+$(VENV)/oldest/.$(OLDEST_TRANSFORMERS): | $(VENV)/.dev
+	rm -rf $(@D)
+	$(PIP) install --target $(@D) "transformers==$(OLDEST_TRANSFORMERS)" "numpy==$$(sed -n 's/^numpy==//p' constraints.txt)"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt | requirements

@@ -27,7 +27,8 @@ EXAMPLES = {
     "attnopt plan demo --profile p.safetensors --device-preset h100 --tensor-parallel 2 --length 1000000 --out p.json",
     "show": "attnopt show plan.json\nattnopt show profile profile.safetensors --svg heads.svg",
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
-    "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16",
+    "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16\n"
+    "attnopt bench demo --plan plan.json --lengths 4096 --generate 64",
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
 }
@@ -294,6 +295,10 @@ def build_parser() -> Parser:
     bench.add_argument("--lengths", type=whole_numbers, default=[4096])
     bench.add_argument("--rounds", type=count, default=5)
     bench.add_argument("--padded", action="store_true", help="with a padding mask")
+    bench.add_argument("--generate", type=count, nargs="?", const=32, metavar="N",
+                       help="time `model.generate` instead: N new tokens after a prompt (default 32), with "
+                       "transformers' caches, attnopt's exact one and the plan's")  # fmt: skip
+    bench.add_argument("--batch", type=count, default=1, help="sequences that are generated at once (default 1)")
 
     command("env")
     demo = command("demo")

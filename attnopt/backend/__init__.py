@@ -21,6 +21,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
+from attnopt.backend import bypass
 from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
@@ -187,6 +188,7 @@ def attnopt(
 
     Mistakes in the options raise; anything else leaves the graph as it was.
     """
+    bypass.called()
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     try:
         made = rewrite(gm, example_inputs, chosen)
@@ -217,3 +219,6 @@ def compiled(
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)
     return guarded(run, untouched, made.constants) if made.constants and untouched else run
+
+
+bypass.looked_up()

@@ -94,8 +94,9 @@ void gather(const Stepping<T>& call, const Arrivals& arrivals, const Block& bloc
   stored(0, std::min<int64_t>(n, head.sink));
   if (left < n) {
     int64_t whole = head.start + head.capacity - head.slot(left), middle = std::min(n, left + whole);
-    stored(left, middle);
+    // As they lie in memory, so that what is asked for ahead of the end of one is the next.
     stored(middle, n);
+    stored(left, middle);
   }
   for (int64_t at = arrivals.begins[b]; at < arrivals.begins[b + 1]; at++) {
     const Run& run = arrivals.runs[at];

@@ -28,9 +28,9 @@ PER_SM = 2
 # and then rings stay full. For the full cache alone, dense heads would take chunks as long as the slots allow, which
 # leaves half of the programs idle at half the length.
 LIFE = {4: 3, 3: 1, 2: 1, 1: 1}
-# Programs, as many times as the GPU holds at once, from which segments are not divided: partial results would take more
-# memory than the keys.
-ENOUGH = 8
+# Programs with a long segment, as many times as the GPU holds at once, from which segments are not divided for several
+# tiles of rows: partial results would take more memory than the keys.
+ENOUGH = 4
 CHUNKS = (*range(BLOCK, 512, BLOCK), *range(512, 2048, 256), *range(2048, 8193, 1024))
 
 
@@ -80,11 +80,14 @@ def chunk_of(capacities: tuple[int, ...], batch: int, slots: int = PER_SM * WORK
     return min(reversed([chunk for chunk in CHUNKS if chunk - BLOCK < longest] or [BLOCK]), key=cost)
 
 
-def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) -> DecodeList:
-    """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries."""
+def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS, tiles: int = 1) -> DecodeList:
+    """The list of a cache whose KV head g has the slots starts[g] up to starts[g + 1] of each of `batch` entries, each
+    item of which is read by `tiles` programs."""
     capacities = capacities_of(starts)
-    groups = len(capacities)
-    chunk = chunk_of(capacities, batch, slots) if batch * groups < ENOUGH * slots else max(BLOCK, *capacities)
+    chunk, groups = chunk_of(capacities, batch * tiles, slots), len(capacities)
+    longest = max(capacities, default=0)
+    if tiles > 1 and batch * tiles * sum(2 * capacity > longest for capacity in capacities) >= ENOUGH * slots:
+        chunk = max(chunk, longest)
     items, parts, split, partials = [], [], [], 0
     for group, capacity in enumerate(capacities):
         # A segment without slots has an item too: it writes zeros.
@@ -101,9 +104,9 @@ def build(starts: tuple[int, ...], batch: int, slots: int = PER_SM * WORKERS) ->
 
 
 @lru_cache(maxsize=256)
-def _built(starts: tuple[int, ...], batch: int, device: torch.device) -> DecodeList:
+def _built(starts: tuple[int, ...], batch: int, device: torch.device, tiles: int = 1) -> DecodeList:
     workers = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else WORKERS
-    built = build(starts, batch, PER_SM * workers)
+    built = build(starts, batch, PER_SM * workers, tiles)
     return built._replace(**{name: getattr(built, name).to(device) for name in ("items", "parts", "split")})
 
 
@@ -116,10 +119,12 @@ def decode_list(starts: torch.Tensor, batch: int) -> DecodeList:
 
 
 def cache_list(table: torch.Tensor, batch: int, tiles: int) -> DecodeList:
-    """The list of a cache whose KV head g has table[g] = (start, capacity, ...), int32 (G, ...) on any device, each
-    chunk of which is read by `tiles` programs of each of `batch` entries. Kept and read as `decode_list` does."""
+    """`build` for a cache whose KV head g has table[g] = (start, capacity, ...), int32 (G, ...), as `decode_list` does.
+
+    ValueError where the segments do not follow each other.
+    """
     values, columns = read_table(table), table.shape[1]
     starts = (*values[::columns], values[-columns] + values[1 - columns])
     if tuple(values[1::columns]) != capacities_of(starts):
         raise ValueError(f"segments of a cache follow each other, not those of {values}")
-    return _built(starts, batch * tiles, table.device)
+    return _built(starts, batch, table.device, tiles)

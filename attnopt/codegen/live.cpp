@@ -55,7 +55,6 @@ struct Looking : Rows<T> {
   }
 };
 
-bool shown(bool x) { return x; }
 bool shown(float x) { return x > HIDDEN; }
 bool shown(BFloat16 x) { return static_cast<float>(x) > HIDDEN; }
 

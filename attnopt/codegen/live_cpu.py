@@ -22,88 +22,101 @@ from attnopt.codegen.reference_live import shown
 
 
 class Columns(NamedTuple):
-    """Columns first up to end of a buffer, of which every one counts, or a mask (b, 1, T | 1, end - first) says which.
-
-    rows: bool (b, 1, T | 1, 1), which queries keep any; None where all do.
-    """
+    """Columns first up to end of a buffer, 0 to 0 where none is kept; `rows`: whether every query keeps one of them."""
 
     first: int
     end: int
-    mask: Tensor | None
-    rows: Tensor | None
+    rows: bool
+
+    @property
+    def size(self) -> int:
+        return self.end - self.first
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The contract of attnopt/codegen/reference_live.py."""
-    if not q.numel() or not v.shape[3]:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
-    few = q.shape[1] // k.shape[1] * q.shape[2] <= native.MOST_ROWS
-    if few and scale > 0 and native.takes(q.dtype, q.shape[3], v.shape[3]):
-        found = native.live(q, k, v, mask, scale)
+    """The contract of attnopt/codegen/reference_live.py; the result is laid out as (B, T, H, Dv)."""
+    _, heads, tokens, dim = q.shape
+    width = v.shape[3]
+    if q.numel() and width and heads // k.shape[1] * tokens <= native.MOST_ROWS and scale > 0:
+        found = native.live(q, k, v, mask, scale) if native.takes(q.dtype, dim, width) else None
         if found is not None:
             return found
+    return _attend(q, k, v, mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same out of torch's operators."""
+    if not q.numel() or not v.shape[3]:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
     if scale <= 0:  # SDPA hides keys before it scales
         q, scale = q * scale, 1.0
     if mask is None:
-        return _read(q, k, v, Columns(0, k.shape[2], None, None), scale)
-    bounds = live_columns(mask)
-    if len(bounds) > 1 and _apart(bounds):
-        found = [_entry(q[n : n + 1], k[n : n + 1], v[n : n + 1], mask[n : n + 1], bounds[n], scale)
-                 for n in range(len(bounds))]  # fmt: skip
-        return torch.cat(found)
-    filled = [pair for pair in bounds if pair[1]]
-    whole = (min(f for f, _ in filled), max(e for _, e in filled)) if filled else (0, 0)
-    return _entry(q, k, v, mask, whole, scale)
+        return _read(q, k, v, None, scale)
+    flags = shown(mask).contiguous()
+    columns = live_columns(flags)
+    if len(columns) > 1 and _apart(columns):
+        entries = [slice(n, n + 1) for n in range(len(columns))]
+        return torch.cat([_entries(q[n], k[n], v[n], mask[n], flags[n], columns[n], scale) for n in entries])
+    return _entries(q, k, v, mask, flags, columns, scale)
 
 
-def live_columns(mask: Tensor) -> list[tuple[int, int]]:
-    """For each batch entry of a mask (b, 1, T, C): the first kept column, and the one behind the last; or (0, 0)."""
-    flags = shown(mask)
-    flags = (flags.any(2) if flags.shape[2] > 1 else flags).reshape(flags.shape[0], -1).contiguous()
-    count, found = flags.shape[1], []
-    for row in range(flags.shape[0]):
-        # Of 65536 columns this finds the last in 2 us, where torch's own search takes ten times as long.
-        held = ctypes.string_at(flags.data_ptr() + row * count, count)
-        found.append((max(held.find(b"\x01"), 0), held.rfind(b"\x01") + 1))
+def live_columns(flags: Tensor) -> list[Columns]:
+    """For each batch entry of a contiguous mask bool (b, 1, T, C): from the first column that is kept to the last."""
+    entries, _, tokens, count = flags.shape
+    found = []
+    for entry in range(entries):
+        first, end, rows = count, 0, True
+        for row in range(entry * tokens, (entry + 1) * tokens):
+            # The last of 65536 columns takes 2 us to find this way, and by torch's operators ten times as long.
+            held = ctypes.string_at(flags.data_ptr() + row * count, count)
+            at = held.find(1)
+            if at < 0:
+                rows = False
+            else:
+                first, end = min(first, at), max(end, held.rfind(1) + 1)
+        found.append(Columns(min(first, end), end, rows))
     return found
 
 
-def _apart(bounds: list[tuple[int, int]]) -> bool:
+def _apart(columns: list[Columns]) -> bool:
     """Whether batch entries are read one by one: where a call for all would read a quarter more, and 1024 columns."""
-    filled = [pair for pair in bounds if pair[1]]
-    if not filled:
-        return False
-    together = len(bounds) * (max(e for _, e in filled) - min(f for f, _ in filled))
-    return together - sum(e - f for f, e in filled) > max(1024, together // 5)
+    together = len(columns) * _union(columns).size
+    return together - sum(c.size for c in columns) > max(1024, together // 5)
 
 
-def _entry(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bounds: tuple[int, int], scale: float) -> Tensor:
-    """Queries against the columns between two bounds."""
-    first, end = bounds
-    if first == end:
+def _union(columns: list[Columns]) -> Columns:
+    filled = [c for c in columns if c.end]
+    ends = (min(c.first for c in filled), max(c.end for c in filled)) if filled else (0, 0)
+    return Columns(*ends, all(c.rows for c in columns))
+
+
+def _entries(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, flags: Tensor, columns: list[Columns], scale: float
+) -> Tensor:
+    """Batch entries against the columns that any of them keeps."""
+    one = _union(columns)
+    if not one.size:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    cut = mask[..., first:end]
-    keep = shown(cut)
-    if bool(keep.all()):
-        return _read(q, k, v, Columns(first, end, None if mask.dtype == torch.bool else cut, None), scale)
-    rows = keep.any(-1, keepdim=True)
-    return _read(q, k, v, Columns(first, end, cut, None if bool(rows.all()) else rows), scale)
+    keys, values = (x[:, :, one.first : one.end] for x in (k, v))
+    cut, keep = (x[..., one.first : one.end] for x in (mask, flags))
+    # Of several tokens one does not see another: not worth a look.
+    whole = mask.dtype == torch.bool and mask.shape[2] == 1 and bool(keep.all())
+    out = _read(q, keys, values, None if whole else cut, scale)
+    return out if one.rows else out.masked_fill(~keep.any(-1, keepdim=True), 0.0)
 
 
-def _read(q: Tensor, k: Tensor, v: Tensor, columns: Columns, scale: float) -> Tensor:
+def _read(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q (B, H, T, D) against keys (B, G, n, D) and values (B, G, n, Dv), mask (B | 1, 1, T | 1, n) or None."""
     batch, heads, tokens, dim = q.shape
-    groups, width, dtype = k.shape[1], v.shape[3], q.dtype
-    keys, values = (x[:, :, columns.first : columns.end] for x in (k, v))
-    share, mask = heads // groups, columns.mask
+    groups, width = keys.shape[1], values.shape[3]
+    share = heads // groups
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     if share * tokens > native.MOST_ROWS:
         # Rows enough for a product of every head's own.
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-        out = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=share > 1)
-    else:
-        if mask is not None:
-            mask = mask if mask.dtype == torch.bool else mask.to(dtype)
-            mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, share, 1)
-        packed = q.reshape(batch, groups, share * tokens, dim)
-        out = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scale)
-        out = out.reshape(batch, heads, tokens, width)
-    return out if columns.rows is None else out.masked_fill(~columns.rows, 0.0)
+        return F.scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=share > 1)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, share, 1)
+    packed = q.reshape(batch, groups, share * tokens, dim)
+    out = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scale)
+    return out.reshape(batch, heads, tokens, width)

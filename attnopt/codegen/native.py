@@ -19,12 +19,12 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen.decode_list import capacities_of
-from attnopt.errors import CacheFull
+from attnopt.codegen.slots import refuse_overflow
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("spans.cpp", "rows.cpp", "decode.cpp", "cache.cpp", "live.cpp")
+    Path(__file__).with_name(f"{name}.cpp") for name in ("spans", "rows", "decode", "cache", "live", "dispatch")
 )
 # What the kernel's vector loops step by.
 FEATURES = 32
@@ -161,18 +161,10 @@ def step(
         table.data_ptr(), spans.data_ptr(), *read[1:], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:2],
         *values.stride()[:2], *written[1:], marked[1], batch, heads, groups, tokens, keys.shape[1], dim, width,
     )  # fmt: skip
-    wrong = _entry("step", dtype)(call, scale)
-    if wrong == FULL:
-        raise CacheFull(
-            "A row would hold more tokens than the cache was made for.", "Make it with a larger max_length."
-        )
-    if wrong:
-        raise ValueError(f"the table is not that of a cache of {keys.shape[1]} slots: {table.tolist()}")
+    if _entry("step", dtype)(call, scale):
+        refuse_overflow(tokens, keys.shape[1], n, valid, table)
+        raise ValueError(f"the table does not divide {keys.shape[1]} slots among {groups} KV heads: {table.tolist()}")
     return None if out is None else out.transpose(1, 2)
-
-
-# What `step` says in cache.cpp where a row has no room left.
-FULL = 1
 
 
 def live(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
@@ -233,6 +225,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
             getattr(library, f"prefill_{dtype}").restype = None
             for entry in ("decode", "step", "look"):
                 getattr(library, f"{entry}_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
+        library.serve_operators()
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -185,9 +185,9 @@ def _new_loop(spec: CacheStep) -> str:
         span = (seen + at[None, :] < sink[:, None]) | (back < window[:, None])
         keep = span & (back >= 0) & live[None, :]"""
     return f"""
-    # The new tokens, up to the last of the tile's own. Where some are not real, a window reaches back over them.
+    # The new tokens, up to the last of the tile's own, from the first that a window keeps, or else the first sink.
     first = tl.maximum(first_place - wide + 1, 0) // BLOCK_T * BLOCK_T
-    first = tl.where((deep > seen) | PADDED, 0, first)
+    first = tl.where(deep > seen, 0, first)
     until = tl.minimum(tokens, (tile * ROWS + ROWS - 1) // {spec.share} + 1)
     if index > 0:
         until = 0

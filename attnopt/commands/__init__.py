@@ -63,7 +63,7 @@ def examine_model(loaded: hf.Loaded, length: int, padded: bool = False) -> list[
     found: list[GraphReport] = []
 
     def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        report = backend.rewrite(gm, inputs, backend.Options())[1]
+        report = backend.rewrite(gm, inputs, backend.Options()).report
         found.append(report)
         return unrun(gm)
 
@@ -148,8 +148,7 @@ def bench_rows(
     calls = variants(loaded.model, held, cache)
     mask = None
     if padded:
-        mask = torch.ones_like(ids)
-        mask[:, : ids.shape[1] // 8] = 0
+        mask = padded_mask(ids)
     done, total = 0, len(calls) + rounds
 
     def step(_: str) -> None:
@@ -166,6 +165,13 @@ def bench_rows(
         | {"times_inductor": base / r.milliseconds, "times_exact": r.ratio}
         for r in rows
     ]
+
+
+def padded_mask(ids: torch.Tensor) -> torch.Tensor:
+    """An attention mask int64 (B, N) that hides the first eighth of each sequence."""
+    mask = torch.ones_like(ids)
+    mask[:, : ids.shape[1] // 8] = 0
+    return mask
 
 
 def check_plan(held: Plan, loaded: hf.Loaded) -> None:
@@ -189,8 +195,37 @@ def bench(args: argparse.Namespace) -> None:
         for n in args.lengths:
             ids = token_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
             ids = ids.to(next(loaded.model.parameters()).device)
-            rows += bench_rows(loaded, ids, held, args.dtype, args.rounds, args.padded, progress)
-    emit(args, {"bench": rows}, lambda: terminal.print_bench(rows))
+            if args.generate:
+                rows += generate_rows(loaded, ids, held, args, progress)
+            else:
+                rows += bench_rows(loaded, ids, held, args.dtype, args.rounds, args.padded, progress)
+    title = "Generation, each token" if args.generate else "Benchmark"
+    emit(args, {"bench": rows}, lambda: terminal.print_bench(rows, title))
+
+
+def generate_rows(
+    loaded: hf.Loaded, ids: torch.Tensor, held: Plan | None, args: argparse.Namespace, progress: Progress
+) -> list[dict[str, Any]]:
+    """One row per cache after a prompt of ids' length, from one interleaved run."""
+    from attnopt.hf.benchmark import DYNAMIC, STATIC, compare_decoding
+
+    ids = ids.expand(args.batch, -1).contiguous()
+    mask = padded_mask(ids) if args.padded else None
+    done, total = 0, (3 + (held is not None)) * (args.rounds + 2)
+    what = f"generating after {ids.shape[1]}"
+
+    def step(_: str) -> None:
+        nonlocal done
+        done += 1
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    rows = compare_decoding(loaded.model, ids, mask, held, args.generate, args.rounds, args.dtype, step)
+    base = {r.variant: r.milliseconds for r in rows}
+    return [
+        asdict(r) | {"times_dynamic": base[DYNAMIC] / r.milliseconds, "times_static": base[STATIC] / r.milliseconds}
+        for r in rows
+    ]
 
 
 def env(args: argparse.Namespace) -> None:

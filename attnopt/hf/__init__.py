@@ -3,8 +3,10 @@
 loading.py     finding and loading models and their tokenizers
 sites.py       which modules of a model attend, and which models cannot be served
 cache.py       SpanCache: a KV cache that holds what the plan keeps
+span_layer.py  one layer of it
 attention.py   the attention and the mask function that transformers calls by the name "attnopt"
-generation.py  enable, disable and explain
+generation.py  enable and disable
+explained.py   explain
 
 Only loading.py is imported with this package, and it imports transformers when a model is asked for.
 """

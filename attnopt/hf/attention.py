@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnopt import ops, settings
 from attnopt.errors import AttnoptError, ModelError
-from attnopt.hf.cache import NAME, Handle
+from attnopt.hf.cache import NAME
+from attnopt.hf.span_layer import Handle
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.mixed import tables
 

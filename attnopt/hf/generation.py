@@ -12,23 +12,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError
 from attnopt.hf import sites
 from attnopt.hf.attention import SPANS, register, spans_of
-from attnopt.hf.cache import AGAIN, NAME, ROLLBACK, SpanCache, SpanLayer, plan_for
+from attnopt.hf.cache import NAME, SpanCache, plan_for
+from attnopt.hf.span_layer import AGAIN, ROLLBACK, SpanLayer
 from attnopt.plan import Plan
 
 MARK = "_attnopt"
 HOOK = "_prepare_cache_for_generation"
+# Attributes of a model that are set here, or by generate() for what is set here.
+REPLACED = (HOOK, "generation_config", "_compiled_call_impl", "_compiled_call", "_last_compile_config")
 # Kinds of cache of generate() that a SpanCache stands in for; it is dynamic in what it holds and static in shape.
 ABSORBED = frozenset({None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "hybrid_chunked"})
 # Lengths of caches: a step is an eighth of the power of two below, so that at most an eighth is allocated for nothing
 # and prompts of similar lengths share a compiled graph.
 SHORTEST, STEPS = 128, 8
+
+
+class Key(NamedTuple):
+    """What a cache was made for: rows, tokens of a row, and how many can be taken back."""
+
+    rows: int
+    length: int
+    slack: int
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Installed:
     attentions: list[sites.Attention]
     configs: list[tuple[Any, dict[str, Any]]]
     attributes: dict[str, Any]
-    pool: list[tuple[tuple[int, int, int], list[SpanLayer]]] = field(default_factory=list)
+    pool: list[tuple[Key, list[SpanLayer]]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installed:
         import copy
@@ -70,8 +81,7 @@ def enable(
     if MARK in vars(inner):
         disable(inner)
     register()
-    names = (HOOK, "_compiled_call_impl", "generation_config")
-    kept = {name: vars(inner)[name] for name in names if name in vars(inner)}
+    kept = {name: vars(inner)[name] for name in REPLACED if name in vars(inner)}
     installed = Installed(plan, max_length, compile, found, list(implementations(inner)), kept)
     setattr(inner, MARK, installed)
     try:
@@ -118,7 +128,7 @@ def disable(model: Any) -> Any:
             delattr(config, name)
         for name, value in values.items():
             setattr(config, name, value)
-    for name in (HOOK, "_compiled_call_impl", "generation_config"):
+    for name in REPLACED:
         vars(inner).pop(name, None)
     vars(inner).update(installed.attributes)
     for attention in installed.attentions:
@@ -161,7 +171,7 @@ def prepare_cache(
     refuse_options(generation_config)
     given = model_kwargs.get("past_key_values")
     if given is not None:
-        accept(self, given, generation_config, model_kwargs, max_cache_length)
+        accept(installed, given, generation_config, model_kwargs, max_cache_length)
         before = installed.attributes.get(HOOK) or MethodType(getattr(type(self), HOOK), self)
         before(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         return
@@ -196,7 +206,7 @@ def rollback(generation_config: Any, generation_mode: Any) -> int:
     return max([ROLLBACK, *(n for n in drafts if n)])
 
 
-def accept(self: Any, given: Any, generation_config: Any, model_kwargs: dict[str, Any], length: int) -> None:
+def accept(installed: Installed, given: Any, generation_config: Any, model_kwargs: dict[str, Any], length: int) -> None:
     """Raise where generate() cannot go on from the cache it was given."""
     if not isinstance(given, SpanCache):
         raise ModelError(
@@ -204,6 +214,10 @@ def accept(self: Any, given: Any, generation_config: Any, model_kwargs: dict[str
             "Leave past_key_values out, pass SpanCache.for_model(model, plan, max_length=...), or call "
             "attnopt.disable(model).",
         )
+    drafting = getattr(generation_config, "is_assistant", False)
+    if length > given.max_length and drafting and installed.max_length is None and not elastic(installed.plan):
+        # A model that drafts is asked for a few tokens at a time, and for more in the end than it was told at first.
+        given.grow(SpanCache.of(installed.attentions, installed.plan, bucket(length), given.layers[0].layout.slack))
     if length > given.max_length:
         raise CacheFull(
             f"{length} tokens are asked for, and the cache was made for {given.max_length}.",
@@ -230,24 +244,41 @@ def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -
         length = installed.max_length
     else:
         length = bucket(length)
-    key = (rows, length, slack)
-    layers = next((held for found, held in installed.pool if found == key), None)
     # One cache is kept at most: the memory of the others is wanted for this one.
+    (key, layers), *_ = [*installed.pool, (None, None)]
     installed.pool.clear()
-    if layers is None:
+    if key is not None and layers is not None and serves(key, Key(rows, length, slack), installed.plan):
+        cache = SpanCache(layers, key.length)
+        cache.reset()
+    else:
+        key = Key(rows, length, slack)
         cache = SpanCache.of(installed.attentions, installed.plan, length, slack)
         if model._compiled_call_impl is not None:
             # A compiled forward that allocates is another graph than one that finds everything there.
             cache.allocate(model, installed.attentions, rows)
-    else:
-        cache = SpanCache(layers, length)
-        cache.reset()
     weakref.finalize(cache, give_back, weakref.ref(installed), key, list(cache.layers)).atexit = False
     return cache
 
 
-def give_back(installed: weakref.ref[Installed], key: tuple[int, int, int], layers: list[SpanLayer]) -> None:
-    """Called when a cache is gone. Its layers can serve the next call with the same rows, length and slack."""
-    alive = installed()
-    if alive is not None and layers[0].is_initialized and layers[0].batch_size == key[0]:
+def serves(held: Key, asked: Key, plan: Plan | None) -> bool:
+    """Whether a cache that is there can stand in for the one asked for, giving the same results: one up to twice as
+    long as well, unless the plan's windows depend on the length."""
+    if held == asked or elastic(plan):
+        return held == asked
+    return held.rows == asked.rows and held.slack >= asked.slack and asked.length <= held.length <= 2 * asked.length
+
+
+def elastic(plan: Plan | None) -> bool:
+    """Whether what a plan keeps depends on the length of the cache."""
+    if plan is None:
+        return False
+    every = {choice for choices in plan.choices.values() for choice in choices}
+    return bool(plan.min_length) or any(dict(choice.params).get("beta") for choice in every)
+
+
+def give_back(installed: weakref.ref[Installed], key: Key, layers: list[SpanLayer]) -> None:
+    """Called when a cache is gone: its layers can serve the next call. One that grew or has other rows cannot."""
+    alive, first = installed(), layers[0]
+    same = first.is_initialized and first.batch_size == key.rows and first.layout.length == key.length
+    if alive is not None and same:
         alive.pool[:] = [(key, layers)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,13 +24,6 @@ _library.define(
     "attend_update(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) n, Tensor? valid, "
     "Tensor table, Tensor spans, float scale, bool fresh) -> Tensor"
 )
-
-
-@lru_cache(maxsize=256)
-def _kernel(target: str, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> tuple[ModuleType, str]:
-    """The emitted module and its key."""
-    spec = CacheStep(target, str(dtype).removeprefix("torch."), *sizes)
-    return load(spec), spec.key()
 
 
 def attend_update(
@@ -61,9 +55,14 @@ def attend_update(
     have to be waited for, such tokens are not written. ValueError for sizes, dtypes or devices that do not fit.
     """
     _refuse_gradient(q, k, v, keys, values)
-    _check(q, k, v, keys, values, n, valid, table, spans)
-    target = settings.target(q.device.type)
-    module, key = _kernel(target, q.dtype, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
+    # One look-up for all checks that need no values: they took a third of a call.
+    tensors = (
+        (q, k, v, keys, values, n, table, spans) if valid is None else (q, k, v, keys, values, n, table, spans, valid)
+    )
+    given = [(x.shape, x.dtype, x.device) for x in tensors]
+    module, key = _kernel(settings.target(q.device.type), *given)
+    if not (n.is_contiguous() and table.is_contiguous() and spans.is_contiguous()):
+        raise ValueError("n, table and spans must be contiguous: kernels read and write them as they lie")
     launches[key] += 1
     out: Tensor = module.step(q, k, v, keys, values, n, valid, table, spans, scale, fresh)
     return out
@@ -74,33 +73,46 @@ def _refuse_gradient(*tensors: Tensor) -> None:
         raise RuntimeError("attnopt::attend_update has no gradient: decode under torch.no_grad()")
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor,
-    spans: Tensor,
-) -> None:  # fmt: skip
-    """Raise ValueError unless sizes, dtypes and devices belong together."""
-    (batch, heads, tokens, dim), (groups, width), slots = q.shape, v.shape[1::2], keys.shape[1]
-    fits = k.shape == (batch, groups, tokens, dim) and v.shape == (batch, groups, tokens, width)
-    fits = fits and keys.shape == (batch, slots, dim) and values.shape == (batch, slots, width) and n.shape == (batch,)
-    fits = fits and table.shape == (groups, 4) and spans.shape == (heads, 2) and heads % groups == 0
-    if not fits or (valid is not None and valid.shape != (batch, tokens)):
-        named = dict(q=q, k=k, v=v, keys=keys, values=values, n=n, valid=valid, table=table, spans=spans)
-        found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items() if x is not None)
-        raise ValueError(
-            "expected q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), keys (B, S, D), values (B, S, Dv), n (B,), "
-            f"valid (B, T), table (G, 4) and spans (H, 2), found {found}"
-        )
-    if not q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype:
-        found = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v, keys, values))
+Given: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@lru_cache(maxsize=1024)
+def _kernel(
+    target: str, q: Given, k: Given, v: Given, keys: Given, values: Given, n: Given, table: Given, spans: Given,
+    valid: Given | None = None,
+) -> tuple[ModuleType, str]:  # fmt: skip
+    """The emitted module and its key. ValueError unless shapes, dtypes and devices belong together."""
+    named = dict(q=q, k=k, v=v, keys=keys, values=values, n=n, table=table, spans=spans)
+    named |= {} if valid is None else dict(valid=valid)
+    sizes = _sizes({name: tuple(x[0]) for name, x in named.items()})
+    if len({x[1] for x in (q, k, v, keys, values)}) > 1:
+        found = ", ".join(str(x[1]).removeprefix("torch.") for x in (q, k, v, keys, values))
         raise ValueError(f"q, k, v, keys and values are {found}, expected one dtype")
-    if not n.dtype == table.dtype == spans.dtype == torch.int32:
-        raise ValueError(f"n, table and spans are {n.dtype}, {table.dtype} and {spans.dtype}, expected torch.int32")
-    if not (n.is_contiguous() and table.is_contiguous() and spans.is_contiguous()):
-        raise ValueError("n, table and spans must be contiguous: kernels read and write them as they lie")
-    if valid is not None and valid.dtype != torch.bool:
-        raise ValueError(f"valid is {valid.dtype}, expected torch.bool")
-    if any(x.device != q.device for x in (k, v, keys, values, n, table, spans, *(() if valid is None else (valid,)))):
+    if not n[1] == table[1] == spans[1] == torch.int32:
+        raise ValueError(f"n, table and spans are {n[1]}, {table[1]} and {spans[1]}, expected torch.int32")
+    if valid is not None and valid[1] != torch.bool:
+        raise ValueError(f"valid is {valid[1]}, expected torch.bool")
+    if len({x[2] for x in named.values()}) > 1:
         raise ValueError("the cache, its tables and the new tokens lie on several devices, expected one")
+    spec = CacheStep(target, str(q[1]).removeprefix("torch."), *sizes)
+    return load(spec), spec.key()
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int, int]:
+    """H, G, D and Dv of the operator's arguments, or ValueError."""
+    q, k, v, keys = (shapes[name] for name in ("q", "k", "v", "keys"))
+    if (len(q), len(k), len(v), len(keys)) == (4, 4, 4, 3) and k[1] and q[1] % k[1] == 0:
+        (batch, heads, tokens, dim), groups, width, slots = q, k[1], v[3], keys[1]
+        wanted = dict(
+            q=q, k=(batch, groups, tokens, dim), v=(batch, groups, tokens, width), keys=(batch, slots, dim),
+            values=(batch, slots, width), n=(batch,), table=(groups, 4), spans=(heads, 2), valid=(batch, tokens),
+        )  # fmt: skip
+        if all(shape == wanted[name] for name, shape in shapes.items()):
+            return heads, groups, dim, width
+    raise ValueError(
+        "expected q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), keys (B, S, D), values (B, S, Dv), n (B,), "
+        f"table (G, 4), spans (H, 2) and valid (B, T), found {', '.join(f'{n} {x}' for n, x in shapes.items())}"
+    )
 
 
 def _fake(q, k, v, keys, values, n, valid, table, spans, scale, fresh):  # type: ignore[no-untyped-def]

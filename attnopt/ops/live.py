@@ -26,7 +26,9 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(
             f"the mask is {mask.dtype} {tuple(mask.shape)}, expected bool or floating (B | 1, 1, T | 1, C)"
         )
-    torch._check(mask.shape[3] == k.shape[2], lambda: f"the mask has {mask.shape[3]} columns, the cache {k.shape[2]}")
+    # Written this way no guard comes of it where sizes are symbols.
+    if type(k.shape[2]) is int and mask.shape[3] != k.shape[2]:
+        raise ValueError(f"the mask has {mask.shape[3]} columns, the cache {k.shape[2]}")
 
 
 def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -41,12 +43,8 @@ def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     _checked(q, k, v, mask)
     target = settings.target(q.device.type)
     if target == "cpu":
-        found = live_cpu.attend(q, k, v, mask, scale)
-    elif target == "reference":
-        found = reference_live.attend(q, k, v, mask, scale)
-    else:
-        found = _whole(q, k, v, mask, scale)
-    return tokens_first(found)
+        return live_cpu.attend(q, k, v, mask, scale)
+    return tokens_first((reference_live.attend if target == "reference" else _whole)(q, k, v, mask, scale))
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -169,9 +169,10 @@ def test_a_table_of_another_cache_is_refused(dtype: torch.dtype) -> None:
     if native.unusable(dtype):
         pytest.skip("torch's operators trust the operator's own check")
     q, k, v, keys, values, n, valid, table, spans = given(1, dtype)
-    for wrong in (table + torch.tensor([1, 0, 0, 0]), table + torch.tensor([0, 1, 0, 0])):
-        with pytest.raises(ValueError, match="cache of 48 slots"):
-            cache_cpu.step(q, k, v, keys, values, n, valid, wrong.int(), spans, SCALE, False)
+    for off, said in (([1, 0, 0, 0], "does not divide 48 slots among 2"), ([0, 1, 0, 0], "has 50 slots, the cache 48")):
+        with pytest.raises(ValueError, match=said):
+            wrong = table + torch.tensor(off, dtype=torch.int32)
+            cache_cpu.step(q, k, v, keys, values, n, valid, wrong, spans, SCALE, False)
 
 
 def test_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from attnopt.codegen import decode_list as lists
-from attnopt.codegen.decode_list import OVERHEAD, PER_SM, build, chunk_of, decode_list, makespan
+from attnopt.codegen.decode_list import (
+    ENOUGH,
+    OVERHEAD,
+    PER_SM,
+    build,
+    cache_list,
+    chunk_of,
+    decode_list,
+    makespan,
+)
 from attnopt.codegen.work_list import WORKERS
 
 SLOTS = PER_SM * WORKERS
@@ -46,6 +55,21 @@ def test_partial_results_have_places_of_their_own() -> None:
     chunks = [-(-size // made.chunk) for size in (1000, 1500)]
     assert made.parts.tolist() == [0, -1, chunks[0]]
     assert made.split.tolist() == [0, 2] and made.partials == sum(chunks)
+
+
+def test_the_list_of_a_table_is_that_of_its_segments() -> None:
+    table = torch.tensor([[0, 1008, 0, 1 << 30], [1008, 48, 16, 32], [1056, 1504, 0, 1500]], dtype=torch.int32)
+    made = cache_list(table, 2, 3)
+    assert made.slots == 2560
+    for one, other in zip(made, build(starts_of((1008, 48, 1504)), 2, tiles=3), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert cache_list(table, 2, 3) is made and cache_list(table.clone(), 2, 3) is made
+    # With many tiles of rows there is work for every SM, and nothing to merge.
+    undivided = cache_list(table, 2, ENOUGH * SLOTS // 4)
+    assert undivided.partials == 0 and undivided.items.numel() == 3 and undivided.chunk >= 1504
+    table[1, 0] += 16
+    with pytest.raises(ValueError, match="follow each other"):
+        cache_list(table, 2, 3)
 
 
 def spread(items: list[int]) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
 from attnopt.cache import Layout
+from attnopt.codegen import self_check_cache
 from attnopt.codegen.emit import load
 from attnopt.codegen.reference_cache import step
 from attnopt.codegen.spec import CacheStep
@@ -53,5 +55,33 @@ def test_a_prompt_a_chunk_and_tokens_are_the_attention_of_the_whole() -> None:
     assert (wanted - narrower).abs().max() > 0.1
 
 
-def test_the_emitted_file_is_that_step() -> None:
-    assert load(CacheStep("reference", "float32", 4, 2, 8, 8)).step is step
+@pytest.mark.parametrize(
+    "spec", [CacheStep("reference", "float64", 6, 3, 5, 7), CacheStep("reference", "float32", 1, 1, 4, 4)]
+)
+def test_the_emitted_file_is_that_step_and_agrees_with_itself(
+    spec: CacheStep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(spec).step is step
+    with pytest.raises(SystemExit) as done:
+        self_check_cache.check(spec, load(spec).step)
+    assert done.value.code == 0 and capsys.readouterr().out.count("  agrees  ") == 2
+
+
+@pytest.mark.parametrize("mistake", ["writes first", "forgets the values", "counts padding"])
+def test_a_wrong_step_is_named(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(q, k, v, keys, values, n, valid, table, spans, scale, fresh):  # type: ignore[no-untyped-def]
+        cache, seen = [keys, values], n.clone()
+        if mistake == "forgets the values":
+            cache[1] = values.clone()
+        if mistake == "counts padding":
+            valid = None
+        out = step(q, k, v, *cache, n, valid, table, spans, scale, fresh)
+        if mistake == "writes first":
+            # As if all of a chunk had been there for each of its tokens: a ring has lost what its first ones need.
+            out = step(q, k, v, keys, values, seen, valid, table, spans, scale, False) if q.shape[2] > 1 else out
+        return out
+
+    with pytest.raises(SystemExit) as done:
+        self_check_cache.check(CacheStep("reference", "float32", 4, 2, 8, 8), wrong)
+    told = capsys.readouterr()
+    assert done.value.code == 1 and "disagrees with the reference" in told.err and "WRONG" in told.out

@@ -43,7 +43,8 @@ class Case:
 
 
 CASES = {
-    # A prompt through the prefill kernel; a full head beside a ring, each with unequal spans in a group; pads left and inside; wraps; several tiles of rows.
+    # A prompt through the prefill kernel; a full head beside a ring, each with unequal spans in a group; pads left and
+    # inside; wraps; several tiles of rows.
     "padded": Case(
         ((0, 99), (0, 20), (2, 9), (1, 12)),
         2,
@@ -51,8 +52,19 @@ CASES = {
         (("001101111111011111", "111111110111111101"), 3, ("1", "0"), 12, ("01", "00"), 1, 20, 1),
         16,
     ),
-    # Rollback by as much as the slack, before and after the ring has wrapped; sinks that are never full.
-    "rollback": Case(((0, 7), (3, 9), (0, 3)), 1, 99, (5, -3, 1, 12, 4, -4, 1, -3, 4, 1), 16, 4, (16, 24), 1, -0.3),
+    # Rollback by as much as the slack, before and after rings have wrapped; a sink that comes with a long chunk, which
+    # only some heads keep; a chunk that has the newest slot and behind it the oldest; windows shorter than a tile.
+    "rollback": Case(
+        ((0, 7), (3, 9), (0, 3), (0, 20), (3, 20), (0, 19), (0, 2), (0, 1), (0, 2)),
+        3,
+        99,
+        (5, -3, 40, 4, -4, 1, -3, 4, 1, 1, 1, 1),
+        16,
+        4,
+        (16, 24),
+        1,
+        -0.3,
+    ),
     "one token of each dtype": Case(((4, 40), (0, 99)), 2, 99, (66, 1), 64, 0, (24, 16), 1),
 }
 RUNS = {
@@ -134,8 +146,29 @@ def run(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def overfull() -> dict[str, Any]:
+    """Three tokens into the last slot of a head that holds every token, and one more after them."""
+    table, spans = Layout.of_spans([0, 0], [16, 2], 2, 16, 0).tables()
+    step = emit.load(CacheStep("triton", "float32", 2, 2, 16, 16)).step
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 19, 16, generator=generator) for _ in range(3))
+    keys, values, n = torch.zeros(1, 32, 16), torch.zeros(1, 32, 16), torch.zeros(1, dtype=torch.int32)
+    for first, last in ((0, 15), (15, 18), (18, 19)):
+        new = (x[:, :, first:last] for x in (q, k, v))
+        out = step(*new, keys, values, n, None, table, spans, 0.25, False)
+    # Those of the slots in the window of 16, and the token itself.
+    held = [*range(3, 16), 18]
+    expected = torch.softmax(k[0, 0, held].double() @ q[0, 0, 18].double() * 0.25, 0) @ v[0, 0, held].double()
+    return {
+        "n": n.tolist(),
+        "kept": torch.equal(keys[0, :16], k[0, 0, :16]) and torch.equal(values[0, :16], v[0, 0, :16]),
+        "error": relative(out[0, 0, 0], expected),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(json.dumps({"run": "overfull", **overfull()}), flush=True)
     for name, (case, dtype) in RUNS.items():
         print(json.dumps({"run": name, **run(CASES[case], dtype)}), flush=True)
 
@@ -152,6 +185,11 @@ def test_agrees_with_the_reference(name: str, interpreted: dict[str, dict[str, A
     assert row["zero where nothing is kept"]
     # What is kept is copied: equal to the last bit, and no slot else is written.
     assert row["cache"] and row["n"]
+
+
+def test_what_a_full_head_has_no_slot_for_is_dropped_and_counted(interpreted: dict[str, dict[str, Any]]) -> None:
+    row = interpreted["overfull"]
+    assert row["kept"] and row["n"] == [19] and row["error"] <= TOLERANCE[torch.float32]
 
 
 def test_no_bfloat16_reaches_the_interpreter(interpreted: dict[str, dict[str, Any]]) -> None:

@@ -59,6 +59,8 @@ def instead(step: Callable[..., Tensor]) -> Mistake:
     """`step` in place of the kernels of attnopt::attend_update, whatever the target."""
 
     def mistake(patch: pytest.MonkeyPatch) -> None:
+        # On the CPU a compiled kernel may serve the operator without asking for one.
+        patch.setenv("ATTNOPT_NATIVE", "0")
         patch.setattr(operator, "_kernel", lambda *_: (SimpleNamespace(step=step), "mistaken"))
 
     mistake.__name__ = getattr(step, "__name__", "step")

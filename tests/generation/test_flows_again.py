@@ -11,6 +11,7 @@ from generation.models import MAX_LENGTH, RULES, assert_follows, attending, enab
 from torch import Tensor
 
 import attnopt
+from attnopt.errors import AttnoptError
 
 LONG = 112
 
@@ -164,3 +165,17 @@ def test_a_draft_model_changes_nothing(draft_enabled: bool) -> None:
         out = generate(model, ids, None, 40, assistant_model=draft)
     assert torch.equal(out.sequences, greedy.sequences)
     assert_follows(model, RULES, ids, None, out, LONG)
+
+
+def test_speculation_does_not_go_on_from_a_cache() -> None:
+    """transformers feeds the whole conversation again there, after what is cached: dense caches take it, wrongly."""
+    model = models.shared("llama")
+    with enabled(model, RULES, max_length=4 * LONG):
+        first = generate(model, repetitive(), None, 10, prompt_lookup_num_tokens=4)
+        cache = first.past_key_values
+        ids = torch.cat([first.sequences, models.prompts(1, 5, 8)], 1)
+        before = int(cache.get_seq_length())
+        with pytest.raises(AttnoptError, match="no continuation"):
+            generate(model, ids, None, 10, past_key_values=cache, prompt_lookup_num_tokens=4)
+        assert int(cache.get_seq_length()) == before
+        assert_follows(model, RULES, ids, None, generate(model, ids, None, 10, past_key_values=cache), 4 * LONG)

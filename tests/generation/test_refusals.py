@@ -104,7 +104,8 @@ def test_more_than_the_cache_was_made_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("candidate", "name"), [("linear", "linear"), ("taylor", "taylor"), ("compensation", "compensation"), ("pruned", "gone")]
+    ("candidate", "name"),
+    [("linear", "linear"), ("taylor", "taylor"), ("compensation", "compensation"), ("pruned", "gone")],
 )
 def test_plans_whose_heads_are_more_than_spans(candidate: str, name: str) -> None:
     model = models.shared("llama")

@@ -212,7 +212,6 @@ def test_one_token_too_many_is_an_error(length: int) -> None:
                 fed(model, ids, None, calls, models.RULES, length)
 
     def unchecked(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(mistakes.operator, "_check_room", lambda *_: None)
         patch.setattr(SpanLayer, "check", lambda *_: None)
         instead(slotted())(patch)
 

@@ -140,7 +140,7 @@ def test_lookups_that_are_taken_back_leave_nothing() -> None:
         taken_back = []
         with pytest.MonkeyPatch.context() as patch, enabled(model, models.RULES, max_length=256):
             crop = SpanLayer.crop
-            patch.setattr(SpanLayer, "crop", lambda self, r: (taken_back.append(r), crop(self, r))[1])
+            patch.setattr(SpanLayer, "crop", lambda self, *r: (taken_back.append(r[0]), crop(self, *r))[1])
             out = models.generate(model, REPEATED, mask, 30, prompt_lookup_num_tokens=10)
         assert sum(map(bool, taken_back)) > 5
         return wrong(out, REPEATED, mask, 256)
@@ -235,13 +235,13 @@ def test_a_rollback_is_exact_up_to_the_slack_and_an_error_beyond() -> None:
             assert models.difference(found, expected) <= models.TOLERANCE
 
     def from_here(patch: pytest.MonkeyPatch) -> None:
-        check = SpanLayer.check_crop
+        furthest = SpanLayer.furthest
 
-        def forgetful(self: SpanLayer, tokens: int) -> None:
+        def forgetful(self: SpanLayer, *asked: Any) -> tuple[int, int]:
             self.highest.zero_()
-            check(self, tokens)
+            return furthest(self, *asked)
 
-        patch.setattr(SpanLayer, "check_crop", forgetful)
+        patch.setattr(SpanLayer, "furthest", forgetful)
 
     only_right(check, no_slack, from_here)
 
@@ -374,7 +374,7 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
     def one_layer(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(SpanCache, "reset", lambda self: self.layers[0].reset())
 
-    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), unchecked, one_layer)
+    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), one_layer)
 
 
 def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:

@@ -32,6 +32,7 @@ def masks(tokens: int) -> dict[str, Tensor]:
     return {
         "filled": filled, "one row for all": filled[:, :, :1], "padded": padded, "interior": interior,
         "lengths": lengths, "an entry without keys": nothing, "nothing": filled & False, "all": filled | True,
+        "every other column of a wider one": padded.repeat_interleave(2, -1)[..., ::2],
         "scattered": scattered, "the last column": (column == SLOTS - 1)[None, None, None],
     }  # fmt: skip
 
@@ -89,15 +90,14 @@ def test_bfloat16() -> None:
 
 
 def test_live_columns() -> None:
-    found = {name: live_cpu.live_columns(mask) for name, mask in masks(2).items()}
-    assert found["filled"] == [(0, 13)] and found["one row for all"] == [(0, 12)]
-    assert found["padded"] == [(0, 13), (3, 13), (9, 13)] == found["interior"]
-    assert found["an entry without keys"] == [(0, 13), (0, 0), (9, 13)]
-    assert found["nothing"] == [(0, 0)] and found["all"] == [(0, SLOTS)]
-    assert found["the last column"] == [(SLOTS - 1, SLOTS)]
-    every_other = torch.zeros(1, 1, 1, 2 * SLOTS, dtype=torch.bool)
-    every_other[..., 6] = every_other[..., 8] = True
-    assert live_cpu.live_columns(every_other[..., ::2]) == [(3, 5)]
+    found = {name: live_cpu.live_columns(mask.contiguous()) for name, mask in masks(2).items()}
+    assert found["filled"] == [(0, 13, True)] and found["one row for all"] == [(0, 12, True)]
+    assert found["padded"] == [(0, 13, True), (3, 13, True), (9, 13, True)] == found["interior"]
+    assert found["an entry without keys"] == [(0, 13, True), (0, 0, False), (9, 13, True)]
+    assert found["nothing"] == [(0, 0, False)] and found["all"] == [(0, SLOTS, True)]
+    assert found["the last column"] == [(SLOTS - 1, SLOTS, True)]
+    later = torch.tensor([[False, False, True, False], [False] * 4])[None, None]
+    assert live_cpu.live_columns(later) == [(2, 3, False)]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -112,5 +112,5 @@ def test_refusals() -> None:
         live(q.requires_grad_(), k, k, None, 0.2)
     with pytest.raises(ValueError, match=r"int64 \(5,\)"):
         live(q.detach(), k, k, torch.ones(5, dtype=torch.int64), 0.2)
-    with pytest.raises(RuntimeError, match="the mask has 4 columns, the cache 5"):
+    with pytest.raises(ValueError, match="the mask has 4 columns, the cache 5"):
         live(q.detach(), k, k, torch.ones(1, 1, 1, 4, dtype=torch.bool), 0.2)

@@ -176,9 +176,9 @@ def attend(
         acc = tl.dot(weights.to(values.dtype), values, acc)
         top = new_top
 
-    # The new tokens, up to the last of the tile's own. Where some are not real, a window reaches back over them.
+    # The new tokens, up to the last of the tile's own, from the first that a window keeps, or else the first sink.
     first = tl.maximum(first_place - wide + 1, 0) // BLOCK_T * BLOCK_T
-    first = tl.where((deep > seen) | PADDED, 0, first)
+    first = tl.where(deep > seen, 0, first)
     until = tl.minimum(tokens, (tile * ROWS + ROWS - 1) // 4 + 1)
     if index > 0:
         until = 0
