@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact_decode                 # the table, fifteen minutes
     python -m benchmarks.exact_decode --quick         # 1k tokens and two layers, to check the script
-    python -m benchmarks.exact_decode --keep          # also benchmarks/results
+    python -m benchmarks.exact_decode --keep          # also benchmarks/results and docs/exact.md
 
 Random Llama models with hidden size 512 and heads of 64, batch 1. A step is one token, under the mask that `generate`
 makes for such a cache, a boolean (1, 1, 1, slots) outside the graph; the buffers have room for 1, 2 and 4 times the
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, choices=[2, HEADS])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the times of one model")
     parser.add_argument("--out", type=Path, help="write the run here")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results and the section of docs/exact.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -186,9 +186,13 @@ def main() -> None:
     run = Run("exact_decode", rows, environment(), [] if args.quick else aims(rows))
     for aim in run.aims:
         print(aim)
-    for path in [args.out, RESULTS / "exact_decode-cpu.json" if args.keep else None]:
-        if path is not None:
-            run.save(path)
+    if args.out is not None:
+        run.save(args.out)
+    if args.keep:
+        from benchmarks.decode_document import keep
+
+        run.save(RESULTS / "exact_decode-cpu.json")
+        keep(run)
 
 
 if __name__ == "__main__":

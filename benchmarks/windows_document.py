@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attnopt.codegen.emit import write_atomically
+from benchmarks import decode_document
 from benchmarks.record import RESULTS, Row, Run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/exact.md"
@@ -64,11 +65,12 @@ def described(row: Row) -> list[str]:
 
 
 def with_section(page: str) -> str:
-    """The page of exact_prefill with the recorded section behind it, if there is one."""
+    """The page of exact_prefill with the recorded section behind it, if there is one, and then that of decoding."""
     path = RESULTS / "exact_windows-cpu.json"
     page = page.partition(BEGIN)[0].rstrip() + "\n"
-    return page + "\n" + section(Run.load(path)) if path.exists() else page
+    return decode_document.with_section(page + "\n" + section(Run.load(path)) if path.exists() else page)
 
 
 def keep(run: Run) -> None:
-    write_atomically(PAGE, PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip() + "\n\n" + section(run))
+    page = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip() + "\n\n" + section(run)
+    write_atomically(PAGE, decode_document.with_section(page))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tracing import trace
 
-from benchmarks import windows_document
+from benchmarks import decode_document, windows_document
 from benchmarks.exact_windows import (
     Case,
     aims,
@@ -68,6 +68,7 @@ def test_the_page_keeps_what_stands_before_and_shows_every_row(tmp_path, monkeyp
     run = Run("exact_windows", rows, environment(), aims(rows))
     monkeypatch.setattr(windows_document, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(windows_document, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode_document, "RESULTS", tmp_path)
     (tmp_path / "page.md").write_text("# One\n\ntext\n")
     windows_document.keep(run)
     windows_document.keep(run)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from attnopt import ops  # noqa: F401  (registers the operator)
+from attnopt.codegen.native import MOST_ROWS
 from attnopt.ir import Region
 from attnopt.passes.exact_forms import mask_read_once, varies_over
 from attnopt.passes.program import Builder, Program
@@ -31,11 +32,17 @@ def on_live_columns(program: Program, region: Region) -> bool:
     Without a mask every column counts. Under ``is_causal`` one new query keeps key 0 alone.
     """
     masked = any(not checked(term) for term in region.match.terms) and not region.match.causal
-    known = program.device in ("cpu", "cuda") and not program.needs_grad
-    if not (known and masked and region.site.kv in FIXED):
+    known = program.device == "cpu" or (program.device == "cuda" and few_rows(region))
+    if not (known and masked and region.site.kv in FIXED and not program.needs_grad):
         return False
     varies = varies_over(region)
     return "j" in varies and "h" not in varies
+
+
+def few_rows(region: Region) -> bool:
+    """Whether the query heads of a KV head have few rows together, for which a GPU repeats the mask."""
+    tokens = region.q.meta["val"].shape[2]
+    return isinstance(tokens, int) and tokens * region.site.heads <= MOST_ROWS * max(region.site.kv_heads, 1)
 
 
 def lower_live(program: Program) -> Callable[[Region], Node]:
