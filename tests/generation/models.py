@@ -204,7 +204,7 @@ def enabled(model: Any, rules: tuple[tuple[Rule, ...], ...] | None, **options: A
 @contextmanager
 def attending(model: Any) -> Iterator[Any]:
     """The model with the attention of attnopt and nothing else of it: the route on public interfaces alone."""
-
+    assert attnopt.SpanCache, "importing it registers the attention"
     before = model.config._attn_implementation
     model.set_attn_implementation("attnopt")
     try:
