@@ -1,7 +1,7 @@
 """A step of the ragged cache on the CPU: the compiled kernel, cache.cpp, or torch's operators where it does not serve.
 
-A prompt into an empty cache has no use for the cache: its span prefill keeps to itself, and what stays is written. All
-else, a token or a chunk of a prompt, is one call of the kernel, which attends and writes.
+A token, a chunk of a prompt, a prompt that is not long: one call of the kernel, which attends and writes. A long prompt
+into an empty cache has no use for the cache: its span prefill keeps to itself, and what stays is written.
 
 Without the kernel (native.py says where), one token is written first and then decodes the cache as it stands: the slot
 that it takes over has left every window. More tokens than one are attended to a KV head at a time.
@@ -35,7 +35,7 @@ def step(
     ours = scale > 0 and native.takes(q.dtype, dim, width) and keys.stride(2) == values.stride(2) == 1
     if not ours:
         refuse_overflow(tokens, keys.shape[1], n, valid, table)
-    if fresh and heads // k.shape[1] * tokens > native.MOST_ROWS:
+    if fresh and tokens >= (native.PROMPT if ours else 2):
         # First what can be refused.
         if ours:
             native.step(None, k, v, keys, values, n, valid, table, spans, scale)
