@@ -49,7 +49,7 @@ def made(tokens: int, kernel: str, target: str) -> Compiled:
 
 @pytest.mark.parametrize(("tokens", "kernel", "target"), GATES)
 def test_compiles_within_its_limits(tokens: int, kernel: str, target: str) -> None:
-    found, warps = made(tokens, kernel, target), launch(SPEC)[2]
+    found, warps = made(tokens, kernel, target), launch(SPEC)[1][64 if tokens > 1 else 16]
     assert found.spilled <= SPILLED[target] and found.shared <= SHARED[target]
     if kernel == "write":
         # A slot of 128 bfloat16 is read and written 16 bytes at a time.
