@@ -97,7 +97,7 @@ def walks(family: str) -> None:
     with models.attending(models.shared(family)) as model:
         for seed in range(first, first + 2):
             walk = Walk(model, seed)
-            for _ in range(24):
+            for _ in range(14):
                 walk.feed()
                 name = walk.draw.choice(["feed", "crop", "crop", "reorder", "repeat", "select", "fork", "reset"])
                 walk.done.append(name)
