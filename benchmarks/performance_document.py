@@ -18,6 +18,7 @@ TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
     "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
+    "generate": "CPU: generation under a plan, end to end",
     "cpu_cache": "CPU: one step of a cache",
     "cpu_linear": "CPU: heads with a linear far part",
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",
