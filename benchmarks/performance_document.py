@@ -23,6 +23,7 @@ TITLES = {
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",
     "exact_windows": "CPU: exact mode on windows and packed documents",
     "exact_decode": "CPU: exact mode, decoding from a static cache",
+    "exact_append": "CPU: exact mode, decoding from a dynamic cache",
     "exact_prefill": "CPU: exact mode, class by class",
     "end_to_end": "CPU: the demo model end to end",
     "compile_cost": "The cost of compiling",

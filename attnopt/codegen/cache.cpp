@@ -172,19 +172,20 @@ Stored step(Stepping<T>& call, bool attends) {
 
   int64_t most = std::min(s.tokens, std::max<int64_t>(1, MOST_ROWS / call.share));
   thread_local Work<T> work;
-  // A block after the other, as many tokens as fit, so that what has been found never takes much memory.
+  work.clear();
   for (int64_t token = 0; attends && token < s.tokens; token += most) {
-    int64_t tokens = std::min(most, s.tokens - token);
-    work.clear(longest(call.share * tokens));
+    int64_t tokens = std::min(most, s.tokens - token), rows = call.share * tokens;
+    work.whole = longest(rows);
     for (int64_t b = 0; b < s.batch; b++) {
       const int64_t* here = &arrivals.at[b * s.tokens + token];
       const int64_t* first = std::find_if(here, here + tokens, [](int64_t p) { return p >= 0; });
       for (int64_t g = 0; g < s.kv_heads; g++) {
         work.open({b, g, token, tokens});
         if (first != here + tokens) gather(call, arrivals, work.blocks.back(), *first, work);
+        attend_some(call, work, rows);
       }
     }
-    attend(call, work, call.share * tokens);
+    attend(call, work, rows);
   }
 
   store_arrivals(call, arrivals);
