@@ -100,6 +100,29 @@ def test_a_span_cache_without_its_attention() -> None:
         generate(model, models.prompts(), None, 4, past_key_values=cache)
 
 
+def test_caches_of_other_models_and_batches() -> None:
+    """Another model's windows, another number of KV heads, other rows; beams over a cache of one row among them."""
+    llama, mistral, wide = (
+        models.shared("llama"),
+        models.shared("mistral"),
+        models.build("llama", num_key_value_heads=4),
+    )
+    ids = models.prompts(1)
+    with attending(llama), attending(mistral), attending(wide), torch.no_grad():
+        for other, wrong in ((mistral, "sliding window"), (wide, "4 KV heads")):
+            cache = attnopt.SpanCache.for_model(other, max_length=MAX_LENGTH)
+            with pytest.raises(AttnoptError, match=wrong):
+                llama(ids, past_key_values=cache)
+        cache = attnopt.SpanCache.for_model(llama, max_length=MAX_LENGTH)
+        llama(ids, past_key_values=cache)
+        with pytest.raises(AttnoptError, match="1 rows, and tokens of 3"):
+            llama(models.prompts(3, 1), past_key_values=cache)
+        longer = torch.cat([ids, models.prompts(1, 4)], 1)
+        with pytest.raises(AttnoptError, match="1 rows, and tokens of 2"):
+            generate(llama, longer, None, 4, past_key_values=cache, num_beams=2)
+        assert int(cache.get_seq_length()) == ids.shape[1]
+
+
 def test_more_than_the_cache_was_made_for() -> None:
     model = models.shared("llama")
     ids = models.prompts(length=60)
