@@ -47,6 +47,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Llama4ForCausalLM", GROUPED | {"head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8}, "chunk"),
     ("GPTJForCausalLM", {"rotary_dim": 4}, "attention functions"),
     ("MambaForCausalLM", {}, "attention|layers"),
+    ("MoshiForCausalLM", GROUPED | WINDOW | {"head_dim": 8}, "masks it makes have none"),
 ]
 CONFIGS = {
     "GPT2LMHeadModel": "GPT2Config",
