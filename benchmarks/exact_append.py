@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact_append                 # the table, fifteen minutes
     python -m benchmarks.exact_append --quick         # 1k tokens and two layers, to check the script
-    python -m benchmarks.exact_append --keep          # also benchmarks/results
+    python -m benchmarks.exact_append --keep          # also benchmarks/results and docs/exact.md
 
 Random Llama models of eight layers, hidden size 512, heads of 64, batch 1. The caches hold random keys and values in
 place of a prefill, and then grow by a token at every step, on all sides alike. A ratio says how many times as fast
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, choices=[2, HEADS])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the times of one model")
     parser.add_argument("--out", type=Path, help="write the run here")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results and docs/exact.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, notes = [], []
@@ -218,9 +218,13 @@ def main() -> None:
     run = Run("exact_append", rows, environment(), [] if args.quick else aims(rows, max(args.tokens)), notes)
     for aim in run.aims:
         print(aim)
-    for path in [args.out, RESULTS / "exact_append-cpu.json" if args.keep else None]:
-        if path is not None:
-            run.save(path)
+    if args.out is not None:
+        run.save(args.out)
+    if args.keep:
+        from benchmarks.decode_document import keep
+
+        run.save(RESULTS / "exact_append-cpu.json")
+        keep(run)
 
 
 if __name__ == "__main__":
