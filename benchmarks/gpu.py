@@ -1,6 +1,7 @@
-"""Kernels on a GPU: correctness, the card's ceilings; prefill, decoding and linear heads against what others have.
+"""Kernels on a GPU: correctness, the card's ceilings; prefill, decoding, a step of the ragged cache, generation and
+linear heads against what others have.
 
-    python -m benchmarks.gpu                   # less than eight minutes on an H200; what there was no time for is said
+    python -m benchmarks.gpu                   # less than ten minutes on an H200; what there was no time for is said
     python -m benchmarks.gpu --out gpu.json    # the rows with hardware and versions, and gpu.svg beside it
     python -m benchmarks.gpu --keep            # also benchmarks/results and docs/figures
     python -m benchmarks.gpu --dry-run         # the same steps in small on the CPU: whether the script still runs
@@ -19,16 +20,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.block_mask import many_shapes
-from benchmarks.cuda import checks, decode, linear, prefill
+from benchmarks.cuda import cache, checks, decode, generation, linear, prefill
 from benchmarks.cuda.device import Budget, Device
 from benchmarks.record import RESULTS, Aim, Row, Run, environment
 from benchmarks.spans import DRY, Sizes
 
-TAKES = "8 min"
+TAKES = "10 min"
 NEEDS = "a GPU"
 QUICK = ("--dry-run",)
-# Wall seconds of each section; with the ceilings' ten and what importing takes less than eight minutes.
-SECONDS = {"checks": 120.0, "prefill": 190.0, "decode": 70.0, "linear": 50.0}
+# Wall seconds of each section; with the ceilings' ten and what importing takes less than ten minutes.
+SECONDS = {"checks": 120.0, "prefill": 190.0, "decode": 70.0, "linear": 50.0, "cache": 50.0, "generation": 50.0}
 FIGURES = Path(__file__).parents[1] / "docs/figures"
 
 
@@ -49,21 +50,24 @@ def measured(
     print(
         f"ceilings: matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy'] / 1e12:.2f} TB/s", flush=True
     )
-    timed: dict[str, list[Row]] = {"prefill": [], "decode": [], "linear": []}
+    timed: dict[str, list[Row]] = {"prefill": [], "decode": [], "linear": [], "cache": []}
     with many_shapes():
         for name, of, ceiling in (
             ("prefill", prefill, "matmul"),
             ("decode", decode, "copy"),
             ("linear", linear, "copy"),
+            ("cache", cache, "copy"),
         ):
             if name not in wrong:
                 print(name, flush=True)
                 timed[name] = of.section(device, sizes, ceilings[ceiling], budget(name))
+    print("generation", flush=True)
+    generated = generation.section(device, sizes, budget("generation")) if "cache" not in wrong else []
     rows = timed["prefill"]
     least = 16384 if 16384 in sizes.lengths else min(sizes.lengths)
     aims = [aim for dim in sizes.dims for aim in prefill.aims(rows, dim, least)] + decode.aims(timed["decode"])
-    aims += linear.aims(timed["linear"])
-    return [*checked, *rows, *timed["decode"], *timed["linear"]], aims, notes, ceilings
+    aims += linear.aims(timed["linear"]) + cache.aims(timed["cache"]) + generation.aims(generated)
+    return [*checked, *rows, *timed["decode"], *timed["linear"], *timed["cache"], *generated], aims, notes, ceilings
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnopt.codegen.reference_prefill import prefill as reference
 from benchmarks import gpu
 from benchmarks.block_mask import block_mask, mask_mod
-from benchmarks.cuda import baselines, checks, decode, linear, prefill
+from benchmarks.cuda import baselines, cache, checks, decode, generation, linear, prefill
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
@@ -31,7 +31,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "decode", "backward", "masked", "linear"}
+    assert kinds == {"prefill", "decode", "backward", "masked", "linear", "cache", "generation"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():
@@ -53,6 +53,7 @@ def test_a_wrong_kernel_is_seen_and_not_timed(monkeypatch, capsys):
     real = checks.load
     swap = lambda spec: SimpleNamespace(prefill=unwritten) if spec.kernel == "span_prefill" else real(spec)  # noqa: E731
     monkeypatch.setattr(checks, "load", swap)
+    monkeypatch.setattr(generation, "section", lambda *_: [])
     rows, aims, notes, _ = gpu.measured(Device(True), SMALL)
     wrong = {row.case["check"] for row in rows if row.wrong}
     assert wrong == {"prefill"} and "prefill: a check failed, so it was not timed" in notes
@@ -195,6 +196,30 @@ def test_linear_heads_are_judged_by_the_worst_length_and_by_their_slope():
     assert {a.verdict for a in linear.aims([])} == {"goal, unmeasured"}
     # bfloat16 q and result of every head, k and v of every KV head, and a float32 a row.
     assert linear.floor_bytes(SMALL, 16, 10) == 10 * (2 * 32 * 16 * 2 + 2 * 8 * 16 * 2 + 32 * 4)
+
+
+def test_a_cache_of_half_the_bytes_is_judged_where_it_is_large_by_its_worst_case():
+    layout = cache.layout_of(Sizes(), 32768)
+    assert layout.slots == pytest.approx(0.5 * 8 * 32768, rel=1e-3)
+
+    def row(batch, size, of_copy, equal):
+        ratios = {cache.OF_COPY: of_copy, cache.BEST: 2.0, cache.EQUAL_MEMORY: equal}
+        case = {"kernel": "cache", "batch": batch, "context": 32768, "MiB": size}
+        return cache.Row(case, 0.0, 1e-2, ratios, {cache.EQUAL_MEMORY: equal - 0.1}, {})
+
+    rows = [row(1, 64, 0.3, 1.0), row(8, 512, 0.82, 3.3), row(64, 4096, 0.85, 3.0)]
+    assert [(a.found, a.verdict) for a in cache.aims(rows)] == [(0.82, "met"), (pytest.approx(2.9), "missed")]
+    case = {"kernel": "generation", "batch": 1, "context": 16384}
+    alone = generation.Row(case, 0.0, 1e-2, {generation.EQUAL_MEMORY: 9.0}, {}, {})
+    assert {a.verdict for a in [*cache.aims(rows[:1]), *generation.aims([alone])]} == {"goal, unmeasured"}
+
+
+def test_a_result_that_is_larger_than_what_it_is_made_of_is_seen():
+    keys = torch.zeros(2, 2, 10, 4)
+    with generation.Largest() as largest:
+        keys[:, :, None].expand(-1, -1, 3, -1, -1).reshape(2, 6, 10, 4).mul_(2)
+        keys.transpose(1, 2)
+    assert largest.bytes == 3 * keys.nbytes and "clone" in largest.operator
 
 
 def test_flash_linear_attention_is_called_as_it_wants_and_dropped_where_wrong(monkeypatch):

@@ -124,7 +124,9 @@ def _prefill(
 ) -> Tensor:
     """The output; logsumexps are written to `lse` (B, H, N) if it is given."""
     batch, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    tune, ours = tune or tuning(q.dtype, q.shape[3]), scale > 0 and native.takes(q.dtype, q.shape[3], width)
+    if scale <= 0:  # SDPA hides keys before it scales
+        q, scale = q * scale, 1.0
+    tune, ours = tune or tuning(q.dtype, q.shape[3]), native.takes(q.dtype, q.shape[3], width)
     if pad is not None and lse is not None:
         pad = None if bool(pad.all()) else pad
     elif pad is not None:

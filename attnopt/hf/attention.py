@@ -35,6 +35,10 @@ IGNORED = frozenset(
     {"position_ids", "cache_position", "use_cache", "position_embeddings", "num_items_in_batch", "return_dict"}
     | {"output_hidden_states", "output_router_logits", "logits_to_keep", "deterministic"}
 )
+MORE = (
+    "The model masks its keys by more than their order, a sliding window and padding (packed sequences, images or a "
+    "mask function of its own)."
+)
 # The attribute of an attention module that holds the plan's spans.
 SPANS = "_attnopt_spans"
 DISABLE = "Call attnopt.disable(model), or choose another attention for this call."
@@ -182,12 +186,11 @@ def mask(
 
     What older tokens count was said when they were new. attention_mask bool (B, columns so far with the new ones).
     """
-    if not causal(mask_function, local_size):
-        raise ModelError(
-            "The model masks its keys by more than their order, a sliding window and padding (packed sequences, images "
-            "or a mask function of its own).",
-            DISABLE,
-        )
+    if not (causal(mask_function, local_size) or windowed_in_graph(local_size, q_length, **kwargs)):
+        if torch.compiler.is_compiling():
+            # Dynamo can show this one. While tracing transformers takes any call without a mask and a cache for packed.
+            raise ValueError(f"{MORE} Pass an attention_mask, of ones where all tokens count.")
+        raise ModelError(MORE, DISABLE)
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
@@ -195,7 +198,8 @@ def mask(
             f"A mask of the shape {tuple(attention_mask.shape)} was passed, which may keep anything.",
             "Pass attention_mask as (batch, tokens), or none.",
         )
-    known = isinstance(q_offset, int) or (q_offset.device.type == "cpu" and not torch.compiler.is_compiling())
+    eager = not torch.compiler.is_compiling()
+    known = isinstance(q_offset, int) or (eager and q_offset.device.type == "cpu")
     if known and attention_mask.shape[1] != int(q_offset) + q_length:
         raise AttnoptError(
             f"The attention_mask has {attention_mask.shape[1]} columns, and the cache with the new tokens "
@@ -203,7 +207,7 @@ def mask(
             "Pass one for all tokens so far; reset() a cache before another prompt.",
         )
     made = attention_mask[:, None, None, -q_length:].to(torch.bool).contiguous()
-    if known and (q_length > 1 or settings.verify()):
+    if known and eager and (q_length > 1 or settings.verify()):
         # The layer compares it with what it was told when these tokens were new; a step of decoding can do without.
         made.history = attention_mask[:, :-q_length].sum(1)  # type: ignore[attr-defined]
     return made
@@ -213,9 +217,23 @@ def causal(mask_function: Any, local_size: int | None) -> bool:
     """Whether transformers' mask function is the causal one, alone or within a sliding window of `local_size`."""
     if mask_function is masking_utils.causal_mask_function:
         return local_size is None
-    if local_size is None:
+    if local_size is None or torch.compiler.is_compiling():
         return False
     return alike(mask_function, masking_utils.sliding_window_causal_mask_function(local_size))
+
+
+def windowed_in_graph(local_size: int | None, q_length: int, **kwargs: Any) -> bool:
+    """Whether, while tracing, where no function can be looked into, transformers asks for its sliding window alone.
+
+    It asks with use_vmap for mask functions of the caller's own, and forbids to skip masks, but for steps of decoding,
+    for packed sequences and blocks; in a step neither says more than the order of tokens does.
+    """
+    if local_size is None or not torch.compiler.is_compiling():
+        return False
+    config, plain = kwargs.get("config"), not kwargs.get("use_vmap", False)
+    plain = plain and kwargs.get("allow_is_causal_skip") in ((True, False) if q_length == 1 else (True,))
+    own = getattr(config, "sliding_window", None) == local_size and not getattr(config, "attention_chunk_size", None)
+    return plain and own
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -177,6 +177,9 @@ def prepare_cache(
         return
     if generation_config.use_cache is False:
         return
+    if not installed.compiled and generation_config.compile_config is None:
+        # transformers compiles the steps of any cache of a fixed shape on an accelerator; nobody asked for it here.
+        generation_config.disable_compile = True
     rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     asked = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
     slack = rollback(generation_config, generation_mode)

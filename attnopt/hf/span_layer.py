@@ -41,6 +41,14 @@ class Handle:
             f"A SpanCache was handed to an attention that does not know it (it asks for .{name} of the keys).", ANOTHER
         )
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """PyTorch calls this where a function of its own is given a Handle."""
+        raise AttnoptError(
+            f"A SpanCache was handed to a model that computes with its keys or values (torch.{function.__name__}).",
+            "Call attnopt.disable(model), and run it with a cache of transformers.",
+        )
+
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that attention has under torch.autocast, where it is on."""

@@ -15,6 +15,7 @@ from attnopt.codegen.reference_prefill import prefill_lse, span_mask
 from attnopt.codegen.self_check import TOLERANCE, Results, error
 from attnopt.codegen.spec import SpanBackward, SpanDecode, SpanPrefill
 from attnopt.registry import TARGETS
+from benchmarks.cuda.cache import cache_checks
 from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.linear import linear_checks
@@ -136,6 +137,7 @@ CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
     "span_backward": backward_checks,
     "masked_prefill": masked_checks,
     "linear_prefill": linear_checks,
+    "cache_step": cache_checks,
 }
 
 

@@ -46,6 +46,15 @@ def test_dtypes_and_head_sharing(dtype, kv_heads, padded, tune, poisoned):  # no
         assert relative(found, q, k, v, sinks, windows, 32**-0.5, pad) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_scales_that_sdpa_would_hide_keys_with(scale):
+    q, k, v = inputs(90, dim=32, dim_v=32)
+    for name in ("dense", "mixed"):
+        sinks, windows = tables(SPANS[name])
+        found, lse = span_cpu.prefill_lse(q, k, v, sinks, windows, scale)
+        assert relative(found, q, k, v, sinks, windows, scale) < 1e-5 and lse.isfinite().all()
+
+
 def test_long_window_runs_in_its_measured_split_form():
     q, k, v = inputs(1100, batch=1)
     sinks, windows = tables([(9, 520)] * HEADS)

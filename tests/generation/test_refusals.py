@@ -59,6 +59,14 @@ def test_models(build: Callable[[], Any], name: str) -> None:
     assert model.config._attn_implementation == before and set(vars(model)) == own
 
 
+def test_a_model_that_computes_with_its_cached_values() -> None:
+    config = transformers.DiffLlamaConfig(**SIZES, pad_token_id=0)
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    attnopt.enable(model)
+    with pytest.raises(AttnoptError, match=r"torch\.chunk"):
+        generate(model, models.prompts(), None, 4)
+
+
 @pytest.mark.parametrize("kind", ["quantized", "offloaded", "offloaded_static"])
 def test_caches_of_other_kinds(kind: str) -> None:
     model = models.shared("llama")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from attentions import call, written
 from tracing import trace
 
-from attnopt.passes import pays
+from attnopt.capture import capture
+from attnopt.passes import PIPELINE, Program, pays
 
 BATCH, HEADS, KV_HEADS, SLOTS, DIM = 2, 4, 2, 19, 8
 columns = torch.arange(SLOTS)
@@ -166,3 +167,26 @@ def test_training_keeps_its_gradient():
     assert traced.sites and pays.LIVE not in traced.rewrites
     traced.output[0].sum().backward()
     assert q.grad is not None
+
+
+def test_one_graph_serves_every_number_of_tokens_and_sequences():
+    programs = []
+
+    def backend(gm, _):
+        captured = capture(gm)
+        programs.append(Program(captured, verify=True).run(PIPELINE))
+        return captured.forward
+
+    fn = opaque(call)
+    compiled = torch.compile(fn, backend=backend)
+    for tokens, batch in ((3, 2), (5, 2), (2, 4)):
+        given = [torch.cat([x] * (batch // 2)) for x in (*inputs(tokens, KV_HEADS, 9)[:5], shown(tokens, 9))]
+        given.insert(5, torch.arange(tokens) + 9)
+        expected = fn(*double(given))
+        for n, dims in enumerate([(0, 2), (0, 2), (0, 2), (0,), (0,), (0,), (0, 2)]):
+            torch._dynamo.mark_dynamic(given[n], dims)
+        with torch.no_grad():
+            found = compiled(*given)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a.double(), b, atol=1e-5)
+    assert [r.lowering for p in programs for r in p.rewrites] == [pays.LIVE]
