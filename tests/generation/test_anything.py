@@ -27,12 +27,16 @@ class Conversation:
     """A cache, and what was fed to it: ids and mask (B, columns), and of each row the most tokens there ever were."""
 
     chance: random.Random
-    model: Any
+    plan: tuple[tuple[models.Rule, ...], ...]
     twin: Any
     cache: SpanCache
     ids: Tensor
     mask: Tensor
     highest: Tensor
+
+    @property
+    def model(self) -> Any:
+        return models.shared("llama")
 
     def take(self, rows: Tensor) -> None:
         self.ids, self.mask, self.highest = self.ids[rows], self.mask[rows], self.highest[rows]
@@ -110,11 +114,26 @@ def reset(said: Conversation) -> None:
     feed(said)
 
 
-STEPS = (feed, feed, feed, feed, crop, crop, crop, reorder, repeat, select, fork, reset)
+def grow(said: Conversation) -> None:
+    """Of windows that do not depend on the length."""
+    length = said.cache.max_length + said.chance.randint(1, 40)
+    if not any(beta for layer in said.plan for _, _, beta in layer):
+        plan, slack = models.plan_of(said.model, said.plan), said.cache.layers[0].layout.slack
+        said.cache.grow(SpanCache.for_model(said.model, plan, max_length=length, slack=slack))
+        said.twin = oracle.of(said.model, models.spans_of(said.model, said.plan, length))
+
+
+STEPS = (feed, feed, feed, feed, crop, crop, crop, reorder, repeat, select, fork, reset, grow)
 
 
 def rule(chance: random.Random) -> models.Rule:
-    return chance.choice([models.FULL, *[(chance.randint(0, 6), chance.randint(1, 12), 0.0)] * 4, (0, 2, 0.125)])
+    return chance.choice(
+        [
+            models.FULL,
+            *[(chance.randint(0, 6), chance.randint(1, 12), 0.0)] * 4,
+            chance.choice([(0, 2, 0.125), models.FULL]),
+        ]
+    )
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "torch", "reference"])
@@ -133,7 +152,7 @@ def test_anything(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
         nothing = torch.zeros(rows, 0, dtype=torch.long)
         with models.attending(model), torch.no_grad():
             cache = SpanCache.for_model(model, models.plan_of(model, plan), max_length=length, slack=slack)
-            said = Conversation(chance, model, twin, cache, nothing, nothing, torch.zeros(rows, dtype=torch.long))
+            said = Conversation(chance, plan, twin, cache, nothing, nothing, torch.zeros(rows, dtype=torch.long))
             feed(said)
             for _ in range(chance.randint(6, 12)):
                 if said.ids.shape[1]:
