@@ -18,10 +18,13 @@ TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
     "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
+    "generate": "CPU: generation under a plan, end to end",
+    "cpu_cache": "CPU: one step of a cache",
     "cpu_linear": "CPU: heads with a linear far part",
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",
     "exact_windows": "CPU: exact mode on windows and packed documents",
     "exact_decode": "CPU: exact mode, decoding from a static cache",
+    "exact_append": "CPU: exact mode, decoding from a dynamic cache",
     "exact_prefill": "CPU: exact mode, class by class",
     "end_to_end": "CPU: the demo model end to end",
     "compile_cost": "The cost of compiling",
@@ -115,10 +118,11 @@ def section(stem: str, run: Run, figures: Path) -> str:
 
 def gpu_aims() -> list[Aim]:
     """What is aimed at on a GPU, as long as no run there is recorded."""
-    from benchmarks.cuda import decode, prefill
+    from benchmarks.cuda import cache, decode, generation, prefill
     from benchmarks.spans import Sizes
 
-    return [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
+    aims = [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
+    return aims + cache.aims([]) + generation.aims([])
 
 
 def aims_table(found: Sequence[tuple[str, Aim]]) -> str:

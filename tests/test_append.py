@@ -17,6 +17,7 @@ from torch._inductor.graph import GraphLowering
 
 from attnopt import backend
 from attnopt.backend import append, inductor
+from attnopt.passes import pays
 
 State = tuple[Tensor, Tensor]
 DIM = 8
@@ -31,11 +32,11 @@ def step(past: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
 class Tokens:
     """The same random q, k and v for whoever asks in the same order."""
 
-    def __init__(self, batch: int = 2, heads: int = 2, groups: int = 2, seed: int = 0) -> None:
-        self.sizes, self.generator = (batch, heads, groups), torch.Generator().manual_seed(seed)
+    def __init__(self, batch: int = 2, heads: int = 2, groups: int = 2, dim: int = DIM) -> None:
+        self.sizes, self.dim, self.generator = (batch, heads, groups), dim, torch.Generator().manual_seed(0)
 
     def normal(self, heads: int, length: int) -> Tensor:
-        return torch.randn(self.sizes[0], heads, length, DIM, generator=self.generator)
+        return torch.randn(self.sizes[0], heads, length, self.dim, generator=self.generator)
 
     def past(self, length: int) -> State:
         return self.normal(self.sizes[2], length), self.normal(self.sizes[2], length)
@@ -282,6 +283,27 @@ def test_recorded_calls_are_left_alone(compiled: Callable[..., Any], monkeypatch
     warmed(compiled, tokens)
     assert {"append-recorded"} <= {no.code for r in backend.reports() for no in r.refusals}
     assert not append.counts.appended
+
+
+@pytest.mark.parametrize("heads, padded", [(4, True), (2, False)])
+def test_one_query_over_keys_that_grow(heads: int, padded: bool, compiled: Callable[..., Any]) -> None:
+    """The compiled kernel, also where heads share keys and rows have pads of different length, against float64."""
+
+    def attend(past: State, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True), (keys, values)
+
+    tokens, fn = Tokens(heads=heads, dim=64), torch.compile(attend, backend="attnopt")
+    found, real = tokens.past(5), torch.tensor([0, 3])[:, None, None, None]
+    wanted = found[0].double(), found[1].double()
+    for n in range(6, 10):
+        q, k, v = tokens.next()
+        mask = (torch.arange(n) >= real) if padded else None
+        out, found = fn(found, q, k, v, mask)
+        expected, wanted = attend(wanted, q.double(), k.double(), v.double(), mask)
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    assert all(r.lowering == pays.GROWN for report in backend.reports() for r in report.rewrites)
+    assert append.counts.appended == 6
 
 
 @pytest.mark.slow

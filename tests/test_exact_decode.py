@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import decode_document, exact_decode
+from benchmarks import decode_document, exact_append, exact_decode
 from benchmarks.exact_decode import Case, aims, expected, model_of
 from benchmarks.record import Row, Run, environment
 
@@ -42,13 +42,19 @@ def test_the_page_keeps_what_stands_before(tmp_path, monkeypatch) -> None:
     decode_document.keep(run)
     decode_document.keep(run)
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("# One\n\n<!--") and page.count(decode_document.BEGIN) == 1
+    assert page.startswith("# One\n\n<!--") and page.count(decode_document.STATIC.begin) == 1
     assert "| 8 | 8/2 | float32 | 16384 | 2x | 1.60 (≥ 1.44) | 12.00 (≥ 10.80) | 0.99 (≥ 0.89) |" in page
     assert "| 8 | 8/2 | float32 | 16384 | 1x | 1.10 (≥ 0.99) | 6.00 (≥ 5.40) |  |" in page
     assert "without a figure: 8 8/8 float32 16384 2x" in page
     assert decode_document.with_section("# Two\n") == "# Two\n"
     run.save(tmp_path / "exact_decode-cpu.json")
     assert decode_document.with_section("# Two\n") == page.replace("# One", "# Two")
+    grown = exact_append.Case(8, 8, "float32", 16384).record()
+    grown = Row(grown, 0.0, 1e-4, {"eager": 5.0, "inductor": 4.5, "cat": 4.0}, {}, {})
+    decode_document.keep(Run("exact_append", [grown], environment(), exact_append.aims([grown], 16384), ["16 copies"]))
+    both = (tmp_path / "page.md").read_text()
+    assert both.startswith(page) and "| 8 | 8/8 | float32 | 16384 | 5.00 | 4.50 | 4.00 |" in both
+    assert "- 8/8 heads, 16384 tokens: 4.5, aim ≥ 4: met" in both and "- 16 copies" in both
 
 
 def test_keys_that_do_not_matter_are_noticed() -> None:

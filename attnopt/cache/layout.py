@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnopt.codegen import slots
+from attnopt.codegen.work_list import tell_table
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.registry import CANDIDATES
@@ -101,11 +102,16 @@ class Layout:
     def tables(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """What `attnopt::attend_update` reads: int32 (G, 4) of start, capacity, sink and window of each KV head, and
         int32 (H, 2) of sink and window of each query head."""
-        table = zip(self.starts, self.capacities, self.sinks, self.windows, strict=True)
-        spans = zip(self.head_sinks, self.head_windows, strict=True)
+        table: list[tuple[int, ...]] = list(zip(self.starts, self.capacities, self.sinks, self.windows, strict=True))
+        spans: list[tuple[int, ...]] = list(zip(self.head_sinks, self.head_windows, strict=True))
         # Neither is an inference tensor: Dynamo takes those for inputs of another kind.
         with torch.inference_mode(False):
-            return tuple(torch.tensor(list(rows), dtype=torch.int32, device=device) for rows in (table, spans))  # type: ignore[return-value]
+            made = tuple(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (table, spans))
+        if not torch.compiler.is_compiling():
+            # Kernels for a GPU plan by their values, and need not wait for it to learn them.
+            for tensor, rows in zip(made, (table, spans), strict=True):
+                tell_table(tensor, tuple(chain.from_iterable(rows)))
+        return made  # type: ignore[return-value]
 
     def slot_of(self, positions: Tensor, head: int) -> Tensor:
         """The slots, in the layer's buffer, of positions int (...,) in KV head `head`."""

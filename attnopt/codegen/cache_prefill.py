@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnopt.codegen.emit import load
 from attnopt.codegen.padding_cpu import real_runs
 from attnopt.codegen.spec import SpanPrefill
+from attnopt.codegen.work_list import read_table, tell_table
 
 
 def prefill(target: str, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, spans: Tensor, scale: float) -> Tensor:
@@ -71,5 +72,9 @@ def columns(spans: Tensor) -> tuple[Tensor, Tensor]:
     known = _columns.get(spans)
     if known is None or known[0] != version:
         sinks, windows = (x.contiguous() for x in spans.unbind(1))
+        if spans.is_cuda:
+            values = read_table(spans)
+            tell_table(sinks, values[::2])
+            tell_table(windows, values[1::2])
         known = _columns[spans] = (version, sinks, windows)
     return known[1], known[2]

@@ -42,13 +42,15 @@ Outcome decode(const Decoding<T>& call) {
   if (call.starts[s.kv_heads] != s.slots) return SEGMENTS_END_ELSEWHERE;
 
   thread_local Work<T> work;
-  work.clear(longest(s.rows()));
+  work.clear();
+  work.whole = longest(s.rows());
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t g = 0; g < s.kv_heads; g++) {
       int64_t first = call.starts[g], slots = call.starts[g + 1] - first;
       int64_t n = std::clamp<int64_t>(call.filled[b * s.kv_heads + g], 0, slots);
       work.open({b, g, 0, s.tokens});
       work.add(call.k.at(b, 0, first), call.v.at(b, 0, first), call.k.row, call.v.row, first, n);
+      attend_some(call, work, s.rows());
     }
   }
   attend(call, work, s.rows());

@@ -60,7 +60,7 @@ at::Tensor attend_update(Given x) {
   int64_t width = v.size(3), slots = keys.size(1);
   if (groups < 1 || heads % groups || !batch || !tokens) return {};
   // A prompt has a kernel of its own.
-  if (x[10].toBool() && heads / groups * tokens > MOST_ROWS) return {};
+  if (x[10].toBool() && tokens >= PROMPT) return {};
   bool fits = walked(q, type, {batch, heads, tokens, dim}) && walked(k, type, {batch, groups, tokens, dim}) &&
       walked(v, type, {batch, groups, tokens, width}) && walked(keys, type, {batch, slots, dim}) &&
       walked(values, type, {batch, slots, width});

@@ -119,12 +119,16 @@ Looked look(Looking<T>& call) {
   call.hides = call.masked != NO_MASK;
   runs.assign(1, {0, call.columns});
   whole.clear();
-  work.clear(longest(rows));
+  work.clear();
+  work.whole = longest(rows);
   for (int64_t b = 0; b < call.batch; b++) {
     if (b == 0 || call.mask_batch) {
       call.with_mask(b, 0, [&](const auto* mask) {
         all &= find_runs(mask, call.mask_row, call.masks(), call.columns, runs, whole);
       });
+      // Where the least number hides everything, everything is shown alike; who added -inf meant 0.
+      if (!all && call.masked != BOOLEAN) return NOTHING_SHOWN;
+      call.whole = whole.data();
     }
     for (int64_t g = 0; g < call.kv_heads; g++) {
       work.open({b, g, 0, call.tokens});
@@ -132,11 +136,9 @@ Looked look(Looking<T>& call) {
         const T *keys = call.k.at(b, g, run.begin), *values = call.v.at(b, g, run.begin);
         work.add(keys, values, call.k.row, call.v.row, run.begin, run.size());
       }
+      attend_some(call, work, rows);
     }
   }
-  // Where the least number hides everything, everything is shown alike; who added -inf meant 0.
-  if (!all && call.masked != BOOLEAN) return NOTHING_SHOWN;
-  call.whole = whole.data();
   attend(call, work, rows);
   return LOOKED;
 }

@@ -88,6 +88,8 @@ def prefill(
 
 # Query heads of a KV head times new tokens: rows that one piece of work holds.
 MOST_ROWS = 64
+# Tokens from which on a prompt into an empty cache is `prefill`'s, and not a step's (cache.cpp has the figures).
+PROMPT = 1024
 # What decode.cpp unpacks: ten addresses, ten strides, one more, seven sizes. Packed at once: a call is made for every
 # layer and token, and eleven ctypes objects took longer than reading two hundred slots.
 _PACKED = struct.Struct("28q").pack

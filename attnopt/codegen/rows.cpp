@@ -341,7 +341,10 @@ struct Many {
 
 // --- both -----------------------------------------------------------------------------------------------------------
 
-// The work of one call, in memory that is kept: blocks, and their pieces, one block after the other.
+// Floats that the pieces of one go leave, at most, but for the last block's: 16 MB.
+constexpr int64_t MOST_FOUND = 1 << 22;
+
+// The work of one go, in memory that is kept: blocks, and their pieces, one block after the other.
 template <typename T>
 struct Work {
   std::vector<Block> blocks;
@@ -351,12 +354,14 @@ struct Work {
   // Slots of a piece, at most.
   int64_t whole = CHUNK;
 
-  void clear(int64_t most) {
+  void clear() {
     blocks.clear();
     pieces.clear();
     begins.clear();
-    whole = most;
   }
+
+  // Whether there is enough of it, where a piece leaves `held` floats.
+  bool full(int64_t held) const { return static_cast<int64_t>(pieces.size()) * held >= MOST_FOUND; }
 
   void open(const Block& block) {
     blocks.push_back(block);
@@ -380,7 +385,7 @@ int64_t longest(int64_t rows) {
   return few(rows) && at::get_num_threads() == 1 ? std::numeric_limits<int64_t>::max() / 2 : CHUNK;
 }
 
-// Write the rows of all blocks, none of which has more than `most`. Rows that keep nothing are 0.
+// Write the rows of all blocks, none of which has more than `most`, and forget these. Rows that keep nothing are 0.
 template <typename T>
 void attend(const Rows<T>& s, Work<T>& work, int64_t most) {
   int64_t held = most * (s.dim_v + 2), count = work.pieces.size();
@@ -419,6 +424,13 @@ void attend(const Rows<T>& s, Work<T>& work, int64_t most) {
     }
     for (int64_t r = 0; r < rows; r++) merged.write_row(r, s.dim_v, s.row(s.out, block, r));
   }
+  work.clear();
+}
+
+// The same where there is enough of it for one go.
+template <typename T>
+void attend_some(const Rows<T>& s, Work<T>& work, int64_t most) {
+  if (work.full(most * (s.dim_v + 2))) attend(s, work, most);
 }
 
 }  // namespace

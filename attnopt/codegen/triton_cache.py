@@ -20,7 +20,7 @@ from attnopt.registry import TARGETS
 
 
 def _header(spec: CacheStep) -> str:
-    block, rows, warps, stages = launch(spec)
+    block, warps, stages = launch(spec)
     return f'''"""{str(spec)[0].upper()}{str(spec)[1:]}.
 Emitted by attnopt; edits are overwritten.
 
@@ -36,9 +36,11 @@ import triton.language as tl
 from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.decode_list import cache_list
 
-# Query heads of a KV head; rows, of a head and a token, of a tile at most.
-SHARE, MAX_ROWS = {spec.share}, {rows}
-LAUNCH = {{"BLOCK_N": {block}, "num_warps": {warps}, "num_stages": {stages}}}
+# Query heads of a KV head.
+SHARE = {spec.share}
+# Warps of a tile by its rows, of a head and a token each.
+WARPS = {warps}
+LAUNCH = {{"BLOCK_N": {block}, "num_stages": {stages}}}
 if torch.version.hip:
     # An AMD compute unit has 64 KiB of shared memory, which three stages of 128 features take alone.
     LAUNCH["num_stages"] = 2

@@ -12,10 +12,13 @@ from attnopt.codegen.triton_text import TRITON_DTYPES
 MAX_ROWS, MAX_ROWS_FLOAT = 64, 32
 
 
-def launch(spec: CacheStep) -> tuple[int, int, int, int]:
-    """(slots per block, most rows of a tile, warps, pipeline stages)."""
+def launch(spec: CacheStep) -> tuple[int, dict[int, int], int]:
+    """(slots per block, warps of a tile by its rows, pipeline stages); a tile has no more rows than are named."""
     block, warps, stages = triton_decode_host.launch(spec)
-    return block, MAX_ROWS_FLOAT if spec.dtype == "float32" else MAX_ROWS, warps, stages
+    rows = (n for n in (16, 32, 64) if n <= (MAX_ROWS_FLOAT if spec.dtype == "float32" else MAX_ROWS))
+    # In four warps, 64 rows of 256 features spill 388 bytes on sm_90, in eight none.
+    wide = max(spec.head_dim, spec.head_dim_v) > 128
+    return block, {n: 8 if wide and n == MAX_ROWS else warps for n in rows}, stages
 
 
 def launcher(spec: CacheStep) -> str:
@@ -80,7 +83,7 @@ def step(q, k, v, keys, values, n, valid, table, spans, scale, fresh):
     if batch and tokens:
         ranks = _ranks(valid)
         with torch.cuda.device_of(q):
-            if fresh and SHARE * tokens > MAX_ROWS:
+            if fresh and SHARE * tokens > max(WARPS):
                 out = prefill("triton", q, k, v, valid, spans, scale)
             else:
                 _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
@@ -93,7 +96,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
         # The kernel takes each row's largest score before it scales.
         q, scale = -q, -scale
     batch, _, tokens, _ = q.shape
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(SHARE * tokens)))
+    rows = min(max(WARPS), max(16, triton.next_power_of_2(SHARE * tokens)))
     tiles = triton.cdiv(SHARE * tokens, rows)
     work = cache_list(table, batch, tiles)
     if work.slots != keys.shape[1]:
@@ -108,6 +111,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
         PADDED=ranks is not None,
         ROWS=rows,
         BLOCK_T=min(LAUNCH["BLOCK_N"], max(16, triton.next_power_of_2(tokens))),
+        num_warps=WARPS[rows],
         **LAUNCH,
         enable_fp_fusion=True,
     )
@@ -146,7 +150,7 @@ def aot(spec: CacheStep) -> str:
 
 def aot_signatures(tokens=1):
     """Per kernel what triton.compile needs, as the JIT would have it for aligned tensors, `tokens` new ones."""
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(SHARE * tokens)))
+    rows = min(max(WARPS), max(16, triton.next_power_of_2(SHARE * tokens)))
     new = ("new_k_batch", "new_k_head", "new_k_token", "new_v_batch", "new_v_head", "new_v_token")
     strides = (*new, "k_batch", "k_slot", "v_batch", "v_slot")
     moved = dict.fromkeys(("new_k", "new_v", "k", "v"), "*{element}")
@@ -165,7 +169,7 @@ def aot_signatures(tokens=1):
     }}
     block = min(LAUNCH["BLOCK_N"], max(16, triton.next_power_of_2(tokens)))
     fixed = {{"tokens": tokens, "ranks_batch": 0, "PADDED": False, "ROWS": rows, "BLOCK_T": block}}
-    yield _aot(attend, signature, {{**fixed, **LAUNCH}})
+    yield _aot(attend, signature, {{**fixed, **LAUNCH, "num_warps": WARPS[rows]}})
     signature = {{
         "out": "*{element}",
         **dict.fromkeys(("partial", "partial_lse"), "*fp32"),

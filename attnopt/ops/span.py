@@ -20,7 +20,8 @@ from attnopt import settings
 from attnopt.codegen.emit import load
 from attnopt.codegen.spec import SpanBackward, SpanPrefill
 
-# Calls per emitted kernel, so that a test or a report can tell which kernel really ran.
+# Calls per emitted kernel, so that a test or a report can tell which kernel really ran. What goes to a compiled kernel
+# without Python (attnopt/codegen/dispatch.cpp) is not counted.
 launches: Counter[str] = Counter()
 
 

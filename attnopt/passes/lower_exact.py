@@ -12,6 +12,7 @@
     sdpa, values of another head size               ->  sdpa with zeros in the features that are missing
     one query, grouped heads                        ->  sdpa with the query heads of a KV head as rows
     keys written into a buffer, any mask            ->  attnopt::live_attention (reads what the mask shows of it)
+    one query, keys concatenated                    ->  the same, all keys
     any mask, bias, soft-cap or sink, on a GPU      ->  attnopt::masked_attention, which has them printed into it
 
 Nothing here changes a result beyond float tolerance, except in rows whose every key is masked: they become 0. Of what
@@ -39,7 +40,7 @@ from attnopt.passes.exact_forms import (
     lower_plain,
     varies_over,
 )
-from attnopt.passes.live import lower_live, on_live_columns
+from attnopt.passes.live import lower_live, on_grown, on_live_columns
 from attnopt.passes.masked import insert_masked, unserved
 from attnopt.passes.program import Program
 from attnopt.passes.span import insert_span
@@ -124,10 +125,12 @@ def forms(program: Program, region: Region) -> Iterator[Form]:
     square = same(region.q.meta["val"].shape[2], region.k.meta["val"].shape[2])
     if on_live_columns(program, region):
         yield lower_live(program), pays.LIVE
+    if on_grown(program, region):
+        yield lower_live(program), pays.GROWN
     if packable(program, region):
         yield lower_packed(program), pays.PACKED
-        if already_exact(region) and not unfused(program, region):
-            return
+    if already_exact(region) and not unfused(program, region):
+        return
     if in_chunks(region):
         yield lower_chunked(program), f"SDPA, chunks of {mask.chunk} as a batch"
     if site.plain and mask.kind == "none":
@@ -163,7 +166,8 @@ def wider_bias(region: Region) -> torch.dtype | None:
 
 def impossible(program: Program, region: Region) -> Refusal | None:
     """Why no form here is right for the site; None where one may be."""
-    if already_exact(region) and not packable(program, region) and not unfused(program, region):
+    better = packable(program, region) or on_grown(program, region) or unfused(program, region)
+    if already_exact(region) and not better:
         return Refusal("already a single attention call without a mask", code="already-one-call")
     if region.match.read:
         reason = "its weights are read elsewhere too, so that nothing would be saved"

@@ -64,6 +64,7 @@ AS_IT_WAS = "SDPA with the mask as it was"
 PRINTED = "kernel with the mask printed into it"
 DOCUMENTS = "documents apart"
 LIVE = "the filled slots, query heads packed into rows"
+GROWN = "compiled kernel of one query"
 
 LOSSES = (
     # Over a boolean N x N mask; windows of 1/16, 1/8, 1/4 and 1/2 of the keys. The compiled kernel, 8 heads over 2.
@@ -136,7 +137,32 @@ LOSSES = (
         lambda f: not f.written and f.held < 2**21,
         "in bfloat16 a grouped call is as fast while a head's keys and values take less than 2 MiB",
     ),
+    # Over the form that would be taken else (packed for one query of grouped heads, else one call with the mask as it
+    # was) where every slot is filled, at its worst: what is not filled costs nothing. 8 over 2 heads and 8 over 8.
+    # float32, one query: 256 slots 0.81 0.85, 512 slots 0.82 0.87, 1024 slots 0.96 1.22, 2048 slots 1.00 1.09; four:
+    # 0.85 0.90, 0.98 1.00, 1.09 1.21, 1.34 1.21; 64: 0.68 0.78, 0.81 0.84, 0.88 0.98, 0.89 1.05. bfloat16, one query:
+    # 0.92 0.79, 0.99 0.86, 0.92 0.88, 1.12 1.05; four: 0.93 0.98, 1.21 1.05, 1.44 1.22, 1.66 1.48; 64: 0.61 0.71, 0.73
+    # 0.88, 0.83 1.08, 1.02 1.15.
     Loss(LIVE, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 slots to look for those that are filled costs as much"),
+    # Over SDPA, packed where heads share keys, at 1024, 2048, 4096, 8192 and 16384 keys. 8 over 2 heads, float32: heads
+    # of 64 1.15 1.49 1.39 1.42 1.55, of 128 1.07 1.20 1.26 1.29 1.08; bfloat16: of 64 1.26 1.26 1.41 1.82 2.02, of 128
+    # 1.27 1.46 1.82 1.78 1.62. 8 over 8, float32: of 64 1.05 1.14 1.12 1.25 1.22, of 128 0.91 0.98 0.90 1.03 0.94;
+    # bfloat16: of 64 0.80 0.89 0.99 1.01 0.89, of 128 0.89 1.01 1.34 1.40 1.40. 512 keys 0.63 to 1.17.
+    Loss(GROWN, "cpu", ANY, lambda f: f.keys < 1024, "below 1024 keys a call of SDPA is as fast"),
+    Loss(
+        GROWN,
+        "cpu",
+        ("float32",),
+        lambda f: not f.grouped and (f.keys < 2048 or f.held > 512 * f.keys),
+        "in float32 SDPA is as fast where no heads share keys, below 2048 of them or of more than 64 features",
+    ),
+    Loss(
+        GROWN,
+        "cpu",
+        LOW,
+        lambda f: not f.grouped and (f.keys < 4096 or f.held < 512 * f.keys),
+        "in half precision SDPA is as fast where no heads share keys, below 4096 of them or of less than 128 features",
+    ),
     # Over written out, one query, 8 over 2 heads. float32: 512 keys 0.75 to 0.81, 2048 keys 0.76 to 0.85. bfloat16:
     # 1.11 to 1.26. Without a mask 2.3, and packed 1.17 to 3.5: those are not refused.
     Loss(PADDING, "cpu", HIGH, lambda f: f.written and f.queries == 1, "one query is cheaper written out"),

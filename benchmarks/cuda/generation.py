@@ -35,7 +35,7 @@ NEW, LAYERS = 16, 8
 TOLERANCE = 3e-2
 
 
-def model_of(sizes: Sizes, device: Device, attention: str) -> Any:
+def model_of(sizes: Sizes, device: Device) -> Any:
     import transformers
 
     heads, dim = sizes.heads, sizes.dims[0]
@@ -45,7 +45,7 @@ def model_of(sizes: Sizes, device: Device, attention: str) -> Any:
         hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=sizes.kv_heads, bos_token_id=None,
         eos_token_id=None, max_position_embeddings=2 * CASES[0][0], **(dry if device.dry else real),
     )  # fmt: skip
-    config._attn_implementation = attention
+    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device(device.where):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
@@ -88,16 +88,18 @@ def milliseconds(model: Any, variant: str, plan: Plan | None, ids: Tensor, new: 
 
 
 @torch.no_grad()
-def measure(device: Device, sizes: Sizes, length: int, batch: int, notes: list[str]) -> Row:
+def measure(model: Any, device: Device, sizes: Sizes, length: int, batch: int, notes: list[str]) -> Row:
     from attnopt.hf import benchmark
 
-    attention = "flash_attention_2" if not device.dry and installed("flash_attn", notes) else "sdpa"
-    model = model_of(sizes, device, attention)
+    attention = model.config._attn_implementation
     generator = torch.Generator(device.where).manual_seed(1)
     ids = torch.randint(0, 64, (2 * batch, length), device=device.where, generator=generator)
     times, new = {}, 4 if device.dry else NEW
     for variant in (benchmark.DYNAMIC, benchmark.STATIC):
-        times[f"{variant}, {attention}"] = milliseconds(model, variant, None, ids[:batch], new)
+        try:
+            times[f"{variant}, {attention}"] = milliseconds(model, variant, None, ids[:batch], new)
+        except Exception as error:  # not every attention takes every cache
+            notes.append(f"{variant}, {attention}: {(str(error).splitlines() or [''])[0][:160]}")
     best = min(times.values())
     plan = plan_of(model, sizes, length + new)
     for name, rows in (("attnopt", batch), ("attnopt, twice the sequences", 2 * batch)):
@@ -131,12 +133,11 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def told_repeats(device: Device, sizes: Sizes) -> str:
+def told_repeats(model: Any, device: Device, sizes: Sizes) -> str:
     """What a decode step over a StaticCache makes beside it, in keys of a layer, with a padding mask and without."""
     import transformers
 
-    model, slots = model_of(sizes, device, "sdpa"), 96 if device.dry else 8192
-    told = []
+    slots, told = 96 if device.dry else 8192, []
     for masked in (False, True):
         cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
         mask = torch.ones(2, 33, dtype=torch.long, device=device.where)
@@ -162,10 +163,16 @@ def section(device: Device, sizes: Sizes, budget: Budget) -> list[Row]:
         return rows
 
     def one(length: int, batch: int) -> None:
-        rows.append(measure(device, sizes, length, batch, budget.notes))
+        rows.append(measure(made[0], device, sizes, length, batch, budget.notes))
         print(f"  {rows[-1]}", flush=True)
 
-    budget.attempt("repeated keys", lambda: budget.notes.append(told_repeats(device, sizes)))
+    made: list[Any] = []
+    budget.attempt("the model", lambda: made.append(model_of(sizes, device)))
+    if not made:
+        return rows
+    budget.attempt("repeated keys", lambda: budget.notes.append(told_repeats(made[0], device, sizes)))
+    if not device.dry and installed("flash_attn", budget.notes) is not None:
+        made[0].set_attn_implementation("flash_attention_2")
     for length, batch in (DRY_CASE,) if device.dry else CASES:
         budget.attempt(f"{batch} sequences of {length}", partial(one, length, batch))
     return rows

@@ -152,7 +152,7 @@ def given(tokens: int, dtype: torch.dtype, length: int = 20) -> tuple[Tensor, ..
     return *new, *cache, torch.tensor([30], dtype=torch.int32), None, table, spans
 
 
-@pytest.mark.parametrize(("tokens", "fresh"), [(3, False), (1, False), (70, True)])
+@pytest.mark.parametrize(("tokens", "fresh"), [(3, False), (1, False), (70, True), (1030, True)])
 def test_no_room_left(tokens: int, fresh: bool, dtype: torch.dtype) -> None:
     """The dense head has 32 slots for its 20 tokens; what does not fit is refused before anything is written."""
     q, k, v, keys, values, n, *rest = given(tokens, dtype)
@@ -176,15 +176,15 @@ def test_a_table_of_another_cache_is_refused(dtype: torch.dtype) -> None:
 
 
 def test_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token, a chunk: one call. A prompt: the span prefill, and one call that writes."""
+    """A token, a chunk, a short prompt: one call. A long one: the span prefill, and one call that writes."""
     if native.unusable():
         pytest.skip(native.unusable())
     asked: list[str] = []
     kernel, prompt = native.step, span_cpu.prefill
     monkeypatch.setattr(native, "step", lambda *a: asked.append("writes" if a[0] is None else "attends") or kernel(*a))
     monkeypatch.setattr(span_cpu, "prefill", lambda *a: asked.append("prefill") or prompt(*a))
-    for tokens, fresh in ((1, False), (80, False), (80, True), (2, True)):
-        q, k, v, keys, values, n, *rest = given(tokens, torch.float32, 200)
+    for tokens, fresh in ((1, False), (80, False), (1024, True), (1023, True)):
+        q, k, v, keys, values, n, *rest = given(tokens, torch.float32, 1100)
         cache_cpu.step(q, k, v, keys, values, n.zero_(), *rest, SCALE, fresh)
     assert asked == ["attends", "attends", "writes", "prefill", "attends"]
 

@@ -22,7 +22,8 @@ Change = Callable[[dict[str, Tensor | float | bool | None]], None]
 def update(dtype: torch.dtype = torch.float32, tokens: int = 3) -> dict[str, Tensor | float | bool | None]:
     """Arguments of attend_update: six of at most forty tokens seen, one of the new ones padding."""
     generator = torch.Generator().manual_seed(0)
-    layout = Layout.of_spans([0, 2, 0, 0], [LENGTH, 8, 16, 5], 2, LENGTH)
+    length = max(LENGTH, tokens)
+    layout = Layout.of_spans([0, 2, 0, 0], [length, 8, 16, 5], 2, length)
     table, spans = layout.tables()
 
     def normal(*shape: int) -> Tensor:
@@ -55,7 +56,7 @@ ROUND = {
     "features apart": turned("q"),
     "slots apart": turned("values"),
     "scale": lambda given: given.update(update(tokens=1), scale=-0.2),
-    "a long prompt": lambda given: given.update(update(tokens=35), n=torch.zeros(2, dtype=torch.int32), fresh=True),
+    "a long prompt": lambda given: given.update(update(tokens=1024), n=torch.zeros(2, dtype=torch.int32), fresh=True),
     "valid apart": lambda given: given.update(valid=torch.ones(3, 2, dtype=torch.bool).t()),
     "float64": lambda given: given.update(update(torch.float64)),
     "odd sizes": lambda given: given.update({x: given[x][..., :31] for x in ("q", "k", "keys")}),  # type: ignore[index]

@@ -84,6 +84,17 @@ def test_no_mask_and_one_column(dtype: torch.dtype) -> None:
         assert relative(found, reference(q.double(), k.double(), v.double(), None, 0.2)) <= TOLERANCE[dtype]
 
 
+def test_more_pieces_than_one_go_has(dtype: torch.dtype) -> None:
+    """Every other of 128 columns is a run, for each of 32 KV heads, and leaves 64 rows of 34 floats."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, h, t, 32, generator=generator).to(dtype) for h, t in ((32, 16), (8, 128), (8, 128)))
+    keep = (torch.arange(128) % 2 == 1)[None, None, None].repeat(4, 1, 1, 1)
+    keep[2, ..., :50] = False
+    found = native.live(q, k, v, keep, 0.2)
+    assert found is not None
+    assert relative(found, reference(q.double(), k.double(), v.double(), keep, 0.2)) <= TOLERANCE[dtype]
+
+
 def test_a_column_more_or_less_is_out_of_tolerance(dtype: torch.dtype) -> None:
     q, k, v = inputs(4, 1, dtype)
     expected = reference(q.double(), k.double(), v.double(), torch.arange(COLUMNS)[None, None, None] < 100, 0.2)

@@ -15,7 +15,16 @@ from attnopt.codegen import work_list
 from attnopt.codegen.reference_prefill import span_mask
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.codegen.triton_prefill import launches
-from attnopt.codegen.work_list import OVERHEAD, WORKERS, Tile, build, live_blocks, work_lists
+from attnopt.codegen.work_list import (
+    OVERHEAD,
+    WORKERS,
+    Tile,
+    build,
+    live_blocks,
+    read_table,
+    tell_table,
+    work_lists,
+)
 
 TILES = ((128, 64), (64, 64))
 DENSE = 2**31 - 1
@@ -193,3 +202,28 @@ def test_the_modelled_tiles_are_the_shipped_ones() -> None:
     specs = [SpanPrefill("triton", "bfloat16", 32, 8, dim, dim, False) for dim in (64, 128, 256)]
     shipped = {tuple(row[:2] for row in rows) for spec in specs for rows in launches(spec).values()}
     assert shipped == set(SHIPPED)
+
+
+def test_the_values_of_a_table_that_were_told_hold_until_it_changes() -> None:
+    table = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    assert read_table(table.clone()) == (1, 2, 3, 4)
+    # Told something else, to see that it is not read.
+    tell_table(table, [5, 6, 7, 8])
+    assert read_table(table) == (5, 6, 7, 8)
+    table[0, 0] = 9
+    assert read_table(table) == (9, 2, 3, 4)
+
+
+def test_a_table_that_nobody_knows_is_not_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        """What is asked of a tensor on a GPU."""
+
+        is_cuda, _version = True, 0
+
+        def is_inference(self) -> bool:
+            return False
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(work_list, "_values", {})
+    with pytest.raises(RuntimeError, match="before it is captured"):
+        read_table(OnGpu())  # type: ignore[arg-type]

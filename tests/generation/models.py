@@ -121,21 +121,24 @@ def spans_of(model: Any, rules: tuple[tuple[Rule, ...], ...], length: int = MAX_
     ]
 
 
+def site(name: str, heads: int, kv_heads: int, dim: int, window: int | None = None) -> Site:
+    mask = Mask(causal=True, window=window)
+    return Site(name, 0, "sdpa", heads, kv_heads, dim, dim, dim**-0.5, "float32", mask)
+
+
 def sites_of(model: Any) -> list[Site]:
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [
-        Site(
-            f"model.layers.{layer}.self_attn", 0, "sdpa", config.num_attention_heads, config.num_key_value_heads,
-            dim, dim, dim**-0.5, "float32", Mask(causal=True, window=own),
-        )
-        for layer, own in enumerate(windows_of(model))
-    ]  # fmt: skip
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return [site(f"model.layers.{n}.self_attn", *heads, dim, own) for n, own in enumerate(windows_of(model))]
 
 
 def plan_of(model: Any, rules: tuple[tuple[Rule, ...], ...], **changes: Any) -> Plan:
-    """A plan of these rules for this model, with nothing predicted or measured."""
-    sites = sites_of(model)
+    """A plan of these rules for a model of the families above, with nothing predicted or measured."""
+    return dataclasses.replace(plan_at(model, sites_of(model), rules), **changes)
+
+
+def plan_at(model: Any, sites: list[Site], rules: tuple[tuple[Rule, ...], ...]) -> Plan:
     choices = {
         site.name: tuple(
             DENSE if rule == FULL else Choice.of("sink_window", dict(zip(("sink", "alpha", "beta"), rule, strict=True)))
@@ -143,7 +146,7 @@ def plan_of(model: Any, rules: tuple[tuple[Rule, ...], ...], **changes: Any) -> 
         )
         for site, layer in zip(sites, rules, strict=True)
     }
-    plan = Plan(
+    return Plan(
         model="tiny",
         fingerprint=fingerprint_of(model, sites),
         budget=Budget("kl", 1.0),
@@ -151,7 +154,6 @@ def plan_of(model: Any, rules: tuple[tuple[Rule, ...], ...], **changes: Any) -> 
         choices=choices,
         predicted=Predicted(0.0, "density", "million kept pairs", 1.0, 1.0, 1.0, 1.0),
     )
-    return dataclasses.replace(plan, **changes)
 
 
 def foreign(plan: Plan) -> Plan:
@@ -204,7 +206,7 @@ def enabled(model: Any, rules: tuple[tuple[Rule, ...], ...] | None, **options: A
 @contextmanager
 def attending(model: Any) -> Iterator[Any]:
     """The model with the attention of attnopt and nothing else of it: the route on public interfaces alone."""
-
+    assert attnopt.SpanCache, "importing it registers the attention"
     before = model.config._attn_implementation
     model.set_attn_implementation("attnopt")
     try:

@@ -7,7 +7,7 @@ import torch
 from attentions import alibi, call, padded, written
 from tracing import qkv, trace
 
-from attnopt.passes import lower_exact, match_attention, normalise, pays, recover_masks, resolve_regions
+from attnopt.passes import kv_sources, lower_exact, match_attention, normalise, pays, recover_masks, resolve_regions
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 # Recognise and choose; nothing large is computed twice.
@@ -76,6 +76,20 @@ def test_gradients_have_a_break_even_of_their_own():
     for length, window, lowering in ((512, 64, []), (1024, 64, ["span kernel, window 64"])):
         q, k, v = (x.requires_grad_() for x in qkv(batch=1, heads=2, length=length))
         assert trace(sliding(call, window), q, k, v, passes=PASSES, verify=False, grad=True).rewrites == lowering
+
+
+@pytest.mark.parametrize(("slots", "lowering"), [(1023, pays.PACKED), (1024, pays.LIVE)])
+def test_filled_slots_are_looked_for_in_buffers_that_are_long_enough(slots, lowering):
+    def decode(q, k, v, keys, values, at, mask):
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        return call(q, keys, values, mask)
+
+    buffers = torch.zeros(1, 1, slots, 8), torch.zeros(1, 1, slots, 8)
+    given = *qkv(batch=1, heads=2, kv_heads=1, length=1), *buffers, torch.tensor([3])
+    mask = (torch.arange(slots) < 4)[None, None, None]
+    passes = (*PASSES[:-1], kv_sources.run, PASSES[-1])
+    assert trace(decode, *given, mask, passes=passes, verify=False).rewrites == [lowering]
 
 
 def test_the_switch_makes_what_does_not_pay(monkeypatch):

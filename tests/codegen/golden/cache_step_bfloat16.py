@@ -13,9 +13,11 @@ import triton.language as tl
 from attnopt.codegen.cache_prefill import prefill
 from attnopt.codegen.decode_list import cache_list
 
-# Query heads of a KV head; rows, of a head and a token, of a tile at most.
-SHARE, MAX_ROWS = 4, 64
-LAUNCH = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+# Query heads of a KV head.
+SHARE = 4
+# Warps of a tile by its rows, of a head and a token each.
+WARPS = {16: 4, 32: 4, 64: 4}
+LAUNCH = {"BLOCK_N": 64, "num_stages": 3}
 if torch.version.hip:
     # An AMD compute unit has 64 KiB of shared memory, which three stages of 128 features take alone.
     LAUNCH["num_stages"] = 2
@@ -401,7 +403,7 @@ def step(q, k, v, keys, values, n, valid, table, spans, scale, fresh):
     if batch and tokens:
         ranks = _ranks(valid)
         with torch.cuda.device_of(q):
-            if fresh and SHARE * tokens > MAX_ROWS:
+            if fresh and SHARE * tokens > max(WARPS):
                 out = prefill("triton", q, k, v, valid, spans, scale)
             else:
                 _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out)
@@ -417,7 +419,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
         # The kernel takes each row's largest score before it scales.
         q, scale = -q, -scale
     batch, _, tokens, _ = q.shape
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(SHARE * tokens)))
+    rows = min(max(WARPS), max(16, triton.next_power_of_2(SHARE * tokens)))
     tiles = triton.cdiv(SHARE * tokens, rows)
     work = cache_list(table, batch, tiles)
     if work.slots != keys.shape[1]:
@@ -432,6 +434,7 @@ def _attend(q, k, v, keys, values, n, ranks, table, spans, scale, out):
         PADDED=ranks is not None,
         ROWS=rows,
         BLOCK_T=min(LAUNCH["BLOCK_N"], max(16, triton.next_power_of_2(tokens))),
+        num_warps=WARPS[rows],
         **LAUNCH,
         enable_fp_fusion=True,
     )
@@ -465,7 +468,7 @@ def _write(k, v, keys, values, n, ranks, table):
 
 def aot_signatures(tokens=1):
     """Per kernel what triton.compile needs, as the JIT would have it for aligned tensors, `tokens` new ones."""
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(SHARE * tokens)))
+    rows = min(max(WARPS), max(16, triton.next_power_of_2(SHARE * tokens)))
     new = ("new_k_batch", "new_k_head", "new_k_token", "new_v_batch", "new_v_head", "new_v_token")
     strides = (*new, "k_batch", "k_slot", "v_batch", "v_slot")
     moved = dict.fromkeys(("new_k", "new_v", "k", "v"), "*bf16")
@@ -484,7 +487,7 @@ def aot_signatures(tokens=1):
     }
     block = min(LAUNCH["BLOCK_N"], max(16, triton.next_power_of_2(tokens)))
     fixed = {"tokens": tokens, "ranks_batch": 0, "PADDED": False, "ROWS": rows, "BLOCK_T": block}
-    yield _aot(attend, signature, {**fixed, **LAUNCH})
+    yield _aot(attend, signature, {**fixed, **LAUNCH, "num_warps": WARPS[rows]})
     signature = {
         "out": "*bf16",
         **dict.fromkeys(("partial", "partial_lse"), "*fp32"),
