@@ -40,6 +40,11 @@ def shared_keys() -> Any:
     return transformers.Gemma3nForCausalLM(config)
 
 
+def learned_sinks() -> Any:
+    config = transformers.GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    return transformers.GptOssForCausalLM(config)
+
+
 def encoder_decoder() -> Any:
     config = transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return transformers.T5ForConditionalGeneration(config)
@@ -47,8 +52,13 @@ def encoder_decoder() -> Any:
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [(latent, "latent|MLA"), (shared_keys, "shar"), (encoder_decoder, "encoder|cross")],
-    ids=["latent", "shared keys", "encoder-decoder"],
+    [
+        (latent, "latent|MLA"),
+        (shared_keys, "shared KV"),
+        (learned_sinks, "learned sink"),
+        (encoder_decoder, "encoder-decoder"),
+    ],
+    ids=["latent", "shared keys", "learned sinks", "encoder-decoder"],
 )
 def test_models(build: Callable[[], Any], name: str) -> None:
     model = build().eval()
