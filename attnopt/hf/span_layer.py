@@ -142,16 +142,21 @@ class SpanLayer(CacheLayerMixin):
     def grow(self, layout: Layout) -> None:
         """Go on with a layout for more tokens. What is held moves to its slots there; windows must be the same."""
         if self.is_initialized:
-            before, k, v = self.layout, self.slots_k, self.slots_v
-            rows = self.batch_size
-            self.slots_k, self.slots_v = (x.new_zeros(rows, layout.slots, x.shape[2]) for x in (k, v))
-            for head, start in enumerate(before.starts):
-                positions = before.positions_of(self.n, head)
-                row, slot = (positions >= 0).nonzero(as_tuple=True)
-                to = layout.slot_of(positions[row, slot], head)
-                self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
-            self.table, self.spans = layout.tables(self.device)
+            # As when first allocated: inference tensors could not be written to outside of inference mode.
+            with torch.inference_mode(False):
+                self._move(layout)
         self.layout = layout
+
+    def _move(self, layout: Layout) -> None:
+        before, k, v = self.layout, self.slots_k, self.slots_v
+        rows = self.batch_size
+        self.slots_k, self.slots_v = (x.new_zeros(rows, layout.slots, x.shape[2]) for x in (k, v))
+        for head, start in enumerate(before.starts):
+            positions = before.positions_of(self.n, head)
+            row, slot = (positions >= 0).nonzero(as_tuple=True)
+            to = layout.slot_of(positions[row, slot], head)
+            self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
+        self.table, self.spans = layout.tables(self.device)
 
     def check(self, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise, with nothing written, where `tokens` new ones cannot follow what the cache holds.
