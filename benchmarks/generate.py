@@ -8,7 +8,7 @@ DuoAttention gives 2.55 and 1.67 times less memory. Rounds are interleaved; on o
 CPU time, on more it is wall time. The exact cache's logits have to be those of DynamicCache.
 
     static, dynamic, exact     times as fast, a token, as StaticCache of just this length, DynamicCache, attnopt exact
-    memory                     times as few bytes of cache as DynamicCache
+    memory                     times as few bytes of cache as StaticCache
     ideal                      bytes held over bytes that the spans need
     python                     percent of a token's time spent in attnopt's own Python, under a profiler
 """
@@ -110,7 +110,7 @@ def measure(case: Case, rounds: int) -> Row:
     }
     ratios, lower = ({name: pair[side] for name, pair in found.items()} for side in (0, 1))
     held = by_name[PLANNED].cache
-    ratios["memory"] = megabytes(by_name[DYNAMIC].cache) / megabytes(held)
+    ratios["memory"] = megabytes(by_name[STATIC].cache) / megabytes(held)
     ratios["ideal"] = held.nbytes / held.ideal_nbytes
     ratios["python"] = own_python(model, ids, by_name[PLANNED])
     medians = {name: 1e3 * float(torch.tensor(t).median()) for name, t in seconds.items()}

@@ -18,6 +18,7 @@ TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
     "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
+    "generate": "CPU: generation under a plan, end to end",
     "cpu_cache": "CPU: one step of a cache",
     "cpu_linear": "CPU: heads with a linear far part",
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",
@@ -117,10 +118,11 @@ def section(stem: str, run: Run, figures: Path) -> str:
 
 def gpu_aims() -> list[Aim]:
     """What is aimed at on a GPU, as long as no run there is recorded."""
-    from benchmarks.cuda import decode, prefill
+    from benchmarks.cuda import cache, decode, generation, prefill
     from benchmarks.spans import Sizes
 
-    return [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
+    aims = [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
+    return aims + cache.aims([]) + generation.aims([])
 
 
 def aims_table(found: Sequence[tuple[str, Aim]]) -> str:

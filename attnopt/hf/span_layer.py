@@ -113,6 +113,11 @@ class SpanLayer(CacheLayerMixin):
         key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.batch_size and not torch.compiler.is_compiling():
+            raise OptionError(
+                f"The cache holds {self.batch_size} rows, and tokens of {key_states.shape[0]} come.",
+                "Give it as many with batch_repeat_interleave() or batch_select_indices(), or make another cache.",
+            )
         handle = Handle(self, key_states, value_states)
         return handle, handle
 

@@ -44,6 +44,19 @@ def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.Cap
     assert answer("env")
 
 
+def test_generation_is_timed_with_every_cache(planned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    given = [str(planned / "model"), "--plan", str(planned / "plan.json"), "--text", str(planned / "text.py")]
+    sizes = ["--lengths", "64", "--generate", "3", "--batch", "2", "--padded", "--rounds", "1"]
+    assert main(["bench", *given, *sizes, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["bench"]
+    assert [r["variant"] for r in rows] == ["DynamicCache", "StaticCache", "attnopt exact", "attnopt planned"]
+    dynamic, static, exact, _ = rows
+    assert dynamic["error"] == 0.0 and static["error"] < 1e-5 and exact["error"] < 1e-5
+    assert all(r["batch"] == 2 and r["tokens_per_second"] > 0 and r["cache_megabytes"] > 0 for r in rows)
+    assert dynamic["times_dynamic"] == static["times_static"] == 1.0
+
+
 def test_the_plan_that_was_written_runs(planned: Path) -> None:
     from attnopt import backend, hf
 

@@ -68,6 +68,14 @@ def test_exact_mode(said: Callable[..., str]) -> None:
     said("exact_mode")
 
 
+def test_an_answer_far_below_its_line(said: Callable[..., str]) -> None:
+    """Nearer than in the example itself."""
+    out = said("generate_long", LENGTH=1024, DISTANCE=500, TIMED=3, ROUNDS=1)
+    assert out.count("(right)") == 2 and "LlamaForCausalLM: enabled" in out
+    megabytes = re.findall(r"tokens/s +(\S+) MB of cache", out)
+    assert len(megabytes) == 4 and float(megabytes[3]) < 0.7 * float(megabytes[2])
+
+
 @pytest.mark.slow
 def test_plan_and_run(said: Callable[..., str]) -> None:
     """On less text, which bounds less."""
