@@ -203,7 +203,7 @@ def mask(
     if known and attention_mask.shape[1] != int(q_offset) + q_length:
         raise AttnoptError(
             f"The attention_mask has {attention_mask.shape[1]} columns, and the cache with the new tokens "
-            f"{int(q_offset) + q_length}.",
+            f"{int(q_offset) + q_length}: they are no continuation.",
             "Pass one for all tokens so far; reset() a cache before another prompt.",
         )
     made = attention_mask[:, None, None, -q_length:].to(torch.bool).contiguous()

@@ -6,6 +6,7 @@ of spans on each attention module and, on request, how it is compiled. attnopt.d
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterator
@@ -55,8 +56,6 @@ class Installed:
     pool: list[tuple[Key, list[SpanLayer]]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installed:
-        import copy
-
         copied = {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "pool"}
         return Installed(**copied)
 
@@ -68,7 +67,8 @@ def enable(
 
     plan: None for exact, where every head keeps what the model keeps. max_length: the tokens of every cache, prompt and
     continuation, and the N that windows are made for; None rounds up what each call needs. compile: run the model
-    compiled by attnopt. Enabling again replaces what was enabled. ModelError for a model that cannot be served,
+    compiled by attnopt. The last cache that nobody holds any more is kept for the next call, until `disable`. Enabling
+    again replaces what was enabled. ModelError for a model that cannot be served,
     PlanError for a plan of another model, or with heads that are more than spans.
     """
     inner = sites.generator(model)
@@ -113,8 +113,6 @@ def compile_model(model: Any) -> None:
     if model.device.type == "cpu":
         model.compile(backend="attnopt", fullgraph=True)
         return
-    import copy
-
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.compile_config = CompileConfig(backend="attnopt", fullgraph=True, mode=None)
 

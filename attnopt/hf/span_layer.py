@@ -159,7 +159,8 @@ class SpanLayer(CacheLayerMixin):
         mask: what the mask function made, bool (B, 1, 1, tokens), with the attribute `history`, int (B,), where it was
         told what counts of the older tokens. positions: position_ids. Called for the first layer, outside of graphs.
         """
-        if self.device.type != "cpu" and (tokens == 1 or torch.cuda.is_current_stream_capturing()):
+        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captured or (self.device.type != "cpu" and tokens == 1):
             # A step of decoding does not wait for the device; `SpanCache.check` does.
             return
         if not tokens:
