@@ -120,6 +120,7 @@ def grow(said: Conversation) -> None:
     if not any(beta for layer in said.plan for _, _, beta in layer):
         plan, slack = models.plan_of(said.model, said.plan), said.cache.layers[0].layout.slack
         said.cache.grow(SpanCache.for_model(said.model, plan, max_length=length, slack=slack))
+        assert said.cache.max_length == length
         said.twin = oracle.of(said.model, models.spans_of(said.model, said.plan, length))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from generation import mistakes, models, oracle
-from generation.mistakes import instead, only_right, remembered, told_apart
+from generation.mistakes import instead, only_right, remembered, told_apart, wrong
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -45,7 +45,7 @@ def test_the_mask_function_is_registered_with_the_attention() -> None:
 
     def error() -> float:
         with models.enabled(model, models.RULES, max_length=models.MAX_LENGTH):
-            return mistakes.wrong(models.generate(model, ids, mask), ids, mask, models.MAX_LENGTH)
+            return wrong(models.generate(model, ids, mask), ids, mask, models.MAX_LENGTH)
 
     def attention_alone(patch: pytest.MonkeyPatch) -> None:
         registered(patch)
@@ -189,7 +189,7 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
             refused(cache)
             cache.reset()
             out = models.generate(model, second, mask, 8, past_key_values=cache)
-        assert mistakes.wrong(out, second, mask, 64) <= models.TOLERANCE
+        assert wrong(out, second, mask, 64) <= models.TOLERANCE
         # Without enable(), which knows of a call of generate() before transformers cuts the prompt.
         with models.attending(model):
             refused(cache)
@@ -198,6 +198,50 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
         patch.setattr(SpanCache, "reset", lambda self: self.layers[0].reset())
 
     only_right(check, mistakes.all_of(mistakes.not_done(generation, "accept"), any_mask, mistakes.unchecked), one_layer)
+
+
+def test_a_cache_that_is_used_again_is_what_a_new_one_would_be() -> None:
+    """What nobody holds any more serves the next call: of as many rows and as much slack, and of the same length where
+    windows depend on it."""
+    model = models.shared("llama")
+    calls = (
+        (2, 150, 0),
+        (2, 144, 0),
+        (2, 20, 0),
+        (3, 30, 0),
+        (1, 40, 0),
+        (1, 60, 10),
+        (1, 60, 10),
+        (1, 50, 0),
+        (2, 150, 0),
+    )
+
+    fixed = tuple(tuple((sink, alpha or 16, 0.0) for sink, alpha, _ in layer) for layer in models.RULES)
+
+    def error() -> float:
+        found = 0.0
+        for rules in (models.RULES, fixed):
+            with models.enabled(model, rules):
+                for rows, length, drafts in calls:
+                    ids = models.prompts(1, 6, seed=length).repeat(rows, length // 6)
+                    options = {"prompt_lookup_num_tokens": drafts} if drafts else {}
+                    out = models.generate(model, ids, None, 6, **options)
+                    # One that has other rows by now is of no use.
+                    if length == 60:
+                        out.past_key_values.batch_repeat_interleave(2)
+                    out = SimpleNamespace(sequences=out.sequences, logits=out.logits)
+                    size = generation.bucket(ids.shape[1] + 6)
+                    found = max(found, wrong(out, ids, torch.ones_like(ids), size, rules=rules))
+        return found
+
+    def not_reset(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(SpanCache, "reset", lambda self: None)
+        patch.setattr(SpanLayer, "check", lambda *_: None)
+
+    def any_length(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(generation, "elastic", lambda plan: False)
+
+    told_apart(error, not_reset, any_length)
 
 
 def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
@@ -235,7 +279,7 @@ def test_a_second_turn_is_cut_by_what_was_seen() -> None:
             asked = torch.cat((turn.sequences, models.prompts(3, 7, seed=3)), 1)
             both = torch.cat((mask, mask.new_ones(3, asked.shape[1] - mask.shape[1])), 1)
             out = models.generate(model, asked, both, 8, past_key_values=cache)
-        return mistakes.wrong(out, asked, both, models.MAX_LENGTH)
+        return wrong(out, asked, both, models.MAX_LENGTH)
 
     def seen_as(length: Any, name: str) -> mistakes.Mistake:
         def mistake(patch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,12 @@ def test_a_rollback_is_exact_up_to_the_slack_and_an_error_beyond() -> None:
             model.set_attn_implementation("sdpa")
 
     def rolled_back() -> None:
+        # As long as no ring of 32 slots has begun again nothing is lost; a positive number is what stays.
+        cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=128, slack=8)
+        assert min(cache.layers[0].layout.capacities) == 32
+        model(ids[:, :32], past_key_values=cache)
+        cache.crop(12)
+        assert cache.layers[1].n.tolist() == [12, 12]
         for parts in ([8], [3, 5], [1] * 8):
             cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=128, slack=8)
             model(ids, past_key_values=cache)
@@ -175,6 +181,19 @@ def test_how_far_back_is_known_of_each_row() -> None:
             with pytest.raises(AttnoptError, match="13 columns are to be taken back of 12"):
                 cache.crop(-13)
             further_than_is_remembered()
+            padding_taken_back()
+
+    def padding_taken_back() -> None:
+        """The column of a pad that was taken back is a token's afterwards."""
+        cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=128, slack=8)
+        some = torch.ones(2, 10, dtype=torch.long)
+        some[:, [1, 8]] = 0
+        model(ids[:, :10], attention_mask=some, past_key_values=cache)
+        cache.crop(-3)
+        for at in range(7, 10):
+            model(ids[:, at : at + 1], past_key_values=cache)
+        cache.crop(-3)
+        assert cache.layers[0].n.tolist() == [6, 6] and cache.layers[1].pads.tolist() == [1, 1]
 
     def further_than_is_remembered() -> None:
         """A pad 128 columns before a token; a step of decoding may come without a mask."""
