@@ -42,7 +42,7 @@ from attnopt.codegen.reference_live import attend as looked
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
-TAKES = "6 minutes"
+TAKES = "10 minutes"
 QUICK = ("--quick",)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 SINKS = 64

@@ -78,9 +78,9 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Handle):
         layer = key.layer
-        if sliding_window is not None and sliding_window != layer.window:
+        if (sliding_window or None) != layer.window:
             raise ModelError(
-                f"{type(module).__name__} has a sliding window of {sliding_window}, the cache was made for "
+                f"{type(module).__name__} has a sliding window of {sliding_window or 'none'}, the cache was made for "
                 f"{layer.window or 'none'}.",
                 "Make the cache of this very model, and do not change its configuration afterwards.",
             )
@@ -203,7 +203,7 @@ def mask(
     if known and attention_mask.shape[1] != int(q_offset) + q_length:
         raise AttnoptError(
             f"The attention_mask has {attention_mask.shape[1]} columns, and the cache with the new tokens "
-            f"{int(q_offset) + q_length}.",
+            f"{int(q_offset) + q_length}: they are no continuation.",
             "Pass one for all tokens so far; reset() a cache before another prompt.",
         )
     made = attention_mask[:, None, None, -q_length:].to(torch.bool).contiguous()

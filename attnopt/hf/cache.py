@@ -38,6 +38,8 @@ class SpanCache(Cache):
     def __init__(self, layers: list[SpanLayer], length: int) -> None:
         super().__init__(layers=list(layers))
         self.max_length = length
+        # Whether it was made for whatever length is needed, and may go on with a larger one.
+        self.grows = False
 
     @classmethod
     def for_model(

@@ -98,6 +98,10 @@ def changes(model: Any, installed: Installed) -> list[str]:
     if installed.compiled:
         how = "forward, by model.compile" if "_compiled_call_impl" in vars(model) else "decoding steps, by generate()"
         said.append(f"compiled by attnopt: {how}")
+    if installed.pool:
+        ((key, held),) = installed.pool
+        size = megabytes(sum(layer.nbytes for layer in held))
+        said.append(f"a cache of {size} is kept for the next call: {key.rows} rows of {key.length} tokens")
     if installed.plan is not None and installed.plan.min_length:
         said.append(f"every head dense in caches shorter than {installed.plan.min_length} tokens")
     return said

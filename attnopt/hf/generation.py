@@ -6,6 +6,7 @@ of spans on each attention module and, on request, how it is compiled. attnopt.d
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterator
@@ -55,8 +56,6 @@ class Installed:
     pool: list[tuple[Key, list[SpanLayer]]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installed:
-        import copy
-
         copied = {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "pool"}
         return Installed(**copied)
 
@@ -68,7 +67,8 @@ def enable(
 
     plan: None for exact, where every head keeps what the model keeps. max_length: the tokens of every cache, prompt and
     continuation, and the N that windows are made for; None rounds up what each call needs. compile: run the model
-    compiled by attnopt. Enabling again replaces what was enabled. ModelError for a model that cannot be served,
+    compiled by attnopt. The last cache that nobody holds any more is kept for the next call, until `disable`. Enabling
+    again replaces what was enabled. ModelError for a model that cannot be served,
     PlanError for a plan of another model, or with heads that are more than spans.
     """
     inner = sites.generator(model)
@@ -113,8 +113,6 @@ def compile_model(model: Any) -> None:
     if model.device.type == "cpu":
         model.compile(backend="attnopt", fullgraph=True)
         return
-    import copy
-
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.compile_config = CompileConfig(backend="attnopt", fullgraph=True, mode=None)
 
@@ -217,14 +215,15 @@ def accept(installed: Installed, given: Any, generation_config: Any, model_kwarg
             "Leave past_key_values out, pass SpanCache.for_model(model, plan, max_length=...), or call "
             "attnopt.disable(model).",
         )
-    drafting = getattr(generation_config, "is_assistant", False)
-    if length > given.max_length and drafting and installed.max_length is None and not elastic(installed.plan):
-        # A model that drafts is asked for a few tokens at a time, and for more in the end than it was told at first.
-        given.grow(SpanCache.of(installed.attentions, installed.plan, bucket(length), given.layers[0].layout.slack))
+    if length > given.max_length and given.grows:
+        slack = max(layer.layout.slack for layer in given.layers)
+        larger = SpanCache.of(installed.attentions, installed.plan, bucket(length), slack)
+        if same_windows(given, SpanCache.of(installed.attentions, installed.plan, given.max_length, slack)):
+            given.grow(larger)
     if length > given.max_length:
         raise CacheFull(
             f"{length} tokens are asked for, and the cache was made for {given.max_length}.",
-            f"Make it with max_length={length} or more, or ask for fewer.",
+            f"Make it, or enable the model, with max_length={length} or more; or ask for fewer.",
         )
     mask = model_kwargs.get("attention_mask")
     columns = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None)
@@ -234,6 +233,12 @@ def accept(installed: Installed, given: Any, generation_config: Any, model_kwarg
             f"The prompt has {columns} tokens and the cache holds {seen} already: it is no continuation.",
             AGAIN,
         )
+
+
+def same_windows(a: SpanCache, b: SpanCache) -> bool:
+    """Whether two caches keep the same of every head; a model may have been enabled with another plan since."""
+    layouts = zip((x.layout for x in a.layers), (y.layout for y in b.layers), strict=True)
+    return all((x.head_sinks, x.head_windows) == (y.head_sinks, y.head_windows) for x, y in layouts)
 
 
 def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -> SpanCache:
@@ -259,6 +264,8 @@ def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -
         if model._compiled_call_impl is not None:
             # A compiled forward that allocates is another graph than one that finds everything there.
             cache.allocate(model, installed.attentions, rows)
+    # A chat goes on past the length that its first turn asked for, and a model that drafts past its first tokens.
+    cache.grows = installed.max_length is None and not elastic(installed.plan)
     weakref.finalize(cache, give_back, weakref.ref(installed), key, list(cache.layers)).atexit = False
     return cache
 

@@ -6,6 +6,7 @@ their configuration names. Its site is called by its path, as in a profile.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def site_of(model: Any, name: str, module: nn.Module, config: Any) -> Site:
 
 def own_window(model: Any, name: str, module: Any, config: Any) -> int | None:
     """The model's own sliding window at a layer; None for full attention."""
-    types = getattr(config, "layer_types", None)
+    types = types_of(config)
     window = getattr(config, "sliding_window", None)
     if types is not None:
         window = window if types[module.layer_idx] == "sliding_attention" else None
@@ -105,11 +106,15 @@ def reasons(model: Any) -> Iterator[str]:
         yield "multi-head latent attention (MLA) caches a projection that all heads share, not keys and values"
     if getattr(config, "num_kv_shared_layers", 0):
         yield "some of its layers read the keys of another layer (shared KV)"
-    types = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    types = set(types_of(config) or ()) - KNOWN_LAYERS
     if types:
         yield f"it has layers of the type {', '.join(sorted(types))}"
     elif getattr(config, "attention_chunk_size", None):
         yield "it attends in chunks"
+    windowed = "sliding_attention" in (types_of(config) or ["sliding_attention"])
+    if windowed and getattr(config, "sliding_window", None) and not masks_windows(model):
+        # transformers then drops keys while decoding that the prompt's tokens saw.
+        yield "its configuration has a sliding window, and the masks it makes have none"
     for field, what in (("attn_logit_softcapping", "soft-caps its scores"), ("alibi", "adds a bias to its scores")):
         if getattr(config, field, None):
             yield f"it {what}"
@@ -117,6 +122,16 @@ def reasons(model: Any) -> Iterator[str]:
         yield "its soft-max holds a learned sink"
     if any(isinstance(p, torch.nn.parameter.UninitializedParameter) or p.is_meta for p in model.parameters()):
         yield "its weights are not loaded"
+
+
+def types_of(config: Any) -> list[str] | None:
+    return getattr(config, "layer_types", None)
+
+
+def masks_windows(model: Any) -> bool:
+    """Whether the code of a model knows transformers' masks of sliding windows."""
+    homes = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(home), "create_sliding_window_causal_mask") for home in homes)
 
 
 def problems(model: Any) -> list[str]:

@@ -113,6 +113,11 @@ class SpanLayer(CacheLayerMixin):
         key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.batch_size and not torch.compiler.is_compiling():
+            raise OptionError(
+                f"The cache holds {self.batch_size} rows, and tokens of {key_states.shape[0]} come.",
+                "Give it as many with batch_repeat_interleave() or batch_select_indices(), or make another cache.",
+            )
         handle = Handle(self, key_states, value_states)
         return handle, handle
 
@@ -137,16 +142,21 @@ class SpanLayer(CacheLayerMixin):
     def grow(self, layout: Layout) -> None:
         """Go on with a layout for more tokens. What is held moves to its slots there; windows must be the same."""
         if self.is_initialized:
-            before, k, v = self.layout, self.slots_k, self.slots_v
-            rows = self.batch_size
-            self.slots_k, self.slots_v = (x.new_zeros(rows, layout.slots, x.shape[2]) for x in (k, v))
-            for head, start in enumerate(before.starts):
-                positions = before.positions_of(self.n, head)
-                row, slot = (positions >= 0).nonzero(as_tuple=True)
-                to = layout.slot_of(positions[row, slot], head)
-                self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
-            self.table, self.spans = layout.tables(self.device)
+            # As when first allocated: inference tensors could not be written to outside of inference mode.
+            with torch.inference_mode(False):
+                self._move(layout)
         self.layout = layout
+
+    def _move(self, layout: Layout) -> None:
+        before, k, v = self.layout, self.slots_k, self.slots_v
+        rows = self.batch_size
+        self.slots_k, self.slots_v = (x.new_zeros(rows, layout.slots, x.shape[2]) for x in (k, v))
+        for head, start in enumerate(before.starts):
+            positions = before.positions_of(self.n, head)
+            row, slot = (positions >= 0).nonzero(as_tuple=True)
+            to = layout.slot_of(positions[row, slot], head)
+            self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
+        self.table, self.spans = layout.tables(self.device)
 
     def check(self, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise, with nothing written, where `tokens` new ones cannot follow what the cache holds.
@@ -154,7 +164,8 @@ class SpanLayer(CacheLayerMixin):
         mask: what the mask function made, bool (B, 1, 1, tokens), with the attribute `history`, int (B,), where it was
         told what counts of the older tokens. positions: position_ids. Called for the first layer, outside of graphs.
         """
-        if self.device.type != "cpu" and (tokens == 1 or torch.cuda.is_current_stream_capturing()):
+        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captured or (self.device.type != "cpu" and tokens == 1):
             # A step of decoding does not wait for the device; `SpanCache.check` does.
             return
         if not tokens:

@@ -63,7 +63,7 @@ AS_IT_WAS = "SDPA with the mask as it was"
 # Nothing is known against it: it has not been timed on a GPU, and no other device takes it.
 PRINTED = "kernel with the mask printed into it"
 DOCUMENTS = "documents apart"
-LIVE = "the filled slots, query heads packed into rows"
+LIVE = "attention that reads the filled slots"
 GROWN = "compiled kernel of one query"
 
 LOSSES = (

@@ -48,8 +48,8 @@ CASES = {
     "padded": Case(
         ((0, 99), (0, 20), (2, 9), (1, 12)),
         2,
-        62,
-        (("001101111111011111", "111111110111111101"), 3, ("1", "0"), 12, ("01", "00"), 1, 20, 1),
+        80,
+        (("0000" + 28 * "1" + "0101", 12 * "110"), 3, ("1", "0"), 12, ("01", "00"), 1, 20, 1),
         16,
     ),
     # Rollback by as much as the slack, before and after rings have wrapped; a sink that comes with a long chunk, which

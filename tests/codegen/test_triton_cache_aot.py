@@ -4,9 +4,10 @@ instructions.
 Compiled by triton 3.9, 32 over 8 heads (registers / spilled bytes / shared KiB):
 
                               sm_90            sm_80            gfx942 (vector registers / spilled / KiB)
-    bfloat16 D=128            178 / 0 / 70     168 / 0 / 70     233 / 0 / 32
-    bfloat16 D=64             120 / 0 / 36
-    bfloat16 D=128, 16 tokens 255 / 8 / 112
+    bfloat16 D=128            180 / 0 / 70     168 / 0 / 70     231 / 0 / 32
+    bfloat16 D=64             119 / 0 / 36
+    bfloat16 D=128, 16 tokens 255 / 4 / 112    255 / 60 / 88    328 / 0 / 40
+    bfloat16 D=256, 16 tokens 244 / 0 / 128    255 / 0 / 100
     float32 D=128             70 / 0 / 25
     merge of D=128            54 / 0 / 2       40 / 0 / 2       37 / 0 / 2
     write of D=128            30 / 0 / 0       28 / 0 / 0       12 / 0 / 0

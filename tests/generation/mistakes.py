@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from generation import models
+from generation import models, oracle
 from torch import Tensor
 
 from attnopt.codegen.slots import held, slots, survives
@@ -53,6 +54,40 @@ def only_right(check: Callable[[], object], *mistakes: Mistake) -> None:
             except (AssertionError, AttnoptError, pytest.fail.Exception):
                 continue
         raise AssertionError(f"{mistake.__name__} is not noticed")
+
+
+def wrong(out: Any, ids: Tensor, mask: Tensor, length: int, model: Any = None, rules: Any = None) -> float:
+    """The largest error of the logits of what was generated, in a cache of so many tokens."""
+    model = model or models.shared("llama")
+    spans = models.spans_of(model, rules or models.rules_for(model), length)
+    found = models.produced_logits(out)
+    if not found.isfinite().all():
+        return float("inf")
+    return models.difference(found, oracle.following(model, ids, mask, out, spans))
+
+
+def not_done(owner: Any, *names: str) -> Mistake:
+    """The mistake of leaving these functions out."""
+
+    def mistake(patch: pytest.MonkeyPatch) -> None:
+        for name in names:
+            patch.setattr(owner, name, lambda *_, **__: None)
+
+    mistake.__name__ = "no " + ", ".join(names)
+    return mistake
+
+
+def all_of(*parts: Mistake) -> Mistake:
+    def mistake(patch: pytest.MonkeyPatch) -> None:
+        for part in parts:
+            part(patch)
+
+    mistake.__name__ = " and ".join(part.__name__ for part in parts)
+    return mistake
+
+
+def unchecked(patch: pytest.MonkeyPatch) -> None:
+    not_done(SpanLayer, "check")(patch)
 
 
 def instead(step: Callable[..., Tensor]) -> Mistake:

@@ -135,6 +135,18 @@ def test_static_caches_are_absorbed() -> None:
     assert_follows(model, RULES, ids, mask, out)
 
 
+def test_a_plan_below_its_least_length_is_dense() -> None:
+    """What counts is the length of the cache, not of the prompt."""
+    model = models.shared("llama")
+    ids, mask = models.left_padded()
+    plan = models.plan_of(model, RULES, min_length=MAX_LENGTH + 1)
+    for length, rules in ((MAX_LENGTH, ALL_FULL), (MAX_LENGTH + 1, RULES)):
+        attnopt.enable(model, plan, max_length=length)
+        out = generate(model, ids, mask, 20)
+        attnopt.disable(model)
+        assert_follows(model, rules, ids, mask, out, length)
+
+
 def test_a_prompt_of_one_token() -> None:
     model = models.shared("partial")
     ids = models.prompts(2, 1)

@@ -39,6 +39,35 @@ def test_three_turns_of_a_chat(family: str) -> None:
             mask = torch.cat([mask, torch.ones(len(mask), 14, dtype=torch.long), real], 1)
 
 
+NARROWER = (((0, 3, 0.0),) * models.HEADS,) * models.LAYERS
+CONSTANT = tuple(tuple((s, a or 8, 0.0) for s, a, _ in layer) for layer in RULES)
+
+
+@pytest.mark.parametrize(("family", "rules"), [("llama", None), ("mixed", None), ("llama", CONSTANT), ("llama", RULES)])
+def test_a_chat_past_the_length_of_its_first_turn(family: str, rules: tuple | None) -> None:
+    """The cache grows, where what it dropped already is what a longer one would have dropped; else it says so."""
+    model = models.shared(family)
+    ids, mask = models.left_padded(length=100)
+    following = models.ALL_FULL if rules is None else rules
+    with enabled(model, rules):
+        first = generate(model, ids, mask, 20)
+        made_for = first.past_key_values.max_length
+        question, real = models.left_padded(length=made_for - 115)
+        ids = torch.cat([first.sequences, question], 1)
+        mask = torch.cat([mask, torch.ones(3, 20, dtype=torch.long), real], 1)
+        held = copy.deepcopy(first.past_key_values)
+        if rules is RULES:
+            with pytest.raises(AttnoptError, match="max_length"):
+                generate(model, ids, mask, 20, past_key_values=held)
+            return
+        out = generate(model, ids, mask, 20, past_key_values=first.past_key_values)
+        assert out.past_key_values.max_length > made_for == held.max_length
+        assert_follows(model, following, ids, mask, out)
+        attnopt.enable(model, models.plan_of(model, NARROWER))
+        with pytest.raises(AttnoptError, match="max_length"):
+            generate(model, ids, mask, 20, past_key_values=held)
+
+
 def test_only_the_new_ids_are_passed() -> None:
     """A second turn that brings its own tokens and the mask of all of them."""
     model = models.shared("llama")
@@ -175,7 +204,7 @@ def test_speculation_does_not_go_on_from_a_cache() -> None:
         cache = first.past_key_values
         ids = torch.cat([first.sequences, models.prompts(1, 5, 8)], 1)
         before = int(cache.get_seq_length())
-        with pytest.raises(AttnoptError, match="no continuation"):
+        with pytest.raises(AttnoptError, match="another prompt"):
             generate(model, ids, None, 10, past_key_values=cache, prompt_lookup_num_tokens=4)
         assert int(cache.get_seq_length()) == before
         assert_follows(model, RULES, ids, None, generate(model, ids, None, 10, past_key_values=cache), 4 * LONG)

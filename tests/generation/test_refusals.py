@@ -40,6 +40,11 @@ def shared_keys() -> Any:
     return transformers.Gemma3nForCausalLM(config)
 
 
+def learned_sinks() -> Any:
+    config = transformers.GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    return transformers.GptOssForCausalLM(config)
+
+
 def encoder_decoder() -> Any:
     config = transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return transformers.T5ForConditionalGeneration(config)
@@ -47,8 +52,13 @@ def encoder_decoder() -> Any:
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [(latent, "latent|MLA"), (shared_keys, "shar"), (encoder_decoder, "encoder|cross")],
-    ids=["latent", "shared keys", "encoder-decoder"],
+    [
+        (latent, "latent|MLA"),
+        (shared_keys, "shared KV"),
+        (learned_sinks, "learned sink"),
+        (encoder_decoder, "encoder-decoder"),
+    ],
+    ids=["latent", "shared keys", "learned sinks", "encoder-decoder"],
 )
 def test_models(build: Callable[[], Any], name: str) -> None:
     model = build().eval()
@@ -98,6 +108,29 @@ def test_a_span_cache_without_its_attention() -> None:
         cache = attnopt.SpanCache.for_model(model, models.plan_of(model, RULES), max_length=MAX_LENGTH)
     with pytest.raises(Exception, match="attnopt"):
         generate(model, models.prompts(), None, 4, past_key_values=cache)
+
+
+def test_caches_of_other_models_and_batches() -> None:
+    """Another model's windows, another number of KV heads, other rows; beams over a cache of one row among them."""
+    llama, mistral, wide = (
+        models.shared("llama"),
+        models.shared("mistral"),
+        models.build("llama", num_key_value_heads=4),
+    )
+    ids = models.prompts(1)
+    with attending(llama), attending(mistral), attending(wide), torch.no_grad():
+        for other, wrong in ((mistral, "sliding window"), (wide, "4 KV heads")):
+            cache = attnopt.SpanCache.for_model(other, max_length=MAX_LENGTH)
+            with pytest.raises(AttnoptError, match=wrong):
+                llama(ids, past_key_values=cache)
+        cache = attnopt.SpanCache.for_model(llama, max_length=MAX_LENGTH)
+        llama(ids, past_key_values=cache)
+        with pytest.raises(AttnoptError, match="1 rows, and tokens of 3"):
+            llama(models.prompts(3, 1), past_key_values=cache)
+        longer = torch.cat([ids, models.prompts(1, 4)], 1)
+        with pytest.raises(AttnoptError, match="1 rows, and tokens of 2"):
+            generate(llama, longer, None, 4, past_key_values=cache, num_beams=2)
+        assert int(cache.get_seq_length()) == ids.shape[1]
 
 
 def test_more_than_the_cache_was_made_for() -> None:

@@ -3,9 +3,7 @@ rolled back, reused and reordered, and what of a model's attention is left out."
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 import torch
 import transformers
 from generation import mistakes, models, oracle
-from generation.mistakes import instead, only_right, remembered, told_apart
+from generation.mistakes import instead, only_right, remembered, told_apart, wrong
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -23,61 +21,6 @@ from attnopt.cache import Layout
 from attnopt.errors import AttnoptError
 from attnopt.hf import attention, generation
 from attnopt.hf.cache import SpanCache, SpanLayer
-
-REPEATED = models.prompts(1, 6).repeat(1, 12)
-
-
-@contextlib.contextmanager
-def enabled(model: Any, rules: tuple[tuple[models.Rule, ...], ...] | None, **options: Any) -> Iterator[Any]:
-    attnopt.enable(model, None if rules is None else models.plan_of(model, rules), **options)
-    try:
-        yield model
-    finally:
-        attnopt.disable(model)
-
-
-def wrong(out: Any, ids: Tensor, mask: Tensor, length: int, model: Any = None, rules: Any = None) -> float:
-    """The largest error of the logits of what was generated, in a cache of so many tokens."""
-    model = model or models.shared("llama")
-    spans = models.spans_of(model, rules or models.rules_for(model), length)
-    found = models.produced_logits(out)
-    if not found.isfinite().all():
-        return float("inf")
-    return models.difference(found, oracle.following(model, ids, mask, out, spans))
-
-
-def not_done(owner: Any, *names: str) -> mistakes.Mistake:
-    """The mistake of leaving these functions out."""
-
-    def mistake(patch: pytest.MonkeyPatch) -> None:
-        for name in names:
-            patch.setattr(owner, name, lambda *_, **__: None)
-
-    mistake.__name__ = "no " + ", ".join(names)
-    return mistake
-
-
-def all_of(*parts: mistakes.Mistake) -> mistakes.Mistake:
-    def mistake(patch: pytest.MonkeyPatch) -> None:
-        for part in parts:
-            part(patch)
-
-    mistake.__name__ = " and ".join(part.__name__ for part in parts)
-    return mistake
-
-
-@contextlib.contextmanager
-def attending(model: Any) -> Iterator[None]:
-    """Attnopt's attention alone, by transformers' own means."""
-    model.set_attn_implementation("attnopt")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
-def unchecked(patch: pytest.MonkeyPatch) -> None:
-    not_done(SpanLayer, "check")(patch)
 
 
 def registered(patch: pytest.MonkeyPatch) -> None:
@@ -101,7 +44,7 @@ def test_the_mask_function_is_registered_with_the_attention() -> None:
     model, (ids, mask) = models.shared("llama"), models.left_padded()
 
     def error() -> float:
-        with enabled(model, models.RULES, max_length=models.MAX_LENGTH):
+        with models.enabled(model, models.RULES, max_length=models.MAX_LENGTH):
             return wrong(models.generate(model, ids, mask), ids, mask, models.MAX_LENGTH)
 
     def attention_alone(patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +59,7 @@ def test_a_padded_row_is_the_row_alone() -> None:
 
     def error() -> float:
         found = 0.0
-        with enabled(model, models.RULES, max_length=models.MAX_LENGTH):
+        with models.enabled(model, models.RULES, max_length=models.MAX_LENGTH):
             together = models.produced_logits(models.generate(model, ids, mask, 12))
             for row in range(len(ids)):
                 alone = models.generate(model, ids[row : row + 1, 5 * row :], None, 12)
@@ -124,126 +67,6 @@ def test_a_padded_row_is_the_row_alone() -> None:
         return found
 
     told_apart(error, instead(remembered(columns=True)))
-
-
-def no_slack(patch: pytest.MonkeyPatch) -> None:
-    not_done(SpanLayer, "check_crop", "activate_past_recording")(patch)
-    patch.setattr(SpanCache, "activate_past_recording", lambda self: None)
-    patch.setattr(generation, "rollback", lambda *_: 0)
-
-
-def test_lookups_that_are_taken_back_leave_nothing() -> None:
-    """A prompt that repeats itself, past every window: a crop that only lowers a counter finds keys overwritten."""
-    model, mask = models.shared("llama"), torch.ones_like(REPEATED)
-
-    def error() -> float:
-        taken_back = []
-        with pytest.MonkeyPatch.context() as patch, enabled(model, models.RULES, max_length=256):
-            crop = SpanLayer.crop
-            patch.setattr(SpanLayer, "crop", lambda self, *r: (taken_back.append(r[0]), crop(self, *r))[1])
-            out = models.generate(model, REPEATED, mask, 30, prompt_lookup_num_tokens=10)
-        assert sum(map(bool, taken_back)) > 5
-        return wrong(out, REPEATED, mask, 256)
-
-    told_apart(error, no_slack)
-
-
-def test_the_cache_is_told_that_it_will_be_rolled_back_before_it_is_allocated() -> None:
-    """`activate_past_recording` is optional: a cache without it is cropped all the same."""
-    model, mask = models.shared("llama"), torch.ones_like(REPEATED)
-
-    def check() -> None:
-        told = []
-        with pytest.MonkeyPatch.context() as patch, enabled(model, models.RULES):
-            activate = SpanLayer.activate_past_recording
-            patch.setattr(
-                SpanLayer, "activate_past_recording",
-                lambda self: (told.append(self.is_initialized), activate(self))[1],
-            )  # fmt: skip
-            cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=256)
-            out = models.generate(model, REPEATED, mask, 20, prompt_lookup_num_tokens=10, past_key_values=cache)
-        assert told == [False] * models.LAYERS
-        assert wrong(out, REPEATED, mask, 256) <= models.TOLERANCE
-
-    def nothing_to_tell(patch: pytest.MonkeyPatch) -> None:
-        no_slack(patch)
-        patch.delattr(SpanLayer, "activate_past_recording")
-        patch.setattr(SpanLayer, "activate_past_recording", lambda self: None, raising=False)
-
-    def too_late(patch: pytest.MonkeyPatch) -> None:
-        activate = SpanLayer.activate_past_recording
-        patch.setattr(SpanLayer, "activate_past_recording", lambda self: None)
-        not_done(SpanLayer, "check_crop")(patch)
-        attend = SpanLayer.attend
-
-        def attending(self: SpanLayer, *args: Any) -> Tensor:
-            out = attend(self, *args)
-            with contextlib.suppress(AttnoptError):
-                activate(self)
-            return out
-
-        patch.setattr(SpanLayer, "attend", attending)
-
-    only_right(check, nothing_to_tell, too_late)
-
-
-def test_assisted_decoding_is_greedy_decoding_or_an_error() -> None:
-    """transformers refuses exactly StaticCache, and no class derived from it or like it."""
-    model, draft = models.shared("llama"), models.build("llama", layers=1, seed=0)
-    mask = torch.ones_like(REPEATED)
-
-    def check() -> None:
-        with enabled(model, models.RULES, max_length=256):
-            out = models.generate(model, REPEATED, mask, 20, assistant_model=draft)
-            assert wrong(out, REPEATED, mask, 256) <= models.TOLERANCE
-            # One that was filled without slack.
-            cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=256)
-            turn = models.generate(model, REPEATED, mask, 4, past_key_values=cache).sequences
-            with pytest.raises(AttnoptError, match="slack"):
-                models.generate(model, turn, None, 20, prompt_lookup_num_tokens=10, past_key_values=cache)
-
-    def nothing_taken_back(patch: pytest.MonkeyPatch) -> None:
-        not_done(SpanLayer, "crop")(patch)
-
-    only_right(check, nothing_taken_back, no_slack)
-
-
-def test_a_rollback_is_exact_up_to_the_slack_and_an_error_beyond() -> None:
-    """In one go or in several, counted from the most there ever was."""
-    model = models.shared("llama")
-    ids, other = models.prompts(2, 40), models.prompts(2, 12, seed=5)
-    spans = models.spans_of(model, models.RULES, 128)
-
-    def check() -> None:
-        model.set_attn_implementation("attnopt")
-        try:
-            with torch.no_grad():
-                rolled_back()
-        finally:
-            model.set_attn_implementation("sdpa")
-
-    def rolled_back() -> None:
-        for parts in ([8], [3, 5], [1] * 8):
-            cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=128, slack=8)
-            model(ids, past_key_values=cache)
-            for part in parts:
-                cache.crop(-part)
-            with pytest.raises(AttnoptError, match="slack=9"):
-                cache.crop(-1)
-            found = model(other, past_key_values=cache).logits
-            expected = oracle.logits(model, torch.cat((ids[:, :32], other), 1), None, spans)[:, 32:]
-            assert models.difference(found, expected) <= models.TOLERANCE
-
-    def from_here(patch: pytest.MonkeyPatch) -> None:
-        furthest = SpanLayer.furthest
-
-        def forgetful(self: SpanLayer, *asked: Any) -> tuple[int, int]:
-            self.highest.zero_()
-            return furthest(self, *asked)
-
-        patch.setattr(SpanLayer, "furthest", forgetful)
-
-    only_right(check, no_slack, from_here)
 
 
 def test_beams_take_their_keys_and_values_along() -> None:
@@ -254,13 +77,13 @@ def test_beams_take_their_keys_and_values_along() -> None:
     expected = models.generate(twin, ids, mask, 14, past_key_values=DynamicCache(), **options)
 
     def error() -> float:
-        with enabled(model, models.RULES, max_length=models.MAX_LENGTH):
+        with models.enabled(model, models.RULES, max_length=models.MAX_LENGTH):
             out = models.generate(model, ids, mask, 14, **options)
         if not torch.equal(out.sequences, expected.sequences):
             return float("inf")
         return models.difference(out.sequences_scores, expected.sequences_scores)
 
-    told_apart(error, *map(mistakes.forgetting, ("slots_k", "slots_v")), not_done(SpanLayer, "reorder_cache"))
+    told_apart(error, *map(mistakes.forgetting, ("slots_k", "slots_v")), mistakes.not_done(SpanLayer, "reorder_cache"))
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixed"])
@@ -269,7 +92,7 @@ def test_dense_heads_keep_the_window_their_model_has(family: str) -> None:
     stock = models.produced_logits(models.generate(model, ids, mask, 12))
 
     def error() -> float:
-        with enabled(model, models.ALL_FULL):
+        with models.enabled(model, models.ALL_FULL):
             return models.difference(models.produced_logits(models.generate(model, ids, mask, 12)), stock)
 
     def dropped(patch: pytest.MonkeyPatch) -> None:
@@ -286,7 +109,7 @@ def test_dense_heads_keep_the_window_their_model_has(family: str) -> None:
 def test_a_window_that_the_cache_was_not_made_for_is_an_error() -> None:
     def check() -> None:
         model = models.build("mistral")
-        with enabled(model, None):
+        with models.enabled(model, None):
             cache = SpanCache.for_model(model, max_length=64)
             model.config.sliding_window = 5
             with pytest.raises(AttnoptError, match="sliding window of 5"), torch.no_grad():
@@ -336,7 +159,7 @@ def test_masks_that_are_more_than_causal_are_an_error() -> None:
     positions = torch.arange(6).repeat(2)[None]
 
     def check() -> None:
-        with enabled(model, None), torch.no_grad(), pytest.raises(AttnoptError, match="packed"):
+        with models.enabled(model, None), torch.no_grad(), pytest.raises(AttnoptError, match="packed"):
             model(ids, position_ids=positions, use_cache=False)
 
     only_right(check, lambda patch: patch.setattr(attention, "causal", lambda *_: True))
@@ -360,7 +183,7 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
                 models.generate(model, models.prompts(2, length, seed=7), None, 2, past_key_values=cache)
 
     def check() -> None:
-        with enabled(model, rules):
+        with models.enabled(model, rules):
             cache = SpanCache.for_model(model, models.plan_of(model, rules), max_length=64)
             models.generate(model, first, None, 8, past_key_values=cache)
             refused(cache)
@@ -368,13 +191,57 @@ def test_a_cache_that_was_used_is_reset_before_another_prompt() -> None:
             out = models.generate(model, second, mask, 8, past_key_values=cache)
         assert wrong(out, second, mask, 64) <= models.TOLERANCE
         # Without enable(), which knows of a call of generate() before transformers cuts the prompt.
-        with attending(model):
+        with models.attending(model):
             refused(cache)
 
     def one_layer(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(SpanCache, "reset", lambda self: self.layers[0].reset())
 
-    only_right(check, all_of(not_done(generation, "accept"), any_mask, unchecked), one_layer)
+    only_right(check, mistakes.all_of(mistakes.not_done(generation, "accept"), any_mask, mistakes.unchecked), one_layer)
+
+
+def test_a_cache_that_is_used_again_is_what_a_new_one_would_be() -> None:
+    """What nobody holds any more serves the next call: of as many rows and as much slack, and of the same length where
+    windows depend on it."""
+    model = models.shared("llama")
+    calls = (
+        (2, 150, 0),
+        (2, 144, 0),
+        (2, 20, 0),
+        (3, 30, 0),
+        (1, 40, 0),
+        (1, 60, 10),
+        (1, 60, 10),
+        (1, 50, 0),
+        (2, 150, 0),
+    )
+
+    fixed = tuple(tuple((sink, alpha or 16, 0.0) for sink, alpha, _ in layer) for layer in models.RULES)
+
+    def error() -> float:
+        found = 0.0
+        for rules in (models.RULES, fixed):
+            with models.enabled(model, rules):
+                for rows, length, drafts in calls:
+                    ids = models.prompts(1, 6, seed=length).repeat(rows, length // 6)
+                    options = {"prompt_lookup_num_tokens": drafts} if drafts else {}
+                    out = models.generate(model, ids, None, 6, **options)
+                    # One that has other rows by now is of no use.
+                    if length == 60:
+                        out.past_key_values.batch_repeat_interleave(2)
+                    out = SimpleNamespace(sequences=out.sequences, logits=out.logits)
+                    size = generation.bucket(ids.shape[1] + 6)
+                    found = max(found, wrong(out, ids, torch.ones_like(ids), size, rules=rules))
+        return found
+
+    def not_reset(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(SpanCache, "reset", lambda self: None)
+        patch.setattr(SpanLayer, "check", lambda *_: None)
+
+    def any_length(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(generation, "elastic", lambda plan: False)
+
+    told_apart(error, not_reset, any_length)
 
 
 def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
@@ -382,7 +249,7 @@ def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
     model, (ids, mask) = models.shared("llama"), models.left_padded()
 
     def check() -> None:
-        with enabled(model, models.RULES), torch.no_grad():
+        with models.enabled(model, models.RULES), torch.no_grad():
             for column, generates in ((12, True), (12, False), (0, True)):
                 cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=models.MAX_LENGTH)
                 turn = models.generate(model, ids, mask, 8, past_key_values=cache).sequences
@@ -395,8 +262,10 @@ def test_a_token_that_is_cached_cannot_be_masked_afterwards() -> None:
                         models.generate(model, asked, both, 8, past_key_values=cache)
                     else:
                         model(asked[:, seen:], attention_mask=both, past_key_values=cache)
+                with pytest.raises(AttnoptError, match="older tokens count"):
+                    model(asked[:, seen:], past_key_values=cache)
 
-    only_right(check, unchecked)
+    only_right(check, mistakes.unchecked)
 
 
 def test_a_second_turn_is_cut_by_what_was_seen() -> None:
@@ -404,7 +273,7 @@ def test_a_second_turn_is_cut_by_what_was_seen() -> None:
     model, (ids, mask) = models.shared("llama"), models.left_padded()
 
     def error() -> float:
-        with enabled(model, models.RULES):
+        with models.enabled(model, models.RULES):
             cache = SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=models.MAX_LENGTH)
             turn = models.generate(model, ids, mask, 8, past_key_values=cache)
             asked = torch.cat((turn.sequences, models.prompts(3, 7, seed=3)), 1)
@@ -439,7 +308,7 @@ def test_a_cache_that_attnopt_does_not_know_is_an_error() -> None:
 
     def check() -> None:
         cache = copy.deepcopy(held)
-        with enabled(model, models.RULES), torch.no_grad():
+        with models.enabled(model, models.RULES), torch.no_grad():
             with pytest.raises(AttnoptError, match="SpanCache"):
                 models.generate(model, torch.cat((ids, ids), 1), None, 4, past_key_values=cache)
             with pytest.raises(AttnoptError, match="does not know"):
@@ -454,4 +323,4 @@ def test_a_cache_that_attnopt_does_not_know_is_an_error() -> None:
         any_mask(patch)
         patch.setitem(AttentionInterface._global_mapping, "attnopt", forgetting)
 
-    only_right(check, all_of(not_done(generation, "accept"), history_thrown_away))
+    only_right(check, mistakes.all_of(mistakes.not_done(generation, "accept"), history_thrown_away))

@@ -145,7 +145,9 @@ def test_what_is_explained() -> None:
         assert found.enabled and found.length == 256 and len(found.layers) == LAYERS
         assert "model.layers.1.self_attn" in text and f"own window {models.OWN_WINDOW}" in text and "was sdpa" in text
         cache = generate(model, models.prompts(1), None, 4).past_key_values
-        assert found.nbytes == cache.nbytes < found.dense
+        assert found.nbytes == cache.nbytes < found.dense and "is kept for" not in text
+        del cache
+        assert "is kept for the next call: 1 rows of 256 tokens" in str(attnopt.explain(model))
     assert found.dense == LAYERS * 256 * models.KV_HEADS * 2 * models.HEAD_DIM * 4
     with enabled(model, None):
         assert "no plan: exact" in str(attnopt.explain(model))

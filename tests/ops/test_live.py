@@ -83,6 +83,26 @@ def test_dead_columns_are_not_read() -> None:
     torch.testing.assert_close(live(q, k, v, keep, 0.2).double(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_entries_that_keep_other_columns_are_read_apart(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of torch's operators: what an entry does not keep is NaN, also where another entry keeps it."""
+    monkeypatch.setenv("ATTNOPT_NATIVE", "0")
+    calls: list[int] = []
+    read = live_cpu._read
+    monkeypatch.setattr(live_cpu, "_read", lambda *a: calls.append(a[1].shape[2]) or read(*a))
+    q, k, v = normal(4, 8, tokens, 8), normal(4, 2, 3000, 8, seed=1), normal(4, 2, 3000, 8, seed=2)
+    column = torch.arange(3000)
+    first, end = (torch.tensor(x)[:, None, None, None] for x in ([0, 2900, 7, 0], [40, 3000, 1500, 0]))
+    keep = ((column >= first) & (column < end)).repeat(1, 1, tokens, 1)
+    keep[0, 0, -1] = False
+    keep[0, 0, 0, :40] = True
+    expected = written_out(q, k, v, keep, 0.3)
+    dead = ~keep.any(2, keepdim=True).mT
+    found = live(q, *(x.masked_fill(dead, torch.nan) for x in (k, v)), keep, 0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+    assert calls == [40, 100, 1493]
+
+
 def test_bfloat16() -> None:
     q, k, v = (normal(*s, seed=n).bfloat16() for n, s in enumerate([(2, 8, 1, 64), (2, 2, 300, 64), (2, 2, 300, 64)]))
     keep = (torch.arange(300) < 201)[None, None, None]
