@@ -11,10 +11,13 @@ import torch
 from generation import models, oracle
 from generation.models import LAYERS, MAX_LENGTH, RULES
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError
 from attnopt.hf.cache import SpanCache
+from attnopt.hf.generation import rollback
 from attnopt.hf.span_layer import REMEMBERED, ROLLBACK
 
 
@@ -155,6 +158,25 @@ def test_what_cannot_be_taken_back(model: Any) -> None:
         long.crop(-REMEMBERED - 1)
     long.crop(-REMEMBERED)
     assert long.layers[0].n.tolist() == [40, 35]
+
+
+def test_every_layer_is_asked_what_can_be_taken_back(model: Any) -> None:
+    """The first one holds every token; the last one has overwritten some. One that cannot keeps all from moving."""
+    rules = (models.ALL_FULL[0], RULES[0])
+    cache = SpanCache.for_model(model, models.plan_of(model, rules), max_length=MAX_LENGTH)
+    model(models.prompts(1, 60), past_key_values=cache)
+    assert all(cache.layers[0].layout.whole) and not all(cache.layers[1].layout.whole)
+    before = held(cache)
+    with pytest.raises(AttnoptError, match="give back 0"):
+        cache.crop(-20)
+    assert equal(before, held(cache))
+
+
+@pytest.mark.parametrize(("drafts", "room"), [(10, ROLLBACK), (100, 100)])
+def test_as_many_tokens_can_be_taken_back_as_are_drafted(drafts: int, room: int) -> None:
+    config = GenerationConfig(prompt_lookup_num_tokens=drafts)
+    assert rollback(config, GenerationMode.ASSISTED_GENERATION) == room
+    assert rollback(config, GenerationMode.GREEDY_SEARCH) == 0
 
 
 def test_room_for_rollbacks_is_made_before_it_is_needed(model: Any) -> None:
