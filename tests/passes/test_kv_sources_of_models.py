@@ -129,7 +129,6 @@ GENERATION = {
     # A window of seven: two steps before the buffer is full, two after.
     ("mistral", "static"): ((5, 1, 1, 1, 1), [["write"] * 2, ["write"] * 2, ["ring"] * 2]),
     ("gemma2", "static"): ((5, 1, 1, 1, 1), [["write"] * 2, ["write"] * 2, ["ring", "write"]]),
-    ("gemma2", "dynamic"): ((5, 1, 1, 1, 1), [["fresh"] * 2, ["cat"] * 2]),
 }
 
 
@@ -137,8 +136,8 @@ STEPWISE = [
     # Gemma 2 caps its scores, which it does in eager attention only.
     (family, cache, "eager" if family == "gemma2" else "sdpa", dynamic)
     for (family, cache) in GENERATION
-    # One model both ways, of the others a growing cache with symbols and one that is there with numbers.
-    for dynamic in ((None, False) if family == "llama" else (None,) if cache == "dynamic" else (False,))
+    # A growing cache with symbols, and one that is there with numbers.
+    for dynamic in ((None,) if cache == "dynamic" else (False,))
 ]
 
 
