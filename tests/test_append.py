@@ -306,6 +306,22 @@ def test_one_query_over_keys_that_grow(heads: int, padded: bool, compiled: Calla
     assert append.counts.appended == 6
 
 
+def test_a_mask_that_says_the_same_of_every_key(compiled: Callable[..., Any]) -> None:
+    """It has one column, which is none of the keys'."""
+
+    def attend(past: State, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, State]:
+        keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return F.scaled_dot_product_attention(q, keys, values, mask), (keys, values)
+
+    tokens, fn = Tokens(dim=64), torch.compile(attend, backend="attnopt", dynamic=True)
+    found, mask = tokens.past(5), torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    for _ in range(3):
+        new = tokens.next()
+        expected, _ = attend(found, *new, mask)
+        out, found = fn(found, *new, mask)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_what_inductor_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One write of what is new, under sizes and strides known at run time; grouped heads, which are packed."""

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnopt import ops, settings
 from attnopt.errors import AttnoptError, ModelError
 from attnopt.hf.cache import NAME
-from attnopt.hf.span_layer import Handle
+from attnopt.hf.span_layer import Handle, autocast
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.mixed import tables
 
@@ -93,7 +93,8 @@ def attention(
         raise AttnoptError(
             f"{query.shape[2]} new tokens came with {key.shape[2]} keys: a cache that attnopt does not know holds some "
             "of them, and which tokens those are it does not say.",
-            "Leave past_key_values out, or pass attnopt.SpanCache.for_model(model, plan, max_length=...).",
+            "Leave past_key_values out, or pass attnopt.SpanCache.for_model(model, plan, max_length=...). Without "
+            'attnopt: model.set_attn_implementation("sdpa").',
         )
     return out.transpose(1, 2), None
 
@@ -134,6 +135,7 @@ def uncached(
 ) -> Tensor:  # fmt: skip
     """Attention among the tokens of this call alone, (B, H, T, Dv), by the plan's spans at T tokens. It has gradients
     at query, key and value. Rows that do not count are 0."""
+    query, key, value = (autocast(x) for x in (query, key, value))
     spans = getattr(module, SPANS, None)
     if dropout and (spans is not None or window):
         raise ModelError(f"{type(module).__name__} drops attention weights, which spans cannot.", "Call model.eval().")
@@ -199,7 +201,8 @@ def mask(
             "Pass attention_mask as (batch, tokens), or none.",
         )
     eager = not torch.compiler.is_compiling()
-    known = isinstance(q_offset, int) or (eager and q_offset.device.type == "cpu")
+    # A step of decoding does not wait for the device to be told.
+    known = isinstance(q_offset, int) or (eager and (q_offset.device.type == "cpu" or q_length > 1))
     if known and attention_mask.shape[1] != int(q_offset) + q_length:
         raise AttnoptError(
             f"The attention_mask has {attention_mask.shape[1]} columns, and the cache with the new tokens "

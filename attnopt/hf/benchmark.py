@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from attnopt import hf
+from attnopt.errors import ModelError
 from attnopt.hf.cache import SpanCache
-from attnopt.hf.generation import disable, enable
+from attnopt.hf.generation import MARK, disable, enable
 from attnopt.plan import Plan
 
 DYNAMIC, STATIC, EXACT, PLANNED = "DynamicCache", "StaticCache", "attnopt exact", "attnopt planned"
@@ -119,6 +120,8 @@ def timed_decoding(
     Greedy decoding of `new_tokens` after the prompt ids (B, N), from a copy of its cache in every round; mask int64
     (B, N), 0 where a token is padding. Each variant reads the prompt once.
     """
+    if MARK in vars(model):
+        raise ModelError("The model is enabled, and is timed with other caches too.", "Call attnopt.disable(model).")
     prefixes = [Prefix(DYNAMIC, None), Prefix(STATIC, None), Prefix(EXACT, None)]
     if plan is not None:
         prefixes.append(Prefix(PLANNED, plan))

@@ -1,7 +1,9 @@
 """SpanCache: transformers' KV cache, holding of every KV head what the plan keeps.
 
-    model.set_attn_implementation("attnopt")                             # attnopt.enable(model, plan) does both
-    cache = attnopt.SpanCache.for_model(model, "plan.json", max_length=4096)
+    from attnopt import SpanCache                                # makes "attnopt" known to transformers
+
+    model.set_attn_implementation("attnopt")                     # attnopt.enable(model, plan) does all of this
+    cache = SpanCache.for_model(model, "plan.json", max_length=4096)
     model.generate(**inputs, past_key_values=cache)
 
 transformers hands `update` the new keys and values and passes what it returns on to the attention function. A layer of
@@ -14,6 +16,7 @@ stored. Windows are those at max_length tokens, for the whole life of the cache.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,10 @@ class SpanCache(Cache):
         if batch_size is not None:
             cache.allocate(inner, found, batch_size)
         return cache
+
+    def __copy__(self) -> SpanCache:
+        """A cache of its own: two that share their slots would write into each other's."""
+        return copy.deepcopy(self)
 
     @classmethod
     def of(cls, found: list[sites.Attention], plan: Plan | None, length: int, slack: int = 0) -> SpanCache:

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -96,7 +97,8 @@ def install(model: Any, installed: Installed) -> None:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise sites.unserved(model, "its attention does not go through transformers' attention functions")
-    setattr(model, HOOK, MethodType(prepare_cache, model))
+    # No bound method: those are pickled by their name, which the class does not have.
+    setattr(model, HOOK, partial(prepare_cache, model))
     for attention in installed.attentions:
         choices = installed.plan.choices.get(attention.site.name) if installed.plan is not None else None
         least = installed.plan.min_length if installed.plan is not None else 0
@@ -167,6 +169,9 @@ def prepare_cache(
     """transformers' hook of the same name: a SpanCache where there is no cache yet."""
     installed = installed_on(self)
     refuse_options(generation_config)
+    if not installed.compiled and generation_config.compile_config is None:
+        # transformers compiles the steps of any cache of a fixed shape on an accelerator; nobody asked for it here.
+        generation_config.disable_compile = True
     given = model_kwargs.get("past_key_values")
     if given is not None:
         accept(installed, given, generation_config, model_kwargs, max_cache_length)
@@ -175,9 +180,6 @@ def prepare_cache(
         return
     if generation_config.use_cache is False:
         return
-    if not installed.compiled and generation_config.compile_config is None:
-        # transformers compiles the steps of any cache of a fixed shape on an accelerator; nobody asked for it here.
-        generation_config.disable_compile = True
     rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     asked = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
     slack = rollback(generation_config, generation_mode)
@@ -223,7 +225,7 @@ def accept(installed: Installed, given: Any, generation_config: Any, model_kwarg
     if length > given.max_length:
         raise CacheFull(
             f"{length} tokens are asked for, and the cache was made for {given.max_length}.",
-            f"Make it, or enable the model, with max_length={length} or more; or ask for fewer.",
+            f"Ask for fewer, or start again without it: make one, or enable the model, with max_length={length}.",
         )
     mask = model_kwargs.get("attention_mask")
     columns = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None)
@@ -253,9 +255,12 @@ def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -
     else:
         length = bucket(length)
     # One cache is kept at most: the memory of the others is wanted for this one.
-    (key, layers), *_ = [*installed.pool, (None, None)]
-    installed.pool.clear()
-    if key is not None and layers is not None and serves(key, Key(rows, length, slack), installed.plan):
+    try:
+        # In one step, as two threads may ask.
+        key, layers = installed.pool.pop()
+    except IndexError:
+        key, layers = Key(0, 0, 0), []
+    if layers and serves(key, Key(rows, length, slack), installed.plan):
         cache = SpanCache(layers, key.length)
         cache.reset()
     else:

@@ -118,8 +118,14 @@ class SpanLayer(CacheLayerMixin):
                 f"The cache holds {self.batch_size} rows, and tokens of {key_states.shape[0]} come.",
                 "Give it as many with batch_repeat_interleave() or batch_select_indices(), or make another cache.",
             )
+        elif self.fresh and not torch.compiler.is_compiling() and self._elsewhere(key_states):
+            self.lazy_initialization(key_states, value_states)
         handle = Handle(self, key_states, value_states)
         return handle, handle
+
+    def _elsewhere(self, x: Tensor) -> bool:
+        """Whether the model was moved, or runs in another dtype, since this was allocated."""
+        return x.dtype != self.dtype or x.device != self.device
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """query (B, H, T, D), key and value (B, G, T, ·) -> (B, H, T, Dv), and write what is kept of the new tokens.
@@ -292,6 +298,8 @@ class SpanLayer(CacheLayerMixin):
         if padding is None:
             padding = self.padding(columns)
             self.check_crop(*self.furthest(columns, padding))
+        # Counted on the first layer's device, which need not be this one's.
+        padding = padding.to(self.n.device)
         self.highest.copy_(torch.maximum(self.highest, self.n))
         self.n.sub_(columns - padding)
         self.pads.sub_(padding)

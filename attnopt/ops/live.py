@@ -31,6 +31,18 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"the mask has {mask.shape[3]} columns, the cache {k.shape[2]}")
 
 
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether sizes, dtypes and devices belong together; asked where sizes are numbers."""
+    (batch, heads, tokens, dim), (rows, groups, slots, width) = q.shape, k.shape
+    held = (rows, width) == (batch, dim) and v.shape[:3] == k.shape[:3]
+    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    shared = groups > 0 and heads % groups == 0
+    if mask is None or not (held and alike and shared):
+        return held and alike and shared
+    b, h, t, c = mask.shape
+    return b in (1, batch) and h == 1 and t in (1, tokens) and c == slots and mask.device == q.device
+
+
 def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv), mask (B | 1, 1, T | 1, C) -> (B, H, T, Dv), laid out as
     (B, T, H, Dv).
@@ -41,6 +53,13 @@ def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     is 0.
     """
     _checked(q, k, v, mask)
+    if not (q.ndim == k.ndim == v.ndim == 4 and _fits(q, k, v, mask)):
+        given = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
+        found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in given.items())
+        raise ValueError(
+            "expected q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv) of one dtype and a mask (B | 1, 1, T | 1, C), "
+            f"all on one device, found {found}"
+        )
     target = settings.target(q.device.type)
     if target == "cpu":
         return live_cpu.attend(q, k, v, mask, scale)

@@ -48,8 +48,9 @@ def on_grown(program: Program, region: Region) -> bool:
     one = program.device == "cpu" and not program.needs_grad and same(region.q.meta["val"].shape[2], 1)
     if not (one and site.kv == "cat" and site.heads and site.scale > 0 and few_rows(region)):
         return False
-    # A causal call keeps key 0 alone for its one query.
-    shared = not region.match.causal and "h" not in varies_over(region)
+    # A causal call keeps key 0 alone for its one query; a mask without columns of its own has not those of the keys.
+    varies, masked = varies_over(region), any(not checked(term) for term in region.match.terms)
+    shared = not region.match.causal and "h" not in varies and ("j" in varies or not masked)
     return shared and native.takes(getattr(torch, site.dtype), site.head_dim, site.head_dim_v)
 
 

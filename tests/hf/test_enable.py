@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import models
-from generation.models import FULL, LAYERS, RULES, Rule, enabled, generate
+from generation.models import FULL, LAYERS, MAX_LENGTH, RULES, Rule, enabled, generate
 from torch import nn
 from transformers import CompileConfig
 
@@ -130,7 +130,7 @@ def test_a_copy_of_an_enabled_model_is_enabled() -> None:
     with enabled(model, RULES[:1], max_length=64):
         expected = models.produced_logits(generate(model, ids, None, 4))
         twin = copy.deepcopy(model)
-    assert twin._prepare_cache_for_generation.__self__ is twin
+    assert twin._prepare_cache_for_generation.args[0] is twin
     assert torch.equal(models.produced_logits(generate(twin, ids, None, 4)), expected)
     attnopt.disable(twin)
     assert not any("attnopt" in name for module in twin.modules() for name in vars(module))
@@ -277,3 +277,31 @@ def test_a_prompt_that_is_no_continuation() -> None:
         cache = attnopt.SpanCache.for_model(model, models.plan_of(model, models.RULES), max_length=64)
         fresh = generate(model, models.prompts(1, 20), None, 4, past_key_values=cache)
     assert torch.equal(models.produced_logits(again), models.produced_logits(fresh))
+
+
+def test_a_model_in_another_dtype_after_its_first_cache() -> None:
+    """The memory of that cache is not taken up again; and under autocast a cache allocated beforehand is made anew."""
+    model = models.build("llama")
+    ids = models.prompts(1, 12)
+    attnopt.enable(model, models.plan_of(model, RULES), max_length=MAX_LENGTH)
+    first = model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.to(torch.bfloat16)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == first.shape
+    model.to(torch.float32)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), first)
+    cache = attnopt.SpanCache.for_model(model, max_length=MAX_LENGTH, batch_size=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        model(ids, past_key_values=cache)
+        # Without a cache, under the plan's spans, as with one.
+        found = model(ids, use_cache=False).logits
+    assert cache.layers[0].slots_k.dtype == torch.bfloat16 and found.isfinite().all()
+
+
+def test_an_enabled_model_is_saved_whole(tmp_path: Path) -> None:
+    model = models.build("llama")
+    attnopt.enable(model, max_length=MAX_LENGTH)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = models.prompts(1, 9)
+    found, wanted = (m.generate(ids, max_new_tokens=3, do_sample=False) for m in (again, model))
+    assert torch.equal(found, wanted) and again._prepare_cache_for_generation.args[0] is again

@@ -230,3 +230,11 @@ def test_half_the_bytes_in_half_precision(model: Any) -> None:
     assert (
         models.difference(torch.cat(found, 1), oracle.logits(model, ids, None, models.spans_of(model, RULES))) < spread
     )
+
+
+def test_a_copy_has_slots_of_its_own(model: Any) -> None:
+    cache = made(model)
+    model(models.prompts(1, 20), past_key_values=cache)
+    before, twin = held(cache), copy.copy(cache)
+    model(models.prompts(1, 25)[:, 20:], past_key_values=twin)
+    assert equal(before, held(cache)) and int(twin.get_seq_length()) == 25

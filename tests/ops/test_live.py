@@ -134,3 +134,25 @@ def test_refusals() -> None:
         live(q.detach(), k, k, torch.ones(5, dtype=torch.int64), 0.2)
     with pytest.raises(ValueError, match="the mask has 4 columns, the cache 5"):
         live(q.detach(), k, k, torch.ones(1, 1, 1, 4, dtype=torch.bool), 0.2)
+
+
+def test_sizes_and_types_that_do_not_belong_together_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernel would have read them, and whatever it would have read instead."""
+    q, k, v = normal(2, 4, 1, DIM), normal(2, 2, SLOTS, DIM), normal(2, 2, SLOTS, DIM)
+    mask = torch.ones(2, 1, 1, SLOTS, dtype=torch.bool)
+    wrong = {
+        "fewer values than keys": (q, k, v[:, :, :-1], mask),
+        "one row of keys for two": (q, k[:1], v[:1], None),
+        "keys of another size": (q, k[..., :-1], v, mask),
+        "keys of another dtype": (q, k.bfloat16(), v, mask),
+        "values of another dtype": (q, k, v.double(), mask),
+        "heads that do not share": (q[:, :3], k, v, mask),
+        "a mask for each head": (q, k, v, mask.expand(-1, 4, -1, -1)),
+        "a mask of another batch": (normal(4, 4, 1, DIM), normal(4, 2, SLOTS, DIM), normal(4, 2, SLOTS, DIM), mask),
+        "a mask of one column": (q, k, v, mask[..., :1]),
+    }
+    for native in ("1", "0"):
+        monkeypatch.setenv("ATTNOPT_NATIVE", native)
+        for given in wrong.values():
+            with pytest.raises(ValueError, match=r"expected|columns"):
+                live(*given, 0.2)
