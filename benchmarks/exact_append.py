@@ -13,8 +13,8 @@ attnopt is as
     cat       attnopt on the same graphs, where keys and values are concatenated
 
 Ahead of every step 128 MB of something else are read. Logits are compared with those of the uncompiled model in
-float32, which half of the keys hidden must change; and logits, keys and values with those of `cat`, where every bit has
-to be the same.
+float32, which half of the keys hidden must change, and may be a quarter farther from them than those of the uncompiled model
+in the same dtype; and logits, keys and values with those of `cat`, where every bit has to be the same.
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ def sides(case: Case, model: Any) -> dict[str, Decoding]:
     return {name: Decoding(case, side, getattr(torch, case.dtype)) for name, side in compiled.items()}
 
 
-def first_steps(decodings: dict[str, Decoding], wanted: list[Tensor]) -> tuple[float, dict[str, int]]:
-    """The largest error of the steps that compile, and how many graphs each side took."""
-    errors, graphs = [], {}
+def first_steps(decodings: dict[str, Decoding], wanted: list[Tensor]) -> tuple[dict[str, float], dict[str, int]]:
+    """Of each side the largest error of the steps that compile, and how many graphs it took."""
+    errors, graphs = {}, {}
     for name, decoding in decodings.items():
         counters.clear()
-        errors += [relative_error(decoding.step(), logits) for logits in wanted]
+        errors[name] = max(relative_error(decoding.step(), logits) for logits in wanted)
         graphs[name] = counters["stats"]["unique_graphs"]
-    return max(errors), graphs
+    return errors, graphs
 
 
 def concatenating(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
@@ -162,14 +162,15 @@ def measured(case: Case, seconds: float) -> tuple[Row, str]:
     with torch.no_grad():
         wanted = expected(case, model)
         decodings = sides(case, model)
-        error, graphs = first_steps(decodings, wanted)
+        errors, graphs = first_steps(decodings, wanted)
         counters.clear()
         between = torch.ones(BETWEEN // 4)
         calls: dict[str, Callable[[], object]] = {name: d.step for name, d in decodings.items()}
         times = interleaved(calls, 200, "thread", seconds, between.sum)
         differs = apart(decodings["attnopt"], decodings["cat"])
-    if differs:
-        error = float("inf")
+    error = float("inf") if differs else errors["attnopt"]
+    # Eight layers of random weights in bfloat16 are up to 0.14 from float32 before anyone compiles them.
+    tolerance = max(TOLERANCE[case.dtype], 1.25 * errors["eager"])
     found = {name: ratio(taken, times["attnopt"]) for name, taken in times.items() if name != "attnopt"}
     medians = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
     said = (
@@ -178,7 +179,7 @@ def measured(case: Case, seconds: float) -> tuple[Row, str]:
         f"{append.counts.copied} copies; largest difference from cat {differs:g}"
     )
     ratios, lower = {n: r for n, (r, _) in found.items()}, {n: low for n, (_, low) in found.items()}
-    return Row(case.record(), error, TOLERANCE[case.dtype], ratios, lower, medians), said
+    return Row(case.record(), error, tolerance, ratios, lower, medians), said
 
 
 def aims(rows: list[Row], tokens: int) -> list[Aim]:
