@@ -13,8 +13,8 @@ attnopt is as
     cat       attnopt on the same graphs, where keys and values are concatenated
 
 Ahead of every step 128 MB of something else are read. Logits are compared with those of the uncompiled model in
-float32, which half of the keys hidden must change, and may be a quarter farther from them than those of the uncompiled model
-in the same dtype; and logits, keys and values with those of `cat`, where every bit has to be the same.
+float32, which half of the keys hidden must change, and may be a quarter farther from them than those of the same model
+uncompiled; and logits, keys and values with those of `cat`, where every bit has to be the same.
 """
 
 from __future__ import annotations
