@@ -166,7 +166,7 @@ def examples(number: int) -> Callable[[Any], Any]:
     return settings(max_examples=number, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 
 
-@examples(25)
+@examples(16)
 @given(pieces())
 def test_random_spellings_are_one_site_with_the_right_record(chosen: Pieces) -> None:
     def fn(*inputs: Tensor) -> Tensor:
