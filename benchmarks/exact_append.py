@@ -35,12 +35,12 @@ from torch._dynamo.utils import counters
 
 from attnopt.backend import append, attnopt
 from attnopt.ir import Refusal
+from benchmarks.exact_decode import HEADS, HIDDEN, VOCAB, model_of
 from benchmarks.record import RESULTS, Aim, Row, Run, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
 TAKES = "15 min"
 QUICK = ("--quick",)
-HIDDEN, HEADS, VOCAB = 512, 8, 1000
 # Relative errors of logits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 BETWEEN = 2**27
@@ -67,24 +67,6 @@ def cases(tokens: list[int], layers: int) -> Iterator[Case]:
         for dtype in TOLERANCE:
             for kv_heads in (HEADS, 2):
                 yield Case(layers, kv_heads, dtype, length)
-
-
-def model_of(case: Case) -> Any:
-    """A random model whose queries are long enough for some keys to matter more than others."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=case.layers, num_attention_heads=HEADS,
-        num_key_value_heads=case.kv_heads, vocab_size=VOCAB, max_position_embeddings=8 * case.tokens,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 6
-            layer.self_attn.o_proj.weight *= 6
-    return model.to(getattr(torch, case.dtype))
 
 
 class Decoding:

@@ -131,26 +131,29 @@ def cases(dtypes: list[str], threads: list[int], quick: bool) -> Iterator[Case]:
 
 
 def aims_of(rows: list[Row]) -> list[Aim]:
-    """At 16384 tokens on one thread, but for bytes, which are counted at every length from 4096 on."""
+    """Speed at 16384 tokens on one thread, in each dtype; bytes, which are counted, at every length."""
     right = [row for row in rows if not row.wrong]
-    long = [r for r in right if r.case["length"] == 16384 and r.case["threads"] == 1 and r.case["kv_heads"] == HEADS]
+    long = [r for r in right if r.case["length"] == 16384 and r.case["threads"] == 1]
 
     def least(rows: list[Row], name: str) -> float | None:
         return min((r.lower.get(name, r.ratios[name]) for r in rows), default=None)
 
-    grouped = [r for r in right if r.case["kv_heads"] < HEADS]
+    found = []
+    for dtype in TOLERANCE:
+        own = [r for r in long if r.case["dtype"] == dtype and r.case["kv_heads"] == HEADS]
+        where = f"8 layers, 16384 tokens, {dtype}"
+        found.append(Aim(f"planned, over a StaticCache of just the length, {where}", 1.8, least(own, "static")))
+        found.append(Aim(f"planned, over DynamicCache, {where}", 6.0, least(own, "dynamic")))
+    single, grouped = ([r for r in right if (r.case["kv_heads"] == HEADS) is which] for which in (True, False))
     ideal = max((r.ratios["ideal"] for r in right), default=None)
-    python = max((r.ratios["python"] for r in right if r.case["length"] == 16384), default=None)
+    python = max((r.ratios["python"] for r in long), default=None)
     return [
-        Aim("planned generation over a StaticCache of just the length, 8 layers, 16384 tokens", 1.8,
-            least(long, "static")),
-        Aim("planned generation over DynamicCache, 8 layers, 16384 tokens", 6.0, least(long, "dynamic")),
-        Aim("cache of a model without groups, a quarter of its heads full, over dense", 2.5,
-            least([r for r in right if r.case["kv_heads"] == HEADS], "memory")),
+        *found,
+        Aim("cache of a model without groups, a quarter of its heads full, over dense", 2.5, least(single, "memory")),
         Aim("cache with groups, half of the KV heads full, over dense", 1.65, least(grouped, "memory")),
         Aim("bytes of cache over what the spans need", 1.05, ideal, at_most=True),
         Aim("attnopt's own Python, percent of generate at 16384 tokens", 5.0, python, at_most=True),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
