@@ -9,7 +9,8 @@ makes for such a cache, a boolean (1, 1, 1, slots) outside the graph; the buffer
 tokens. They are filled with random keys and values, and the counters set, in place of a prefill. A ratio says how many
 times as fast attnopt is as the uncompiled model and as inductor at the same buffers; `tight` is the time of attnopt
 with buffers that have no room to spare over its time with these. Ahead of every call 128 MB of something else are read.
-Logits are compared with those of the uncompiled model in float32, which half of the keys hidden must change.
+Logits are compared with those of the uncompiled model in float32, which half of the keys hidden must change, and may be
+a quarter farther from them than those of the same model uncompiled.
 """
 
 from __future__ import annotations
@@ -132,10 +133,12 @@ def measured(case: Case, seconds: float) -> list[Row]:
         between = torch.ones(BETWEEN // 4)
         errors = {name: relative_error(call(), wanted) for name, call in calls.items()}
         times = interleaved(calls, 41, "thread", seconds, between.sum)
-    return [row_of(case, n, times, max(errors[f"{name} {n}"] for name in compiled)) for n in BUFFERS]
+    # Eight layers of random weights in bfloat16 are up to 0.14 from float32 before anyone compiles them.
+    allowed = {n: max(TOLERANCE[case.dtype], 1.25 * errors[f"eager {n}"]) for n in BUFFERS}
+    return [row_of(case, n, times, errors[f"attnopt {n}"], allowed[n]) for n in BUFFERS]
 
 
-def row_of(case: Case, buffer: int, times: dict[str, list[float]], error: float) -> Row:
+def row_of(case: Case, buffer: int, times: dict[str, list[float]], error: float, tolerance: float) -> Row:
     own = times[f"attnopt {buffer}"]
     against = {"eager": times[f"eager {buffer}"], "inductor": times[f"inductor {buffer}"], "tight": times["attnopt 1"]}
     if buffer == 1:
@@ -143,7 +146,7 @@ def row_of(case: Case, buffer: int, times: dict[str, list[float]], error: float)
     found = {name: ratio(taken, own) for name, taken in against.items()}
     medians = {name: 1e3 * statistics.median(times[f"{name} {buffer}"]) for name in ("eager", "inductor", "attnopt")}
     ratios, lower = {n: r for n, (r, _) in found.items()}, {n: low for n, (_, low) in found.items()}
-    return Row(case.record(buffer), error, TOLERANCE[case.dtype], ratios, lower, medians)
+    return Row(case.record(buffer), error, tolerance, ratios, lower, medians)
 
 
 def aims(rows: list[Row]) -> list[Aim]:
