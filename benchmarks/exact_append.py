@@ -14,7 +14,7 @@ attnopt is as
 
 Ahead of every step 128 MB of something else are read. Logits are compared with those of the uncompiled model in
 float32, which half of the keys hidden must change, and may be a quarter farther from them than those of the same model
-uncompiled; and logits, keys and values with those of `cat`, where every bit has to be the same.
+uncompiled or by inductor; and logits, keys and values with those of `cat`, where every bit has to be the same.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def measured(case: Case, seconds: float) -> tuple[Row, str]:
         differs = apart(decodings["attnopt"], decodings["cat"])
     error = float("inf") if differs else errors["attnopt"]
     # Eight layers of random weights in bfloat16 are up to 0.14 from float32 before anyone compiles them.
-    tolerance = max(TOLERANCE[case.dtype], 1.25 * errors["eager"])
+    tolerance = max(TOLERANCE[case.dtype], 1.25 * errors["eager"], 1.25 * errors["inductor"])
     found = {name: ratio(taken, times["attnopt"]) for name, taken in times.items() if name != "attnopt"}
     medians = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
     said = (

@@ -10,7 +10,7 @@ tokens. They are filled with random keys and values, and the counters set, in pl
 times as fast attnopt is as the uncompiled model and as inductor at the same buffers; `tight` is the time of attnopt
 with buffers that have no room to spare over its time with these. Ahead of every call 128 MB of something else are read.
 Logits are compared with those of the uncompiled model in float32, which half of the keys hidden must change, and may be
-a quarter farther from them than those of the same model uncompiled.
+half as far again from them as those of the same model uncompiled or by inductor.
 """
 
 from __future__ import annotations
@@ -133,8 +133,11 @@ def measured(case: Case, seconds: float) -> list[Row]:
         between = torch.ones(BETWEEN // 4)
         errors = {name: relative_error(call(), wanted) for name, call in calls.items()}
         times = interleaved(calls, 41, "thread", seconds, between.sum)
-    # Eight layers of random weights in bfloat16 are up to 0.14 from float32 before anyone compiles them.
-    allowed = {n: max(TOLERANCE[case.dtype], 1.25 * errors[f"eager {n}"]) for n in BUFFERS}
+    # Eight layers of random weights in bfloat16 are up to 0.14 from float32 uncompiled, and by chance more or
+    # less otherwise: of one attention alone the compiled kernel is 0.0016 from float64, SDPA 0.0016 to 0.0024.
+    allowed = {
+        n: max(TOLERANCE[case.dtype], *(1.5 * errors[f"{m} {n}"] for m in ("eager", "inductor"))) for n in BUFFERS
+    }
     return [row_of(case, n, times, errors[f"attnopt {n}"], allowed[n]) for n in BUFFERS]
 
 
