@@ -99,6 +99,19 @@ def test_each_token_is_written_behind_the_others(compiled: Callable[..., Any]) -
     assert sum(memory.values()) <= 1.2 * sum(t.nbytes for t in found) + 2 * 272 * found[0][:, :, 0].nbytes
 
 
+def test_heads_further_apart_than_their_slots_take(compiled: Callable[..., Any]) -> None:
+    """A past with room whose heads lie 100 numbers apart, in twelves of slots: its copy has these strides, which
+    were compiled."""
+    tokens = Tokens()
+    wanted = tokens.past(5)
+    apart = [torch.zeros(2, 2, 100).as_strided((2, 2, 5, DIM), (200, 100, DIM, 1)).copy_(x) for x in wanted]
+    new = tokens.next()
+    (out, found), (expected, longer) = compiled((apart[0], apart[1]), *new), step(wanted, *new)
+    equal((out, found), (expected, longer))
+    assert [x.stride() for x in found] == [(200, 100, DIM, 1)] * 2
+    assert append.counts.copied == 2
+
+
 ROWS = torch.tensor([1, 1])
 FORKS: dict[str, Callable[[State], State]] = {
     "the same state again": lambda state: state,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnopt.passes.append import Append, capacity
+from attnopt.passes.append import Append, capacity, strides_of
 
 
 @dataclass
@@ -65,10 +65,12 @@ def within(past: Tensor, length: int) -> Tensor:
     )
 
 
-def moved(past: Tensor, length: int, slots: int) -> Tensor:
-    """The tensor of `length` positions in a new buffer of `slots`, the first of them those of `past`."""
+def moved(past: Tensor, length: int, slots: int, strides: Sequence[int] | None = None) -> Tensor:
+    """The tensor of `length` positions in a new buffer of `slots`, the first of them those of `past`. strides: those of
+    the buffer, packed if None."""
     batch, heads, held, dim = past.shape
-    memory = past.new_empty((batch, heads, slots, dim))
+    sizes = (batch, heads, slots, dim)
+    memory = past.new_empty_strided(sizes, strides_of(sizes, slots) if strides is None else strides)
     memory[:, :, :held].copy_(past)
     counts.copied += 1
     return within(memory, length)
@@ -85,7 +87,8 @@ def continued(append: Append, past: Tensor, added: int) -> Tensor | None:
     if claimed(past):
         counts.appended += 1
         return within(past, length)
-    return moved(past, length, slots)
+    # Heads may lie further apart than their slots take.
+    return moved(past, length, slots, past.stride())
 
 
 def kept(full: Tensor, added: int) -> Tensor:

@@ -147,7 +147,7 @@ constexpr int64_t MOST_ROWS = 64;
 //              2 KV    2.4   1.9    6.8   5.0   20    14    61    38
 constexpr int64_t PROMPT = 1024;
 
-enum Stored : int { STORED, FULL, TABLE_OF_ANOTHER };
+enum Stored : int { STORED, FULL, TABLE_OF_ANOTHER, NEGATIVE };
 
 // attends: whether there are queries; without them what is new is only written.
 template <typename T>
@@ -162,6 +162,8 @@ Stored step(Stepping<T>& call, bool attends) {
     if (head.window > head.ring()) room = std::min<int64_t>(room, head.capacity);
   }
   if (slots != s.slots) return TABLE_OF_ANOTHER;
+  // Its slots would lie before the cache.
+  if (std::any_of(call.n, call.n + s.batch, [](int n) { return n < 0; })) return NEGATIVE;
   thread_local Arrivals arrivals;
   arrivals.find(call);
   for (int64_t b = 0; b < s.batch; b++) {
@@ -221,7 +223,11 @@ Stored unpacked_step(const int64_t* x, float scale) {
 extern "C" {
 
 // 0, or why nothing has been written: a Stored.
-int step_bfloat16(const int64_t* packed, float scale) { return unpacked_step<BFloat16>(packed, scale); }
+int step_bfloat16(const int64_t* packed, float scale) {
+  return guarded([&] { return unpacked_step<BFloat16>(packed, scale); });
+}
 
-int step_float32(const int64_t* packed, float scale) { return unpacked_step<float>(packed, scale); }
+int step_float32(const int64_t* packed, float scale) {
+  return guarded([&] { return unpacked_step<float>(packed, scale); });
+}
 }

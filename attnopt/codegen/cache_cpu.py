@@ -26,8 +26,15 @@ def step(
     """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) -> (B, H, T, Dv), laid out as (B, T, H, Dv).
 
     The contract of attnopt/codegen/reference_cache.py. CacheFull, with nothing written, where a head that holds every
-    token has no slot left.
+    token has no slot left; ValueError where n is negative, RuntimeError for a cache of inference tensors outside of
+    inference mode.
     """
+    if not torch.is_inference_mode_enabled() and (keys.is_inference() or values.is_inference() or n.is_inference()):
+        # As torch says it. Its own operators would say so at n, when keys and values had been written.
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: the cache was made under "
+            "torch.inference_mode(), and is continued under it alone."
+        )
     batch, heads, tokens, dim = q.shape
     width = v.shape[3]
     if not (batch and tokens and dim and width):

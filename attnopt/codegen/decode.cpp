@@ -84,7 +84,11 @@ Decoding<T> unpacked(const int64_t* x, float scale) {
 extern "C" {
 
 // 0, or what is wrong with `starts`: an Outcome.
-int decode_bfloat16(const int64_t* packed, float scale) { return decode(unpacked<BFloat16>(packed, scale)); }
+int decode_bfloat16(const int64_t* packed, float scale) {
+  return guarded([&] { return decode(unpacked<BFloat16>(packed, scale)); });
+}
 
-int decode_float32(const int64_t* packed, float scale) { return decode(unpacked<float>(packed, scale)); }
+int decode_float32(const int64_t* packed, float scale) {
+  return guarded([&] { return decode(unpacked<float>(packed, scale)); });
+}
 }

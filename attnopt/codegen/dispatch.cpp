@@ -10,6 +10,7 @@
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -66,6 +67,8 @@ at::Tensor attend_update(Given x) {
       walked(v, type, {batch, groups, tokens, width}) && walked(keys, type, {batch, slots, dim}) &&
       walked(values, type, {batch, slots, width});
   fits = fits && plain(n, at::kInt, {batch}) && plain(table, at::kInt, {groups, 4}) && plain(spans, at::kInt, {heads, 2});
+  // Inference tensors outside of inference mode are not to be written: said by Python.
+  for (const at::Tensor* x : {&keys, &values, &n}) fits = fits && (!x->is_inference() || c10::InferenceMode::is_enabled());
   if (!fits || !n.is_contiguous() || !table.is_contiguous() || !spans.is_contiguous()) return {};
   int64_t valid = 0, valid_row = 0;
   if (!x[6].isNone()) {
@@ -139,8 +142,12 @@ void serve(const char* name) {
 
 extern "C" {
 
-void serve_operators() {
-  serve<attend_update, 11>("attnopt::attend_update");
-  serve<live_attention, 5>("attnopt::live_attention");
+// 0, or FAILED. What throws later throws into torch, which calls these.
+int serve_operators() {
+  return guarded([] {
+    serve<attend_update, 11>("attnopt::attend_update");
+    serve<live_attention, 5>("attnopt::live_attention");
+    return 0;
+  });
 }
 }

@@ -122,6 +122,11 @@ int decode(const int64_t* packed) {
 
 extern "C" {
 
-int decode_bfloat16(const int64_t* call) { return decode<BFloat16>(call); }
-int decode_float32(const int64_t* call) { return decode<float>(call); }
+int decode_bfloat16(const int64_t* call) {
+  return guarded([&] { return decode<BFloat16>(call); });
+}
+
+int decode_float32(const int64_t* call) {
+  return guarded([&] { return decode<float>(call); });
+}
 }

@@ -20,7 +20,9 @@ from attnopt.codegen import native
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
-SOURCES = tuple(Path(__file__).with_name(f"linear{part}.cpp") for part in ("", "_prefill", "_decode"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("guarded", "linear", "linear_prefill", "linear_decode")
+)
 # What they unpack: addresses, strides, sizes. In one piece: a token is decoded with a call for every layer.
 _PREFILL, _DECODE = struct.Struct("38q").pack, struct.Struct("31q").pack
 
@@ -120,9 +122,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load("".join(path.read_text(encoding="utf-8") for path in SOURCES))
+        library.failure.restype = ctypes.c_char_p
         for name in ("prefill", "decode"):
             for dtype in ("float32", "bfloat16"):
-                getattr(library, f"{name}_{dtype}").argtypes = (ctypes.c_char_p,)
+                native.answering(library, f"{name}_{dtype}", ctypes.c_char_p)
         return library, ""
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

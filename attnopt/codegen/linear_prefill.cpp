@@ -201,6 +201,11 @@ int prefill(const int64_t* packed) {
 
 extern "C" {
 
-int prefill_bfloat16(const int64_t* call) { return prefill<BFloat16>(call); }
-int prefill_float32(const int64_t* call) { return prefill<float>(call); }
+int prefill_bfloat16(const int64_t* call) {
+  return guarded([&] { return prefill<BFloat16>(call); });
+}
+
+int prefill_float32(const int64_t* call) {
+  return guarded([&] { return prefill<float>(call); });
+}
 }

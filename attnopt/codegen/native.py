@@ -1,4 +1,4 @@
-"""The CPU's own kernels, spans.cpp to live.cpp: compiled once by inductor's C++ machinery, then kept in its cache.
+"""The CPU's own kernels, guarded.cpp to dispatch.cpp: compiled once by inductor's C++ machinery, kept in its cache.
 
 They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where they cannot be had, no
 compiler above all, attention runs out of torch's own operators (span_cpu.py, decode_cpu.py): slower, the same within
@@ -24,7 +24,8 @@ from attnopt.codegen.slots import refuse_overflow
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("spans", "rows", "decode", "cache", "live", "dispatch")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("guarded", "spans", "rows", "decode", "cache", "live", "dispatch")
 )
 # What the kernel's vector loops step by.
 FEATURES = 32
@@ -144,7 +145,8 @@ def step(
 
     q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), keys (B, S, D), values (B, S, Dv) -> (B, H, T, Dv) laid out as
     (B, T, H, Dv). keys, values: each slot contiguous; n, table, spans int32 and contiguous. CacheFull where a row would
-    hold too many tokens, ValueError where the table is not that of the cache; then nothing has been written.
+    hold too many tokens, ValueError where the table is not that of the cache or n is negative; then nothing has been
+    written.
     """
     dtype = k.dtype
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -173,8 +175,8 @@ def live(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     """The contract of attnopt/codegen/reference_live.py, for a positive scale and a dtype and sizes that `takes` has.
 
     q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv), mask bool, float32 or of q's dtype (B | 1, 1, T | 1, C) or None ->
-    (B, H, T, Dv) laid out as (B, T, H, Dv). None where the mask is of another dtype, or a floating one that leaves a
-    query nothing.
+    (B, H, T, Dv) laid out as (B, T, H, Dv). None where the mask is of another dtype, a floating one that leaves a query
+    nothing, or one that keeps very many short runs of columns.
     """
     dtype, kind = q.dtype, 0
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -205,6 +207,23 @@ def _entry(name: str, dtype: torch.dtype) -> Any:
     return getattr(_loaded()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
+def answering(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    """Let the function `name` of a library that begins with guarded.cpp raise RuntimeError where it throws."""
+
+    def answer(found: int, *_: Any) -> int:
+        if found < 0:
+            why = (library.failure() or b"").decode(errors="replace").partition("\n")[0]
+            raise RuntimeError(
+                f"{name} of attnopt's CPU kernels failed ({why}). ATTNOPT_NATIVE=0 uses torch's operators."
+            )
+        return found
+
+    entry = getattr(library, name)
+    entry.errcheck = answer
+    if arguments:
+        entry.argtypes = arguments
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -223,10 +242,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load("".join(path.read_text(encoding="utf-8") for path in SOURCES))
+        library.failure.restype = ctypes.c_char_p
+        answering(library, "serve_operators")
         for dtype in ("float32", "bfloat16"):
-            getattr(library, f"prefill_{dtype}").restype = None
+            answering(library, f"prefill_{dtype}")
             for entry in ("decode", "step", "look"):
-                getattr(library, f"{entry}_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_float)
+                answering(library, f"{entry}_{dtype}", ctypes.c_char_p, ctypes.c_float)
         library.serve_operators()
         return library, ""
     except Exception as error:

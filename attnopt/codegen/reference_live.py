@@ -11,6 +11,15 @@ def shown(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > float("-inf")
 
 
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask in a dtype. The least number of a wider one becomes the least of this one, not -inf: a row that
+    has it everywhere is still an average."""
+    if mask.dtype == dtype:
+        return mask
+    least = mask.clamp(min=max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min))
+    return torch.where(shown(mask), least, mask).to(dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv), mask (B | 1, 1, T | 1, C) -> (B, H, T, Dv).
 
@@ -26,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     keep = torch.ones(batch, 1, tokens, slots, dtype=torch.bool, device=q.device)
     if mask is not None:
         keep = keep & shown(mask)
-        scores = scores if mask.dtype == torch.bool else scores + mask.to(wide)[:, :, None]
+        scores = scores if mask.dtype == torch.bool else scores + added(mask, wide)[:, :, None]
         values = values.masked_fill(~keep.any(2)[..., None], 0.0)
     scores = scores.masked_fill(~keep[:, :, None], float("-inf"))
     weights = torch.softmax(scores, -1).masked_fill(~keep.any(-1)[:, :, None, :, None], 0.0)

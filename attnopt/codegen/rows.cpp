@@ -341,7 +341,7 @@ struct Many {
 
 // --- both -----------------------------------------------------------------------------------------------------------
 
-// Floats that the pieces of one go leave, at most, but for the last block's: 16 MB.
+// Floats that the pieces of one go leave, at most, but for the last block's: 16 MB. More than twice as many are not kept.
 constexpr int64_t MOST_FOUND = 1 << 22;
 
 // The work of one go, in memory that is kept: blocks, and their pieces, one block after the other.
@@ -358,6 +358,7 @@ struct Work {
     blocks.clear();
     pieces.clear();
     begins.clear();
+    if (static_cast<int64_t>(memory.size()) > 2 * MOST_FOUND) std::vector<float>().swap(memory);
   }
 
   // Whether there is enough of it, where a piece leaves `held` floats.

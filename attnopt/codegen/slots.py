@@ -24,7 +24,7 @@ from attnopt.errors import CacheFull
 
 def slots(positions: Tensor, capacity: int, sink: int) -> Tensor:
     """The slot of each position, int of the same shape; counted from the first slot of the KV head."""
-    return torch.where(positions < sink, positions, sink + (positions - sink) % (capacity - sink))
+    return torch.where(positions < sink, positions, sink + (positions - sink) % max(1, capacity - sink))
 
 
 def held(n: Tensor | int, capacity: int, sink: int, first: int | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def held(n: Tensor | int, capacity: int, sink: int, first: int | None = None) ->
     count = torch.as_tensor(n).long()[..., None]
     slot = torch.arange(capacity if first is None else first, device=count.device)
     last = count - 1
-    ring = last - (last - slot) % (capacity - sink)
+    ring = last - (last - slot) % max(1, capacity - sink)
     found = torch.where(slot < sink, slot, ring)
     empty = (found > last) | (found < torch.where(slot < sink, 0, sink))
     return found.masked_fill(empty, -1)
@@ -45,11 +45,14 @@ def survives(positions: Tensor, after: Tensor | int, capacity: int, sink: int) -
 
 
 def refuse_overflow(tokens: int, slots: int, n: Tensor, valid: Tensor | None, table: Tensor) -> None:
-    """Raise CacheFull where a head that holds every token (its window is wider than its ring) has too few slots."""
+    """Raise CacheFull where a head that holds every token (its window is wider than its ring) has too few slots;
+    ValueError where n is negative or the table is not that of the cache."""
     rows = table.tolist()
     total = sum(row[1] for row in rows)
     if total != slots:
         raise ValueError(f"the table has {total} slots, the cache {slots}")
+    if n.numel() and int(n.min()) < 0:
+        raise ValueError(f"n is negative: {n.tolist()}")
     room = min((capacity for _, capacity, sink, window in rows if window > capacity - sink), default=None)
     if room is None or not n.numel():
         return

@@ -297,15 +297,22 @@ extern "C" {
 // Whether this CPU has a matrix unit for bfloat16; without one the layout above would only cost time.
 int has_matrix_unit() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-void prefill_bfloat16(
+// 0, or FAILED.
+int prefill_bfloat16(
     BFloat16* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
     const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
-  prefill<BFloat16>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+  return guarded([&] {
+    prefill<BFloat16>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+    return 0;
+  });
 }
 
-void prefill_float32(
+int prefill_float32(
     float* const* data, const int64_t* strides, float* lse, const int* sinks, const int* windows, const bool* pad,
     const int64_t* heads, int64_t count, const int64_t* sizes, float scale) {
-  prefill<float>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+  return guarded([&] {
+    prefill<float>(data, strides, lse, sinks, windows, pad, heads, count, sizes, scale);
+    return 0;
+  });
 }
 }

@@ -48,8 +48,9 @@ def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     (B, T, H, Dv).
 
     mask: bool, true where a key is kept, or floating, added to the scores, minus infinity where a key is not kept; None
-    keeps all. On the CPU the columns before the first and behind the last that a batch entry keeps are not read. A GPU
-    reads all of them: to know which count it would have to wait. KV heads are not repeated. A row that keeps nothing
+    keeps all. On the CPU the columns before the first and behind the last that a batch entry keeps are not read,
+    nor, where the compiled kernel serves, those between that no row keeps. A GPU reads all of them: to know which count
+    it would have to wait. KV heads are not repeated. A row that keeps nothing
     is 0.
     """
     _checked(q, k, v, mask)
@@ -73,7 +74,7 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     rows = None
     if mask is not None:
         rows = reference_live.shown(mask).any(-1, keepdim=True)
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = mask if mask.dtype == torch.bool else reference_live.added(mask, q.dtype)
         mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, share, 1)
         mask = mask.expand(batch, k.shape[1], share * tokens, k.shape[2])
     packed = q.reshape(batch, k.shape[1], share * tokens, dim)

@@ -165,6 +165,43 @@ def test_no_room_left(tokens: int, fresh: bool, dtype: torch.dtype) -> None:
     assert n.tolist() == [32]
 
 
+@pytest.mark.parametrize(("tokens", "fresh"), [(3, False), (1, False), (20, True), (1030, True)])
+def test_a_negative_count_is_refused(tokens: int, fresh: bool, dtype: torch.dtype) -> None:
+    """As too much was taken back. Slots before the first are memory of somebody else."""
+    q, k, v, keys, values, n, *rest = given(tokens, dtype, 1100)
+    with pytest.raises(ValueError, match="n is negative"):
+        cache_cpu.step(q, k, v, keys, values, n.fill_(-5), *rest, SCALE, fresh)
+    assert not keys.any() and not values.any() and n.tolist() == [-5]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_head_of_sinks_alone(tokens: int, dtype: torch.dtype) -> None:
+    """Its ring has no slots: what comes behind the sinks is not kept, and attends to nothing but them and itself."""
+    table = torch.tensor([[0, 4, 4, 0]], dtype=torch.int32)
+    spans = torch.tensor([[4, 0]], dtype=torch.int32)
+    for seen in (0, 3, 4, 9):
+        generator = torch.Generator().manual_seed(seen)
+        q, k, v = (torch.randn(1, 1, tokens, 32, generator=generator).to(dtype) for _ in range(3))
+        caches = [[torch.ones(1, 4, 32, dtype=kind) for _ in range(2)] for kind in (dtype, torch.float64)]
+        counts = [torch.tensor([seen], dtype=torch.int32) for _ in range(2)]
+        found = cache_cpu.step(q, k, v, *caches[0], counts[0], None, table, spans, SCALE, seen == 0)
+        wide = q.double(), k.double(), v.double()
+        expected = reference(*wide, *caches[1], counts[1], None, table, spans, SCALE, seen == 0)
+        assert relative(found, expected) <= TOLERANCE[dtype]
+        assert all(torch.equal(ours.double(), theirs) for ours, theirs in zip(*caches, strict=True))
+
+
+def test_inference_tensors_stay_in_inference_mode(dtype: torch.dtype) -> None:
+    """Elsewhere torch's own operators refuse to write to them."""
+    with torch.inference_mode():
+        q, k, v, keys, values, n, *rest = given(1, dtype)
+        cache_cpu.step(q, k, v, keys, values, n, *rest, SCALE, False)
+        before = keys.clone(), values.clone()
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        cache_cpu.step(q, k, v, keys, values, n, *rest, SCALE, False)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1]) and n.tolist() == [31]
+
+
 def test_a_table_of_another_cache_is_refused(dtype: torch.dtype) -> None:
     if native.unusable(dtype):
         pytest.skip("torch's operators trust the operator's own check")

@@ -104,6 +104,7 @@ def test_mistakes_are_said_by_python(asked: list[str]) -> None:
             CacheFull,
             "holds 48 tokens of a row, and this would be 49",
         ),
+        (changed(n=torch.tensor([6, -1], dtype=torch.int32)), ValueError, "n is negative"),
         (changed(n=torch.tensor([6, 4])), ValueError, "int64"),
         (changed(v=torch.zeros(2, 2, 3, 64).bfloat16()), ValueError, "expected one dtype"),
         (changed(k=torch.zeros(2, 2, 4, 32)), ValueError, "expected q"),
@@ -116,6 +117,19 @@ def test_mistakes_are_said_by_python(asked: list[str]) -> None:
         with pytest.raises(error, match=said):
             torch.ops.attnopt.attend_update(*given.values())
         assert all(torch.equal(given[x], old) for x, old in zip(("keys", "values", "n"), before, strict=True))  # type: ignore[arg-type]
+
+
+def test_inference_tensors_go_round(asked: list[str]) -> None:
+    with torch.inference_mode():
+        given = update()
+        torch.ops.attnopt.attend_update(*given.values())
+    assert not asked
+    for names in (["keys"], ["values"], ["n"]):
+        one = update() | {x: given[x] for x in names}
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+            torch.ops.attnopt.attend_update(*one.values())
+    assert len(asked) == 3
+    assert torch.equal(given["n"], torch.tensor([9, 6], dtype=torch.int32))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("variable", "value"), [("ATTNOPT_NATIVE", "0"), ("ATTNOPT_TARGET", "reference")])

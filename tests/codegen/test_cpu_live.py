@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import pytest
 import torch
 from ragged import relative
 from torch import Tensor
 
-from attnopt.codegen import native
+from attnopt.codegen import live_cpu, native
 from attnopt.codegen.reference_live import attend as reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -37,7 +40,8 @@ def masks(tokens: int) -> dict[str, Tensor]:
     written = (column < 690) & ~((column >= 130) & (column < 134))
     filled = ((column <= 600 + row) & written)[None, None]
     left = (column >= torch.tensor([0, 40, 599])[:, None])[:, None, None]
-    scattered = torch.rand(3, 1, tokens, COLUMNS, generator=torch.Generator().manual_seed(1)) < 0.3
+    # In few enough runs for the kernel.
+    scattered = (torch.rand(3, 1, tokens, COLUMNS, generator=torch.Generator().manual_seed(1)) < 0.3) & (column < 150)
     nothing = filled & left
     nothing[1, 0, -1] = False
     return {
@@ -114,6 +118,40 @@ def test_two_threads_change_little(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     assert found is not None
     assert relative(found, reference(q.double(), k.double(), v.double(), keep, 0.2)) <= TOLERANCE[dtype]
+
+
+def test_very_many_short_runs_are_left(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel would take several times as long; it still takes as many in wider buffers, and 64 anywhere."""
+    q, k, v = inputs(4, 1, dtype)
+    asked: list[object] = []
+    monkeypatch.setattr(live_cpu, "_attend", lambda *a, run=live_cpu._attend: asked.append(a) or run(*a))
+    column = torch.arange(COLUMNS)
+    for runs, left in ((64, False), (65, True)):
+        keep = ((column % 2 == 0) & (column < 2 * runs))[None, None, None]
+        assert (native.live(q, k, v, keep, 0.2) is None) == left
+        found = live_cpu.attend(q, k, v, keep, 0.2)
+        assert relative(found, reference(q.double(), k.double(), v.double(), keep, 0.2)) <= TOLERANCE[dtype]
+        assert len(asked) == left
+    wide = torch.arange(65 * 32) % 32 == 0
+    k, v = (torch.ones(3, 2, len(wide), d, dtype=dtype) for d in (64, 32))
+    assert native.live(q, k, v, wide[None, None, None], 0.2) is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_goes_after_a_large_call() -> None:
+    """1250 pieces leave 64 rows of 130 floats each: 42 MB."""
+    if reason := native.unusable():
+        pytest.skip(reason)
+    q, k, v = (torch.ones(1, h, t, d) for h, t, d in ((4, 16, 32), (1, 40000, 32), (1, 40000, 128)))
+    keep = (torch.arange(40000) % 32 == 0)[None, None, None]
+
+    def resident() -> int:
+        with open("/proc/self/statm") as sizes:
+            return int(sizes.read().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    assert native.live(q, k, v, keep, 0.2) is not None
+    assert resident() - before < 20 * 2**20
 
 
 def test_masks_of_another_type_are_left(dtype: torch.dtype) -> None:

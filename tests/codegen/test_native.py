@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from dataclasses import replace
 
 import pytest
 import torch
 from ragged import CASES, Case, arguments, drawn, relative
 
-from attnopt.codegen import decode_cpu, native, span_cpu
+from attnopt.codegen import decode_cpu, linear_native, native, span_cpu
 from attnopt.codegen.reference_decode import decode as decoded
 from attnopt.codegen.reference_prefill import prefill_lse as reference
 
@@ -244,6 +245,36 @@ def test_the_decoding_takes_it(dtype, monkeypatch):
     ):
         with pytest.raises(ValueError, match=reason):
             decode_cpu.decode(q, k, v, torch.tensor(segments), filled, 0.25)
+
+
+FAR = 2**50
+# What is packed for a kernel whose memory nothing could hold, which is asked for before an address is read; {} is that
+# of zeros.
+TOO_LARGE = {
+    "decode": ["0 0 0 0 {} {} 0 0 0 0", "0 " * 11, f"0 1 1 {FAR} 32 32 0"],
+    "step": ["0 0 0 0 0 0 {} 0 {} {}", "0 " * 17, f"1 1 1 {FAR} 0 32 32"],
+    "look": ["0 0 0 0 0", "0 " * 14, "0", f"1 1 1 {FAR} 0 32 32"],
+    "linear prefill": ["0 0 0 0 0 {} {} {} 0", "0 " * 8, "0 " * 12, f"1 1 1 1 {FAR} 32 1 {FAR} 0"],
+    "linear decode": ["0 0 0 0 0 {} {} 0", "0 " * 8, "0 " * 6, f"1 1 1 1 {FAR} 32 1 {FAR} 0"],
+}
+
+
+@pytest.mark.parametrize("name", [*TOO_LARGE, "prefill"])
+def test_exceptions_end_in_python(name, dtype):
+    """And not the process: ctypes lets none through."""
+    zeros = torch.zeros(64, dtype=torch.int32)
+    said = f"{name.split()[-1]}_{str(dtype)[6:]} .* failed .*ATTNOPT_NATIVE=0"
+    with pytest.raises(RuntimeError, match=said):
+        if name == "prefill":
+            x = torch.zeros(32, dtype=dtype).as_strided((1, FAR, 2, 32), (0, 0, 0, 1))
+            native.prefill(x, x, x, x, None, zeros, zeros, None, [0], 0.2)
+        else:
+            numbers = [int(x) for x in " ".join(TOO_LARGE[name]).format(*[zeros.data_ptr()] * 3).split()]
+            packed = struct.pack(f"{len(numbers)}q", *numbers)
+            if name.startswith("linear"):
+                linear_native._entry(name.split()[1], dtype)(packed)
+            else:
+                native._entry(name, dtype)(packed, 0.2)
 
 
 @pytest.fixture

@@ -83,6 +83,40 @@ def test_dead_columns_are_not_read() -> None:
     torch.testing.assert_close(live(q, k, v, keep, 0.2).double(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("written", [torch.nan, torch.inf])
+def test_hidden_columns_between_kept_ones(native: str, written: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no row keeps may be anything there too, with few rows and with many, of KV heads that share a mask."""
+    monkeypatch.setenv("ATTNOPT_NATIVE", native)
+    column = torch.arange(SLOTS)
+    for tokens, batch in ((1, 1), (3, BATCH), (40, BATCH)):
+        q = normal(BATCH, 4, tokens, DIM)
+        k, v = (normal(BATCH, KV_HEADS, SLOTS, DIM, seed=n) for n in (1, 2))
+        keep = ((column < 20) & (column != 7) & (column != 11)).repeat(batch, 1, tokens, 1)
+        keep[:, :, :, -1] = True
+        for mask in (keep, torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)):
+            expected = written_out(q, k, v, keep, 0.2)
+            dirty = [x.masked_fill(~keep[:, 0, 0, None, :, None], written) for x in (k, v)]
+            torch.testing.assert_close(live(q, *dirty, mask, 0.2).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("target", "native"), [("cpu", "1"), ("cpu", "0"), ("triton", "1"), ("reference", "1")])
+def test_the_least_number_everywhere_is_an_average(target: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wider dtype than q's too, in which it has no number."""
+    monkeypatch.setenv("ATTNOPT_TARGET", target)
+    monkeypatch.setenv("ATTNOPT_NATIVE", native)
+    for narrow, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        q, k, v = (normal(1, h, t, DIM, seed=h).to(narrow) for h, t in ((4, 2), (2, SLOTS), (2, SLOTS)))
+        mask = torch.zeros(1, 1, 2, SLOTS, dtype=wide)
+        mask[:, :, 0] = torch.finfo(wide).min
+        mask[:, :, 1, 5:] = torch.finfo(wide).min
+        found = live(q, k, v, mask, 0.2).double()
+        mean = v.double().mean(2).repeat_interleave(2, 1)
+        torch.testing.assert_close(found[:, :, 0], mean, rtol=1e-2, atol=2e-3)
+        few = written_out(q[:, :, 1:], k[:, :, :5], v[:, :, :5], None, 0.2)
+        torch.testing.assert_close(found[:, :, 1:], few, rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_entries_that_keep_other_columns_are_read_apart(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of torch's operators: what an entry does not keep is NaN, also where another entry keeps it."""
