@@ -294,6 +294,23 @@ def test_what_they_do_not_serve_is_said(asked_anew, monkeypatch):
     assert native.told() == dict.fromkeys(("float32", "bfloat16"), "ATTNOPT_NATIVE is 0")
 
 
+def test_kernels_are_there_where_the_dispatcher_is_another(asked_anew, monkeypatch):
+    """What is built on torch's insides is left out where it does not compile."""
+    from torch._inductor.codecache import CppCodeCache
+
+    whole, load, asked = "".join(path.read_text() for path in native.SOURCES), CppCodeCache.load, []
+
+    def compiled(text):
+        asked.append("registerImpl" in text)
+        if asked[-1]:
+            raise RuntimeError("no member named registerImpl")
+        # Not compiled once more for this test.
+        return load(whole)
+
+    monkeypatch.setattr(CppCodeCache, "load", compiled)
+    assert native.unusable() == "" and asked == [True, False]
+
+
 def test_without_a_compiler_torchs_operators_run(asked_anew, monkeypatch, caplog):
     from torch._inductor.codecache import CppCodeCache
 
