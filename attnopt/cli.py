@@ -314,8 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The model is here; nothing is to be looked up.
         os.environ["HF_HUB_OFFLINE"] = "1"
     from attnopt import commands
+    from attnopt.backend import bypass
     from attnopt.errors import AttnoptError
 
+    bypass.keep_quiet()
     try:
         if args.command == "demo":
             from attnopt import demo

@@ -100,3 +100,9 @@ def test_it_is_said_where_the_backend_is_looked_up(
     assert not said(caplog)
     torch.compile(Generating().eval(), backend="found_late", dynamic=False)
     assert len(said(caplog)) == 1
+
+
+def test_commands_that_compile_models_to_time_them_are_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    bypass.keep_quiet()
+    bypass.say(Generating().eval())
+    assert not said(caplog)

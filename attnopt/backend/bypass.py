@@ -40,6 +40,12 @@ def called() -> None:
                 return
 
 
+def keep_quiet() -> None:
+    """For attnopt's own commands, which compile models to look at them and to time them, and generate with none."""
+    global _said
+    _said = True
+
+
 def frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
