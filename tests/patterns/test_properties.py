@@ -178,7 +178,7 @@ def test_random_spellings_are_one_site_with_the_right_record(chosen: Pieces) -> 
     assert [normalised(site.canonical) for site in traced.sites] == [chosen.record], traced.misses
 
 
-@examples(20)
+@examples(14)
 @given(pieces(), st.sampled_from([*BROKEN_SCORES.items(), *((n, None) for n in BROKEN_WEIGHTS)]))
 def test_one_broken_piece_makes_it_no_attention(chosen: Pieces, broken: tuple[str, Any]) -> None:
     name, on_scores = broken
@@ -236,7 +236,7 @@ def steps() -> st.SearchStrategy[list[Step]]:
     return st.lists(step, min_size=3, max_size=9)
 
 
-@examples(20)
+@examples(14)
 @given(steps())
 def test_random_programs_compute_what_they_computed(program: list[Step]) -> None:
     """All sizes are equal, so a wrong axis shows in the numbers only; nothing is verified while compiling."""
