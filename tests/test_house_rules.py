@@ -21,14 +21,14 @@ LINKS = ("passes", "patterns", "codegen")
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
-    0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json"),
+    0: ("ir", "errors", "reasons", "settings", "registry", "corpus", "strict_json", "arguments"),
     1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "fitting", "statistics", "profile_file"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
-    7: ("cli", "__main__", "__init__"),
+    7: ("options", "cli", "__main__", "__init__"),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 

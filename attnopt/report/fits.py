@@ -11,7 +11,7 @@ from rich.text import Text
 from attnopt.fitted import Fitted, plain_window
 from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
-from attnopt.report.terminal import _table, console
+from attnopt.report.terminal.console import console, table
 
 
 def fitted_json(fitted: Fitted) -> dict[str, Any]:
@@ -58,19 +58,19 @@ def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
     to.print(Text(f"fits of model {found['fingerprint']}", style="bold"))
     to.print(f"{found['settings']}; tried at {', '.join(map(str, found['lengths']))} tokens")
     columns = ("site", "replacement", "offered", "window loses", "it loses", "maps")
-    table = _table(columns, columns[2:5])
+    listed = table(columns, columns[2:5])
     # replacement -> (nats lost by it, by its window alone) of every head
     against: dict[str, list[tuple[float, float]]] = {}
     for site, rows in found["sites"].items():
         for row in _narrowest(rows):
             damage, window = row["damage"][longest], (row["window_damage"] or {}).get(longest)
-            table.add_row(
+            listed.add_row(
                 site, row["choice"], f"{len(row['offered'])} of {len(damage)}",
                 "" if window is None else f"{sum(window):.3g}", f"{sum(damage):.3g}", _methods(row["fits"]),
             )  # fmt: skip
             if window is not None:
                 against.setdefault(row["replacement"], []).extend(zip(damage, window, strict=True))
-    to.print(table)
+    to.print(listed)
     to.print(f"nats per token, summed over the heads of a site, at {longest} tokens and the narrowest window")
     for what, heads in against.items():
         loses, alone = (sum(column) for column in zip(*heads, strict=True))

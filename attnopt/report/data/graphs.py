@@ -1,0 +1,129 @@
+"""Traced graphs as plain data: every site, what was done to it or why not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from attnopt.ir import GraphReport, Miss, Refusal, Site, page
+from attnopt.plan import fold
+from attnopt.report.cells import fold_rows, short_source
+
+
+def graphs_json(reports: Sequence[GraphReport]) -> dict[str, Any]:
+    """graphs: one record each. rows: all sites, misses and refusals, folded, for people. counts and total times."""
+    graphs = [_graph(n, report) for n, report in enumerate(reports)]
+    sites = [site for graph in graphs for site in graph["sites"]]
+    times: Counter[str] = Counter()
+    for graph in graphs:
+        for step in graph["passes"]:
+            times[step["name"]] += step["milliseconds"]
+    return {
+        "graphs": graphs,
+        "rows": _folded(graphs),
+        "counts": {
+            "graphs": len(graphs),
+            "sites": len(sites),
+            "rewritten": sum(site["lowering"] != "" for site in sites),
+            "left_alone": sum(site["lowering"] == "" for site in sites),
+            "not_recognised": sum(len(graph["misses"]) for graph in graphs),
+            "graphs_left_alone": sum(graph["fallback"] != "" for graph in graphs),
+        },
+        "pass_milliseconds": dict(times),
+    }
+
+
+def _graph(index: int, report: GraphReport) -> dict[str, Any]:
+    rewrites = {rewrite.site.name: rewrite for rewrite in report.rewrites}
+    reasons: dict[str, list[str]] = {}
+    for refusal in report.refusals:
+        reasons.setdefault(refusal.path, []).append(refusal.reason)
+    sites = []
+    for site in report.sites:
+        done = rewrites.get(site.name)
+        sites.append({
+            **_site(site),
+            "lowering": done.lowering if done else "",
+            "note": done.note if done else "",
+            "choices": fold(done.choices) if done else {},
+            "reasons": reasons.get(site.name, []),
+            "seen": [_seen(refusal) for refusal in report.refusals if refusal.path == site.name],
+        })  # fmt: skip
+    known = {site.name for site in report.sites}
+    return {
+        "index": index,
+        "plan": report.plan,
+        "fallback": report.fallback,
+        "fallback_code": report.fallback_code,
+        "notes": list(report.notes),
+        "sites": sites,
+        "refusals": [
+            asdict(refusal) | _seen(refusal) | {"known_site": refusal.path in known} for refusal in report.refusals
+        ],
+        "misses": [asdict(miss) | _seen(miss) for miss in report.misses],
+        "passes": [asdict(step) for step in report.history],
+        "rules": dict(report.rules),
+    }
+
+
+def _seen(reason: Miss | Refusal) -> dict[str, str]:
+    """The operation a reason was seen at, without the node's name so that equal layers fold, and its page."""
+    found = re.search(r"\((.*)\)", reason.node)
+    return {"op": found[1] if found else "", "page": page(reason.code)}
+
+
+def _site(site: Site) -> dict[str, Any]:
+    facts = asdict(site)
+    mask = {"mask": str(site.mask), "mask_kind": site.mask.kind, "padded": site.mask.padded}
+    return facts | mask | {"name": site.name, "extras": site.extras}
+
+
+def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per distinct outcome: site or miss, equal layers and equal graphs together."""
+    rows: list[dict[str, Any]] = []
+    for graph in graphs:
+        for site in graph["sites"]:
+            rows.append({
+                "site": site["name"],
+                "pattern": site["pattern"],
+                "heads": _pair(site["heads"], site["kv_heads"]),
+                "dim": _pair(site["head_dim"], site["head_dim_v"]),
+                "dtype": site["dtype"],
+                "mask": ", ".join([site["mask"], *site["extras"]]),
+                "state": "rewritten" if site["lowering"] else "left alone",
+                "done": site["lowering"],
+                "why": "; ".join([site["note"]] * bool(site["note"]) + site["reasons"]),
+                "source": short_source(site["source"]),
+                "op": ", ".join(dict.fromkeys(s["op"] for s in site["seen"])),
+                "page": ", ".join(dict.fromkeys(s["page"] for s in site["seen"])),
+            })  # fmt: skip
+        for refusal in graph["refusals"]:
+            if not refusal["known_site"]:
+                rows.append(_bare(refusal, "left alone"))
+        for miss in graph["misses"]:
+            rows.append(_bare(miss, "not recognised"))
+        if graph["fallback"]:
+            whole = Refusal(graph["fallback"], code=graph["fallback_code"])
+            rows.append(_bare(asdict(whole) | _seen(whole), "left alone"))
+    out = []
+    for name, members in fold_rows(rows, lambda r: r["site"], lambda r: tuple(v for k, v in r.items() if k != "site")):
+        names = Counter(row["site"] for row in members)
+        out.append(members[0] | {"site": name, "layers": len(names), "graphs": max(names.values())})
+    return out
+
+
+def _bare(reason: dict[str, Any], state: str) -> dict[str, Any]:
+    """The row of what is no site."""
+    blank = dict.fromkeys(("pattern", "heads", "dim", "dtype", "mask"), "")
+    return {
+        "site": reason["path"] or "graph", **blank, "state": state, "done": "", "why": reason["reason"],
+        "source": short_source(reason["source"]), "op": reason["op"], "page": reason["page"],
+    }  # fmt: skip
+
+
+def _pair(one: int, two: int) -> str:
+    """A size that K may have fewer of than q; 0 stands for one known at run time only."""
+    return (str(one) if one else "?") if one == two else f"{one}/{two}"

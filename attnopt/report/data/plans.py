@@ -1,0 +1,171 @@
+"""A plan, and the search that found it, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from attnopt.cost import kept_pairs
+from attnopt.plan import Plan
+from attnopt.planner.verify import Record
+from attnopt.registry import CANDIDATES
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
+    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left."""
+    length = plan.lengths.planned
+    sites: dict[str, list[dict[str, Any]]] = {}
+    spans: Counter[tuple[str, int, int, float, bool, str, str]] = Counter()
+    for name, choices in plan.choices.items():
+        heads: list[dict[str, Any]] = []
+        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
+            dense = window >= length
+            sink, window = (0, length) if dense else (sink, window)
+            kept = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
+            kind, far = choice.candidate, CANDIDATES[choice.candidate].far
+            spans[str(choice), sink, window, kept, dense, kind, far] += 1
+            heads.append({
+                "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
+                "candidate": kind, "far": far,
+            })  # fmt: skip
+        sites[name] = heads
+    ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
+    every: list[float] = [head["kept"] for heads in sites.values() for head in heads]
+    return {
+        "id": plan.id,
+        "model": plan.model,
+        "fingerprint": plan.fingerprint.structure,
+        "budget": {**asdict(plan.budget), "unit": plan.budget.unit},
+        "objective": plan.objective,
+        "constraints": {
+            **asdict(plan.constraints),
+            "protect": list(plan.constraints.protect),
+            "allow": list(plan.constraints.allow),
+        },
+        "lengths": {
+            "profiled": list(plan.lengths.profiled),
+            "planned": length,
+            "verified": list(plan.lengths.verified),
+        },
+        "min_length": plan.min_length,
+        "predicted": asdict(plan.predicted),
+        "measured": [asdict(m) for m in plan.measured],
+        "edited": plan.edited,
+        "cost_table": plan.cost_table,
+        "calibration": plan.calibration,
+        "seed": plan.seed,
+        "versions": dict(plan.versions),
+        "sites": sites,
+        "spans": [
+            {
+                "choice": choice,
+                "sink": sink,
+                "window": window,
+                "kept": kept,
+                "dense": dense,
+                "heads": count,
+                "candidate": kind,
+                "far": far,
+            }
+            for (choice, sink, window, kept, dense, kind, far), count in ordered
+        ],
+        "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
+        "density": sum(every) / len(every) if every else 1.0,
+    }
+
+
+# Where a cost comes from, in words.
+COSTS = {
+    "measured": "measured on this device",
+    "roofline": "a roofline, not measured",
+    "density": "pairs counted, not measured",
+    "bytes": "bytes counted, not measured",
+}
+
+
+def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
+    """What was asked for besides the budget, in words."""
+    words = {
+        "min_speedup": "at least {:g} times as fast",
+        "max_kv_memory": "at most {:.1%} of the KV cache",
+        "max_kv_bytes": "at most {} bytes of KV cache",
+        "max_rules": "at most {} spans a layer",
+        "protect_top": "the {} heads whose removal hurts most stay dense",
+        "dense_below": "dense under {} tokens",
+        "retrieval": "a nat per answer of the probe counts as {:g} nats per token",
+    }
+    found = [text.format(asked[name]) for name, text in words.items() if asked[name] is not None]
+    found += [f"dense: {', '.join(asked['protect'])}"] if asked["protect"] else []
+    return found + ([f"weighed besides spans: {', '.join(asked['allow'])}"] if asked.get("allow") else [])
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The plan's figures as (label, value), of the data of `plan_json`."""
+    predicted, budget = plan["predicted"], plan["budget"]
+    lengths = plan["lengths"]
+    facts = [
+        ("model", f"{plan['model']} ({plan['fingerprint']})"),
+        ("budget", f"{budget['limit']:g} {budget['unit']}"),
+        ("lengths", f"planned {lengths['planned']}, profiled {_list(lengths['profiled'])}, "
+                    f"verified {_list(lengths['verified'])}"),
+        ("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token; {plan['objective']} "
+                      f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']}, "
+                      f"{predicted['speedup']:.2f}x ({COSTS.get(predicted['cost'], predicted['cost'])})"),
+    ]  # fmt: skip
+    if predicted["kv_memory"] < 1:
+        facts.append(("KV cache", f"{100 * predicted['kv_memory']:.1f} % of dense at {lengths['planned']}"))
+    if predicted["gap"] is not None:
+        facts.append(("exact plan", f"at most {predicted['gap']:.2f} % cheaper than the front's"))
+    asked = constraint_texts(plan["constraints"])
+    if asked:
+        facts.append(("constraints", "; ".join(asked)))
+    for m in plan["measured"]:
+        facts.append((f"measured ({m['split']}, {m['length']})", (
+            f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {budget['unit']}; loss "
+            f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+            + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
+            + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
+            + ("" if m["planned_retrieval"] is None else
+               f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %")
+        )))  # fmt: skip
+    if not plan["measured"]:
+        facts.append(("measured", "nothing yet"))
+    if plan["edited"]:
+        facts.append(("edited", "the measurements belong to other choices than these"))
+    if plan["min_length"]:
+        stays = " but for pruned heads" if "pruned" in plan["candidates"] else ""
+        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}"))
+    if set(plan["candidates"]) - {"dense", "sink_window"}:
+        facts.append(("heads", ", ".join(f"{n} {name}" for name, n in plan["candidates"].items())))
+    facts.append(("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {lengths['planned']}"))
+    return facts
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The verify search: the figures of the worst length beside the prediction, and every measurement."""
+    return [
+        {
+            "step": record.step,
+            "predicted": record.predicted,
+            "cost": record.cost,
+            "increase": finite(record.worst.increase),
+            "upper_95": finite(record.worst.upper_95),
+            "length": record.worst.length,
+            "holds": record.holds,
+            "measured": [{k: finite(v) for k, v in asdict(m).items()} for m in record.measured],
+        }
+        for record in records
+    ]
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: null stands for what has no bound."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
