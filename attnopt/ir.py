@@ -294,12 +294,14 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did: its name, milliseconds, and node counts before and after."""
+    """What one pass did: its name, milliseconds, and node counts before and after. text: the graph after it, where texts
+    are kept and it changed something."""
 
     name: str
     milliseconds: float
     before: int
     after: int
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.before} -> {self.after} nodes in {self.milliseconds:.1f} ms"
