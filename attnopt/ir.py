@@ -294,8 +294,10 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did: its name, milliseconds, and node counts before and after. text: the graph after it, where texts are
-    kept and it changed something."""
+    """What one pass did: its name, milliseconds, and node counts before and after.
+
+    text: the graph after it, where texts are kept and it changed something.
+    """
 
     name: str
     milliseconds: float
