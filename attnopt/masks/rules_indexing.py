@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -140,22 +141,12 @@ def view(interpreter: Interpreter, node: Node, index: Index) -> Value | None:
 
 def equal_run(old: list[Any], new: list[Any], o: int, n: int) -> tuple[int, int] | None:
     """Where the shortest runs of dimensions from o and n with equal products end; all but the first sizes are ints."""
-    o_end, n_end = o + 1, n + 1
-    while n_end <= len(new) and o_end <= len(old):
-        before, after = product(old[o:o_end]), product(new[n:n_end])
-        if same_size(before, after):
+    ends = itertools.product(range(o + 1, len(old) + 1), range(n + 1, len(new) + 1))
+    # By length, not by size: which of two symbolic products is the smaller one is not known.
+    for o_end, n_end in sorted(ends, key=sum):
+        if same_size(product(old[o:o_end]), product(new[n:n_end])):
             known = all(isinstance(s, int) for s in (*old[o + 1 : o_end], *new[n + 1 : n_end]))
             return (o_end, n_end) if known else None
-        # Where sizes are symbolic, their hints do not count: whichever is proved smaller grows.
-        if isinstance(before, int) and isinstance(after, int):
-            if before < after:
-                o_end += 1
-            else:
-                n_end += 1
-        elif n_end - n > o_end - o or n_end == len(new):
-            o_end += 1
-        else:
-            n_end += 1
     return None
 
 

@@ -59,6 +59,9 @@ def term_of(term: RawTerm, match: Match) -> Term:
             size: Any = 1
             for atom in run:
                 size = size * atom.size
+            if not isinstance(size, int) and at != Affine():
+                # No affine index says this: a position of its own, of which nothing is known.
+                return Affine.var(".".join(atom.name for atom in atoms))
             at = (at * size if isinstance(size, int) else at) + Affine.var(name)
             rest = rest[len(run) :]
         return at

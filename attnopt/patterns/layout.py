@@ -59,6 +59,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
 
 
+def plain(size: Any) -> Any:
+    """A size as an int where it is one: 12*s0 // s0 is the symbol's 12, and no int."""
+    expr = getattr(getattr(size, "node", None), "expr", None)
+    return int(expr) if getattr(expr, "is_Integer", False) else size
+
+
 def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
@@ -100,6 +106,7 @@ class Space:
 
     def new(self, size: Any) -> tuple[Atom, ...]:
         """A fresh axis; a dimension of size one needs none."""
+        size = plain(size)
         if is_one(size):
             return ()
         self._made += 1
@@ -111,7 +118,7 @@ class Space:
     def split(self, atom: Atom, outer: Any, inner: Any) -> tuple[Atom, Atom]:
         """Cut an axis into `outer` times `inner`; every dims resolved later sees the two."""
         if atom not in self.parts:
-            self.parts[atom] = (Atom(f"{atom.name}.0", outer), Atom(f"{atom.name}.1", inner))
+            self.parts[atom] = (Atom(f"{atom.name}.0", plain(outer)), Atom(f"{atom.name}.1", plain(inner)))
         return self.parts[atom]
 
     def atoms(self, atoms: Iterable[Atom]) -> tuple[Atom, ...]:
