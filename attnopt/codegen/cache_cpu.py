@@ -74,8 +74,7 @@ def _token(
     plain = windows.view(len(rows), -1).amin(1) >= most
     if not bool(plain.any()):
         positions = torch.cat([held(n, capacity, sink) for _, capacity, sink, _ in rows], 1).int()
-        out = decode_cpu.decode(q, keys, values, starts, filled, scale, sinks, windows, positions, at)
-        return tokens_first(out)
+        return decode_cpu.decode(q, keys, values, starts, filled, scale, sinks, windows, positions, at)
     out = decode_cpu.decode(q, keys, values, starts, filled * plain, scale)
     if valid is not None:
         out = out.masked_fill_(~valid[:, None, :, None], 0.0)
@@ -88,9 +87,4 @@ def _token(
             place = held(n, capacity, sink, slots.stop - start)
             keep = kept_old(place, at, 1, spans[own])
             out[:, own] = masked(q[:, own], keys[:, slots], values[:, slots], keep, scale)[0]
-    return tokens_first(out)
-
-
-def tokens_first(x: Tensor) -> Tensor:
-    """(B, H, T, D) laid out as (B, T, H, D)."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return out

@@ -37,14 +37,14 @@ class Columns(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The contract of attnopt/codegen/reference_live.py; the result is laid out as (B, T, H, Dv)."""
+    """The contract of attnopt/codegen/reference_live.py."""
     _, heads, tokens, dim = q.shape
     width = v.shape[3]
     if q.numel() and width and heads // k.shape[1] * tokens <= native.MOST_ROWS and scale > 0:
         found = native.live(q, k, v, mask, scale) if native.takes(q.dtype, dim, width) else None
         if found is not None:
             return found
-    return _attend(q, k, v, mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
+    return _attend(q, k, v, mask, scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnopt import ops, settings
+from attnopt.codegen.cache_prefill import taken, together
 from attnopt.errors import AttnoptError, ModelError
 from attnopt.hf.cache import NAME
 from attnopt.hf.span_layer import Handle, autocast
@@ -142,8 +143,7 @@ def uncached(
     back = None
     if valid is not None:
         # Tokens that count come first, in their order: then columns are positions, and no later one is seen.
-        order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
-        back = torch.argsort(order, dim=1)
+        back, order = together(valid)
         query, key, value = (taken(x, order) for x in (query, key, value))
     if spans is None and not window:
         causal = query.shape[2] > 1
@@ -166,11 +166,6 @@ def uncached(
     if valid is None or back is None:
         return out
     return taken(out, back).masked_fill(~valid[:, None, :, None], 0)
-
-
-def taken(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, heads, T, D) with the tokens order (B, T)."""
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def mask(

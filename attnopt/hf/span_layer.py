@@ -247,7 +247,7 @@ class SpanLayer(CacheLayerMixin):
             self.batch_size = self.n.shape[0]
 
     def activate_past_recording(self) -> None:
-        """Keep what taking tokens back needs. RuntimeError where what is held already cannot."""
+        """Keep what taking tokens back needs. AttnoptError where what is held already cannot."""
         layout = self.layout
         if layout.slack >= ROLLBACK or all(layout.whole):
             return

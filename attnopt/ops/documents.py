@@ -10,20 +10,12 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen import documents_cpu, reference_documents
+from attnopt.ops.span import empty_tokens_first, tokens_first
 
 
 def implementation(q: Tensor) -> ModuleType:
     cpu = q.device.type == "cpu" and settings.target("cpu") != "reference"
     return documents_cpu if cpu else reference_documents
-
-
-def by_tokens(x: Tensor) -> Tensor:
-    """(B, heads, N, ·) laid out as (B, N, heads, ·), which the fakes promise."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def empty_by_tokens(x: Tensor, heads: int, width: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], heads, width).transpose(1, 2)
 
 
 @torch.library.custom_op("attnopt::document_attention", mutates_args=())
@@ -37,13 +29,13 @@ def document_attention(
     (B, H, N, Dv), physically (B, N, H, Dv), where rows with no kept key are 0, and what its backward needs beside it.
     """
     out, sums = implementation(q).prefill(q, k, v, ids, pad, scale, causal, window)
-    return by_tokens(out), by_tokens(sums)
+    return tokens_first(out), tokens_first(sums)
 
 
 @document_attention.register_fake
 def _(q, k, v, ids, pad, scale, causal, window):  # type: ignore[no-untyped-def]
-    sums = empty_by_tokens(q.to(torch.promote_types(q.dtype, torch.float32)), q.shape[1], 1)
-    return empty_by_tokens(q, q.shape[1], v.shape[3]), sums
+    sums = empty_tokens_first(q.to(torch.promote_types(q.dtype, torch.float32)), 1)
+    return empty_tokens_first(q, v.shape[3]), sums
 
 
 @torch.library.custom_op("attnopt::document_attention_backward", mutates_args=())
@@ -62,13 +54,13 @@ def document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the result."""
     made = implementation(q).gradients(grad, out, sums, q, k, v, ids, pad, scale, causal, window)
-    dq, dk, dv = (by_tokens(x) for x in made)
+    dq, dk, dv = (tokens_first(x) for x in made)
     return dq, dk, dv
 
 
 @document_attention_backward.register_fake
 def _(grad, out, sums, q, k, v, ids, pad, scale, causal, window):  # type: ignore[no-untyped-def]
-    return tuple(empty_by_tokens(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+    return tuple(empty_tokens_first(x, x.shape[3]) for x in (q, k, v))
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -61,10 +61,8 @@ def live_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
             "expected q (B, H, T, D), k (B, G, C, D), v (B, G, C, Dv) of one dtype and a mask (B | 1, 1, T | 1, C), "
             f"all on one device, found {found}"
         )
-    target = settings.target(q.device.type)
-    if target == "cpu":
-        return live_cpu.attend(q, k, v, mask, scale)
-    return tokens_first((reference_live.attend if target == "reference" else _whole)(q, k, v, mask, scale))
+    attend = {"cpu": live_cpu.attend, "reference": reference_live.attend}.get(settings.target(q.device.type), _whole)
+    return tokens_first(attend(q, k, v, mask, scale))
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

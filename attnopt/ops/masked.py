@@ -14,7 +14,7 @@ from attnopt import settings
 from attnopt.codegen import equal_runs as runs
 from attnopt.codegen.emit import load
 from attnopt.codegen.spec import MaskedPrefill
-from attnopt.ops.span import launches
+from attnopt.ops.span import empty_tokens_first, launches, tokens_first
 
 
 @torch.library.custom_op("attnopt::masked_attention", mutates_args=())
@@ -47,14 +47,12 @@ def masked_attention(
     module = load(spec)
     launches[spec.key()] += 1
     out = module.attend(q, k, v, tensors, sizes, sink, scale)
-    # The layout the fake promises; emitted kernels write it, so this copies nothing for them.
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return tokens_first(out)
 
 
 @masked_attention.register_fake
 def _(q, k, v, tensors, sizes, sink, form, scale):  # type: ignore[no-untyped-def]
-    batch, heads, queries, _ = q.shape
-    return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+    return empty_tokens_first(q, v.shape[3])
 
 
 @torch.library.custom_op("attnopt::equal_runs", mutates_args=())

@@ -62,7 +62,7 @@ def same(a: Any, b: Any) -> bool:
 def plain(size: Any) -> Any:
     """A size as an int where it is one: 12*s0 // s0 is the symbol's 12, and no int."""
     expr = getattr(getattr(size, "node", None), "expr", None)
-    return int(expr) if getattr(expr, "is_Integer", False) else size
+    return int(expr) if expr is not None and expr.is_Integer else size
 
 
 def is_one(size: Any) -> bool:
