@@ -310,9 +310,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """What one pattern answered at one of its anchors, a node of the graph: by which rules, or why not."""
+
+    pattern: str
+    node: str
+    matched: bool
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern} at {self.node}: {self.answer}"
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was;
-    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first."""
+    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first; `attempts`:
+    what each pattern answered at each of its anchors; `source`: the graph as captured, where texts are kept."""
 
     sites: tuple[Site, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
@@ -324,6 +338,8 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     fallback_code: str = ""
     rules: tuple[tuple[str, int], ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    source: str = ""
 
     def lines(self) -> list[str]:
         """One line per fact, in the order site, rewrite, refusal, miss."""
