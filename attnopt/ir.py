@@ -341,8 +341,13 @@ class GraphReport:
     attempts: tuple[Attempt, ...] = ()
     source: str = ""
 
+    @property
+    def whole(self) -> Refusal | None:
+        """Why the whole graph was left alone, if it was."""
+        return Refusal(self.fallback, code=self.fallback_code) if self.fallback else None
+
     def lines(self) -> list[str]:
-        """One line per fact, in the order site, rewrite, refusal, miss."""
-        facts: list[Any] = [*self.rewrites, *self.refusals, *self.misses, *self.notes]
-        whole = [str(Refusal(self.fallback, code=self.fallback_code))] if self.fallback else []
-        return whole + [str(fact) for fact in facts]
+        """One line per fact, in the order graph, rewrite, refusal, miss, note."""
+        whole = [self.whole] if self.fallback else []
+        facts: list[Any] = [*whole, *self.rewrites, *self.refusals, *self.misses, *self.notes]
+        return [str(fact) for fact in facts]

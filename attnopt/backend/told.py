@@ -75,9 +75,8 @@ def summary(report: GraphReport) -> str:
 
 def reasons(report: GraphReport, level: int) -> Iterator[tuple[int, str]]:
     """What was left alone or not recognised, at level 1 by its code only."""
-    whole = [Refusal(report.fallback, code=report.fallback_code)] if report.fallback else []
-    all_of_them: list[Miss | Refusal] = [*whole, *report.refusals, *report.misses]
-    for reason in all_of_them:
+    seen: list[Miss | Refusal] = [*report.refusals, *report.misses]
+    for reason in seen if report.whole is None else [report.whole, *seen]:
         if level >= 2:
             yield 2, f"  {reason}"
         else:

@@ -47,7 +47,8 @@ def written(value: Any) -> str:
         return f"[{', '.join(map(written, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k}: {written(v)}' for k, v in value.items())}}}"
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.layout)) else repr(value)
+    plain = isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.device))
+    return str(value).removeprefix("torch.") if plain else repr(value)
 
 
 def kind(held: Any) -> str:
