@@ -38,6 +38,7 @@ from attnopt.report import terminal
 AFFORDABLE = 4 * 2**30
 # Rewrites at which the search for a bound ends, where the command left no dump that tells how many there are.
 MOST = 2**16
+UNSTEADY = "What is wrong may change from run to run: run it twice with ATTNOPT_FUEL=0."
 
 
 @dataclass(frozen=True)
@@ -105,25 +106,24 @@ def bisection(run: Callable[[int | None], Trial], progress: Progress, given: dic
         return Bisection("nothing", tuple(trials.values()), None, given)
     if not good(0):
         return Bisection("without", tuple(trials.values()), None, given)
-    # Right with `low`, wrong with `high`.
+    # Right with `low`, wrong with `high`: with as many as there were without a limit, if that is known.
     low, high = 0, trials[None].made or 1
-    while good(high):
+    while not trials[None].made and good(high):
         if high >= MOST:
-            raise AttnoptError(
-                f"With {high} rewrites the output is right, and without a limit it is wrong.",
-                "What is wrong may change from run to run: run the command twice with ATTNOPT_FUEL=0.",
-            )
+            raise AttnoptError(f"With {high} rewrites the output is right, and without a limit it is wrong.", UNSTEADY)
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if good(middle) else (low, middle)
+    if good(high):
+        raise AttnoptError(f"With all of its {high} rewrites the output is wrong at one time only.", UNSTEADY)
     return Bisection("rewrite", tuple(trials.values()), high, given)
 
 
 @contextmanager
 def fuelled(fuel: int | None) -> Iterator[None]:
     """This process with so much fuel, none of it used, and nothing compiled; all of that again after it."""
-    before = os.environ.pop("ATTNOPT_FUEL", None)
+    before, made = os.environ.pop("ATTNOPT_FUEL", None), backend.FUEL.made
     if fuel is not None:
         os.environ["ATTNOPT_FUEL"] = str(fuel)
     torch._dynamo.reset()
@@ -135,6 +135,7 @@ def fuelled(fuel: int | None) -> Iterator[None]:
         os.environ.pop("ATTNOPT_FUEL", None)
         if before is not None:
             os.environ["ATTNOPT_FUEL"] = before
+        backend.FUEL.made = made
         torch._dynamo.reset()
 
 
