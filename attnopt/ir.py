@@ -310,9 +310,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """What one pattern answered at one of its anchors, a node of the graph: by which rules, or why not."""
+
+    pattern: str
+    node: str
+    matched: bool
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern} at {self.node}: {self.answer}"
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was;
-    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first."""
+    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first; `attempts`:
+    what each pattern answered at each of its anchors; `source`: the graph as captured, where texts are kept."""
 
     sites: tuple[Site, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
@@ -324,9 +338,16 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     fallback_code: str = ""
     rules: tuple[tuple[str, int], ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    source: str = ""
+
+    @property
+    def whole(self) -> Refusal | None:
+        """Why the whole graph was left alone, if it was."""
+        return Refusal(self.fallback, code=self.fallback_code) if self.fallback else None
 
     def lines(self) -> list[str]:
-        """One line per fact, in the order site, rewrite, refusal, miss."""
-        facts: list[Any] = [*self.rewrites, *self.refusals, *self.misses, *self.notes]
-        whole = [str(Refusal(self.fallback, code=self.fallback_code))] if self.fallback else []
-        return whole + [str(fact) for fact in facts]
+        """One line per fact, in the order graph, rewrite, refusal, miss, note."""
+        whole = [self.whole] if self.fallback else []
+        facts: list[Any] = [*whole, *self.rewrites, *self.refusals, *self.misses, *self.notes]
+        return [str(fact) for fact in facts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from attnopt.arguments import (
     budget_percent,
@@ -36,6 +36,7 @@ EXAMPLES = {
     "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
     "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16\n"
     "attnopt bench demo --plan plan.json --lengths 4096 --generate 64",
+    "bisect": "attnopt bisect demo --length 512\nattnopt bisect -- python check.py",
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
 }
@@ -49,6 +50,7 @@ HELP = {
     "show": "show a plan or a profile",
     "explain": "the candidates that were weighed for one head, and why the choice won",
     "bench": "time a model: eager, inductor, attnopt exact and planned, interleaved",
+    "bisect": "find the rewrite that breaks a model's output, or the check of any command",
     "env": "versions, hardware and settings, to paste into a report",
     "demo": "the whole path on the small trained model that ships with attnopt",
 }
@@ -56,6 +58,18 @@ HELP = {
 
 class Parser(argparse.ArgumentParser):
     """An unknown command or option names the nearest one and exits with 2."""
+
+    # Where it takes a command line of its own after --: what that is called, None without one.
+    before_command = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if not self.before_command:
+            return super().parse_known_args(args, namespace)
+        given = list(args)
+        at = given.index("--") if "--" in given else len(given)
+        found, left = super().parse_known_args(given[:at], namespace)
+        setattr(found, self.before_command, given[at + 1 :] if at < len(given) else None)
+        return found, left
 
     def error(self, message: str) -> NoReturn:
         words = [w.strip(":,()").partition("=")[0] for w in message.replace("'", " ").split()]
@@ -72,8 +86,9 @@ class Parser(argparse.ArgumentParser):
         return [*self._option_string_actions, *(o for p in parsers for o in p._option_string_actions)]
 
 
-def with_model(made: Parser) -> None:
-    made.add_argument("model", metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
+def with_model(made: Parser, number: str | None = None) -> None:
+    """number: how many there may be, as argparse has it; one by default."""
+    made.add_argument("model", nargs=number, metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
     made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
@@ -284,6 +299,21 @@ def bench(made: Parser) -> None:
     made.add_argument("--batch", type=count, default=1, help="sequences that are generated at once (default 1)")
 
 
+def bisect(made: Parser) -> None:
+    with_model(made, "?")
+    made.usage = "attnopt bisect [options] MODEL\n       attnopt bisect [--json] -- COMMAND ..."
+    made.before_command = "of_command"
+    made.add_argument("--plan", metavar="FILE", help="rewrite by a plan; needs --tolerance")
+    made.add_argument("--length", type=count, default=256, help="tokens of the input (default 256)")
+    made.add_argument(
+        "--tolerance",
+        type=positive,
+        metavar="X",
+        help="relative difference of a token's logits from eager's that is right "
+        "(default: by the dtype, and at least four times eager's own difference from a wider one)",
+    )
+
+
 def demo(made: Parser) -> None:
     made.add_argument("--out", default="attnopt-demo", metavar="FOLDER", help="default attnopt-demo")
     made.add_argument("--quick", action="store_true", help="short lengths and few samples: a minute, for tests")
@@ -299,6 +329,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "show": show,
     "explain": explain,
     "bench": bench,
+    "bisect": bisect,
     "env": lambda made: None,
     "demo": demo,
 }

@@ -260,10 +260,3 @@ def test_reports_are_bounded(monkeypatch):
     for n in range(5):
         backend.record(GraphReport(notes=(str(n),)))
     assert [r.notes for r in backend.reports()] == [("2",), ("3",), ("4",)]
-
-
-def test_debug_prints_the_report_and_the_graphs(eagerly, monkeypatch, capsys):
-    monkeypatch.setenv("ATTNOPT_DEBUG", "2")
-    compiled(NanoGPT(flash=False).eval())(tokens())
-    said = capsys.readouterr().err
-    assert "h.0: SDPA is_causal" in said and "--- before" in said and "--- after" in said

@@ -33,7 +33,7 @@ def made() -> dict[str, str]:
     """The code of every reason, by where it is made; reports only make one again from its own code."""
     found = {}
     for path in sorted((ROOT / "attnopt").rglob("*.py")):
-        if path.name != "ir.py" and path.parent.name != "report":
+        if path.name != "ir.py" and "report" not in path.parts:
             found |= {f"{path.relative_to(ROOT)}:{n}": c for n, c in reasons(path.read_text(encoding="utf-8"))}
     return found
 
@@ -53,7 +53,9 @@ def test_every_code_is_explained_and_every_section_is_a_code() -> None:
 
 @pytest.mark.parametrize("code", SECTIONS)
 def test_every_section_has_an_example_and_what_to_do(code: str) -> None:
-    assert re.search(r"\n(    \S|```python\n)", SECTIONS[code]) and re.search(r"^To do: \S", SECTIONS[code], re.M)
+    assert re.search(r"\n(    \S|```(python|console)\n)", SECTIONS[code]) and re.search(
+        r"^To do: \S", SECTIONS[code], re.M
+    )
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
 
 

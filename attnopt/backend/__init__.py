@@ -4,13 +4,13 @@ torch.compile(model, backend="attnopt")                                        e
 torch.compile(model, backend="attnopt", options={"plan": "plan.json"})         the plan's spans
 torch.compile(model, backend="attnopt", options={"plan": LivePlan("plan.json")})   spans that may change later
 torch.compile(model, backend="attnopt", options={"mode": "max-autotune", "inductor": {...}, "verify": True})
+torch.compile(model, backend="attnopt", options={"history": True})             keeps the graph's text after each pass
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,30 +21,36 @@ import torch
 from torch.fx import GraphModule
 
 from attnopt import settings
-from attnopt.backend import bypass
+from attnopt.backend import bypass, dump, structured, switches, told
 from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
+from attnopt.codegen import emit
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Program
 from attnopt.passes.append import Append
+from attnopt.passes.fuel import Fuel
+from attnopt.passes.graph_text import graph_text
 from attnopt.plan import Plan
 
 log = logging.getLogger("attnopt")
 # Reports of the graphs compiled in this process, in order; a long-lived process keeps the last ones only.
 MAX_REPORTS = 1000
 _reports: list[GraphReport] = []
+# What `ATTNOPT_FUEL` rations: the replacements of this process.
+FUEL = Fuel()
 
 
 @dataclass(frozen=True)
 class Options:
     """What torch.compile's options may hold: `inductor` are inductor's own settings, `mode` is torch.compile's.
 
-    live: what was given as "plan", if it was a LivePlan; `plan` is then the one in force.
+    live: what was given as "plan", if it was a LivePlan; `plan` is then the one in force. history: the reports hold the
+    graph's text as captured and after each pass that changed it.
     """
 
     plan: Plan | None = None
@@ -52,6 +58,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     verify: bool = False
+    history: bool = False
 
     @classmethod
     def of(cls, options: dict[str, Any] | None) -> Options:
@@ -79,15 +86,17 @@ class Options:
             near = difflib.get_close_matches(str(mode), modes, 1)
             remedy = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(dict.fromkeys(modes))}."
             raise OptionError(f"{mode!r} is no mode of inductor.", remedy)
-        inductor, verify = given.get("inductor", {}), given.get("verify", False)
+        inductor = given.get("inductor", {})
         if not isinstance(inductor, dict):
             raise OptionError('"inductor" must be a dict of inductor settings.', 'For example {"max_autotune": True}.')
-        if not isinstance(verify, bool):
-            raise OptionError('"verify" must be true or false.', "Leave it out for false.")
+        flags = {name: given.get(name, False) for name in ("verify", "history")}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise OptionError(f'"{name}" must be true or false.', "Leave it out for false.")
         if live is not None and freezing(inductor):
             said = "Inductor's freezing makes constants of the tables that a LivePlan changes."
             raise OptionError(said, "Give a Plan, or leave freezing off.")
-        return cls(plan, live, mode, inductor, verify)
+        return cls(plan, live, mode, inductor, **flags)
 
     def patches(self) -> dict[str, Any]:
         """Inductor's configuration for these options."""
@@ -121,11 +130,7 @@ def clear_reports() -> None:
 def record(report: GraphReport) -> None:
     _reports.append(report)
     del _reports[:-MAX_REPORTS]
-    if settings.debug():
-        print("\n".join(report.lines()), file=sys.stderr)
-    else:
-        for line in report.lines():
-            log.info(line)
+    told.tell(report)
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,19 @@ class Rewritten:
 
 def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritten:
     """The rewritten functional graph, or `gm` itself with the reason in the report."""
+    off = settings.disabled()
+    if "all" in off:
+        no = Refusal("ATTNOPT_DISABLE switches all of attnopt off", code="switched-off")
+        return Rewritten(gm, GraphReport(fallback=no.reason, fallback_code=no.code))
     started = time.perf_counter()
     captured = capture(gm)
     exporting = Step("capture", (time.perf_counter() - started) * 1e3, len(gm.graph.nodes), 0)
     if isinstance(captured, Refusal):
-        no = GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,))
-        return Rewritten(gm, no)
+        why = GraphReport(fallback=captured.reason, fallback_code=captured.code, history=(exporting,))
+        return Rewritten(gm, why)
     exporting = replace(exporting, after=len(captured.graph.nodes))
+    texts = options.history or settings.keeps_texts()
+    source = graph_text(captured.graph) if texts else ""
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     program = Program(
         captured,
@@ -158,14 +169,14 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritt
         watch=options.live.watch if options.live is not None else None,
         room=True,
         recorded=recorded(options.patches(), device),
+        texts=texts,
+        fuel=FUEL,
     )
-    if settings.debug() > 1:
-        print(f"--- before\n{captured.code}", file=sys.stderr)
     program.run(PIPELINE)
-    if settings.debug() > 1:
-        print(f"--- after\n{captured.code}", file=sys.stderr)
     report = program.report()
-    report = replace(report, history=(exporting, *report.history))
+    FUEL.made += len(report.rewrites)
+    missing = (f"ATTNOPT_DISABLE switches off {', '.join(sorted(off))}",) if off else ()
+    report = replace(report, history=(exporting, *report.history), source=source, notes=(*report.notes, *missing))
     # Nothing to gain: inductor gets the graph it would have had, so that nothing else can change.
     if not report.rewrites:
         return Rewritten(gm, report)
@@ -189,6 +200,7 @@ def attnopt(
     Mistakes in the options raise; anything else leaves the graph as it was.
     """
     bypass.called()
+    switches.check()
     chosen = Options.of(options if mode is None else {**(options or {}), "mode": mode})
     try:
         made = rewrite(gm, example_inputs, chosen)
@@ -205,6 +217,7 @@ def attnopt(
         except Exception as error:
             if settings.strict():
                 raise
+            FUEL.made -= len(made.report.rewrites)
             made = Rewritten(gm, left_alone(error))
     return compiled(made, example_inputs, chosen)
 
@@ -214,11 +227,17 @@ def compiled(
 ) -> Callable[..., Any]:
     """What inductor makes of a graph, under its conditions; `untouched` compiles what runs where they do not hold."""
     patches, kept_apart = protected(made.graph, chosen.patches())
+    # Before inductor's own passes, which change it.
+    structured.graph(made.graph.graph)
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
-    record(replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report)
+    report = replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report
+    record(report)
+    dump.graph(report, chosen.plan)
+    structured.report(report)
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)
     return guarded(run, untouched, made.constants) if made.constants and untouched else run
 
 
+emit.on_load += [told.kernel, dump.kernel]
 bypass.looked_up()

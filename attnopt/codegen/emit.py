@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,8 @@ from attnopt.codegen.spec import KernelSpec
 from attnopt.registry import TARGETS
 
 _loaded: dict[tuple[str, str], ModuleType] = {}
+# Called with (spec, source, path) of each kernel when this process first uses it.
+on_load: list[Callable[[KernelSpec, str, Path], None]] = []
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -41,8 +45,11 @@ def load(spec: KernelSpec) -> ModuleType:
     """The emitted module of `spec`: source from its target, written if it is not there already, imported once.
 
     What the module has is the family's contract (docs/add-a-target.md); a prefill has
-    ``prefill(q, k, v, sinks, windows, scale, pad=None) -> out``. ValueError where the target has no such kernel.
+    ``prefill(q, k, v, sinks, windows, scale, pad=None) -> out``. The reference's, where `ATTNOPT_DISABLE` names the
+    kernel. ValueError where the target has no such kernel.
     """
+    if f"{spec.target} {spec.kernel}" in settings.disabled():
+        spec = replace(spec, target="reference")
     if f"{spec.target} {spec.kernel}" not in TARGETS:
         raise ValueError(f"the {spec.target} target has no {spec.kernel.replace('_', ' ')} kernel")
     source = TARGETS[f"{spec.target} {spec.kernel}"].emit(spec)
@@ -59,4 +66,6 @@ def load(spec: KernelSpec) -> ModuleType:
     sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
     _loaded[str(folder), spec.key()] = module
+    for tell in on_load:
+        tell(spec, source, path)
     return module

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from attnopt.commands.benching import bench, bench_rows
+from attnopt.commands.bisecting import bisect
 from attnopt.commands.common import Progress, emit, say, stages, writable
 from attnopt.commands.distilling import distill
 from attnopt.commands.examining import examine, examine_model
@@ -30,5 +31,6 @@ def run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "examine": examine, "profile": profile, "merge": merge, "distill": distill, "calibrate": calibrate, "plan": plan,
-    "show": show, "explain": explain, "bench": bench, "env": env,
+    "show": show, "explain": explain, "bench": bench, "bisect": bisect,
+    "env": env,
 }  # fmt: skip

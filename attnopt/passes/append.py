@@ -69,7 +69,7 @@ def run(program: Program) -> None:
             continue
         # One where keys are values.
         writers = list(dict.fromkeys(region.kv_nodes[f"{side}_writer"] for side in "kv"))
-        if not any(kept(program, writer) for writer in writers):
+        if not any(kept(program, writer) for writer in writers) or not program.affords(region):
             continue
         found = [obstacle(program, writer) for writer in writers]
         no = next((no for no in found if no is not None), None)

@@ -61,11 +61,18 @@ def refusal(region: Region) -> Refusal | None:
     return None
 
 
+def switched_off(choices: Sequence[Choice]) -> Refusal | None:
+    """Why candidates that `ATTNOPT_DISABLE` names are not used; None where it names none of these."""
+    named = sorted({choice.candidate for choice in choices} & settings.disabled())
+    said = f"ATTNOPT_DISABLE switches the candidate {' and '.join(named)} off"
+    return Refusal(said, code="switched-off") if named else None
+
+
 def unserved(program: Program, region: Region, choices: Sequence[Choice], heads: Sequence[int]) -> Refusal | None:
     """Why no kernel runs these choices at a region, whose heads are the query heads `heads` of the site; None if one
     does."""
     # A Refusal is falsy: it is asked for by identity.
-    asked = [refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+    asked = [switched_off(choices), refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
     return next((no for no in asked if no is not None), too_wide(program, region.site.name, choices, heads))
 
 

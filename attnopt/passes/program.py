@@ -12,7 +12,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnopt import settings
-from attnopt.ir import Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
+from attnopt.ir import Attempt, Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
+from attnopt.passes.fuel import Fuel
+from attnopt.passes.graph_text import graph_text
 from attnopt.patterns import Match
 from attnopt.reasons import located
 
@@ -27,7 +29,8 @@ class Program:
 
     `observer` is called with (region) by the observe pass and returns the callable that stands in for it; `watch` with
     (site's name, its tables by name, the query heads they are of) of every span that is inserted. `room`: the caller
-    gives `appends` their room, and `recorded`: it records calls as CUDA graphs.
+    gives `appends` their room, and `recorded`: it records calls as CUDA graphs. `texts`: the graph's text is kept after
+    each pass that changes it. `fuel`: what replacements are rationed by, if they are.
     """
 
     gm: GraphModule
@@ -39,6 +42,8 @@ class Program:
     watch: Callable[[str, Mapping[str, torch.Tensor], Sequence[int]], None] | None = None
     room: bool = False
     recorded: bool = False
+    texts: bool = False
+    fuel: Fuel | None = None
     matches: list[Match] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
@@ -51,6 +56,8 @@ class Program:
     misses: list[Miss] = field(default_factory=list)
     # How often each named rule of the normaliser and of the walk back from a soft-max applied.
     hits: Counter[str] = field(default_factory=Counter)
+    # What each pattern answered at each of its anchors.
+    attempts: list[Attempt] = field(default_factory=list)
     # Inputs that are continued in place.
     appends: list[Append] = field(default_factory=list)
     # Constant inputs (placeholder names) whose value a rewrite relies on: the backend guards them.
@@ -58,15 +65,31 @@ class Program:
     history: list[Step] = field(default_factory=list)
 
     def run(self, passes: Iterable[Callable[[Program], None]]) -> Program:
+        """Run the passes in order, but for those in `ATTNOPT_DISABLE`, and note what each took and changed."""
+        off, text = settings.disabled(), graph_text(self.gm.graph) if self.texts else ""
         for step in passes:
+            name = step.__module__.rsplit(".", 1)[-1]
+            if name in off:
+                continue
             before, started = len(self.gm.graph.nodes), time.perf_counter()
             step(self)
             self.gm.graph.lint()
-            name = step.__module__.rsplit(".", 1)[-1]
             milliseconds = (time.perf_counter() - started) * 1e3
-            self.history.append(Step(name, milliseconds, before, len(self.gm.graph.nodes)))
+            old, text = text, graph_text(self.gm.graph) if self.texts else ""
+            changed = text if text != old else ""
+            self.history.append(Step(name, milliseconds, before, len(self.gm.graph.nodes), changed))
         self.gm.recompile()
         return self
+
+    def affords(self, region: Region) -> bool:
+        """Whether there is fuel to replace the region's site; where there is none, it is refused."""
+        name, replaced = region.site.name, {rewrite.site.name for rewrite in self.rewrites}
+        if self.fuel is None or name in replaced or self.fuel.left(len(replaced)):
+            return True
+        if not any(no.path == name and no.code == "out-of-fuel" for no in self.refusals):
+            said = f"ATTNOPT_FUEL={settings.fuel()} sites are replaced, and this would be one more"
+            self.refuse(region, Refusal(said, code="out-of-fuel"))
+        return False
 
     @property
     def pending(self) -> list[Region]:
@@ -78,6 +101,7 @@ class Program:
         return GraphReport(
             sites, tuple(self.rewrites), tuple(self.refusals + self.notes), tuple(self.misses), tuple(self.history),
             self.plan.id if self.plan is not None else "", rules=tuple(self.hits.most_common()),
+            attempts=tuple(self.attempts),
         )  # fmt: skip
 
     def refuse(self, region: Region, no: Refusal) -> None:
@@ -98,6 +122,8 @@ class Program:
 
         equal: whether it computes what the original did, which verification then compares; a plan's choices do not.
         """
+        if not self.affords(region):
+            return
         graph = self.gm.graph
         existing = set(graph.nodes)
         try:

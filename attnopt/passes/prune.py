@@ -91,7 +91,7 @@ def run(program: Program) -> None:
     lower_planned.check_plan(program, plan)
     for region in program.pending:
         choices = plan.choices.get(region.site.name, ())
-        if not gone(choices):
+        if not gone(choices) or not program.affords(region):
             continue
         no = remove_heads(program, region, choices)
         if no is not None:
@@ -102,7 +102,8 @@ def run(program: Program) -> None:
 
 def remove_heads(program: Program, region: Region, choices: Sequence[Choice]) -> Refusal | None:
     """Remove the heads of a site that are to go; or why it stays, with nothing changed."""
-    no = unfit(program, region)
+    asked = (lower_planned.switched_off(choices), unfit(program, region))
+    no = next((no for no in asked if no is not None), None)
     return cut(program, region, choices, gone(choices)) if no is None else no
 
 

@@ -7,6 +7,7 @@ user's own (module names, reasons) is never read as markup.
 from __future__ import annotations
 
 from attnopt.report.terminal.benchmarks import print_bench
+from attnopt.report.terminal.bisections import print_bisection
 from attnopt.report.terminal.console import WIDTH, console, print_error, progress
 from attnopt.report.terminal.graphs import print_graphs
 from attnopt.report.terminal.plans import print_candidates, print_plan, print_records
@@ -16,6 +17,7 @@ __all__ = [
     "WIDTH",
     "console",
     "print_bench",
+    "print_bisection",
     "print_candidates",
     "print_error",
     "print_graphs",

@@ -1,0 +1,48 @@
+"""What a bisection found, on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from attnopt.report.cells import short_source
+from attnopt.report.terminal.console import console, counted, print_titled, table
+
+MEANING = {
+    "nothing": "Nothing is broken: the output is right with every rewrite.",
+    "without": "The output is wrong without any rewrite too: not attnopt's rewrites break it.",
+}
+LEADS = "the first rewrite of its graph, with which the graph's normalised form comes in too"
+
+
+def print_bisection(data: dict[str, Any], to: Console | None = None) -> None:
+    """The verdict, the rewrite that breaks the output, and every trial."""
+    to = to or console()
+    measured = "tolerance" in data
+    listed = table(["rewrites", *(["difference"] if measured else []), "output"], right=("rewrites", "difference"))
+    for trial in sorted(data["trials"], key=lambda t: (t["fuel"] is None, t["fuel"] or 0)):
+        allowed = f"all {trial['made'] or ''}".strip() if trial["fuel"] is None else str(trial["fuel"])
+        state = Text("right", style="green") if trial["good"] else Text("wrong", style="red")
+        listed.add_row(allowed, *([f"{trial['difference']:.2g}"] if measured else []), state)
+    culprit = data["culprit"]
+    title = MEANING.get(data["verdict"]) or f"Rewrite {culprit['number']} breaks the output."
+    print_titled(to, title, listed)
+    for rewrite in culprit["rewrites"] if culprit else ():
+        note = f" ({rewrite['note']})" if rewrite["note"] else ""
+        facts = {
+            "site": rewrite["site"],
+            "became": rewrite["lowering"] + note,
+            "source": short_source(rewrite["source"]),
+        }
+        facts |= {"which is": LEADS} if rewrite["leads"] else {}
+        for name, value in facts.items():
+            to.print(Text(f"{name:<10}{value}"))
+    if measured:
+        said = f"difference: the worst token's logits, relative to {data['reference']}; eager's own is "
+        to.print(Text(f"{said}{data['eager_difference']:.2g}, the tolerance {data['tolerance']:.2g}", style="dim"))
+    wrong = next((t["said"] for t in data["trials"] if not t["good"] and t["said"]), "")
+    if wrong:
+        to.print(Text(f"what a wrong one of {counted(len(data['trials']), 'run')} said at its end:", style="dim"))
+        to.print(Text(wrong.rstrip()))
