@@ -6,6 +6,7 @@
     Choice   what one head is replaced by
     Miss     something that looks like attention and was not recognised, and why
     Refusal  a site that was recognised and left alone, and why
+    Op       one node of a rewritten site, for pictures of what was there before and after
 
 Conventions, used everywhere: b batch, h query head, i query position, j key position; a window of w keys keeps
 ``0 <= i + offset - j < w`` (the query's own key counts); s sinks keep ``j < s`` (outside the window's count).
@@ -276,13 +277,30 @@ def place(reason: Miss | Refusal) -> str:
 
 
 @dataclass(frozen=True)
+class Op:
+    """One node of a site. op: its target, such as "aten.add.Tensor", or "input" for what the site starts from; name: of
+    the node, or "q", "k", "v"; inputs: names of other Ops; shape: sizes, such as "2, 8, s0, 64", with the dtype where
+    that is no floating one."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    shape: str = ""
+
+
+@dataclass(frozen=True)
 class Rewrite:
-    """A site that was rewritten: by what, and how its tensors are laid out there."""
+    """A site that was rewritten: by what, and how its tensors are laid out there.
+
+    before, after: the nodes from q, k, v and what the mask is made of to the output, in the graph's order.
+    """
 
     site: Site
     lowering: str
     choices: tuple[Choice, ...] = ()
     note: str = ""
+    before: tuple[Op, ...] = ()
+    after: tuple[Op, ...] = ()
 
     @property
     def path(self) -> str:
@@ -312,7 +330,8 @@ class Step:
 @dataclass(frozen=True)
 class GraphReport:
     """What was done to one traced graph, site by site. `fallback`: why the whole graph was left alone, if it was;
-    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first."""
+    `fallback_code`: the code of that reason; `rules`: how often each named rule applied, most often first; `source`:
+    the graph as it was captured, where texts are kept."""
 
     sites: tuple[Site, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
@@ -324,6 +343,7 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     fallback_code: str = ""
     rules: tuple[tuple[str, int], ...] = ()
+    source: str = ""
 
     def lines(self) -> list[str]:
         """One line per fact, in the order site, rewrite, refusal, miss."""

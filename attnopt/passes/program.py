@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attnopt import settings
 from attnopt.ir import Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
+from attnopt.passes.cutout import cutout, operands
 from attnopt.patterns import Match
 from attnopt.reasons import located
 
@@ -100,6 +101,8 @@ class Program:
         """
         graph = self.gm.graph
         existing = set(graph.nodes)
+        inputs = operands(region)
+        before = cutout(region.out, inputs)
         try:
             with graph.inserting_before(region.out):
                 new = build(region)
@@ -121,10 +124,11 @@ class Program:
             said = f"{type(error).__name__} while rewriting: {said}"
             self.refuse(region, Refusal(said, code="rewrite-failed"))
             return
+        after = cutout(new, inputs, existing)
         region.out.replace_all_uses_with(new)
         relax_views(graph)
         self.done.add(region.site.name)
-        self.rewrites.append(Rewrite(region.site, lowering, choices, note))
+        self.rewrites.append(Rewrite(region.site, lowering, choices, note, before, after))
 
 
 def relax_views(graph: torch.fx.Graph) -> None:
