@@ -25,6 +25,7 @@ from attnopt.backend import bypass
 from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
+from attnopt.backend.origin import Origin, is_compiled, origin, parts
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
@@ -37,7 +38,7 @@ from attnopt.plan import Plan
 log = logging.getLogger("attnopt")
 # Reports of the graphs compiled in this process, in order; a long-lived process keeps the last ones only.
 MAX_REPORTS = 1000
-_reports: list[GraphReport] = []
+_reports: list[tuple[GraphReport, Origin]] = []
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,28 @@ def recorded(chosen: dict[str, Any], device: str) -> bool:
 
 def reports() -> list[GraphReport]:
     """What was done to every graph compiled so far in this process."""
-    return list(_reports)
+    return [report for report, _ in _reports]
+
+
+def reports_of(subject: Any) -> tuple[list[GraphReport], bool]:
+    """The reports of what was compiled for one module or function, in order, and whether it was compiled for it.
+
+    subject: the module or function itself, or what torch.compile returned. Where nothing was, the reports of a twin
+    that Dynamo shares compiled code with: a model of the same class and sizes, or a function made twice.
+    """
+    asked = next(parts(subject))
+    own = [report for report, origin in _reports if origin.is_of(asked)]
+    if own or not is_compiled(subject):
+        return own, True
+    return [report for report, origin in _reports if origin.is_of_a_twin(asked)], False
 
 
 def clear_reports() -> None:
     _reports.clear()
 
 
-def record(report: GraphReport) -> None:
-    _reports.append(report)
+def record(report: GraphReport, inputs: Sequence[Any] = ()) -> None:
+    _reports.append((report, origin(inputs)))
     del _reports[:-MAX_REPORTS]
     if settings.debug():
         print("\n".join(report.lines()), file=sys.stderr)
@@ -215,7 +229,7 @@ def compiled(
     """What inductor makes of a graph, under its conditions; `untouched` compiles what runs where they do not hold."""
     patches, kept_apart = protected(made.graph, chosen.patches())
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
-    record(replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report)
+    record(replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report, inputs)
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)
     return guarded(run, untouched, made.constants) if made.constants and untouched else run
