@@ -276,6 +276,10 @@ def place(reason: Miss | Refusal) -> str:
     return f" [{said}]" if said else ""
 
 
+# The name of the last Op of a site that has too many: its op says how many are missing.
+REST = "..."
+
+
 @dataclass(frozen=True)
 class Op:
     """One node of a site. op: its target, such as "aten.add.Tensor", or "input" for what the site starts from; name: of

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.fx import Node
 
-from attnopt.ir import Op, Region
+from attnopt.ir import REST, Op, Region
 
 MOST = 80  # Ops of a record; a picture of more cannot be read
 
@@ -42,7 +42,7 @@ def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()
         read = () if found[node] else tuple(names[n] for n in node.all_input_nodes if n in near)
         ops.append(Op(names[node], "input" if found[node] else str(node.target), read, shape_text(node)))
     more = len(found) - len(near)
-    return tuple(ops) + ((Op("...", f"and {more} more"),) if more else ())
+    return tuple(ops) + ((Op(REST, f"and {more} more"),) if more else ())
 
 
 def name_of(node: Node) -> str:

@@ -1,0 +1,189 @@
+"""One site before and after its rewrite, drawn side by side: what was computed, and what is left of it.
+
+pictures_json(reports)   [{"site": "model.layers.0-31.self_attn", "caption": ..., "before": [...], "after": [...]}]
+picture_svg(item)        the two graphs of one of them as an SVG in the page's colours
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from attnopt.ir import REST, GraphReport, Op, Rewrite
+from attnopt.report import figures
+from attnopt.report.cells import fold_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from attnopt.report.layered import Layout
+
+# Operations that move no number: a chain of them is one box.
+VIEWS = frozenset(
+    ("view", "reshape", "expand", "clone", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "alias", "t",
+     "flatten", "unflatten", "expand_as", "view_as", "detach", "lift_fresh_copy")
+)  # fmt: skip
+SHORT = {
+    "scaled_dot_product_attention": "SDPA", "_to_copy": "cast", "bitwise_and": "and", "__and__": "and", "__or__": "or",
+    "_unsafe_view": "view", "_softmax": "softmax",
+}  # fmt: skip
+CORE = frozenset(("matmul", "bmm", "mm", "einsum", "baddbmm", "softmax", "SDPA"))
+OPERANDS = ("q", "k", "v")
+WIDTH = 7.0  # inches, at 96 to an inch the 700 pixels of a narrow page
+ROW = 0.5  # inches
+TALL = 0.3  # of a row: from the middle of a box to its rim
+NAME, SHAPE = 8.5, 7.0  # points
+LETTER = 0.58  # of a letter's height: its width, taken a little large
+MEANINGS = {"operand": "q, k, v", "core": "products and soft-max", "mask": "what only the mask needs"}
+COLOURS = {"operand": figures.SERIES[0], "mask": figures.SERIES[1], "core": figures.SERIES[2], "": figures.INK}
+
+
+def pictures_json(reports: Sequence[GraphReport]) -> list[dict[str, Any]]:
+    """One item for each distinct rewrite, equal layers and equal graphs together, in the order they were made."""
+    rewrites = [rewrite for report in reports for rewrite in report.rewrites if rewrite.before and rewrite.after]
+    folded = fold_rows(rewrites, lambda r: r.path, lambda r: (r.lowering, renamed(r.before), renamed(r.after)))
+    return [
+        {
+            "site": name,
+            "caption": caption(members[0]),
+            "before": [asdict(op) | {"inputs": list(op.inputs)} for op in members[0].before],
+            "after": [asdict(op) | {"inputs": list(op.inputs)} for op in members[0].after],
+        }
+        for name, members in folded
+    ]
+
+
+def caption(rewrite: Rewrite) -> str:
+    return f"{rewrite.lowering}: {counted(rewrite.before)} before, {counted(rewrite.after)} after"
+
+
+def counted(ops: Sequence[Op]) -> str:
+    """ "40 operations", and how many a record that was cut off does not hold."""
+    made = sum(op.op != "input" and op.name != REST for op in ops)
+    rest = "".join(f" {op.op}" for op in ops if op.name == REST)
+    return f"{made} operation{'' if made == 1 else 's'}{rest}"
+
+
+def renamed(ops: Sequence[Op]) -> tuple[tuple[Any, ...], ...]:
+    """The same for equal sites of two layers or graphs, whose nodes have other names."""
+    place = {op.name: n for n, op in enumerate(ops)}
+    return tuple((op.op, tuple(place[name] for name in op.inputs), op.shape) for op in ops)
+
+
+def picture_svg(item: Mapping[str, Any]) -> str:
+    """An SVG of an item of `pictures_json`, 7 inches wide, in the colour of the text around it. Needs matplotlib."""
+    sides = {side: [Op(**{**op, "inputs": tuple(op["inputs"])}) for op in item[side]] for side in ("before", "after")}
+    panels = [panel(ops) for ops in sides.values()]
+    rows = max(len(layout.rows) for _, layout in panels)
+    # A point is 1/72 inch; a width of 1 is one inch until both panels together are wider than the picture.
+    widths = [max(layout.width, 1.2) for _, layout in panels]
+    scale = min(1.0, (WIDTH - 0.4) / (sum(widths) + 0.6))
+
+    def draw(axes: Axes) -> None:
+        axes.set_axis_off()
+        slack = WIDTH / scale - sum(widths)
+        starts = (slack / 3, 2 * slack / 3 + widths[0])
+        for side, (boxes, layout), width, start in zip(sides, panels, widths, starts, strict=True):
+            shift = start + (width - layout.width) / 2
+            _draw_panel(axes, boxes, layout, shift, (rows - len(layout.rows)) / 2, scale)
+            title = f"{side}: {counted(sides[side])}"
+            axes.text(start + width / 2, -0.9, title, ha="center", va="center", fontsize=9)
+        for n, (kind, text) in enumerate(MEANINGS.items()):
+            at = WIDTH / scale * (0.2 + 0.3 * n)
+            axes.text(at, rows - 0.1, "■ " + text, color=COLOURS[kind], fontsize=NAME, ha="center", va="center")
+        axes.set_xlim(0, WIDTH / scale)
+        axes.set_ylim(rows + 0.2, -1.3)
+
+    return figures._draw(draw, (WIDTH, ROW * (rows + 1.5)))
+
+
+def panel(ops: Sequence[Op]) -> tuple[dict[str, dict[str, Any]], Layout]:
+    """Boxes by name, and where they go."""
+    import networkx as nx
+
+    from attnopt.report.layered import placed
+
+    boxes = merged(ops)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(sorted(boxes, key=lambda name: OPERANDS.index(name) if name in OPERANDS else len(OPERANDS)))
+    graph.add_edges_from((name, box["name"]) for box in boxes.values() for name in box["inputs"])
+    operand = {name for name, box in boxes.items() if box["op"] == "input" and name in OPERANDS}
+    reached = operand.union(*(nx.descendants(graph, name) for name in operand))
+    for name, box in boxes.items():
+        attends = box["label"] in CORE or box["op"].startswith("attnopt.")
+        box["kind"] = "operand" if name in operand else "mask" if name not in reached else "core" if attends else ""
+    letters = {name: max(len(box["label"]) * NAME, len(box["shape"]) * SHAPE) for name, box in boxes.items()}
+    for name, count in letters.items():
+        boxes[name]["width"] = (count * LETTER + 8) / 72
+    return boxes, placed(graph, {name: box["width"] for name, box in boxes.items()})
+
+
+def merged(ops: Sequence[Op]) -> dict[str, dict[str, Any]]:
+    """Boxes by the name of their last Op: a chain of views is one, the rest is as it was."""
+    ops = [op for op in ops if op.name != REST]
+    held = {op.name for op in ops}
+    users = Counter(name for op in ops for name in set(op.inputs))
+    boxes: dict[str, dict[str, Any]] = {}
+    for op in ops:
+        inputs = [name for name in dict.fromkeys(op.inputs) if name in held]
+        label = label_of(op)
+        box = {
+            "name": op.name, "op": op.op, "label": label, "shape": op.shape, "inputs": inputs,
+            "count": 1, "view": label in VIEWS and op.op != "input",
+        }  # fmt: skip
+        above = boxes.get(inputs[0]) if len(inputs) == 1 else None
+        if above and above["view"] and box["view"] and users[above["name"]] == 1:
+            del boxes[above["name"]]
+            count = above["count"] + 1
+            box |= {"inputs": above["inputs"], "count": count, "label": f"view ×{count}"}
+        boxes[op.name] = box
+    return boxes
+
+
+def label_of(op: Op) -> str:
+    """ "aten.softmax.int" -> "softmax"; an input is called by its name."""
+    if op.op == "input":
+        return op.name
+    parts = op.op.split(".")
+    name = parts[1] if len(parts) > 2 else parts[0]
+    return SHORT.get(name, name.strip("_") or name)
+
+
+def _draw_panel(
+    axes: Axes, boxes: Mapping[str, Mapping[str, Any]], layout: Layout, shift: float, top: float, scale: float
+) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    for way in layout.ways.values():
+        line = [(x + shift, row + top) for x, row in way]
+        xs, ys = zip(*rounded(line), strict=True)
+        axes.plot(xs, ys, color=figures.INK, alpha=0.35, linewidth=0.8, zorder=1, solid_capstyle="round")
+    for name, (x, row) in layout.place.items():
+        box = boxes[str(name)]
+        colour, width, x, y = COLOURS[box["kind"]], box["width"], x + shift, row + top
+        tint = 0.18 if box["kind"] else 0.08
+        corner = "round,pad=0,rounding_size=0.05"
+        colours = {"facecolor": (colour, tint), "edgecolor": (colour, 4 * tint)}
+        box_at = (x - width / 2, y - TALL)
+        axes.add_patch(FancyBboxPatch(box_at, width, 2 * TALL, corner, linewidth=0.7, zorder=2, **colours))
+        lift = 0.12 if box["shape"] else 0.0
+        size = max(scale, 0.6)
+        weight = "bold" if box["kind"] in ("operand", "core") else "normal"
+        axes.text(x, y - lift, box["label"], ha="center", va="center", fontsize=NAME * size, weight=weight, zorder=3)
+        if box["shape"]:
+            axes.text(x, y + 0.16, box["shape"], ha="center", va="center", fontsize=SHAPE * size, alpha=0.75, zorder=3)
+
+
+def rounded(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A smooth curve through the points of an edge, from the lower rim of a box to the upper rim of another; beside the
+    boxes of the rows between it goes straight down."""
+    ends = [(x, (row - TALL, row + TALL)) for x, row in line]
+    out = [(line[0][0], line[0][1] + TALL)]
+    for (x0, (_, low)), (x1, (high, _)) in pairwise(ends):
+        for n in range(9):
+            t = n / 8
+            out.append((x0 + (x1 - x0) * t * t * (3 - 2 * t), low + (high - low) * t))
+    return out
