@@ -166,9 +166,10 @@ def _draw_panel(
         colour, width, x, y = COLOURS[box["kind"]], box["width"], x + shift, row + top
         tint = 0.18 if box["kind"] else 0.08
         corner = "round,pad=0,rounding_size=0.05"
-        colours = {"facecolor": (colour, tint), "edgecolor": (colour, 4 * tint)}
         box_at = (x - width / 2, y - TALL)
-        axes.add_patch(FancyBboxPatch(box_at, width, 2 * TALL, corner, linewidth=0.7, zorder=2, **colours))
+        patch = FancyBboxPatch(box_at, width, 2 * TALL, corner, linewidth=0.7, zorder=2)
+        patch.set(facecolor=(colour, tint), edgecolor=(colour, 4 * tint))
+        axes.add_patch(patch)
         lift = 0.12 if box["shape"] else 0.0
         size = max(scale, 0.6)
         weight = "bold" if box["kind"] in ("operand", "core") else "normal"

@@ -37,7 +37,7 @@ def rewrite(layer: int, before: tuple[Op, ...] = BEFORE) -> Rewrite:
 
     def called(op: Op) -> Op:
         """As in the graph of another layer."""
-        own = {name: name if name in "qkv" else f"{name}_{layer}" for name in (op.name, *op.inputs)}
+        own = {name: name if name in ("q", "k", "v", REST) else f"{name}_{layer}" for name in (op.name, *op.inputs)}
         return replace(op, name=own[op.name], inputs=tuple(own[name] for name in op.inputs))
 
     return Rewrite(site, "SDPA is_causal", before=tuple(map(called, before)), after=tuple(map(called, AFTER)))
@@ -77,7 +77,8 @@ def test_no_box_lies_on_another_and_edges_go_down() -> None:
         for two, (other, its_row) in layout.place.items():
             if one != two and row == its_row:
                 assert abs(x - other) > (boxes[str(one)]["width"] + boxes[str(two)]["width"]) / 2
-        assert 0 <= x - boxes[str(one)]["width"] / 2 and x + boxes[str(one)]["width"] / 2 <= layout.width + 1e-9
+        margin = boxes[str(one)]["width"] / 2
+        assert margin <= x + 1e-9 and x + margin <= layout.width + 1e-9
     assert len(layout.ways) == sum(len(box["inputs"]) for box in boxes.values())
     for (start, end), way in layout.ways.items():
         assert way[0] == layout.place[start] and way[-1] == layout.place[end]
