@@ -25,7 +25,7 @@ from attnopt.backend import bypass
 from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
-from attnopt.backend.origin import Origin, is_compiled, origin, parts
+from attnopt.backend.origin import Origin, inside, is_compiled, origin
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
@@ -121,7 +121,7 @@ def reports_of(subject: Any) -> tuple[list[GraphReport], bool]:
     subject: the module or function itself, or what torch.compile returned. Where nothing was, the reports of a twin
     that Dynamo shares compiled code with: a model of the same class and sizes, or a function made twice.
     """
-    asked = next(parts(subject))
+    asked = inside(subject)
     own = [report for report, origin in _reports if origin.is_of(asked)]
     if own or not is_compiled(subject):
         return own, True

@@ -90,6 +90,11 @@ def parts(compiled: Any) -> Iterator[Any]:
         yield compiled
 
 
+def inside(subject: Any) -> Any:
+    """The module or function itself, of what torch.compile returned or was given."""
+    return next(parts(subject))
+
+
 def unwrapped(compiled: Any) -> Any:
     """What torch.compile was given, out of the module or the function that it returned; else the same."""
     held = getattr(compiled, "__dict__", {})

@@ -40,7 +40,7 @@ def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()
     ops = []
     for node in sorted(near):
         read = () if found[node] else tuple(names[n] for n in node.all_input_nodes if n in near)
-        ops.append(Op(names[node], "input" if found[node] else str(node.target), read, shape_text(node)))
+        ops.append(Op(names[node], "input" if found[node] else target_name(node), read, shape_text(node)))
     more = len(found) - len(near)
     return tuple(ops) + ((Op(REST, f"and {more} more"),) if more else ())
 
@@ -48,6 +48,12 @@ def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()
 def name_of(node: Node) -> str:
     """The node's own name, which is no operand's."""
     return f"{node.name}_" if node.name in ("q", "k", "v") else str(node.name)
+
+
+def target_name(node: Node) -> str:
+    """``aten.add.Tensor``; a function of Python's own, such as getitem, by its name."""
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target) if overload else str(getattr(node.target, "__name__", node.target))
 
 
 def shape_text(node: Node) -> str:
