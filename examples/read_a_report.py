@@ -15,13 +15,13 @@ import transformers
 
 import attnopt
 
-PAGE = "report.html"
-LENGTH = 128
+PAGE = Path("report.html")
+LAYERS, LENGTH = 3, 128
 
 
 def llama() -> torch.nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
+        vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=8,
         num_key_value_heads=2, use_cache=False, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -29,37 +29,37 @@ def llama() -> torch.nn.Module:
 
 
 def over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention with a soft-max over the queries: none that attnopt knows."""
+    """Not quite an attention: its soft-max is over the queries."""
     return (q @ k.transpose(-2, -1)).softmax(-2) @ v
 
 
 @torch.no_grad()
 def main() -> None:
     model = llama()
-    compiled = torch.compile(model, backend="attnopt", options={"history": True})
-    compiled(torch.randint(0, 1000, (1, LENGTH)))
-    found = attnopt.explain(compiled)
-
+    model.compile(backend="attnopt")
+    model(torch.randint(0, 1000, (1, LENGTH)))
+    found = attnopt.explain(model)
     print(found)
 
+    print("\nEach site, and what is left of it:")
     for report in found.graphs:
         for rewrite in report.rewrites:
-            print(f"{rewrite.path}: {len(rewrite.before)} nodes -> {len(rewrite.after)}, keeps {rewrite.site.mask}")
+            print(f"  {rewrite.path}: {len(rewrite.before)} nodes -> {len(rewrite.after)}, keeps {rewrite.site.mask}")
 
-    longest = max(found.history, key=lambda change: change.milliseconds)
-    print(f"the longest pass: {longest.name}, {longest.milliseconds:.0f} ms")
+    print("\nThe passes that changed something:")
     for change in found.history:
-        if change.name == "lower_exact":
-            print("\n".join(change.diff().splitlines()[:12]))
+        if change.changed:
+            print(f"  {change}")
 
+    print("\nWhat is left alone, and why:")
     odd = torch.compile(over_queries, backend="attnopt")
     odd(*torch.randn(3, 1, 2, 16, 8))
     for report in attnopt.explain(odd).graphs:
-        for miss in report.misses:
-            print(f"not recognised: {miss.reason} ({miss.code})")
+        for reason in (*report.misses, *report.refusals):
+            print(f"  {reason.code}: {reason.reason}")
 
-    page = found.write(Path(PAGE))
-    print(f"{page}: {page.stat().st_size // 1000} kB")
+    page = found.write(PAGE)
+    print(f"\n{page}: {page.stat().st_size / 1000:.0f} kB, one file that loads nothing")
 
 
 if __name__ == "__main__":

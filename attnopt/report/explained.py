@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from torch import nn
 
 from attnopt import backend
 from attnopt.errors import ModelError, OptionError
-from attnopt.hf.explained import Generation, generation_of
 from attnopt.ir import GraphReport
 from attnopt.plan import Plan
 from attnopt.profile_file import Profile
@@ -29,6 +28,9 @@ from attnopt.report.fragment import fragment
 from attnopt.report.history import History
 from attnopt.report.page import write_page
 from attnopt.report.pictures import pictures_json
+
+if TYPE_CHECKING:
+    from attnopt.hf.explained import Generation
 
 NEVER_COMPILED = 'not compiled: compile it with backend="attnopt" and call it once'
 NOT_YET = "not compiled yet: call it once"
@@ -136,9 +138,11 @@ def explain(subject: Any) -> Explanation:
 
 
 def generation_if_any(model: Any) -> Generation | None:
-    """Of a transformers model; nothing of that library is imported to find out that it is none."""
+    """Of a transformers model; that library is not imported to find out that it is none, and need not be installed."""
     if "transformers" not in sys.modules:
         return None
+    from attnopt.hf.explained import generation_of
+
     try:
         return generation_of(model)
     except ModelError:

@@ -57,8 +57,8 @@ def graphs(found: Mapping[str, Any]) -> list[str]:
     """The counts in a line, and a row for each outcome."""
     counts = found["counts"]
     said = (
-        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: {counts['rewritten']} rewritten, "
-        f"{counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
+        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: "
+        f"{counts['rewritten']} rewritten, {counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
     )
     notes = dict.fromkeys(note for graph in found["graphs"] for note in graph["notes"])
     return [f"<p>{said}</p>", table(found["rows"]), *(f'<p class="soft">{escape(note)}</p>' for note in notes)]
