@@ -280,7 +280,7 @@ def place(reason: Miss | Refusal) -> str:
 REST = "..."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Op:
     """One node of a site. op: its target, such as "aten.add.Tensor", or "input" for what the site starts from; name: of
     the node, or "q", "k", "v"; inputs: names of other Ops; shape: sizes, such as "2, 8, s0, 64", with the dtype where

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 
 import torch
@@ -40,7 +41,9 @@ def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()
     ops = []
     for node in sorted(near):
         read = () if found[node] else tuple(names[n] for n in node.all_input_nodes if n in near)
-        ops.append(Op(names[node], "input" if found[node] else target_name(node), read, shape_text(node)))
+        kind = "input" if found[node] else target_name(node)
+        # Interned, as reports are kept and layers are alike.
+        ops.append(Op(names[node], sys.intern(kind), read, sys.intern(shape_text(node))))
     more = len(found) - len(near)
     return tuple(ops) + ((Op(REST, f"and {more} more"),) if more else ())
 
