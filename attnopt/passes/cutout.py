@@ -24,11 +24,9 @@ def operands(region: Region) -> dict[Node, str]:
     return found if match is None else found | {match.q.node: "q", match.k.node: "k", match.v.node: "v"}
 
 
-def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()) -> tuple[Op, ...]:
-    """The nodes that lead to `out` from `inputs`, from those `outside` and from the graph's own inputs.
-
-    In the graph's order, at most MOST of them, the nearest to `out`; the last record says how many more there are.
-    """
+def reached(out: Node, inputs: Collection[Node], outside: Collection[Node] = ()) -> dict[Node, bool]:
+    """The nodes that lead to `out`, the nearest first, each with whether it is where the site starts: at `inputs`, at
+    the graph's own inputs and at what lies `outside`."""
     found = {out: False}
     queue = [out]
     for node in queue:
@@ -36,6 +34,11 @@ def cutout(out: Node, inputs: Mapping[Node, str], outside: Collection[Node] = ()
             new = [n for n in node.all_input_nodes if n not in found]
             found |= {n: n in inputs or n in outside or n.op in ("placeholder", "get_attr") for n in new}
             queue += new
+    return found
+
+
+def cutout(found: Mapping[Node, bool], inputs: Mapping[Node, str]) -> tuple[Op, ...]:
+    """What was `reached`, in the graph's order: at most MOST, the nearest to the output; the last counts the rest."""
     near = set(list(found)[:MOST])
     names = {node: inputs.get(node) or name_of(node) for node in near}
     ops = []

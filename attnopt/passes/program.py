@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attnopt import settings
 from attnopt.ir import Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
-from attnopt.passes.cutout import cutout, operands
+from attnopt.passes.cutout import cutout, operands, reached
 from attnopt.patterns import Match
 from attnopt.reasons import located
 
@@ -101,8 +101,6 @@ class Program:
         """
         graph = self.gm.graph
         existing = set(graph.nodes)
-        inputs = operands(region)
-        before = cutout(region.out, inputs)
         try:
             with graph.inserting_before(region.out):
                 new = build(region)
@@ -124,11 +122,14 @@ class Program:
             said = f"{type(error).__name__} while rewriting: {said}"
             self.refuse(region, Refusal(said, code="rewrite-failed"))
             return
-        after = cutout(new, inputs, existing)
+        inputs = operands(region)
+        before = reached(region.out, inputs)
+        after = reached(new, inputs, existing - before.keys())
+        pictured = cutout(before, inputs), cutout(after, inputs)
         region.out.replace_all_uses_with(new)
         relax_views(graph)
         self.done.add(region.site.name)
-        self.rewrites.append(Rewrite(region.site, lowering, choices, note, before, after))
+        self.rewrites.append(Rewrite(region.site, lowering, choices, note, *pictured))
 
 
 def relax_views(graph: torch.fx.Graph) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import networkx as nx
 
-GAP = 0.25  # between two boxes of a row, in the unit of widths
+GAP = 0.16  # between two boxes of a row, in the unit of widths
 SWEEPS = 6
 
 

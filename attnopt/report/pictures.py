@@ -36,8 +36,10 @@ WIDTH = 7.0  # inches, at 96 to an inch the 700 pixels of a narrow page
 ROW = 0.5  # inches
 TALL = 0.3  # of a row: from the middle of a box to its rim
 NAME, SHAPE = 8.5, 7.0  # points
-LETTER = 0.58  # of a letter's height: its width, taken a little large
-MEANINGS = {"operand": "q, k, v", "core": "products and soft-max", "mask": "what only the mask needs"}
+LETTER = {NAME: 0.58, SHAPE: 0.52}  # of a letter's height: its width, taken a little large
+TITLE, MARGIN = 1.6, 0.15  # inches
+LEAST = 0.85  # what two graphs beside each other are shrunk to at most
+MEANINGS = {"operand": "q, k, v", "core": "products and soft-max", "mask": "mask, bias and tables"}
 COLOURS = {"operand": figures.SERIES[0], "mask": figures.SERIES[1], "core": figures.SERIES[2], "": figures.INK}
 
 
@@ -74,27 +76,33 @@ def renamed(ops: Sequence[Op]) -> tuple[tuple[Any, ...], ...]:
 
 
 def picture_svg(item: Mapping[str, Any]) -> str:
-    """An SVG of an item of `pictures_json`, 7 inches wide, in the colour of the text around it. Needs matplotlib."""
+    """An SVG of an item of `pictures_json`, 7 inches wide, in the colour of the text around it. Needs matplotlib.
+
+    The graphs stand side by side; where they would have to be shrunk for it, one below the other.
+    """
     sides = {side: [Op(**{**op, "inputs": tuple(op["inputs"])}) for op in item[side]] for side in ("before", "after")}
-    panels = [panel(ops) for ops in sides.values()]
-    rows = max(len(layout.rows) for _, layout in panels)
-    # A point is 1/72 inch; a width of 1 is one inch until both panels together are wider than the picture.
-    widths = [max(layout.width, 1.2) for _, layout in panels]
-    scale = min(1.0, (WIDTH - 0.4) / (sum(widths) + 0.6))
+    panels = {side: panel(ops) for side, ops in sides.items()}
+    wide = {side: max(layout.width, TITLE) for side, (_, layout) in panels.items()}
+    tall = {side: len(layout.rows) for side, (_, layout) in panels.items()}
+    beside = sum(wide.values()) + 3 * MARGIN <= WIDTH / LEAST
+    # A width of 1 is one inch, until what stands beside each other is wider than the picture.
+    scale = min(1.0, WIDTH / (sum(wide.values()) + 3 * MARGIN if beside else max(wide.values()) + 2 * MARGIN))
+    across, rows = WIDTH / scale, max(tall.values()) if beside else sum(tall.values()) + 2
 
     def draw(axes: Axes) -> None:
         axes.set_axis_off()
-        slack = WIDTH / scale - sum(widths)
-        starts = (slack / 3, 2 * slack / 3 + widths[0])
-        for side, (boxes, layout), width, start in zip(sides, panels, widths, starts, strict=True):
-            shift = start + (width - layout.width) / 2
-            _draw_panel(axes, boxes, layout, shift, (rows - len(layout.rows)) / 2, scale)
-            title = f"{side}: {counted(sides[side])}"
-            axes.text(start + width / 2, -0.9, title, ha="center", va="center", fontsize=9)
+        spare = (across - sum(wide.values())) / 3
+        for side, (boxes, layout) in panels.items():
+            first = side == "before"
+            middle = across / 2 if not beside else spare + wide[side] / 2 if first else across - spare - wide[side] / 2
+            title = 0.0 if beside or first else tall["before"] + 2.0
+            top = title + ((rows - tall[side]) / 2 if beside else 0)
+            _draw_panel(axes, boxes, layout, middle - layout.width / 2, top, scale)
+            axes.text(middle, title - 0.9, f"{side}: {counted(sides[side])}", ha="center", va="center", fontsize=9)
         for n, (kind, text) in enumerate(MEANINGS.items()):
-            at = WIDTH / scale * (0.2 + 0.3 * n)
+            at = across * (0.2 + 0.3 * n)
             axes.text(at, rows - 0.1, "■ " + text, color=COLOURS[kind], fontsize=NAME, ha="center", va="center")
-        axes.set_xlim(0, WIDTH / scale)
+        axes.set_xlim(0, across)
         axes.set_ylim(rows + 0.2, -1.3)
 
     return figures._draw(draw, (WIDTH, ROW * (rows + 1.5)))
@@ -106,7 +114,7 @@ def panel(ops: Sequence[Op]) -> tuple[dict[str, dict[str, Any]], Layout]:
 
     from attnopt.report.layered import placed
 
-    boxes = merged(ops)
+    boxes = gathered(merged(ops))
     graph = nx.DiGraph()
     graph.add_nodes_from(sorted(boxes, key=lambda name: OPERANDS.index(name) if name in OPERANDS else len(OPERANDS)))
     graph.add_edges_from((name, box["name"]) for box in boxes.values() for name in box["inputs"])
@@ -115,9 +123,9 @@ def panel(ops: Sequence[Op]) -> tuple[dict[str, dict[str, Any]], Layout]:
     for name, box in boxes.items():
         attends = box["label"] in CORE or box["op"].startswith("attnopt.")
         box["kind"] = "operand" if name in operand else "mask" if name not in reached else "core" if attends else ""
-    letters = {name: max(len(box["label"]) * NAME, len(box["shape"]) * SHAPE) for name, box in boxes.items()}
-    for name, count in letters.items():
-        boxes[name]["width"] = (count * LETTER + 8) / 72
+    for box in boxes.values():
+        texts = (len(box["label"]) * NAME * LETTER[NAME], len(box["shape"]) * SHAPE * LETTER[SHAPE])
+        box["width"] = (max(texts) + 8) / 72
     return boxes, placed(graph, {name: box["width"] for name, box in boxes.items()})
 
 
@@ -141,6 +149,21 @@ def merged(ops: Sequence[Op]) -> dict[str, dict[str, Any]]:
             box |= {"inputs": above["inputs"], "count": count, "label": f"view ×{count}"}
         boxes[op.name] = box
     return boxes
+
+
+def gathered(boxes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same with the inputs that one node alone reads as one box, where they are many: the tables of a kernel."""
+    users = Counter(name for box in boxes.values() for name in box["inputs"])
+    made = dict(boxes)
+    for box in boxes.values():
+        alone = [n for n in box["inputs"] if boxes[n]["op"] == "input" and n not in OPERANDS and users[n] == 1]
+        if len(alone) > 2:
+            first = alone[0]
+            made[first] = boxes[first] | {"label": f"{len(alone)} tensors", "shape": ""}
+            made[box["name"]] = box | {"inputs": [n for n in box["inputs"] if n not in alone[1:]]}
+            for name in alone[1:]:
+                del made[name]
+    return made
 
 
 def label_of(op: Op) -> str:
@@ -171,11 +194,10 @@ def _draw_panel(
         patch.set(facecolor=(colour, tint), edgecolor=(colour, 4 * tint))
         axes.add_patch(patch)
         lift = 0.12 if box["shape"] else 0.0
-        size = max(scale, 0.6)
         weight = "bold" if box["kind"] in ("operand", "core") else "normal"
-        axes.text(x, y - lift, box["label"], ha="center", va="center", fontsize=NAME * size, weight=weight, zorder=3)
+        axes.text(x, y - lift, box["label"], ha="center", va="center", fontsize=NAME * scale, weight=weight, zorder=3)
         if box["shape"]:
-            axes.text(x, y + 0.16, box["shape"], ha="center", va="center", fontsize=SHAPE * size, alpha=0.75, zorder=3)
+            axes.text(x, y + 0.16, box["shape"], ha="center", va="center", fontsize=SHAPE * scale, alpha=0.75, zorder=3)
 
 
 def rounded(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnopt import backend
-from attnopt.passes.cutout import MOST, cutout
+from attnopt.passes.cutout import MOST, cutout, reached
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -34,6 +34,20 @@ def test_before_is_the_site_and_after_what_replaced_it(eagerly: list[Any]) -> No
         assert {name for op in ops.values() for name in op.inputs} <= ops.keys()
 
 
+def test_a_mask_that_stays_is_there_before_and_after(eagerly: list[Any]) -> None:
+    def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(-2, -1) / 4.0 + table * 2.0).softmax(-1) @ v
+
+    backend.clear_reports()
+    q, k, v = torch.randn(3, 1, 2, 8, 16)
+    torch.compile(biased, backend="attnopt")(q, k, v, torch.randn(8, 8))
+    (rewrite,) = backend.reports()[0].rewrites
+    for ops in (rewrite.before, rewrite.after):
+        (doubled,) = (op for op in ops if op.shape == "8, 8" and op.op == "aten.mul.Tensor")
+        assert [op.op for op in ops if op.name in doubled.inputs] == ["input"]
+    assert len(rewrite.after) < len(rewrite.before)
+
+
 def test_what_is_too_long_says_how_much_is_missing() -> None:
     class Chain(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +57,6 @@ def test_what_is_too_long_says_how_much_is_missing() -> None:
 
     graph = torch.fx.symbolic_trace(Chain()).graph
     last = next(iter(graph.output_node().all_input_nodes))
-    ops = cutout(last, {})
+    ops = cutout(reached(last, {}), {})
     # The chain and x; the nearest to the output stay.
     assert len(ops) == MOST + 1 and ops[-1].op == "and 11 more" and ops[-2].name == last.name
