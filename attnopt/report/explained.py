@@ -40,7 +40,7 @@ SHARED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """What is known of one thing. `name`: its class or function; `graphs`: what was compiled for it, in order;
     `generation`: what `attnopt.enable` did, of a transformers model; `plan`, `profile`: the one that was asked about,
@@ -66,6 +66,8 @@ class Explanation:
     def __str__(self) -> str:
         width = terminal.console().width
         return printed(self, Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False))
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return fragment(self.page_data(), str(self.history) if self.graphs else "", self._map())

@@ -75,7 +75,11 @@ def test_a_model_before_and_after_its_first_call(eagerly: list[Any], tmp_path: P
     found = attnopt.explain(compiled)
     assert found.graphs == tuple(backend.reports()) and found.name == "Attention" and found.generation is None
     assert "1 attention in 1 graph: 1 rewritten" in " ".join(str(found).split())
-    assert str(found).startswith("Attention: compiled by attnopt") and "\x1b" not in str(found)
+    assert (
+        str(found).startswith("Attention: compiled by attnopt")
+        and "\x1b" not in str(found)
+        and repr(found) == str(found)
+    )
     data = json.loads(json.dumps(found.to_json()))
     assert data["graphs"]["counts"]["rewritten"] == 1 and len(data["pictures"]) == 1 and "environment" in data
     assert [step["name"] for step in data["history"]] == [

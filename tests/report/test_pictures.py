@@ -85,6 +85,33 @@ def test_no_box_lies_on_another_and_edges_go_down() -> None:
         assert [row for _, row in way] == list(range(way[0][1], way[-1][1] + 1))
 
 
+def test_tables_that_one_node_reads_are_one_box() -> None:
+    tables = tuple(Op(f"table_{n}", "input", (), "8") for n in range(4))
+    names = tuple(op.name for op in tables)
+    boxes, _ = panel((*INPUTS, *tables, Op("out", "attnopt.span_attention.default", ("q", "k", "v", *names), "1, 8")))
+    assert boxes["out"]["inputs"] == ["q", "k", "v", "table_0"] and boxes["table_0"]["label"] == "4 tensors"
+    # Two are shown as they are, and so is what something else reads as well.
+    boxes, _ = panel((*INPUTS, *tables[:2], Op("out", CALL, ("q", "k", "v", *names[:2]), "1, 8")))
+    assert {"table_0", "table_1"} <= boxes.keys()
+
+
+@drawn
+def test_what_is_too_wide_stands_one_below_the_other() -> None:
+    wide = tuple(Op(f"mask_{n}", "aten.zeros.default", (), "1, 1, 1024, 1024 bool") for n in range(6))
+    ops = (*INPUTS, *wide, Op("out", CALL, ("q", "k", "v", *(op.name for op in wide)), "1"))
+    (small,), (large,) = (pictures_json([GraphReport(rewrites=(rewrite(0, before),))]) for before in (BEFORE, ops))
+
+    def height(item: dict[str, object], text: str) -> float:
+        found = re.search(
+            rf'<text [^>]*?y="([-\d.]+)"[^>]*>{text}|translate\([\d.]+ ([\d.]+)\)[^>]*>{text}', picture_svg(item)
+        )
+        assert found is not None
+        return float(found[1] or found[2])
+
+    assert height(small, "before: ") == height(small, "after: ")
+    assert height(large, "before: ") < height(large, "after: ")
+
+
 @drawn
 def test_the_picture_says_what_the_item_says() -> None:
     (item,) = pictures_json([GraphReport(rewrites=(rewrite(0),))])
