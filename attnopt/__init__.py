@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from attnopt.backend import clear_reports, reports
     from attnopt.backend.live import LivePlan
     from attnopt.hf.cache import SpanCache
-    from attnopt.hf.explained import explain
     from attnopt.hf.generation import disable, enable
     from attnopt.plan import Budget, Plan
     from attnopt.planner.make import make_plan
     from attnopt.profile_file import Profile
     from attnopt.profiler import profile_model
+    from attnopt.report.explained import explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +45,7 @@ _HOMES = {
     "clear_reports": "attnopt.backend",
     "disable": "attnopt.hf.generation",
     "enable": "attnopt.hf.generation",
-    "explain": "attnopt.hf.explained",
+    "explain": "attnopt.report.explained",
     "make_plan": "attnopt.planner.make",
     "profile_model": "attnopt.profiler",
     "reports": "attnopt.backend",

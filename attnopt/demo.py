@@ -23,7 +23,15 @@ from attnopt.probe import Probe
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.report import terminal
-from attnopt.report.data import environment, graphs_json, plan_facts, plan_json, profile_json, records_json
+from attnopt.report.data import (
+    environment,
+    graphs_json,
+    launched_sources,
+    plan_facts,
+    plan_json,
+    profile_json,
+    records_json,
+)  # fmt: skip
 from attnopt.report.page import write_page
 
 # (length, sequences) profiled, length planned and verified, sequences verified and looked at in the end. The verified
@@ -87,15 +95,6 @@ def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progr
     evaluate = Evaluator(spans, texts, False, progress, "one window for all heads")
     (found,) = evaluate(uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values())))
     return 100 * (sum(found.planned) / sum(found.dense) - 1)
-
-
-def emitted_sources() -> dict[str, str]:
-    """The kernels this process really launched, by key."""
-    from attnopt import ops
-    from attnopt.codegen.emit import kernel_folder
-
-    paths = {key: kernel_folder() / f"{key}.py" for key in ops.launches}
-    return {key: path.read_text(encoding="utf-8") for key, path in paths.items() if path.exists()}
 
 
 def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[A
         "profile": profile_json(profile),
         "records": records_json(made.verified.records),
         "bench": result["bench"],
-        "kernels": emitted_sources(),
+        "kernels": launched_sources(),
         "environment": environment(),
         "notes": [
             f"kernel target: {settings.target('cpu')}",

@@ -6,6 +6,7 @@
     Choice   what one head is replaced by
     Miss     something that looks like attention and was not recognised, and why
     Refusal  a site that was recognised and left alone, and why
+    Op       one node of a rewritten site, for pictures of what was there before and after
 
 Conventions, used everywhere: b batch, h query head, i query position, j key position; a window of w keys keeps
 ``0 <= i + offset - j < w`` (the query's own key counts); s sinks keep ``j < s`` (outside the window's count).
@@ -275,14 +276,35 @@ def place(reason: Miss | Refusal) -> str:
     return f" [{said}]" if said else ""
 
 
+# The name of the last Op of a site that has too many: its op says how many are missing.
+REST = "..."
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One node of a site. op: its target, such as "aten.add.Tensor", or "input" for what the site starts from; name: of
+    the node, or "q", "k", "v"; inputs: names of other Ops; shape: sizes, such as "2, 8, s0, 64", with the dtype where
+    that is no floating one."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    shape: str = ""
+
+
 @dataclass(frozen=True)
 class Rewrite:
-    """A site that was rewritten: by what, and how its tensors are laid out there."""
+    """A site that was rewritten: by what, and how its tensors are laid out there.
+
+    before, after: the nodes from q, k, v and what the mask is made of to the output, in the graph's order.
+    """
 
     site: Site
     lowering: str
     choices: tuple[Choice, ...] = ()
     note: str = ""
+    before: tuple[Op, ...] = ()
+    after: tuple[Op, ...] = ()
 
     @property
     def path(self) -> str:

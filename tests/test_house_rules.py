@@ -35,7 +35,7 @@ FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 # One library, one home: the units that may import it.
 HOMES = {
     "rich": {"report", "cli"},
-    "networkx": {"passes"},
+    "networkx": {"passes", "report"},
     "transformers": {"hf"},
     "tokenizers": {"hf"},
     "huggingface_hub": {"hf"},

@@ -25,6 +25,7 @@ from attnopt.backend import bypass, dump, structured, switches, told
 from attnopt.backend.append import appending, with_longer
 from attnopt.backend.inductor import SHIELDED, later, protected, to_inductor
 from attnopt.backend.live import LivePlan
+from attnopt.backend.origin import Origin, inside, is_compiled, origin
 from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
@@ -40,7 +41,7 @@ from attnopt.plan import Plan
 log = logging.getLogger("attnopt")
 # Reports of the graphs compiled in this process, in order; a long-lived process keeps the last ones only.
 MAX_REPORTS = 1000
-_reports: list[GraphReport] = []
+_reports: list[tuple[GraphReport, Origin]] = []
 # What `ATTNOPT_FUEL` rations: the replacements of this process.
 FUEL = Fuel()
 
@@ -120,15 +121,28 @@ def recorded(chosen: dict[str, Any], device: str) -> bool:
 
 def reports() -> list[GraphReport]:
     """What was done to every graph compiled so far in this process."""
-    return list(_reports)
+    return [report for report, _ in _reports]
+
+
+def reports_of(subject: Any) -> tuple[list[GraphReport], bool]:
+    """The reports of what was compiled for one module or function, in order, and whether it was compiled for it.
+
+    subject: the module or function itself, or what torch.compile returned. Where nothing was, the reports of a twin
+    that Dynamo shares compiled code with: a model of the same class and sizes, or a function made twice.
+    """
+    asked = inside(subject)
+    own = [report for report, origin in _reports if origin.is_of(asked)]
+    if own or not is_compiled(subject):
+        return own, True
+    return [report for report, origin in _reports if origin.is_of_a_twin(asked)], False
 
 
 def clear_reports() -> None:
     _reports.clear()
 
 
-def record(report: GraphReport) -> None:
-    _reports.append(report)
+def record(report: GraphReport, inputs: Sequence[Any] = ()) -> None:
+    _reports.append((report, origin(inputs)))
     del _reports[:-MAX_REPORTS]
     told.tell(report)
 
@@ -231,7 +245,7 @@ def compiled(
     structured.graph(made.graph.graph)
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
     report = replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report
-    record(report)
+    record(report, inputs)
     dump.graph(report, chosen.plan)
     structured.report(report)
     if made.appends and untouched:

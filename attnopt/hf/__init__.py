@@ -6,7 +6,7 @@ cache.py       SpanCache: a KV cache that holds what the plan keeps
 span_layer.py  one layer of it
 attention.py   the attention and the mask function that transformers calls by the name "attnopt"
 generation.py  enable and disable
-explained.py   explain
+explained.py   generation_of, for attnopt.explain
 benchmark.py   decoding timed with transformers' caches and with a SpanCache
 
 Only loading.py is imported with this package, and it imports transformers when a model is asked for.

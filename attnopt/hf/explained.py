@@ -1,4 +1,4 @@
-"""attnopt.explain(model): what is installed on a model for generation, layer by layer, or why nothing can be."""
+"""What `attnopt.enable` installed on a model for generation, layer by layer, or why nothing can be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from attnopt.cache import Layout, layouts_of
 from attnopt.hf import sites
 from attnopt.hf.generation import MARK, Installed, bucket
 from attnopt.ir import DENSE
+from attnopt.plan import Plan
 
 # The length that caches are described at where neither the plan nor the model was given one.
 TYPICAL = 4096
@@ -32,7 +33,7 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Generation:
     """What `attnopt.enable` did to a model. enabled: whether it did; refused: why it cannot, one line a reason."""
 
     model: str
@@ -41,6 +42,7 @@ class Explanation:
     changes: tuple[str, ...] = ()
     layers: tuple[LayerFacts, ...] = ()
     length: int = 0
+    plan: Plan | None = None
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +53,18 @@ class Explanation:
     def dense(self) -> int:
         """Bytes of one row's cache if every head kept every token."""
         return sum(layer.dense for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data; `nbytes` and `dense` are those of one row's cache at `length` tokens."""
+        layers = [
+            {"name": layer.name, "window": layer.window, "planned": layer.planned, "layout": str(layer.layout),
+             "nbytes": layer.nbytes, "dense": layer.dense}
+            for layer in self.layers
+        ]  # fmt: skip
+        return {
+            "enabled": self.enabled, "refused": list(self.refused), "changes": list(self.changes), "layers": layers,
+            "length": self.length, "nbytes": self.nbytes, "dense": self.dense,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         if self.refused:
@@ -69,13 +83,13 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.3g} MB"
 
 
-def explain(model: Any) -> Explanation:
+def generation_of(model: Any) -> Generation:
     """What is installed on a model by `attnopt.enable`, layer by layer; or what keeps it from being enabled."""
     inner = sites.generator(model)
     name = type(inner).__name__
     installed = vars(inner).get(MARK)
     if not isinstance(installed, Installed):
-        return Explanation(name, False, tuple(sites.problems(inner)))
+        return Generation(name, False, tuple(sites.problems(inner)))
     plan = installed.plan
     length = installed.max_length or bucket(plan.lengths.planned if plan is not None else TYPICAL)
     layouts = layouts_of(plan, [a.site for a in installed.attentions], length)
@@ -86,7 +100,7 @@ def explain(model: Any) -> Explanation:
         nbytes = layouts[site.name].nbytes(*widths)
         dense = site.kv_heads * length * (site.head_dim + site.head_dim_v) * inner.dtype.itemsize
         layers.append(LayerFacts(site.name, site.mask.window, choices is not None, layouts[site.name], nbytes, dense))
-    return Explanation(name, True, (), tuple(changes(inner, installed)), tuple(layers), length)
+    return Generation(name, True, (), tuple(changes(inner, installed)), tuple(layers), length, plan)
 
 
 def changes(model: Any, installed: Installed) -> list[str]:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attnopt import settings
 from attnopt.ir import Attempt, Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
+from attnopt.passes.cutout import cutout, operands, reached
 from attnopt.passes.fuel import Fuel
 from attnopt.passes.graph_text import graph_text
 from attnopt.patterns import Match
@@ -147,10 +148,14 @@ class Program:
             said = f"{type(error).__name__} while rewriting: {said}"
             self.refuse(region, Refusal(said, code="rewrite-failed"))
             return
+        inputs = operands(region)
+        before = reached(region.out, inputs)
+        after = reached(new, inputs, existing - before.keys())
+        pictured = cutout(before, inputs), cutout(after, inputs)
         region.out.replace_all_uses_with(new)
         relax_views(graph)
         self.done.add(region.site.name)
-        self.rewrites.append(Rewrite(region.site, lowering, choices, note))
+        self.rewrites.append(Rewrite(region.site, lowering, choices, note, *pictured))
 
 
 def relax_views(graph: torch.fx.Graph) -> None:

@@ -24,6 +24,7 @@ PAGE = ROOT / "docs/add-a-pattern.md"
 EXPECTED = {
     "exact_mode": ["Llama, padded", "run of real tokens", "largest difference"],
     "nanogpt": ["written-out float32 heads=4", "blocks.2.attention: SDPA is_causal"],
+    "read_a_report": ["LlamaForCausalLM: compiled by attnopt", "lower_exact", "softmax-axis: ", "one file that loads"],
     "plan_and_run": ["span kernel", "final split"],
 }
 
@@ -74,6 +75,14 @@ def test_an_answer_far_below_its_line(said: Callable[..., str]) -> None:
     assert out.count("(right)") == 2 and "LlamaForCausalLM: enabled" in out
     megabytes = re.findall(r"tokens/s +(\S+) MB of cache", out)
     assert len(megabytes) == 4 and float(megabytes[3]) < 0.7 * float(megabytes[2])
+
+
+def test_a_report_is_read(said: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = tmp_path_factory.mktemp("pages") / "report.html"
+    out = said("read_a_report", PAGE=page, LAYERS=1, LENGTH=32)
+    before, after = map(int, re.findall(r"self_attn: (\d+) nodes -> (\d+), keeps j <= i", out)[0])
+    assert after == 4 < before and "normalise" not in out.partition("left alone, and why")[2]
+    assert "SDPA is_causal" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

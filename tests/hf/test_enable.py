@@ -140,14 +140,16 @@ def test_what_is_explained() -> None:
     model = models.shared("mixed")
     assert "not enabled" in str(attnopt.explain(model))
     with enabled(model, models.rules_for(model), max_length=256):
-        found = attnopt.explain(model)
-        text = str(found)
+        explained = attnopt.explain(model)
+        found, text = explained.generation, str(explained)
+        assert found is not None and explained.plan is found.plan and f"plan {found.plan.id}" in text
         assert found.enabled and found.length == 256 and len(found.layers) == LAYERS
         assert "model.layers.1.self_attn" in text and f"own window {models.OWN_WINDOW}" in text and "was sdpa" in text
         cache = generate(model, models.prompts(1), None, 4).past_key_values
         assert found.nbytes == cache.nbytes < found.dense and "is kept for" not in text
         del cache
         assert "is kept for the next call: 1 rows of 256 tokens" in str(attnopt.explain(model))
+    assert found.to_json()["nbytes"] == found.nbytes and len(found.to_json()["layers"]) == LAYERS
     assert found.dense == LAYERS * 256 * models.KV_HEADS * 2 * models.HEAD_DIM * 4
     with enabled(model, None):
         assert "no plan: exact" in str(attnopt.explain(model))
@@ -157,7 +159,8 @@ def test_what_is_refused_is_explained() -> None:
     model = models.build("llama", layers=1)
     model.config.kv_lora_rank = 8
     found = attnopt.explain(model)
-    assert not found.enabled and "MLA" in str(found) and "cannot be enabled" in str(found)
+    assert found.generation is not None and not found.generation.enabled
+    assert "MLA" in str(found) and "cannot be enabled" in str(found)
     with pytest.raises(ModelError, match="MLA"):
         attnopt.enable(model)
 

@@ -78,4 +78,5 @@ def test_refused(name: str, own: dict[str, Any], reason: str) -> None:
         attnopt.enable(model)
     assert name in refused.value.problem and refused.value.remedy
     assert model.config._attn_implementation == before
-    assert not attnopt.explain(model).enabled
+    generation = attnopt.explain(model).generation
+    assert generation is not None and not generation.enabled
