@@ -201,6 +201,14 @@ class Region:
     meaning: Any = None
     kv_nodes: dict[str, torch.fx.Node] = field(default_factory=dict)
 
+    def renew(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Read `new` wherever `old` was read: one attention's result may be the next one's operand as it is."""
+        self.q, self.k, self.v = (new if node is old else node for node in (self.q, self.k, self.v))
+        for nodes in (self.loads, self.kv_nodes):
+            nodes.update({name: new for name, node in nodes.items() if node is old})
+        if self.match is not None:
+            self.match = self.match.reading(old, new)
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -153,6 +153,8 @@ class Program:
         after = reached(new, inputs, existing - before.keys())
         pictured = cutout(before, inputs), cutout(after, inputs)
         region.out.replace_all_uses_with(new)
+        for other in self.regions:
+            other.renew(region.out, new)
         relax_views(graph)
         self.done.add(region.site.name)
         self.rewrites.append(Rewrite(region.site, lowering, choices, note, *pictured))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -111,6 +111,15 @@ class Match:
     rules: tuple[str, ...] = ()
     factors: tuple[Factor, ...] = ()
     shared: int = 1
+
+    def reading(self, old: Node, new: Node) -> Match:
+        """The same, of operands that are `new` where they were `old`."""
+
+        def renewed(operand: Operand) -> Operand:
+            return replace(operand, node=new) if operand.node is old else operand
+
+        places = {atom: (new if node is old else node, d) for atom, (node, d) in self.places.items()}
+        return replace(self, q=renewed(self.q), k=renewed(self.k), v=renewed(self.v), places=places)
 
 
 class Pattern(Protocol):

@@ -222,3 +222,19 @@ def test_a_bias_in_a_wider_type_is_not_rounded():
         return fn(q, k, v, torch.zeros(LENGTH, LENGTH).masked_fill(later, torch.finfo(torch.float32).min))
 
     assert trace(hidden, *inputs).rewrites == ["SDPA is_causal"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_attention_whose_operand_is_another_as_it_is(dynamic):
+    """With nothing between, the next one must read what the first was rewritten to, or both would be computed."""
+
+    def fn(x, pad):
+        for _ in range(3):
+            i, j = positions(x, x)
+            x = written(x, x, x, (j <= i) & pad)
+        return x
+
+    x, pad = qkv(batch=BATCH, heads=HEADS)[0], padding()[:, None, None]
+    traced = trace(fn, x, pad, dynamic=dynamic)
+    assert len(traced.rewrites) == 3 and torch.allclose(traced.output, fn(x, pad), atol=1e-5)
+    assert "softmax" not in "".join(str(node.target) for node in traced.programs[0].gm.graph.nodes)
