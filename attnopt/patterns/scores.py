@@ -182,6 +182,9 @@ class Walk:
         if multiplied and isinstance(b, Node) and scalar(b) is None and scalar(a) is not None:
             a, b = b, a
         factor = scalar(b)
+        symbol = next((x for x in (a, b) if factor is None and isinstance(x, Node) and value(x) is None), None)
+        if symbol is not None:
+            return Miss(f"the scale is {symbol.meta.get('val')}, expected a constant", code="scale-not-constant")
         if factor is None and isinstance(a, Node) and isinstance(b, Node) and len(node.args) == 2:
             for scores, other in ((a, b), (b, a)) if multiplied else ((a, b),):
                 if self.keyless(other) and product_behind(scores) and self.full(scores):

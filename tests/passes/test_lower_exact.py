@@ -224,6 +224,14 @@ def test_a_bias_in_a_wider_type_is_not_rounded():
     assert trace(hidden, *inputs).rewrites == ["SDPA is_causal"]
 
 
+def test_a_scale_known_at_run_time_only_is_a_miss():
+    def fn(q, k, v):
+        return written(q, k, v, None)
+
+    traced = trace(fn, *qkv(batch=BATCH, heads=HEADS), dynamic=True)
+    assert [miss.code for program in traced.programs for miss in program.misses] == ["scale-not-constant"]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_attention_whose_operand_is_another_as_it_is(dynamic):
     """With nothing between, the next one must read what the first was rewritten to, or both would be computed."""
@@ -235,6 +243,7 @@ def test_an_attention_whose_operand_is_another_as_it_is(dynamic):
         return x
 
     x, pad = qkv(batch=BATCH, heads=HEADS)[0], padding()[:, None, None]
+    torch._dynamo.mark_static(x, 3)
     traced = trace(fn, x, pad, dynamic=dynamic)
     assert len(traced.rewrites) == 3 and torch.allclose(traced.output, fn(x, pad), atol=1e-5)
     assert "softmax" not in "".join(str(node.target) for node in traced.programs[0].gm.graph.nodes)
