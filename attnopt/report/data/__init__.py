@@ -11,7 +11,8 @@ launched_sources()      the kernels that ran in this process
 from __future__ import annotations
 
 from attnopt.report.data.graphs import graphs_json
-from attnopt.report.data.machine import environment, launched_sources
+from attnopt.report.data.kernels import launched_sources
+from attnopt.report.data.machine import environment
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
 from attnopt.report.profile_map import profile_json
 

@@ -1,4 +1,4 @@
-"""Versions, hardware, compiler, settings and launched kernels: what a report of a mistake needs."""
+"""Versions, hardware, compiler and settings: what a report of a mistake needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from attnopt import __version__, ops, settings
-from attnopt.codegen.emit import kernel_folder
+from attnopt import __version__, settings
 from attnopt.cost import device_name
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
@@ -53,9 +52,3 @@ def _compiler() -> str | None:
                 continue
             return run.stdout.splitlines()[0] if run.stdout else name
     return None
-
-
-def launched_sources() -> dict[str, str]:
-    """The sources of the kernels this process really launched, by key."""
-    paths = {key: kernel_folder() / f"{key}.py" for key in ops.launches}
-    return {key: path.read_text(encoding="utf-8") for key, path in paths.items() if path.exists()}
