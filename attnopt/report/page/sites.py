@@ -1,0 +1,75 @@
+"""What was compiled: every attention that was found, what was done to it, and why the others were left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from attnopt.report import figures
+from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, facts, figure, folded, soft, table
+
+SITE_COLUMNS = [
+    ("site", "site"), ("phase", "phase"), ("layers", "layers"), ("graphs", "graphs"), ("heads", "heads"),
+    ("dim", "dim"), ("dtype", "dtype"), ("mask", "keeps"), ("done", "rewritten to"), ("why", "note"),
+    ("pattern", "pattern"), ("source", "source"),
+]  # fmt: skip
+
+
+def graphs(data: Mapping[str, Any]) -> list[Part]:
+    found = data["graphs"]
+    rows = found["rows"]
+    parts = [(facts((name.replace("_", " "), value) for name, value in found["counts"].items()), "")]
+    if done := [row for row in rows if row["state"] == "rewritten"]:
+        parts.append(("<h3>Rewritten</h3>" + table(SITE_COLUMNS, done), ""))
+    for state, heading in (("left alone", "Left alone, and why"), ("not recognised", "Not recognised, and why")):
+        if rest := [row for row in rows if row["state"] == state]:
+            parts.append((f"<h3>{heading}</h3>" + _reasons(rest), ""))
+    parts += [(soft(note), "") for note in dict.fromkeys(note for graph in found["graphs"] for note in graph["notes"])]
+    if saved := _savings(found["graphs"]):
+        parts.append((saved, "the savings of each site"))
+    times = [{"pass": name, "ms": ms} for name, ms in found["pass_milliseconds"].items()]
+    if times:
+        shown = table([("pass", "pass"), ("ms", "milliseconds, all graphs")], times)
+        parts.append((folded(f"Passes, {sum(row['ms'] for row in times):.0f} ms", shown), ""))
+    return parts
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for who, a line for why, a line for where: reasons are sentences, and no column is wide enough."""
+    items = []
+    for row in rows:
+        # Left alone by several passes, a site has several reasons.
+        who = f"<b>{escape(row['site'])}</b>"
+        what = [row[key] for key in ("heads", "dtype", "mask") if row.get(key)]
+        if what:
+            who += f' <span class="soft">{escape(", ".join(what))}</span>'
+        times = f"{row['layers']} layers" if row["layers"] > 1 else ""
+        times += "" if row["graphs"] < 2 else f"{', ' if times else ''}{row['graphs']} graphs"
+        named = [times, row["op"] and f"at {row['op']}", row["source"], row["page"] and f"explained in {row['page']}"]
+        where = " · ".join(text for text in named if text)
+        items.append(f'<li>{who}<p>{escape(row["why"])}</p><p class="soft">{escape(where)}</p></li>')
+    return f'<ul class="reasons">{"".join(items)}</ul>'
+
+
+def _savings(graphs: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of what each graph's sites save, each with the graph's phase; as they come, a column for every key."""
+    rows = [{"phase": graph.get("phase", ""), **row} for graph in graphs for row in graph.get("savings") or ()]
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return "<h3>What it saves</h3>" + table([(key, key.replace("_", " ")) for key in columns], rows)
+
+
+def pictures(data: Mapping[str, Any]) -> list[Part]:
+    """The first of the pictures is open: a rewrite before and after."""
+    if not figures.available():
+        return [(soft(NO_MATPLOTLIB), "")]
+    from attnopt.report.pictures import picture_svg
+
+    parts = []
+    for n, item in enumerate(data["pictures"]):
+        caption = f"{item['site']}: {item['caption']}"
+        drawn = figure(caption, picture_svg(item), "wide")
+        parts.append((drawn if n == 0 else folded(caption, drawn), f"the picture of {caption}"))
+    return parts
