@@ -74,11 +74,21 @@ def search_figure(records: Sequence[Mapping[str, Any]], limit: float | None, uni
         if limit is not None:
             axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--", label=f"budget {limit:g}")
         axes.set_xscale("log")
+        _label_within_decades(axes)
         axes.set_xlabel("predicted, nats per token")
         axes.set_ylabel("measured increase" + (f", {unit}" if unit else ""))
         axes.legend(fontsize=7, frameon=False, labelcolor=INK)
 
     return _draw(draw, (7.0, 3.2))
+
+
+def _label_within_decades(axes: Axes) -> None:
+    """Powers of ten are too few labels for a logarithmic axis that spans one or two."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 def front_figure(front: Mapping[str, Any]) -> str:

@@ -41,7 +41,11 @@
     if (text !== undefined) made.textContent = text;
     return made;
   };
-  const figures = (value) => (value === null ? "" : String(Number(value.toPrecision(4))));
+  // To four digits, as all figures of the page.
+  const figures = (value) => {
+    const digits = Number(value.toPrecision(4)), [sign, power] = digits.toExponential().split("e");
+    return digits && Math.abs(digits) < 1e-4 ? `${sign}e-${power.slice(1).padStart(2, "0")}` : String(digits);
+  };
 
   // A tooltip that shows at once, also for who comes by keyboard.
   const facts = new Map(cells.map((cell) => [cell, cell.title]));
@@ -86,7 +90,7 @@
       svg.append(bar);
       if (n % every === 0) label(svg, edge.left + (n + 0.5) * step, bottom + 13, String(low));
     });
-    label(svg, edge.left - 5, edge.top + 8, `${figures(100 * top)} %`, "end");
+    label(svg, edge.left - 5, edge.top + 8, `${Math.round(100 * top)} %`, "end");
     label(svg, (width + edge.left) / 2, height - 6, "distance from query to key, tokens");
     return framed(svg, "Where its mass lies");
   };
@@ -130,14 +134,13 @@
   const listed = (points) => {
     const box = make("div", null, { class: "scroll tall", tabindex: "0" }), table = make("table", null), body = make("tbody", null);
     const headings = make("tr", null), cost = points.some((p) => p.cost !== null);
-    const columns = ["candidate", ...(cost ? ["share of pairs"] : []), data.unit, ""];
-    columns.forEach((text, n) => headings.append(make("th", text, n && text ? { class: "n" } : {})));
+    for (const text of [...(cost ? ["share of pairs"] : []), data.unit]) headings.append(make("th", text, { class: "n" }));
+    headings.append(make("th", "candidate"));
     for (const p of points) {
       const row = make("tr", null, p.chosen ? { "aria-current": "true" } : {});
-      row.append(make("td", p.choice));
       if (cost) row.append(make("td", p.cost === null ? "" : `${figures(100 * p.cost)} %`, { class: "n" }));
       row.append(make("td", p.damage === null ? "not offered" : figures(p.damage), { class: "n" }));
-      row.append(make("td", p.chosen ? "✓ chosen" : ""));
+      row.append(make("td", p.chosen ? `✓ ${p.choice}, chosen` : p.choice));
       body.append(row);
     }
     const head = make("thead", null);

@@ -71,8 +71,9 @@ def _document(title: str, style: str, script: str, links: str, body: str) -> str
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head>\n"
         f"<body><header><h1>{escape(title)}</h1>"
-        '<button type="button" id="theme" class="scripted" aria-label="colours: as the system">◐ auto</button></header>\n'
-        f'<nav aria-label="Sections">{links}</nav>\n<main>{body}</main>\n<script>{script}</script></body></html>\n'
+        '<button type="button" id="theme" class="scripted" aria-label="colours: as the system">◐ auto</button>'
+        f'</header>\n<nav aria-label="Sections">{links}</nav>\n<main>{body}</main>\n'
+        f"<script>{script}</script></body></html>\n"
     )
 
 

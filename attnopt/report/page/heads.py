@@ -1,4 +1,4 @@
-"""The map of heads: one cell each, coloured by what is asked for, and what the page's script needs to draw their curves.
+"""The map of heads: one cell each, coloured by what is asked for, and the data of which the script draws their curves.
 
 The map needs no script: a cell holds its class and letter of every measure, and the chosen radio button says which
 of them the style sheet shows.
@@ -17,6 +17,7 @@ from attnopt.report.cells import bucket, far_sign, letter, short_labels
 from attnopt.report.page.pieces import Part, soft
 
 SHADES = 8  # of the ramp in page.css
+FEW = 16  # heads up to which cells are large
 LEAST = 2.0**-SHADES
 WITHOUT_SCRIPTS = "Without scripts a head has no curves; its figures are in its tooltip."
 
@@ -180,14 +181,14 @@ def _controls(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence
         if kinds else ""
     )  # fmt: skip
     return (
-        f'<form autocomplete="off"><fieldset><legend>Colour by</legend>{buttons}</fieldset>'
-        '<fieldset class="scripted"><legend>Show</legend>'
+        f'<form autocomplete="off"><fieldset><legend>Colour by</legend><div>{buttons}</div></fieldset>'
+        '<fieldset class="scripted"><legend>Show</legend><div>'
         f'<label>layer <select id="of-layer"><option value="">all</option>{layers}</select></label>{kind}'
         '<label>with <select id="side" aria-label="side of the threshold"><option value="1">at least</option>'
         '<option value="-1">at most</option></select> '
         '<input type="number" step="any" id="threshold" aria-label="threshold" aria-describedby="unit"> '
         '<span id="unit" class="soft"></span></label>'
-        '<button type="reset">reset</button><output id="count" aria-live="polite"></output></fieldset></form>'
+        '<button type="reset">reset</button><output id="count" aria-live="polite"></output></div></fieldset></form>'
     )
 
 
@@ -201,9 +202,10 @@ def _table(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence[st
         lines.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>')
     name = f"Heads of {escape(title or 'every site')}: a row for each layer"
     caption = f"<caption>{escape(title)} × heads</caption>" if title else ""
+    size = "map few" if max(widths.values()) <= FEW else "map"
     return (
-        f'<div class="scroll"><table class="map" role="grid" aria-label="{name}">{caption}<thead><tr><td></td>{ruler}'
-        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table class="{size}" role="grid" aria-label="{name}">{caption}<thead><tr><td></td>'
+        f"{ruler}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -234,8 +236,8 @@ def head_facts(data: Mapping[str, Any], site: str, head: int) -> list[str]:
         seen = _at(longest(profile)[site] if site in profile["sites"] else None, head, None)
         if seen is not None:
             low, high = seen["distance"]
-            lines.append(f"half of its mass within {high} tokens" if not low else
-                         f"half of its mass within {low} to {high} tokens")  # fmt: skip
+            within = f"{low} to {high} tokens" if low < high else f"{high} token{'' if high == 1 else 's'}"
+            lines.append(f"half of its mass within {within}")
             lines.append(f"entropy {seen['entropy']:.3g} nats")
             if seen["ablation"] is not None:
                 lines.append(f"removing it costs {seen['ablation']:.3g} nats per token")
@@ -290,15 +292,14 @@ def _embedded(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence
 
 
 def _grid_curves(profile: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Without a plan there is no candidate and no cost: the profile's own windows, in the shape of `candidates_json`."""
+    """Without a plan there are no costs: the profile's own windows, in the shape of `candidates_json`."""
     grid = profile["grid"]
     every = longest(profile)
     key = "damage" if all(h["damage"] is not None for row in every.values() for h in row) else "moved"
     if not every or any(head[key] is None for row in every.values() for head in row):
         return None
     choices = [
-        {"choice": f"sink {sink}, window {window}", "candidate": "sink_window", "sink": sink, "window": window, "far": "",
-         "cost": None}
+        {"choice": f"sink {sink}, window {window}", "sink": sink, "window": window, "far": "", "cost": None}
         for sink in grid["sinks"] for window in grid["windows"]
     ]  # fmt: skip
     sites = {site: {"damage": [[rounded(v) for line in h[key] for v in line] for h in row], "chosen": None}

@@ -32,6 +32,12 @@ def facts(rows: Iterable[tuple[Any, Any]]) -> str:
     return f"<dl>{''.join(cells)}</dl>"
 
 
+def counts(rows: Iterable[tuple[str, int]]) -> str:
+    """Facts that are short enough to stand side by side."""
+    cells = (f"<div><dt>{escape(label)}</dt><dd>{count}</dd></div>" for label, count in rows)
+    return f'<dl class="counts">{"".join(cells)}</dl>'
+
+
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     """columns: (key, heading). Numbers are aligned right; a key that no row holds a value for has no column."""
     columns = [(key, text) for key, text in columns if any(row.get(key) not in (None, "") for row in rows)]

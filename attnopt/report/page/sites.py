@@ -7,21 +7,20 @@ from html import escape
 from typing import Any
 
 from attnopt.report import figures
-from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, facts, figure, folded, soft, table
+from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, counts, figure, folded, soft, table
 
 SITE_COLUMNS = [
-    ("site", "site"), ("phase", "phase"), ("layers", "layers"), ("graphs", "graphs"), ("heads", "heads"),
-    ("dim", "dim"), ("dtype", "dtype"), ("mask", "keeps"), ("done", "rewritten to"), ("why", "note"),
-    ("pattern", "pattern"), ("source", "source"),
+    ("site", "site"), ("phase", "phase"), ("layers", "layers"), ("graphs", "graphs"), ("form", "form"),
+    ("mask", "keeps"), ("done", "rewritten to"), ("why", "note"), ("source", "source"),
 ]  # fmt: skip
 
 
 def graphs(data: Mapping[str, Any]) -> list[Part]:
     found = data["graphs"]
     rows = found["rows"]
-    parts = [(facts((name.replace("_", " "), value) for name, value in found["counts"].items()), "")]
+    parts = [(counts((name.replace("_", " "), count) for name, count in found["counts"].items()), "")]
     if done := [row for row in rows if row["state"] == "rewritten"]:
-        parts.append(("<h3>Rewritten</h3>" + table(SITE_COLUMNS, done), ""))
+        parts.append(("<h3>Rewritten</h3>" + table(SITE_COLUMNS, [row | {"form": _form(row)} for row in done]), ""))
     for state, heading in (("left alone", "Left alone, and why"), ("not recognised", "Not recognised, and why")):
         if rest := [row for row in rows if row["state"] == state]:
             parts.append((f"<h3>{heading}</h3>" + _reasons(rest), ""))
@@ -35,15 +34,18 @@ def graphs(data: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
+def _form(row: Mapping[str, Any]) -> str:
+    """What kind of attention a row is: its pattern, heads and sizes, and dtype."""
+    heads = f"{row['heads']} heads" + (f" of {row['dim']}" if row["dim"] else "") if row["heads"] else ""
+    return ", ".join(text for text in (row["pattern"], heads, row["dtype"]) if text)
+
+
 def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for who, a line for why, a line for where: reasons are sentences, and no column is wide enough."""
     items = []
     for row in rows:
-        # Left alone by several passes, a site has several reasons.
-        who = f"<b>{escape(row['site'])}</b>"
-        what = [row[key] for key in ("heads", "dtype", "mask") if row.get(key)]
-        if what:
-            who += f' <span class="soft">{escape(", ".join(what))}</span>'
+        what = ", ".join(text for text in (_form(row), row["mask"] and f"keeps {row['mask']}") if text)
+        who = f"<b>{escape(row['site'])}</b>" + (f' <span class="soft">{escape(what)}</span>' if what else "")
         times = f"{row['layers']} layers" if row["layers"] > 1 else ""
         times += "" if row["graphs"] < 2 else f"{', ' if times else ''}{row['graphs']} graphs"
         named = [times, row["op"] and f"at {row['op']}", row["source"], row["page"] and f"explained in {row['page']}"]

@@ -74,7 +74,7 @@ def _loss(plan: Mapping[str, Any]) -> Tile:
     upper = worst["upper_95"]
     bound = f"at most {upper:.2f} %" if loss else f"at most {upper:.3g}"
     bound = bound if _known(upper) else "no bound"
-    where = f"{worst['split']} text, {worst['length']} tokens"
+    where = f"the {worst['split']} text at {worst['length']} tokens"
     return Tile("Cost in quality", value if _known(worst["increase"]) else "no bound",
                 f"{what} on {where}; {bound} (95 %)", "plain")  # fmt: skip
 
@@ -88,7 +88,7 @@ def _budget(plan: Mapping[str, Any]) -> Tile:
         return Tile("Budget kept", "not known", f"nothing measured yet; the budget is {asked}", "open")
     upper = max((m["upper_95"] if _known(m["upper_95"]) else math.inf for m in decisive(plan)), default=math.inf)
     if upper <= budget["limit"]:
-        return Tile("Budget kept", "yes", f"{asked}; the bound leaves {budget['limit'] - upper:.2g} of it", "good")
+        return Tile("Budget kept", "yes", f"{asked}; {budget['limit'] - upper:.2g} to spare", "good")
     over = f"exceeded by {upper - budget['limit']:.2g}" if _known(upper) else "the measurement has no bound"
     return Tile("Budget kept", "no", f"{asked}; {over}", "bad")
 
