@@ -19,7 +19,8 @@ INK = "#010203"  # stands for the page's text colour while drawing
 NEUTRAL = "#767c85"
 SERIES = ("#1f83a6", "#c2632f", "#4f9a53", "#a45fb5", "#b0892a", "#c4507a")
 HOLDS, MISSES = SERIES[0], SERIES[1]  # told apart by their marks too
-MOST_LAYERS = 12  # layers with a chart of their own; each takes some 20 kB
+MOST_LAYERS = 8  # layers with a chart of their own; each takes some 20 kB
+MARKED = 8  # curves of one chart up to which their points are marked: marks are most of its bytes
 Curve = tuple[str, Sequence[float], Sequence[float]]
 
 
@@ -123,12 +124,13 @@ def _lines(curves: Sequence[Curve], size: tuple[float, float], legend: bool) -> 
         import matplotlib
 
         colours = matplotlib.colormaps["viridis"]
+        mark = "." if len(curves) <= MARKED else ""
         for n, (name, xs, ys) in enumerate(curves):
             # A logarithmic axis has no zero: such points are left out.
             values = [y if y > 0 else math.nan for y in ys]
             # Neither end of the map is seen on every page: one is nearly black, one nearly white.
             shade = colours(0.25 + 0.6 * n / max(len(curves) - 1, 1))
-            axes.plot(xs, values, color=shade, linewidth=1, marker=".", markersize=3, label=name)
+            axes.plot(xs, values, color=shade, linewidth=1, marker=mark, markersize=3, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("window")

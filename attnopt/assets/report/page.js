@@ -23,7 +23,7 @@
   const heads = byId("heads");
   if (!heads) return;
   const held = byId("head-data"), data = held ? JSON.parse(held.textContent) : {};
-  const rows = [...heads.querySelector("tbody").rows].map((row) => [...row.cells].slice(1));
+  const rows = [...heads.querySelector(".map tbody").rows].map((row) => [...row.cells].slice(1));
   const cells = rows.flat(), form = heads.querySelector("form"), panel = byId("head");
   const place = (cell) => [cell.parentNode.sectionRowIndex, cell.cellIndex - 1];
   const at = (table, [layer, head]) => table?.[layer]?.[head] ?? null;
@@ -178,7 +178,7 @@
   };
   const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] };
   const within = (value, count) => Math.max(0, Math.min(value, count - 1));
-  const body = heads.querySelector("tbody"), cellOf = (event) => facts.has(event.target) && event.target;
+  const body = heads.querySelector(".map tbody"), cellOf = (event) => facts.has(event.target) && event.target;
   body.addEventListener("keydown", (event) => {
     const [layer, head] = place(current), move = step[event.key];
     if (move) {

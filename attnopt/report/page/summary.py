@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -67,16 +66,14 @@ def _loss(plan: Mapping[str, Any]) -> Tile:
     if not plan["measured"]:
         nats = plan["predicted"]["kl_nats_per_token"]
         return Tile("Cost in quality", f"{nats:.3g}", "nats per token, predicted; nothing measured yet", "plain")
-    worst = max(decisive(plan), key=_increase)
-    loss = plan["budget"]["kind"] == "loss"
-    what = "loss" if loss else "nats per token"
-    value = f"{worst['increase']:+.2f} %" if loss else f"{worst['increase']:.3g}"
-    upper = worst["upper_95"]
-    bound = f"at most {upper:.2f} %" if loss else f"at most {upper:.3g}"
-    bound = bound if _known(upper) else "no bound"
+    worst = max(decisive(plan), key=lambda m: m["increase"])
     where = f"the {worst['split']} text at {worst['length']} tokens"
-    return Tile("Cost in quality", value if _known(worst["increase"]) else "no bound",
-                f"{what} on {where}; {bound} (95 %)", "plain")  # fmt: skip
+    if plan["budget"]["kind"] == "loss":
+        value, told = f"{worst['increase']:+.2f} %", f"loss on {where}; at most {worst['upper_95']:.2f} % (95 %)"
+    else:
+        value = f"{worst['increase']:.3g}"
+        told = f"nats per token on {where}; at most {worst['upper_95']:.3g} (95 %)"
+    return Tile("Cost in quality", value, told, "plain")
 
 
 def _budget(plan: Mapping[str, Any]) -> Tile:
@@ -86,11 +83,10 @@ def _budget(plan: Mapping[str, Any]) -> Tile:
         return Tile("Budget kept", "not known", f"edited after it was measured; the budget is {asked}", "open")
     if not plan["measured"]:
         return Tile("Budget kept", "not known", f"nothing measured yet; the budget is {asked}", "open")
-    upper = max((m["upper_95"] if _known(m["upper_95"]) else math.inf for m in decisive(plan)), default=math.inf)
-    if upper <= budget["limit"]:
-        return Tile("Budget kept", "yes", f"{asked}; {budget['limit'] - upper:.2g} to spare", "good")
-    over = f"exceeded by {upper - budget['limit']:.2g}" if _known(upper) else "the measurement has no bound"
-    return Tile("Budget kept", "no", f"{asked}; {over}", "bad")
+    spare = budget["limit"] - max(m["upper_95"] for m in decisive(plan))
+    if spare >= 0:
+        return Tile("Budget kept", "yes", f"{asked}; {spare:.2g} to spare", "good")
+    return Tile("Budget kept", "no", f"{asked}; exceeded by {-spare:.2g}", "bad")
 
 
 def _compiled(graphs: Mapping[str, Any]) -> list[Tile]:
@@ -121,15 +117,6 @@ def _profiled(profile: Mapping[str, Any]) -> list[Tile]:
         Tile("Sink heads", cell_text(totals["sink_heads"]), "half of their mass is on the first keys", "plain"),
         Tile("Longest text", cell_text(longest["length"]), f"tokens; {longest['samples']} samples", "plain"),
     ]  # fmt: skip
-
-
-def _increase(measured: Mapping[str, Any]) -> float:
-    return measured["increase"] if _known(measured["increase"]) else math.inf
-
-
-def _known(value: float | None) -> bool:
-    """A bound that is not there is null in JSON and infinite in Python."""
-    return value is not None and math.isfinite(value)
 
 
 def _percent(share: float) -> str:
