@@ -144,7 +144,7 @@ def test_letters_are_legible_on_every_colour(opened, drawn):
       return found; }"""
     for scheme in ("light", "dark"):
         found = opened(drawn[1], color_scheme=scheme).evaluate(contrast)
-        assert min(found.values()) >= 4.0, (scheme, found)
+        assert min(found.values()) >= 4.5, (scheme, found)
 
 
 def test_heads_are_reached_and_pinned_by_keyboard(opened, drawn):

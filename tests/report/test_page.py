@@ -66,7 +66,7 @@ def test_the_page_is_well_formed_and_says_everything(tmp_path: Path) -> None:
     reader = read(text)
     for name, heading, keys, _ in page.SECTIONS:
         assert (heading in reader.text) == any(key in given for key in keys), name
-    for part in ("layers.0-2.attn", "j <= i", "left <b>bold</b>", "not provable", "m.py:3", "a <i>note</i>", "no bound",
+    for part in ("layers.0-2.attn", "j ≤ i", "left <b>bold</b>", "not provable", "m.py:3", "a <i>note</i>", "no bound",
                  "the chosen point ringed", "Without scripts"):  # fmt: skip
         assert part in reader.text, part
     assert 'name="viewport"' in text and len(text.encode()) < 2_000_000

@@ -7,6 +7,8 @@ from html import escape
 from typing import Any
 
 from attnopt.report import figures
+from attnopt.report.cells import formula
+from attnopt.report.page.examined import examined, phase_of
 from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, counts, figure, folded, soft, table
 
 SITE_COLUMNS = [
@@ -20,18 +22,21 @@ def graphs(data: Mapping[str, Any]) -> list[Part]:
     rows = found["rows"]
     parts = [(counts((name.replace("_", " "), count) for name, count in found["counts"].items()), "")]
     if done := [row for row in rows if row["state"] == "rewritten"]:
-        parts.append(("<h3>Rewritten</h3>" + table(SITE_COLUMNS, [row | {"form": _form(row)} for row in done]), ""))
+        parts.append(("<h3>Rewritten</h3>" + table(SITE_COLUMNS, [_row(row) for row in done]), ""))
     for state, heading in (("left alone", "Left alone, and why"), ("not recognised", "Not recognised, and why")):
         if rest := [row for row in rows if row["state"] == state]:
             parts.append((f"<h3>{heading}</h3>" + _reasons(rest), ""))
     parts += [(soft(note), "") for note in dict.fromkeys(note for graph in found["graphs"] for note in graph["notes"])]
-    if saved := _savings(found["graphs"]):
-        parts.append((saved, "the savings of each site"))
+    parts += examined(found)
     times = [{"pass": name, "ms": ms} for name, ms in found["pass_milliseconds"].items()]
     if times:
         shown = table([("pass", "pass"), ("ms", "milliseconds, all graphs")], times)
         parts.append((folded(f"Passes, {sum(row['ms'] for row in times):.0f} ms", shown), ""))
     return parts
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "phase": phase_of(row), "form": _form(row), "mask": formula(row["mask"])}
 
 
 def _form(row: Mapping[str, Any]) -> str:
@@ -44,23 +49,20 @@ def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for who, a line for why, a line for where: reasons are sentences, and no column is wide enough."""
     items = []
     for row in rows:
-        what = ", ".join(text for text in (_form(row), row["mask"] and f"keeps {row['mask']}") if text)
+        what = ", ".join(text for text in (_form(row), row["mask"] and f"keeps {formula(row['mask'])}") if text)
         who = f"<b>{escape(row['site'])}</b>" + (f' <span class="soft">{escape(what)}</span>' if what else "")
         times = f"{row['layers']} layers" if row["layers"] > 1 else ""
         times += "" if row["graphs"] < 2 else f"{', ' if times else ''}{row['graphs']} graphs"
-        named = [times, row["op"] and f"at {row['op']}", row["source"], row["page"] and f"explained in {row['page']}"]
+        named = [
+            phase_of(row),
+            times,
+            row["op"] and f"at {row['op']}",
+            row["source"],
+            row["page"] and f"explained in {row['page']}",
+        ]
         where = " · ".join(text for text in named if text)
         items.append(f'<li>{who}<p>{escape(row["why"])}</p><p class="soft">{escape(where)}</p></li>')
     return f'<ul class="reasons">{"".join(items)}</ul>'
-
-
-def _savings(graphs: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of what each graph's sites save, each with the graph's phase; as they come, a column for every key."""
-    rows = [{"phase": graph.get("phase", ""), **row} for graph in graphs for row in graph.get("savings") or ()]
-    if not rows:
-        return ""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return "<h3>What it saves</h3>" + table([(key, key.replace("_", " ")) for key in columns], rows)
 
 
 def pictures(data: Mapping[str, Any]) -> list[Part]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from attnopt.report.cells import cell_text
+from attnopt.report.cells import cell_text, scaled
 from attnopt.report.data.plans import COSTS
+from attnopt.report.page.examined import phase_of
 from attnopt.report.page.pieces import Part, facts
 
 MARKS = {"good": "✓", "bad": "✕", "open": "?", "plain": ""}
@@ -92,18 +93,37 @@ def _budget(plan: Mapping[str, Any]) -> Tile:
 def _compiled(graphs: Mapping[str, Any]) -> list[Tile]:
     counts = graphs["counts"]
     sites, done, missed = counts["sites"], counts["rewritten"], counts["not_recognised"]
-    spent = sum(graphs["pass_milliseconds"].values())
     where = f"{counts['graphs']} graph{'' if counts['graphs'] == 1 else 's'}"
-    whole = counts["graphs_left_alone"]
     return [
         Tile("Attentions rewritten", f"{done} of {sites}", f"recognised in {where}",
              "good" if sites and done == sites else "plain"),
         Tile("Left alone", str(counts["left_alone"]), "recognised, with the reason below", "plain"),
         Tile("Not recognised", str(missed), "looks like attention, with the reason below" if missed else
              "nothing else looks like attention", "open" if missed else "good"),
-        Tile("Time in passes", f"{spent / 1000:.2f} s" if spent >= 1000 else f"{spent:.0f} ms",
-             f"{whole} of {where} left alone as a whole" if whole else where, "plain"),
+        _saved(graphs) or _spent(graphs, where),
     ]  # fmt: skip
+
+
+def _saved(graphs: Mapping[str, Any]) -> Tile | None:
+    """Of the first phase, at its longest length; None where nothing was counted."""
+    rows = [row for row in graphs.get("savings") or () if row["pairs_before"]]
+    if not rows:
+        return None
+    first = [row for row in rows if phase_of(row) == phase_of(rows[0])]
+    row = max(first, key=lambda r: r["length"])
+    before, after = row["pairs_before"], row["pairs_after"]
+    length = f" at {row['length']} tokens" if row["length"] else ""
+    detail = f"{phase_of(row)}{length}, exact mode: {scaled(before)} to {scaled(after)}"
+    at_least = "at least " if row["at_most"] else ""
+    return Tile("Query-key pairs saved", f"{at_least}{_percent(1 - after / before)}", detail, "plain")
+
+
+def _spent(graphs: Mapping[str, Any], where: str) -> Tile:
+    spent, whole = sum(graphs["pass_milliseconds"].values()), graphs["counts"]["graphs_left_alone"]
+    return Tile(
+        "Time in passes", f"{spent / 1000:.2f} s" if spent >= 1000 else f"{spent:.0f} ms",
+        f"{whole} of {where} left alone as a whole" if whole else where, "plain",
+    )  # fmt: skip
 
 
 def _profiled(profile: Mapping[str, Any]) -> list[Tile]:
