@@ -223,3 +223,13 @@ def test_a_figure_loses_scripts_references_and_shared_ids() -> None:
         '<svg><g/><g><path id="f1-p"/></g><use href="#f1-p" clip-path="url(#f1-p)" fill="none"/></svg>'
     )
     assert figures.inline("no picture", "f1") == ""
+
+
+def test_pictures_of_rewrites_are_placed_the_first_of_them_open() -> None:
+    pytest.importorskip("attnopt.report.pictures")
+    ops = [{"name": name, "op": "input", "inputs": [], "shape": "1, 4, 64, 16"} for name in "qkv"]
+    one = {"name": "out", "op": "scaled_dot_product_attention", "inputs": ["q", "k", "v"], "shape": "1, 4, 64, 16"}
+    item = {"site": EVIL, "caption": "one call", "before": [*ops, one], "after": [*ops, one]}
+    reader = read(page.render({"pictures": [item, item | {"site": "other"}]}))
+    assert [tag for tag, _ in reader.tags].count("svg") == 2 and [tag for tag, _ in reader.tags].count("details") == 1
+    assert f"{EVIL}: one call" in reader.text and "Before and after" in reader.text

@@ -41,6 +41,12 @@ def test_the_strip_says_what_is_saved_at_the_longest_length() -> None:
     assert tile.detail == "prefill at 8192 tokens, exact mode: 67.1 M to 33.6 M"
 
 
+def test_where_every_pair_stays_the_strip_says_what_is_no_longer_made() -> None:
+    given = examined() | {"savings": [saving(1024, 1 << 20, 1 << 20, repeated_bytes=1 << 20)]}
+    tile = strip({"graphs": given})[-1]
+    assert (tile.label, tile.value) == ("Memory saved", "3 MiB") and tile.detail.startswith("prefill at 1024 tokens")
+
+
 def test_savings_timings_breaks_and_recompilations_are_told() -> None:
     text = render({"graphs": examined()})
     for row in (

@@ -155,7 +155,7 @@
     cell.setAttribute("aria-selected", "true");
     const [name, ...lines] = facts.get(cell).split("\n"), spot = place(cell), list = make("ul", null);
     lines.forEach((line) => list.append(make("li", line)));
-    const curves = make("div", null, { class: "curves" }), parts = [make("h3", name), list, curves];
+    const curves = make("div", null, { class: "curves" }), parts = [list, curves];
     const mass = at(data.mass, spot), damage = at(data.damage, spot), chosen = at(data.chosen, spot);
     if (mass) curves.append(distances(mass));
     if (damage) {
@@ -164,7 +164,8 @@
       curves.append(candidates(points));
       parts.push(listed(points));
     }
-    panel.replaceChildren(...parts);
+    panel.firstElementChild.textContent = name;
+    panel.lastElementChild.replaceChildren(...parts);
     const row = panel.querySelector("[aria-current]"), box = panel.querySelector(".tall");
     if (row) box.scrollTop = row.offsetTop - box.clientHeight / 2;
   };

@@ -38,6 +38,7 @@ def render(data: Mapping[str, Any]) -> str:
     made = [(name, heading, make(data)) for name, heading, keys, make in SECTIONS if any(data.get(k) for k in keys)]
     sections = [section for section in made if section[2]]
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style += heads.styles(data)
     left_out = _left_out([part for _, _, own in sections for part in own], LIMIT - len(style) - len(script))
     body = []
     for name, heading, own in sections:
@@ -91,7 +92,7 @@ def _environment(data: Mapping[str, Any]) -> list[Part]:
 SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Mapping[str, Any]], list[Part]]]] = [
     ("summary", "Summary", ("summary", "plan", "graphs", "profile"), summary.summary),
     ("notes", "Notes", ("notes",), summary.notes),
-    ("sites", "What was compiled", ("graphs",), sites.graphs),
+    ("sites", "Attentions", ("graphs",), sites.graphs),
     ("map", "Heads", ("plan", "profile", "candidates"), heads.heads),
     ("plan", "Plan", ("plan",), plans.plan),
     ("profile", "Profile", ("profile",), plans.profile),

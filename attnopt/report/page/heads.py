@@ -145,19 +145,19 @@ def heads(data: Mapping[str, Any]) -> list[Part]:
     text = json.dumps(embedded, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return [
         (
-            f'<style>{_styles(shown)}</style><div id="heads">{_controls(data, shown, sites)}'
+            f'<div id="heads">{_controls(data, shown, sites)}'
             f'<div class="split"><div class="mapbox">{_table(data, shown, sites)}{_legends(shown)}</div>'
-            f'<div id="head" class="scripted" aria-live="polite"></div>{_unscripted()}</div></div>',
+            f'<div id="head" class="scripted"><h3 aria-live="polite"></h3><div></div></div>{_unscripted()}</div></div>',
             "the map of heads",
         ),
         (f'<script type="application/json" id="head-data">{text}</script>', "the curves of the heads"),
     ]
 
 
-def _styles(shown: Sequence[Measure]) -> str:
-    """Which of a cell's classes and letters counts, for each measure."""
+def styles(data: Mapping[str, Any]) -> str:
+    """Which of a cell's classes and letters counts, for each measure: rules of the page's style sheet."""
     rules = []
-    for measure in shown:
+    for measure in measures(data):
         chosen = f"#heads:has(#by-{measure.key}:checked)"
         shades = sorted({shade for row in measure.marks.values() for shade, _ in row if shade})
         rules += [f"{chosen} .{measure.key}-{s}{{background:var(--r-{s});color:var(--t-{s})}}" for s in shades]

@@ -57,7 +57,10 @@ FRONT_COLUMNS = [
 def front(data: Mapping[str, Any]) -> list[Part]:
     found = data["front"]
     unit = found["unit"]
-    parts = [(soft(f"The cheapest plan for each predicted damage at {found['length']} tokens; cost in {unit}."), "")]
+    told = f"The cheapest plan for each predicted damage at {found['length']} tokens; cost in {unit}."
+    if found.get("plan_unit", unit) != unit:
+        told += f" The plan was made with costs in {found['plan_unit']}, which are not at hand."
+    parts = [(soft(told), "")]
     points = [{**point, "chosen": "chosen" if point["chosen"] else ""} for point in found["points"]]
     if figures.available():
         if chart := figures.front_figure(found):

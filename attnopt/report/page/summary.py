@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from attnopt.report.cells import cell_text, scaled
+from attnopt.report.cells import bytes_text, cell_text, scaled
 from attnopt.report.data.plans import COSTS
 from attnopt.report.page.examined import phase_of
 from attnopt.report.page.pieces import Part, facts
@@ -112,10 +112,12 @@ def _saved(graphs: Mapping[str, Any]) -> Tile | None:
     first = [row for row in rows if phase_of(row) == phase_of(rows[0])]
     row = max(first, key=lambda r: r["length"])
     before, after = row["pairs_before"], row["pairs_after"]
-    length = f" at {row['length']} tokens" if row["length"] else ""
-    detail = f"{phase_of(row)}{length}, exact mode: {scaled(before)} to {scaled(after)}"
-    at_least = "at least " if row["at_most"] else ""
-    return Tile("Query-key pairs saved", f"{at_least}{_percent(1 - after / before)}", detail, "plain")
+    where = phase_of(row) + (f" at {row['length']} tokens" if row["length"] else "") + ", exact mode"
+    held = sum(row[name] for name in ("mask_bytes", "repeated_bytes", "scores_bytes"))
+    if before == after and held:
+        return Tile("Memory saved", bytes_text(held), f"{where}: masks, copies of K and V, scores not made", "plain")
+    value = ("at least " if row["at_most"] else "") + _percent(1 - after / before)
+    return Tile("Query-key pairs saved", value, f"{where}: {scaled(before)} to {scaled(after)}", "plain")
 
 
 def _spent(graphs: Mapping[str, Any], where: str) -> Tile:
