@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pages import EVIL, KERNEL, plan, profile, rendered, whole
+from pages import EVIL, KERNEL, front, plan, profile, rendered, whole
 
 from attnopt.report import data, figures, page, profile_map
 from attnopt.report.cells import cell_text
@@ -211,6 +211,24 @@ def test_charts_take_the_colours_of_the_page() -> None:
     for seen in empty.observations.values():
         seen.sums["t2"].zero_()
     assert figures.damage_figures(data.profile_json(empty)) == {}
+
+
+def test_the_front_marks_what_was_chosen_and_measured() -> None:
+    pytest.importorskip("matplotlib")
+    labels = ("chosen", "measured, holds", "misses", "cost, ms")
+    drawn = figures.front_figure(front())
+    assert all(f">{label}</text>" in drawn for label in labels)
+    alone = figures.front_figure(front() | {"measured": []})
+    assert [f">{label}</text>" in alone for label in labels] == [True, False, False, True]
+    dense = [{"predicted": 0.0, "cost": 1.0, "chosen": True}, {"predicted": None, "cost": 2.0, "chosen": False}]
+    assert figures.front_figure({"unit": "ms", "points": dense}) == ""
+
+
+def test_a_front_of_other_costs_than_the_plans_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "available", lambda: False)
+    text = read(page.render({"front": front() | {"plan_unit": "pairs"}})).text
+    assert "The plan was made with costs in pairs" in text
+    assert "The plan was made" not in read(page.render({"front": front() | {"plan_unit": "ms"}})).text
 
 
 def test_a_figure_loses_scripts_references_and_shared_ids() -> None:
