@@ -42,6 +42,7 @@ HOMES = {
     "triton": {"codegen", "statistics"},
     "sympy": {"masks", "cost"},
     "matplotlib": {"report"},
+    "pygments": {"report"},
 }
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

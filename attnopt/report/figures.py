@@ -18,7 +18,9 @@ INK = "#010203"  # stands for the page's text colour while drawing
 # A picture of its own cannot know what page it stands on: this grey has a contrast of 4.2 to white and of 4.5 to black.
 NEUTRAL = "#767c85"
 SERIES = ("#1f83a6", "#c2632f", "#4f9a53", "#a45fb5", "#b0892a", "#c4507a")
-MOST_LAYERS = 12  # layers with a chart of their own; each takes some 20 kB
+HOLDS, MISSES = SERIES[0], SERIES[1]  # told apart by their marks too
+MOST_LAYERS = 8  # layers with a chart of their own; each takes some 20 kB
+MARKED = 8  # curves of one chart up to which their points are marked: marks are most of its bytes
 Curve = tuple[str, Sequence[float], Sequence[float]]
 
 
@@ -62,31 +64,73 @@ def search_figure(records: Sequence[Mapping[str, Any]], limit: float | None, uni
         return ""
 
     def draw(axes: Axes) -> None:
-        for point in points:
-            x, y, top = point["predicted"], point["increase"], point.get("upper_95")
-            colour = "#1a9850" if point.get("holds") else "#d7402b"
-            if top is not None:
-                axes.plot([x, x], [y, top], color=colour, linewidth=1)
-            axes.plot([x], [y], "o", color=colour, markersize=4)
+        for holds, colour, mark, label in ((True, HOLDS, "o", "holds"), (False, MISSES, "X", "misses")):
+            of = [p for p in points if bool(p.get("holds")) == holds]
+            for point in of:
+                if point.get("upper_95") is not None:
+                    axes.plot([point["predicted"]] * 2, [point["increase"], point["upper_95"]], color=colour, lw=1)
+            if of:
+                axes.plot([p["predicted"] for p in of], [p["increase"] for p in of], mark, color=colour, markersize=4.5,
+                          label=f"{label}, up to its 95 % bound")  # fmt: skip
         if limit is not None:
-            axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--")
+            axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--", label=f"budget {limit:g}")
         axes.set_xscale("log")
+        _label_within_decades(axes)
         axes.set_xlabel("predicted, nats per token")
         axes.set_ylabel("measured increase" + (f", {unit}" if unit else ""))
+        axes.legend(fontsize=7, frameon=False, labelcolor=INK)
 
-    return _draw(draw, (5.0, 3.0))
+    return _draw(draw, (7.0, 3.2))
+
+
+def _label_within_decades(axes: Axes) -> None:
+    """Powers of ten are too few labels for a logarithmic axis that spans one or two."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+
+
+def front_figure(front: Mapping[str, Any]) -> str:
+    """Predicted damage over cost: the front as steps, the chosen point ringed, measured ones marked. Of `front_json`;
+    empty if no point has a damage."""
+    # A logarithmic axis has no zero: the dense plan, which predicts none, is left out.
+    points = [p for p in front["points"] if (p["predicted"] or 0) > 0]
+    if not points:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        costs, values = [p["cost"] for p in points], [p["predicted"] for p in points]
+        axes.plot(costs, values, color=INK, alpha=0.45, lw=1, drawstyle="steps-post", marker=".", markersize=3)
+        for holds, mark, colour, label in ((True, "o", HOLDS, "measured, holds"), (False, "X", MISSES, "misses")):
+            of = [m for m in front.get("measured") or () if m["holds"] == holds and (m["predicted"] or 0) > 0]
+            if of:
+                axes.plot([m["cost"] for m in of], [m["predicted"] for m in of], mark, color=colour, markersize=5,
+                          label=label)  # fmt: skip
+        chosen = [p for p in points if p["chosen"]]
+        axes.plot([p["cost"] for p in chosen], [p["predicted"] for p in chosen], "o", color=HOLDS, markersize=11,
+                  fillstyle="none", markeredgewidth=1.8, label="chosen")  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel(f"cost, {front['unit']}")
+        axes.set_ylabel("predicted, nats per token")
+        axes.legend(fontsize=7, frameon=False, labelcolor=INK)
+
+    return _draw(draw, (7.0, 3.2))
 
 
 def _lines(curves: Sequence[Curve], size: tuple[float, float], legend: bool) -> str:
     def draw(axes: Axes) -> None:
         import matplotlib
 
-        colours = matplotlib.colormaps["turbo"]
+        colours = matplotlib.colormaps["viridis"]
+        mark = "." if len(curves) <= MARKED else ""
         for n, (name, xs, ys) in enumerate(curves):
             # A logarithmic axis has no zero: such points are left out.
             values = [y if y > 0 else math.nan for y in ys]
-            shade = colours(0.1 + 0.8 * n / max(len(curves) - 1, 1))
-            axes.plot(xs, values, color=shade, linewidth=1, marker=".", markersize=3, label=name)
+            # Neither end of the map is seen on every page: one is nearly black, one nearly white.
+            shade = colours(0.25 + 0.6 * n / max(len(curves) - 1, 1))
+            axes.plot(xs, values, color=shade, linewidth=1, marker=mark, markersize=3, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("window")
@@ -184,5 +228,7 @@ def inline(svg: str, prefix: str) -> str:
     text = re.sub(r"""\s(xlink:)?href\s*=\s*(["'])(?!#)[^"']*\2""", "", text, flags=re.I)
     text = re.sub(r"\sxlink:href=", " href=", text)
     text = re.sub(r"""url\(\s*['"]?(?!#)[^)]*\)""", "none", text, flags=re.I)
+    # The page's own typeface, at the size it was drawn for.
+    text = re.sub(r"\bfont: ?([\d.]+px)[^;\"]*", r"font-size: \1", text)
     text = re.sub(r'\sid="', f' id="{prefix}-', text)
     return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)

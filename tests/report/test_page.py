@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from pages import EVIL, KERNEL, front, plan, profile, rendered, whole
 
-from attnopt.fingerprint import Fingerprint
-from attnopt.ir import DENSE, Choice, GraphReport, Mask, Miss, Refusal, Rewrite, Site, Step
-from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
-from attnopt.planner.verify import Record
-from attnopt.profile_file import Profile
 from attnopt.report import data, figures, page, profile_map
 from attnopt.report.cells import cell_text
-from attnopt.statistics import Grid
+from attnopt.report.page.code import PLAIN_FROM, highlighted
+from attnopt.report.page.pieces import NO_MATPLOTLIB
 
-EVIL = 'model.<script>alert("x")</script>&attn'
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 
 
@@ -57,93 +52,60 @@ def read(text: str) -> Reader:
     return reader
 
 
-def graph() -> GraphReport:
-    sites = [Site(f"layers.{n}.attn", 0, "sdpa", 4, 4, 8, 8, 0.3, "float32", Mask(causal=True)) for n in range(3)]
-    odd = replace(sites[0], path=EVIL, mask=Mask(window=7))
-    return GraphReport(
-        (*sites, odd), tuple(Rewrite(s, "sdpa_causal") for s in sites), (Refusal("left <b>bold</b>", odd.name),),
-        (Miss("not provable", "m", "m.py:3"),), (Step("match", 1.25, 9, 9),), "", "", ("a <i>note</i>",),
-    )  # fmt: skip
-
-
-def plan(layers: int = 2, heads: int = 4) -> Plan:
-    narrow = Choice.of("sink_window", {"sink": 4, "alpha": 128, "beta": 0.0})
-    made = Plan(
-        "demo", Fingerprint("0123456789abcdef", (0.125,)), Budget("loss", 1.0), Lengths((512,), 4096, (2048,)),
-        {f"layers.{n}.attn": (narrow,) * (heads - 1) + (DENSE,) for n in range(layers)},
-        Predicted(0.012345678, "measured", "ms", 12.345678, 5.0, 2.4691, 0.4, 0.25), min_length=256,
-    )  # fmt: skip
-    return replace(made, measured=(Measured("final", 2048, 32, 65504, 2.0, 2.01, 0.54321, 0.76543, made.choices_id),))
-
-
-def profile(layers: int = 2, heads: int = 4) -> Profile:
-    made = Profile.empty(Fingerprint("0123456789abcdef", (0.125,)), Grid((0, 4), (8, 16, 32)), ["text"], ["float32"])
-    for n in range(layers):
-        seen = made.observation(f"layers.{n}.attn", heads, 64)
-        seen.rows, seen.samples = 128, 2
-        for name in seen.sums:
-            seen.sums[name] += torch.rand(seen.sums[name].shape, dtype=torch.float64)
-    return made
-
-
-def records() -> list[Record]:
-    one = Measured("verify", 2048, 32, 65504, 2.0, 2.01, 0.51234, 0.75, "abc")
-    endless = replace(one, increase=float("inf"), upper_95=float("inf"))
-    return [Record("point 4", 0.01, 5.0, (one,), True), Record("point 8", 0.1, 2.0, (endless,), False)]
-
-
-def whole() -> dict[str, Any]:
-    return {
-        "title": "A <title>",
-        "summary": [("speed", 1.23456), ("kept", True)],
-        "environment": data.environment(),
-        "graphs": data.graphs_json([graph()]),
-        "plan": data.plan_json(plan()),
-        "profile": data.profile_json(profile()),
-        "records": data.records_json(records()),
-        "bench": [{"case": "a", "dense_ms": 1.23456}, {"case": EVIL, "ratio": 2.5}],
-        "notes": ["a & b"],
-        "kernels": {"span<cpu>": "if a < b && c:  # https://arxiv.org/abs/2309.17453\n    pass"},
-        "figures": {
-            "own": '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><path id="p" d="M0 0"/></svg>'
-        },
-    }
-
-
-def test_everything_is_json_and_comes_back_the_same() -> None:
+def test_everything_is_json_and_the_page_of_what_comes_back_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "available", lambda: False)
     given = {k: v for k, v in whole().items() if k != "summary"}
     again = json.loads(json.dumps(given, allow_nan=False))
     assert again == given and page.render(again) == page.render(given)
 
 
 def test_the_page_is_well_formed_and_says_everything(tmp_path: Path) -> None:
-    path = page.write_page(tmp_path / "deep" / "page.html", whole())
+    given, text = rendered()
+    path = page.write_page(tmp_path / "deep" / "page.html", {"title": given["title"], "notes": given["notes"]})
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
-    text = path.read_text(encoding="utf-8")
     reader = read(text)
-    for _, heading, _ in page.SECTIONS:
-        assert heading in reader.text
-    for part in (
-        "layers.0-2.attn",
-        "j <= i",
-        "left <b>bold</b>",
-        "not provable",
-        "m.py:3",
-        "a <i>note</i>",
-        "no bound",
-    ):
-        assert part in reader.text
-    assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text and len(text) < 2_000_000
+    for name, heading, keys, _ in page.SECTIONS:
+        assert (heading in reader.text) == any(key in given for key in keys), name
+    for part in ("layers.0-2.attn", "j ≤ i", "left <b>bold</b>", "not provable", "m.py:3", "a <i>note</i>", "no bound",
+                 "the chosen point ringed", "Without scripts"):  # fmt: skip
+        assert part in reader.text, part
+    assert 'name="viewport"' in text and len(text.encode()) < 2_000_000
+
+
+def test_sections_link_to_where_they_are() -> None:
+    tags = read(rendered()[1]).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    links = [str(attributes["href"])[1:] for tag, attributes in tags if tag == "a"]
+    assert len(ids) == len(set(ids)) and set(links) <= set(ids) and links[0] == "summary" and len(links) == 12
 
 
 def test_names_are_never_markup() -> None:
-    reader = read(page.render(whole()))
-    assert not [tag for tag, _ in reader.tags if tag in ("script", "b", "i")]
-    assert EVIL in reader.text and "A <title>" in reader.text and "if a < b && c" in reader.text
+    reader = read(rendered()[1])
+    assert [a.get("type") for tag, a in reader.tags if tag == "script"] == ["application/json", None]
+    assert not [tag for tag, _ in reader.tags if tag in ("img", "iframe", "object", "link")]
+    assert EVIL in reader.text and "A <title>" in reader.text and KERNEL in reader.text
+
+
+def test_the_policy_names_the_one_script_there_is() -> None:
+    text = rendered()[1]
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_embedded_data_cannot_end_their_element() -> None:
+    given = whole()
+    name = "</script><script>alert(1)</script><!--"
+    given["plan"]["sites"] = {name: given["plan"]["sites"]["layers.0.attn"]}
+    text = page.render({"plan": given["plan"]})
+    (embedded,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
+    assert "<" not in embedded and json.loads(embedded)["sites"] == [name]
+    assert [a.get("type") for tag, a in read(text).tags if tag == "script"] == ["application/json", None]
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
-    text = page.render(whole())
+    text = rendered()[1]
     for _, attributes in read(text).tags:
         assert "src" not in attributes and not [name for name in attributes if name.startswith("on")]
         for name, value in attributes.items():
@@ -155,15 +117,40 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 def test_the_figures_are_those_of_the_json_data() -> None:
-    given = whole()
-    text = read(page.render(given)).text
+    given, page_text = rendered()
+    text = read(page_text).text
     measured = given["plan"]["measured"][0]
     assert f"increase {measured['increase']:.4g}, at most {measured['upper_95']:.4g}" in text
     assert f"{given['plan']['predicted']['kl_nats_per_token']:.3g} nats per token" in text
     assert f"{100 * given['plan']['density']:.1f} %" in text
-    assert cell_text(given["records"][0]["increase"]) in text and cell_text(given["bench"][0]["dense_ms"]) in text
+    assert cell_text(given["records"][0]["increase"]) in text and cell_text(given["bench"][1]["milliseconds"]) in text
     for row in given["profile"]["worst"]:
         assert cell_text(row["nats_per_token"]) in text
+
+
+def test_what_the_summary_says_the_plan_does_not_repeat() -> None:
+    held = data.plan_json(plan())
+    text = read(page.render({"plan": held, "summary": data.plan_facts(held)})).text
+    assert text.count("nats per token on 65504 tokens") == 1
+    assert read(page.render({"plan": held})).text.count("nats per token on 65504 tokens") == 1
+
+
+def test_every_reason_has_its_place_and_its_page() -> None:
+    (row,) = [row for row in rendered()[0]["graphs"]["rows"] if row["state"] == "not recognised"]
+    listed = read(rendered()[1]).text
+    assert row["why"] in listed and row["source"] in listed and f"explained in {row['page']}" in listed
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("name", ["span", "spans.cpp"])
+def test_a_kernel_is_coloured_and_stays_as_it_is(name: str, end: str) -> None:
+    source = KERNEL + end
+    made = highlighted(name, source)
+    assert read(made).text == source and 'class="k"' in made and 'class="s"' in made
+
+
+def test_a_long_kernel_has_no_colours() -> None:
+    assert "<" not in highlighted("span", "if x:\n" * PLAIN_FROM)
 
 
 def test_the_numbers_of_a_profile_are_sums_per_token() -> None:
@@ -200,22 +187,20 @@ def test_an_empty_page_is_a_page() -> None:
     assert "attnopt" in read(page.render({})).text
 
 
-def test_a_page_stays_small_and_says_what_it_left_out() -> None:
-    given = {
-        "plan": data.plan_json(plan(64, 64)),
-        "profile": data.profile_json(profile(64, 64)),
-        "kernels": {"long": "x" * 3_000_000, "short": "y"},
-    }
+def test_a_page_stays_small_and_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "LIMIT", 100_000)
+    given = {"plan": data.plan_json(plan(8, 16)), "kernels": {"long": "x\n" * 60_000, "short": "y" * 100}}
     text = page.render(given)
-    assert len(text.encode()) < 2_000_000
+    assert len(text.encode()) < 100_000
     reader = read(text)
-    assert "Left out for its size: kernel long." in reader.text and "yyy" not in reader.text
+    assert "Left out for its size: kernel long." in reader.text and "x\nx" not in reader.text
+    assert "y" * 100 in reader.text and 'id="heads"' in text
 
 
 def test_without_matplotlib_charts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "available", lambda: False)
     reader = read(page.render({**whole(), "figures": {}}))
-    assert page.NO_MATPLOTLIB in reader.text and not [tag for tag, _ in reader.tags if tag == "svg"]
+    assert NO_MATPLOTLIB in reader.text and not [tag for tag, _ in reader.tags if tag == "svg"]
 
 
 def test_charts_take_the_colours_of_the_page() -> None:
@@ -228,6 +213,24 @@ def test_charts_take_the_colours_of_the_page() -> None:
     assert figures.damage_figures(data.profile_json(empty)) == {}
 
 
+def test_the_front_marks_what_was_chosen_and_measured() -> None:
+    pytest.importorskip("matplotlib")
+    labels = ("chosen", "measured, holds", "misses", "cost, ms")
+    drawn = figures.front_figure(front())
+    assert all(f">{label}</text>" in drawn for label in labels)
+    alone = figures.front_figure(front() | {"measured": []})
+    assert [f">{label}</text>" in alone for label in labels] == [True, False, False, True]
+    dense = [{"predicted": 0.0, "cost": 1.0, "chosen": True}, {"predicted": None, "cost": 2.0, "chosen": False}]
+    assert figures.front_figure({"unit": "ms", "points": dense}) == ""
+
+
+def test_a_front_of_other_costs_than_the_plans_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "available", lambda: False)
+    text = read(page.render({"front": front() | {"plan_unit": "pairs"}})).text
+    assert "The plan was made with costs in pairs" in text
+    assert "The plan was made" not in read(page.render({"front": front() | {"plan_unit": "ms"}})).text
+
+
 def test_a_figure_loses_scripts_references_and_shared_ids() -> None:
     svg = (
         '<!DOCTYPE svg><svg xmlns="http://www.w3.org/2000/svg" onload="x()"><script>x()</script><metadata>m</metadata>'
@@ -238,3 +241,13 @@ def test_a_figure_loses_scripts_references_and_shared_ids() -> None:
         '<svg><g/><g><path id="f1-p"/></g><use href="#f1-p" clip-path="url(#f1-p)" fill="none"/></svg>'
     )
     assert figures.inline("no picture", "f1") == ""
+
+
+def test_pictures_of_rewrites_are_placed_the_first_of_them_open() -> None:
+    pytest.importorskip("attnopt.report.pictures")
+    ops = [{"name": name, "op": "input", "inputs": [], "shape": "1, 4, 64, 16"} for name in "qkv"]
+    one = {"name": "out", "op": "scaled_dot_product_attention", "inputs": ["q", "k", "v"], "shape": "1, 4, 64, 16"}
+    item = {"site": EVIL, "caption": "one call", "before": [*ops, one], "after": [*ops, one]}
+    reader = read(page.render({"pictures": [item, item | {"site": "other"}]}))
+    assert [tag for tag, _ in reader.tags].count("svg") == 2 and [tag for tag, _ in reader.tags].count("details") == 1
+    assert f"{EVIL}: one call" in reader.text and "Before and after" in reader.text

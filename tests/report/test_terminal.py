@@ -140,7 +140,7 @@ def test_heads_with_far_parts_and_without_attention_are_named() -> None:
     (row,) = [line.split() for line in text.splitlines() if line.strip().startswith("pruned")]
     assert row == ["pruned", "4", "0", "none", "0.0", "%"]
     html = page.render({"plan": data.plan_json(mixed)})
-    assert html.count('class="far-gone"') == 4 and html.count('class="far-linear"') == 2 and "pruned" in html
+    assert html.count('class="choice-gone ') == 4 and html.count('class="choice-linear ') == 2 and "pruned" in html
 
 
 def test_a_profile_is_shown() -> None:
