@@ -17,7 +17,7 @@ from attnopt import backend, hf, text
 from attnopt.distill import Menu
 from attnopt.ir import Choice
 from attnopt.plan import Budget
-from attnopt.registry import PATTERNS
+from attnopt.registry import CANDIDATES, PATTERNS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/add-a-pattern.md"
@@ -64,6 +64,17 @@ def said(
     return run
 
 
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of one untrained layer as the demo: the seconds of an example are those of 48 heads."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path())), "demo")
+    monkeypatch.setattr(hf, "load", lambda name: loaded)
+
+
 def test_exact_mode(said: Callable[..., str]) -> None:
     said("exact_mode")
 
@@ -83,6 +94,17 @@ def test_plan_and_run(said: Callable[..., str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_candidate_of_one_s_own_is_planned_and_run(
+    said: Callable[..., str], one_layer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a budget that nothing misses, the cheapest plan is the narrowest: the example's own windows."""
+    list(CANDIDATES)  # all others are there first
+    monkeypatch.setattr(CANDIDATES, "_items", dict(CANDIDATES._items))
+    out = said("add_a_candidate", PROFILED=(64,), PLANNED=128, SAMPLES=8, BUDGET=Budget("loss", 10_000.0))
+    assert "of 4 heads: 4 idle" in out and out.count("span kernel") == 1 and "final split" in out
+
+
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer steps, partly on the text that it is measured on: so few on other text may do harm."""
     stream = text.stream
@@ -93,14 +115,7 @@ def test_fine_tuning_lowers_the_loss(said: Callable[..., str], monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_tails_are_fitted_planned_and_saved(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model of one untrained layer: the example's forty seconds are those of 48 heads."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
-    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path())), "demo")
-    monkeypatch.setattr(hf, "load", lambda name: loaded)
+def test_tails_are_fitted_planned_and_saved(said: Callable[..., str], one_layer: None) -> None:
     menu = Menu((8,), (2,), (32,), (4,), 2, ("linear", "taylor", "compensation"))
     tails = {"linear": Choice.of("linear", {"sink": 4, "window": 32, "features": 8})}
     out = said("linear_tail", PROFILED=96, PLANNED=128, SAMPLES=8, MENU=menu, TAILS=tails)
