@@ -34,7 +34,7 @@ def test_it_is_one_screen_and_its_links_lead_somewhere() -> None:
 
 
 def test_its_two_commands_are_targets_of_the_makefile() -> None:
-    named = re.findall(r"^    make (\w+) ", README, re.M)
+    named = re.findall(r"^\$ make (\w+) ", README, re.M)
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert named == ["demo", "test"] and set(named) <= set(targets)
 

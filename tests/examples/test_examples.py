@@ -28,6 +28,12 @@ EXPECTED = {
 }
 
 
+def test_every_program_is_in_the_table() -> None:
+    table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\((\w+\.py)\)", table))
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} <= named
+
+
 def test_an_example_runs_by_itself(tmp_path: Path) -> None:
     """As a user starts it, through inductor."""
     command = [sys.executable, str(ROOT / "examples" / "nanogpt.py")]
