@@ -30,7 +30,7 @@ EXPECTED = {
 
 def test_every_program_is_in_the_table() -> None:
     table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\((\w+\.py)\)", table))
+    named = set(re.findall(r"(\w+\.py)\b", table))
     assert {path.name for path in (ROOT / "examples").glob("*.py")} <= named
 
 
