@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from attnopt import backend, hf, text
+from attnopt import backend, hf, registry, text
 from attnopt.distill import Menu
 from attnopt.ir import Choice
 from attnopt.plan import Budget
-from attnopt.registry import CANDIDATES, PATTERNS
+from attnopt.registry import PATTERNS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/add-a-pattern.md"
@@ -104,8 +104,8 @@ def test_a_candidate_of_one_s_own_is_planned_and_run(
     said: Callable[..., str], one_layer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a budget that nothing misses, the cheapest plan is the narrowest: the example's own windows."""
-    list(CANDIDATES)  # all others are there first
-    monkeypatch.setattr(CANDIDATES, "_items", dict(CANDIDATES._items))
+    list(registry.CANDIDATES)  # all others are there first
+    monkeypatch.setattr(registry.CANDIDATES, "_items", dict(registry.CANDIDATES._items))
     out = said("add_a_candidate", PROFILED=(64,), PLANNED=128, SAMPLES=8, BUDGET=Budget("loss", 10_000.0))
     assert "of 4 heads: 4 idle" in out and out.count("span kernel") == 1 and "final split" in out
 
