@@ -2,8 +2,8 @@
 
     python examples/plan_and_run.py
 
-Short lengths and a generous budget keep it under a minute. Here a plan saves little or nothing; `attnopt demo`
-does the same at lengths that matter. So costs here are counted (kept query-key pairs), not timed.
+Short lengths and a generous budget keep it under a minute and a half of CPU time. Here a plan saves little or nothing;
+`attnopt demo` does the same at lengths that matter. So costs here are counted (kept query-key pairs), not timed.
 """
 
 from __future__ import annotations

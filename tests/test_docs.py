@@ -48,9 +48,3 @@ def test_the_line_is_recovered(what: str, spelling: str, formula: str) -> None:
 def test_the_tables_are_read_whole_and_the_limit_is_the_code_s() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "`" in line]
     assert len(LINES) == len(rows) == 18 and f"at or below {MASKED:g}" in PAGE
-
-
-def test_the_readme_says_the_same() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is recognised")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([^|`]+) \| `(.+)` \|$", section, re.M)
-    assert len(rows) == 11 and set(rows) <= {(what, formula) for what, _, formula in LINES}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnopt import backend, hf, text
+from attnopt import backend, hf, registry, text
 from attnopt.distill import Menu
 from attnopt.ir import Choice
 from attnopt.plan import Budget
@@ -27,6 +27,12 @@ EXPECTED = {
     "read_a_report": ["LlamaForCausalLM: compiled by attnopt", "lower_exact", "softmax-axis: ", "one file that loads"],
     "plan_and_run": ["span kernel", "final split"],
 }
+
+
+def test_every_program_is_in_the_table() -> None:
+    table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(\w+\.py)\b", table))
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} <= named
 
 
 def test_an_example_runs_by_itself(tmp_path: Path) -> None:
@@ -65,6 +71,17 @@ def said(
     return run
 
 
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of one untrained layer as the demo: the seconds of an example are those of 48 heads."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path())), "demo")
+    monkeypatch.setattr(hf, "load", lambda name: loaded)
+
+
 def test_exact_mode(said: Callable[..., str]) -> None:
     said("exact_mode")
 
@@ -92,6 +109,17 @@ def test_plan_and_run(said: Callable[..., str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_candidate_of_one_s_own_is_planned_and_run(
+    said: Callable[..., str], one_layer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a budget that nothing misses, the cheapest plan is the narrowest: the example's own windows."""
+    list(registry.CANDIDATES)  # all others are there first
+    monkeypatch.setattr(registry.CANDIDATES, "_items", dict(registry.CANDIDATES._items))
+    out = said("add_a_candidate", PROFILED=(64,), PLANNED=128, SAMPLES=8, BUDGET=Budget("loss", 10_000.0))
+    assert "of 4 heads: 4 idle" in out and out.count("span kernel") == 1 and "final split" in out
+
+
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer steps, partly on the text that it is measured on: so few on other text may do harm."""
     stream = text.stream
@@ -102,14 +130,7 @@ def test_fine_tuning_lowers_the_loss(said: Callable[..., str], monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_tails_are_fitted_planned_and_saved(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model of one untrained layer: the example's forty seconds are those of 48 heads."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
-    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path())), "demo")
-    monkeypatch.setattr(hf, "load", lambda name: loaded)
+def test_tails_are_fitted_planned_and_saved(said: Callable[..., str], one_layer: None) -> None:
     menu = Menu((8,), (2,), (32,), (4,), 2, ("linear", "taylor", "compensation"))
     tails = {"linear": Choice.of("linear", {"sink": 4, "window": 32, "features": 8})}
     out = said("linear_tail", PROFILED=96, PLANNED=128, SAMPLES=8, MENU=menu, TAILS=tails)
