@@ -1,4 +1,4 @@
-"""How `make docs` builds the site: every page of this folder, generated parts filled in, nothing read from a network."""
+"""How `make docs` builds the site: the pages of this folder, generated parts filled in, nothing read from a network."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ nitpick_ignore_regex = [("py:class", ".*")]
 
 html_theme = "furo"
 html_title = f"attnopt {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_show_sphinx = False

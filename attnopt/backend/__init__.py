@@ -115,6 +115,7 @@ def reports() -> list[GraphReport]:
 
 
 def clear_reports() -> None:
+    """Forget what was done so far."""
     _reports.clear()
 
 

@@ -24,10 +24,16 @@ def plain(app: Any, what: str, name: str, value: Any, options: Any, lines: list[
     indented by four is code."""
     shown: list[str] = []
     for line in lines:
-        parts = re.split(r"(`[^`]*`)", line)
-        blank = not shown or not shown[-1]
-        if blank and line.startswith("    ") and shown:
-            shown += ["::", ""]
         code = line.startswith("    ")
-        shown.append(line if code else "".join(p if n % 2 else re.sub(r"([|*\\])", r"\\\1", p) for n, p in enumerate(parts)))
+        if code and shown and not shown[-1]:
+            shown += ["::", ""]
+        parts = [line] if code else re.split(r"(`[^`]*`)", line)
+        shown.append("".join(p if code or n % 2 else re.sub(r"([|*\\])", r"\\\1", p) for n, p in enumerate(parts)))
     lines[:] = shown
+
+
+def signature(
+    app: Any, what: str, name: str, value: Any, options: Any, given: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Without the modules of types, and three dots for a default that a call makes."""
+    return given and re.sub(r"~[\w.]+\.", "", given).replace("<factory>", "..."), returns

@@ -19,7 +19,10 @@ def page(_: str) -> str:
 def section(name: str, parser: argparse.ArgumentParser) -> str:
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=96)
     actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
-    groups = {"argument": [a for a in actions if not a.option_strings], "option": [a for a in actions if a.option_strings]}
+    groups = {
+        "argument": [a for a in actions if not a.option_strings],
+        "option": [a for a in actions if a.option_strings],
+    }
     tables = "".join(table(kind, rows) for kind, rows in groups.items() if rows)
     usage = parser.format_usage().removeprefix("usage: ").rstrip()
     examples = "\n".join(f"$ {line}" for line in EXAMPLES[name].splitlines())
