@@ -81,7 +81,7 @@ def _read_fitted(place: Place, value: Any, content: bytes | None, fingerprint: F
 
 def _read_budget(place: Place, value: Any) -> Budget:
     value = place.record(value, ("kind", "limit", "unit"))
-    if value["kind"] not in UNITS:
+    if value["kind"] not in tuple(UNITS):
         place.at("kind").fail(f"{show(value['kind'])} is no budget", f"Use {' or '.join(UNITS)}.")
     budget = Budget(value["kind"], place.at("limit").number(value["limit"], float, 0))
     if value["unit"] != budget.unit:

@@ -41,12 +41,12 @@ def one_title(text: str) -> str:
 
 
 def sidebar(index: str) -> str:
-    """A hidden tree of pages for each `## Group` of the first page: the pages that it links to, in its order."""
+    """A hidden tree of pages for each `## Group` of the first page: its list of links, each by the words it has there."""
     trees = []
     for group in index.split("\n## ")[1:]:
         name, _, body = group.partition("\n")
-        pages = [target for target in re.findall(r"\]\(([^)#]+)\.md\)", body) if not target.startswith("..")]
-        trees.append(f"\n```{{toctree}}\n:hidden:\n:caption: {name}\n\n" + "\n".join(dict.fromkeys(pages)) + "\n```\n")
+        pages = [f"{told} <{page}>" for told, page in re.findall(r"^- \[([^]]+)\]\(([^)#]+)\.md\)", body, re.M)]
+        trees.append(f"\n```{{toctree}}\n:hidden:\n:caption: {name}\n\n" + "\n".join(pages) + "\n```\n")
     return "".join(trees)
 
 

@@ -20,7 +20,7 @@ class NameTheFile(SphinxTransform):
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
-        folder, docs = Path(self.env.doc2path(self.env.docname)).parent, Path(self.app.srcdir)
+        folder, docs = Path(self.env.doc2path(self.env.docname)).parent, Path(self.env.srcdir)
         links = [*self.document.findall(addnodes.download_reference), *self.document.findall(addnodes.pending_xref)]
         for node in links:
             target = (folder / node["reftarget"]).resolve()

@@ -28,10 +28,10 @@ COMMAND = re.compile(r" {4,}(\$ |([A-Z_]+=\S+ )*(attnopt|python3?|make|pip|torch
 # What makes a command short: for an option that stands in a block or not, its value here.
 SMALL = {
     "examine": {"--length": "32"},
-    "profile": {"--lengths": "64,128", "--samples": "1", "--probe": "1", "--text": "book.txt"},
+    "profile": {"--lengths": "64", "--samples": "1", "--probe": "0", "--text": "book.txt"},
     "distill": {"--features": "8", "--ranks": "2", "--windows": "32", "--steps": "0", "--samples": "1"},
     "calibrate": {"--lengths": "64", "--rounds": "1"},
-    "plan": {"--length": "128", "--verify-lengths": "128", "--samples": "8", "--probe": "1", "--text": "book.txt"},
+    "plan": {"--length": "64", "--verify-lengths": "64", "--samples": "8", "--probe": "0", "--text": "book.txt"},
     "bench": {"--lengths": "64", "--rounds": "1", "--generate": "2"},
 }
 # Options that are only given another value, not added.

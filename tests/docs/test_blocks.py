@@ -40,7 +40,7 @@ PAGES = pages()
 BLOCKS = {page: list(blocks_of(page, text)) for page, text in PAGES.items()}
 # The page that is run through inductor as well; elsewhere the rewritten graph takes its place, or compiling would be
 # most of what the tests do.
-INDUCTOR = "docs/exact.md"
+INDUCTOR = "docs/plan-file.md"
 RUN = ("python", "console")
 PLAN = "plan MODEL --profile profile.safetensors --max-loss-increase 50% --out plan.json"
 # What the blocks of a page find in their namespace, as its text says.
@@ -210,4 +210,4 @@ def test_a_command_is_read_with_its_settings_and_continued_lines() -> None:
     block = Block("page", 1, "console", "$ A=1 attnopt show \\\n    plan.json\nshown\n$ attnopt env  # all of it\n")
     assert commands(block) == [("A=1 attnopt show plan.json", ["shown"]), ("attnopt env  # all of it", [])]
     assert settings_and_words("A=1 attnopt env  # all") == ({"A": "1"}, ["attnopt", "env"])
-    assert smaller(["plan", "demo", "--length", "8192"])[:4] == ["plan", "./my-model", "--length", "128"]
+    assert smaller(["plan", "demo", "--length", "8192"])[:4] == ["plan", "./my-model", "--length", "64"]
