@@ -41,7 +41,7 @@ def one_title(text: str) -> str:
 
 
 def sidebar(index: str) -> str:
-    """A hidden tree of pages for each `## Group` of the first page: its list of links, each by the words it has there."""
+    """A hidden tree of pages for each `## Group` of the first page, of its list of links, by their words."""
     trees = []
     for group in index.split("\n## ")[1:]:
         name, _, body = group.partition("\n")
