@@ -54,7 +54,7 @@ PRELUDES = {
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every block finds in its folder: a small random model with a tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("docs")
-    save_model(folder / "my-model")
+    save_model(folder / "my-model", num_hidden_layers=1)
     (folder / "book.txt").write_text("\n".join(library_texts("calibrate"))[:60_000], encoding="utf-8")
     return folder
 
