@@ -2,6 +2,7 @@
 # make test    the tests
 # make oldest  the tests that meet transformers, with the oldest version of it that is supported
 # make check   linter, types, house rules, sizes
+# make docs    the documentation as a site, in docs/_build/html; a warning is an error
 # make bench   the table of the README on this machine; ARGS=list shows every benchmark, ARGS="run NAME" runs one
 # make clean   removes .venv and what the tools left behind
 #
@@ -19,7 +20,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -c $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test oldest check bench clean requirements
+.PHONY: help demo test oldest check docs bench clean requirements
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile
@@ -40,11 +41,15 @@ check: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/test_house_rules.py
 	$(VENV)/bin/python tools/sizes.py
 
+docs: $(VENV)/.dev
+	$(VENV)/bin/python -m sphinx -nW --keep-going -q docs docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
+
 bench: $(VENV)/.demo
 	$(VENV)/bin/python -m benchmarks $(or $(ARGS),run end_to_end)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 requirements:
 	@sh tools/check_requirements.sh $(PYTHON)

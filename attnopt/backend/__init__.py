@@ -138,6 +138,7 @@ def reports_of(subject: Any) -> tuple[list[GraphReport], bool]:
 
 
 def clear_reports() -> None:
+    """Forget what was done so far."""
     _reports.clear()
 
 

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from attnopt.errors import PlanError
 from attnopt.ir import DENSE, Choice, Site
@@ -34,10 +34,10 @@ AGAIN = "Write the plan again with `attnopt plan`, or restore the file."
 
 @dataclass(frozen=True)
 class Budget:
-    """What the plan may cost in quality: kind "loss" in percent of the dense loss, kind "kl" in nats per token."""
+    """What the plan may cost in quality."""
 
-    kind: str
-    limit: float
+    kind: Annotated[str, "`loss`, or `kl`: the divergence from the dense model"]
+    limit: Annotated[float, "in `unit`"]
 
     @property
     def unit(self) -> str:
@@ -49,69 +49,72 @@ class Budget:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Total lengths N, in tokens: observed by the profile, planned for, and verified end to end."""
+    """Total lengths N, in tokens."""
 
-    profiled: tuple[int, ...]
-    planned: int
-    verified: tuple[int, ...] = ()
+    profiled: Annotated[tuple[int, ...], "observed by the profile"]
+    planned: Annotated[int, "planned for"]
+    verified: Annotated[tuple[int, ...], "verified end to end"] = ()
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What was asked for besides the budget; None where it was not. min_speedup: of what the objective weighs.
-    max_kv_memory, max_kv_bytes: share of the dense cache, and bytes of one sequence at the planned length. max_rules:
-    distinct spans of one layer. protect: sites and heads left dense; protect_top: so many heads, those whose removal
-    damages most. dense_below: the length under which all run dense. retrieval: what a nat per answer of the profiled
-    probe counted, in nats per token of text. allow: the families of candidates weighed besides spans."""
+    """What was asked for besides the budget; None where it was not."""
 
-    min_speedup: float | None = None
-    max_kv_memory: float | None = None
-    max_kv_bytes: int | None = None
-    max_rules: int | None = None
-    protect: tuple[str, ...] = ()
-    protect_top: int | None = None
-    dense_below: int | None = None
-    retrieval: float | None = None
-    allow: tuple[str, ...] = ()
+    min_speedup: Annotated[float | None, "of what the objective weighs"] = None
+    max_kv_memory: Annotated[float | None, "share of the dense cache"] = None
+    max_kv_bytes: Annotated[int | None, "bytes of one sequence at the planned length"] = None
+    max_rules: Annotated[int | None, "distinct spans of one layer"] = None
+    protect: Annotated[tuple[str, ...], "sites and heads left dense"] = ()
+    protect_top: Annotated[int | None, "so many heads left dense, those whose removal damages most"] = None
+    dense_below: Annotated[int | None, "the length under which all run dense"] = None
+    retrieval: Annotated[
+        float | None,
+        "what a nat per answer of the profiled probe counted, in nats per token of text; null: 0.05",
+    ] = None
+    allow: Annotated[tuple[str, ...], "the families of candidates weighed besides spans"] = ()
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the planner expected at the planned length, of what the objective weighs, in `unit`. `cost` says where the
-    costs come from: "measured" on this device, a "roofline" of a device, "density" (kept query-key pairs) or "bytes"
-    (cached). kv_memory: share of the dense cache. gap: percent by which the front's plan was dearer than the exact one,
-    which was then taken, or at most was; None where it was not computed."""
+    """What the planner expected at the planned length."""
 
-    kl_nats_per_token: float
-    cost: str
-    unit: str
-    dense_cost: float
-    planned_cost: float
-    speedup: float
-    kv_memory: float
-    gap: float | None = None
+    kl_nats_per_token: Annotated[float, "divergence from the dense model, in nats per token"]
+    cost: Annotated[
+        str,
+        "where the costs come from: `measured` on this device, a `roofline` of a device's datasheet, `density` (kept "
+        "query-key pairs counted) or `bytes` (cached, counted)",
+    ]
+    unit: Annotated[str, "of the two costs"]
+    dense_cost: Annotated[float, "what the objective weighs, of the dense model"]
+    planned_cost: Annotated[float, "the same under the plan"]
+    speedup: Annotated[float, "the first over the second"]
+    kv_memory: Annotated[float, "share of the dense cache"]
+    gap: Annotated[
+        float | None,
+        "percent by which the front's plan was dearer than the exact one, which was then taken, or at most was where "
+        "only a bound could be proved; null where `--exact` was not given",
+    ] = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One end-to-end measurement against the dense model. Losses in nats per token; `increase` and `upper_95` (upper
-    one-sided 95 % paired bootstrap bound) in the budget's unit. `choices` is the `choices_id` that was measured.
-    kl: nats per token; top1: share of tokens with the same most likely next token; retrieval: share of questions about
-    far lines answered, dense and planned. None where it was not measured."""
+    """One end-to-end measurement against the dense model. None where something was not measured."""
 
-    split: str
-    length: int
-    sequences: int
-    tokens: int
-    dense_loss: float
-    planned_loss: float
-    increase: float
-    upper_95: float
-    choices: str
-    kl: float | None = None
-    top1: float | None = None
-    dense_retrieval: float | None = None
-    planned_retrieval: float | None = None
+    split: Annotated[str, "of the text: `verify`, searched with, or `final`, looked at once"]
+    length: Annotated[int, "tokens of a sequence"]
+    sequences: Annotated[int, "measured"]
+    tokens: Annotated[int, "predicted in all of them"]
+    dense_loss: Annotated[float, "nats per token"]
+    planned_loss: Annotated[float, "nats per token"]
+    increase: Annotated[float, "in the budget's unit"]
+    upper_95: Annotated[
+        float, "its upper one-sided 95 % paired-bootstrap bound: what has to be within the budget, in its unit"
+    ]
+    choices: Annotated[str, "hash of the choices that were measured"]
+    kl: Annotated[float | None, "nats per token"] = None
+    top1: Annotated[float | None, "share of tokens whose most likely successor is the same"] = None
+    dense_retrieval: Annotated[float | None, "share of questions about far lines that are answered, dense"] = None
+    planned_retrieval: Annotated[float | None, "the same under the plan"] = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from attnopt.ir import Choice
 from attnopt.plan import OBJECTIVES, SCHEMA, UNITS, Budget, Constraints, Lengths, Measured, Plan, Predicted, sidecar
@@ -22,6 +24,10 @@ _KEYS = (
     "schema", "versions", "model", "budget", "objective", "constraints", "lengths", "min_length", "predicted",
     "measured", "cost_table", "calibration", "fitted", "seed", "sites",
 )  # fmt: skip
+
+
+# Resolved once for each record: every time anew, reading a plan takes three times as long.
+_hints = cache(get_type_hints)
 
 
 def read_plan(root: Place, data: Any, fitted: bytes | None) -> Plan:
@@ -75,7 +81,7 @@ def _read_fitted(place: Place, value: Any, content: bytes | None, fingerprint: F
 
 def _read_budget(place: Place, value: Any) -> Budget:
     value = place.record(value, ("kind", "limit", "unit"))
-    if value["kind"] not in UNITS:
+    if value["kind"] not in tuple(UNITS):
         place.at("kind").fail(f"{show(value['kind'])} is no budget", f"Use {' or '.join(UNITS)}.")
     budget = Budget(value["kind"], place.at("limit").number(value["limit"], float, 0))
     if value["unit"] != budget.unit:
@@ -93,17 +99,16 @@ def _read_numbers(place: Place, value: Any, kind: type) -> Any:
     """A flat record of strings, lists of strings, ints and floats, null where the annotation allows it."""
     value = place.record(value, [f.name for f in fields(kind)])
     read: dict[str, Any] = {}
-    for f in fields(kind):
-        here = place.at(f.name)
-        found, wanted = value[f.name], str(f.type)
-        if found is None and wanted.endswith("| None"):
-            read[f.name] = None
-        elif wanted == "str":
-            read[f.name] = here.string(found)
-        elif wanted.startswith("tuple"):
-            read[f.name] = tuple(p.string(v) for p, v in here.items(found))
+    for name, wanted in _hints(kind).items():
+        here, found = place.at(name), value[name]
+        if found is None and NoneType in get_args(wanted):
+            read[name] = None
+        elif wanted is str:
+            read[name] = here.string(found)
+        elif get_origin(wanted) is tuple:
+            read[name] = tuple(p.string(v) for p, v in here.items(found))
         else:
-            read[f.name] = here.number(found, int if wanted.startswith("int") else float)
+            read[name] = here.number(found, int if int in (wanted, *get_args(wanted)) else float)
     return kind(**read)
 
 

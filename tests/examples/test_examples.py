@@ -1,4 +1,4 @@
-"""Each example runs as it is; the pattern worked out in docs/add-a-pattern.md is a pattern."""
+"""Each example runs as it is."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from attnopt import backend, hf, registry, text
 from attnopt.distill import Menu
 from attnopt.ir import Choice
 from attnopt.plan import Budget
-from attnopt.registry import PATTERNS
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/add-a-pattern.md"
 EXPECTED = {
     "exact_mode": ["Llama, padded", "run of real tokens", "largest difference"],
     "nanogpt": ["written-out float32 heads=4", "blocks.2.attention: SDPA is_causal"],
@@ -137,19 +135,3 @@ def test_tails_are_fitted_planned_and_saved(said: Callable[..., str], one_layer:
     assert out.count("offered on") == 1 and "of 4 heads" in out and "plan.json" in out
     kept = re.search(r"cache (\d+)% of dense", out)
     assert kept is not None and int(kept[1]) < 100
-
-
-def test_the_documented_pattern_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of docs/add-a-pattern.md, one module: the operator, its pattern, their tests."""
-    operator, pattern, tests = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    path = tmp_path / "documented.py"
-    pattern = pattern.replace("from __future__ import annotations\n", "")
-    path.write_text("\n".join(["from tracing import qkv, trace", operator, pattern, tests]), encoding="utf-8")
-    list(PATTERNS)  # all others are there first
-    monkeypatch.setattr(PATTERNS, "_items", dict(PATTERNS._items))
-    spec = importlib.util.spec_from_file_location("documented", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    ran = [getattr(module, name)() for name in dir(module) if name.startswith("test_")]
-    assert len(ran) == 2

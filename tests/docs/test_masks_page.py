@@ -11,7 +11,7 @@ from masks.recovering import SK, SQ, B, H, meaning_of
 
 from attnopt.masks.values import MASKED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/masks.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^\| ([^|`]+) \| `(.+?)` \| `(.+?)` \|$", PAGE, re.M)
 
