@@ -127,10 +127,11 @@ def clear_reports() -> None:
     _reports.clear()
 
 
-def record(report: GraphReport) -> None:
+def record(report: GraphReport) -> int:
+    """Keep a report and tell it; returns the graph's number in this process."""
     _reports.append(report)
     del _reports[:-MAX_REPORTS]
-    told.tell(report)
+    return told.tell(report)
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,7 @@ def compiled(
     structured.graph(made.graph.graph)
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
     report = replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report
-    record(report)
-    dump.graph(report, chosen.plan)
+    dump.graph(record(report), report, chosen.plan)
     structured.report(report)
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)
