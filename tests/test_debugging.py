@@ -161,8 +161,8 @@ def test_a_graph_leaves_its_folder(eagerly, monkeypatch, tmp_path):
     run(plan=make_plan(CHOICES))
     run()
     process = tmp_path / "dumps" / str(os.getpid())
-    assert sorted(p.name for p in process.iterdir() if p.name != "kernels") == ["000", "001"]
-    first, second = process / "000", process / "001"
+    first, second = sorted(p for p in process.iterdir() if p.name != "kernels")
+    assert int(second.name) == int(first.name) + 1
     (report, other) = backend.reports()
     names = [f"{n:02d}.{step.name}.txt" for n, step in enumerate(other.history) if step.text or n == 0]
     assert {"00.capture.txt", "10.lower_exact.txt"} <= set(names)
@@ -187,7 +187,7 @@ def test_the_folder_of_another_process_of_this_number_stays(eagerly, monkeypatch
     monkeypatch.setenv("ATTNOPT_DUMP", str(tmp_path))
     run()
     assert not list((tmp_path / str(os.getpid()) / "000").iterdir())
-    assert (tmp_path / f"{os.getpid()}-0" / "000" / "report.txt").exists()
+    assert list((tmp_path / f"{os.getpid()}-2").glob("*/report.txt"))
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(eagerly, monkeypatch, tmp_path, caplog):

@@ -142,10 +142,11 @@ def clear_reports() -> None:
     _reports.clear()
 
 
-def record(report: GraphReport, inputs: Sequence[Any] = ()) -> None:
+def record(report: GraphReport, inputs: Sequence[Any] = ()) -> int:
+    """Keep a report and tell it; returns the graph's number in this process."""
     _reports.append((report, origin(inputs)))
     del _reports[:-MAX_REPORTS]
-    told.tell(report)
+    return told.tell(report)
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,7 @@ def compiled(
     structured.graph(made.graph.graph)
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
     report = replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report
-    record(report, inputs)
-    dump.graph(report, chosen.plan)
+    dump.graph(record(report, inputs), report, chosen.plan)
     structured.report(report)
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)

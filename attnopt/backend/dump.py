@@ -2,7 +2,7 @@
 
     DIR/4711/                    a process, by its number
         kernels/KEY.py           the kernels it used
-        002/                     a graph it compiled
+        002/                     a graph it compiled, by its number
             00.capture.txt       the graph as captured, and after each pass that changed it
             05.recover_masks.txt
             sites.txt            one line a site
@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ log = logging.getLogger("attnopt")
 _folders: dict[tuple[int, Path], Path | None] = {}
 
 
-def graph(report: GraphReport, plan: Plan | None) -> None:
+def graph(number: int, report: GraphReport, plan: Plan | None) -> None:
     """Write the folder of a graph that was compiled, if such are asked for."""
     own = folder()
     if own is None:
         return
+    place = own / f"{number:03d}"
     try:
-        place = numbered(own, "{:03d}")
         for name, text in files(report):
             write_atomically(place / name, text)
         if plan is not None:
@@ -69,17 +69,17 @@ def folder() -> Path | None:
     at = (os.getpid(), asked)
     if at not in _folders:
         try:
-            asked.mkdir(parents=True, exist_ok=True)
-            # A process of the same number may have been here before.
-            _folders[at] = numbered(asked, f"{os.getpid()}-{{}}", str(os.getpid()))
+            _folders[at] = claimed(asked)
         except OSError as error:
             give_up(error)
     return _folders[at]
 
 
-def numbered(inside: Path, names: str, first: str = "") -> Path:
-    """A new folder by the first name that is free: `first`, if given, then `names` of 0, 1, 2, ..."""
-    for name in (name for n in count() for name in ([first] * (n == 0 and first != "") + [names.format(n)])):
+def claimed(inside: Path) -> Path:
+    """A new folder by the number of this process; one of the same number may have been here before."""
+    inside.mkdir(parents=True, exist_ok=True)
+    own = str(os.getpid())
+    for name in chain([own], (f"{own}-{n}" for n in count(2))):
         try:
             (inside / name).mkdir()
         except FileExistsError:

@@ -27,15 +27,16 @@ log = logging.getLogger("attnopt")
 _graphs = count()
 
 
-def tell(report: GraphReport) -> None:
-    """To standard error, or to the logger where it listens and nothing is asked for by `ATTNOPT_DEBUG`."""
+def tell(report: GraphReport) -> int:
+    """To standard error, or to the logger where it listens and nothing is asked for by `ATTNOPT_DEBUG`. Returns the
+    graph's number in this process."""
     number, level = next(_graphs), settings.debug()
     if level:
         print("\n".join(line for _, line in lines(report, level, number)), file=sys.stderr, flush=True)
-        return
-    if log.isEnabledFor(logging.INFO):
+    elif log.isEnabledFor(logging.INFO):
         for at, line in lines(report, 2 if log.isEnabledFor(logging.DEBUG) else 1, number):
             log.log(logging.INFO if at == 1 else logging.DEBUG, "%s", line)
+    return number
 
 
 def kernel(spec: KernelSpec, source: str, path: Path) -> None:

@@ -7,6 +7,7 @@ of spans on each attention module and, on request, how it is compiled. attnopt.d
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import weakref
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from attnopt import settings
 from attnopt.errors import AttnoptError, CacheFull, ModelError, OptionError
 from attnopt.hf import sites
 from attnopt.hf.attention import SPANS, register, spans_of
@@ -82,6 +84,9 @@ def enable(
     if MARK in vars(inner):
         disable(inner)
     register()
+    if settings.debug() >= 4 or settings.dump() is not None:
+        # Kernels are told and dumped by the backend, which nothing else here needs.
+        importlib.import_module("attnopt.backend")
     kept = {name: vars(inner)[name] for name in REPLACED if name in vars(inner)}
     installed = Installed(plan, max_length, compile, found, list(implementations(inner)), kept)
     setattr(inner, MARK, installed)

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.ir import REST, Op, Region
+from attnopt.passes.graph_text import called
 
 MOST = 80  # Ops of a record; a picture of more cannot be read
 
@@ -44,7 +45,7 @@ def cutout(found: Mapping[Node, bool], inputs: Mapping[Node, str]) -> tuple[Op, 
     ops = []
     for node in sorted(near):
         read = () if found[node] else tuple(names[n] for n in node.all_input_nodes if n in near)
-        kind = "input" if found[node] else target_name(node)
+        kind = "input" if found[node] else called(node.target)
         # Interned, as reports are kept and layers are alike.
         ops.append(Op(names[node], sys.intern(kind), read, sys.intern(shape_text(node))))
     more = len(found) - len(near)
@@ -54,12 +55,6 @@ def cutout(found: Mapping[Node, bool], inputs: Mapping[Node, str]) -> tuple[Op, 
 def name_of(node: Node) -> str:
     """The node's own name, which is no operand's."""
     return f"{node.name}_" if node.name in ("q", "k", "v") else str(node.name)
-
-
-def target_name(node: Node) -> str:
-    """``aten.add.Tensor``; a function of Python's own, such as getitem, by its name."""
-    overload = isinstance(node.target, torch._ops.OpOverload)
-    return str(node.target) if overload else str(getattr(node.target, "__name__", node.target))
 
 
 def shape_text(node: Node) -> str:

@@ -6,12 +6,12 @@ attnopt.explain(model).history[4].diff()       one pass
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attnopt.ir import GraphReport
+from attnopt.passes.graph_text import changes as differences
 
 HOW_TO_KEEP = 'Texts were not kept. To see what changed, compile with options={"history": True} or set ATTNOPT_DEBUG=3.'
 
@@ -33,13 +33,9 @@ class Change:
         """Whether the text is another; without texts, whether the number of nodes is."""
         return self.before != self.after if self.before or self.after else self.nodes[0] != self.nodes[1]
 
-    def diff(self, context: int = 1) -> str:
-        """A unified diff of the text with so many lines around each change; empty where nothing changed."""
-        lines = difflib.unified_diff(
-            self.before.splitlines(), self.after.splitlines(), f"before {self.name}", f"after {self.name}",
-            n=context, lineterm="",
-        )  # fmt: skip
-        return "\n".join(lines)
+    def diff(self) -> str:
+        """A unified diff of the text; empty where nothing changed."""
+        return differences(self.before, self.after, self.name)
 
     def __str__(self) -> str:
         before, after = self.nodes

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from attnopt.report.cells import short_source
-from attnopt.report.terminal.console import console, counted, print_titled, table
+from attnopt.report.terminal.console import console, table
 
 MEANING = {
     "nothing": "Nothing is broken: the output is right with every rewrite.",
@@ -27,22 +27,18 @@ def print_bisection(data: dict[str, Any], to: Console | None = None) -> None:
         state = Text("right", style="green") if trial["good"] else Text("wrong", style="red")
         listed.add_row(allowed, *([f"{trial['difference']:.2g}"] if measured else []), state)
     culprit = data["culprit"]
-    title = MEANING.get(data["verdict"]) or f"Rewrite {culprit['number']} breaks the output."
-    print_titled(to, title, listed)
+    to.print(Text(MEANING.get(data["verdict"]) or f"Rewrite {culprit['number']} breaks the output.", style="bold"))
     for rewrite in culprit["rewrites"] if culprit else ():
-        note = f" ({rewrite['note']})" if rewrite["note"] else ""
-        facts = {
-            "site": rewrite["site"],
-            "became": rewrite["lowering"] + note,
-            "source": short_source(rewrite["source"]),
-        }
+        became = rewrite["lowering"] + (f" ({rewrite['note']})" if rewrite["note"] else "")
+        facts = {"site": rewrite["site"], "became": became, "source": short_source(rewrite["source"])}
         facts |= {"which is": LEADS} if rewrite["leads"] else {}
         for name, value in facts.items():
-            to.print(Text(f"{name:<10}{value}"))
+            to.print(Text(f"  {name:<10}{value}"))
+    to.print(listed)
     if measured:
         said = f"difference: the worst token's logits, relative to {data['reference']}; eager's own is "
         to.print(Text(f"{said}{data['eager_difference']:.2g}, the tolerance {data['tolerance']:.2g}", style="dim"))
     wrong = next((t["said"] for t in data["trials"] if not t["good"] and t["said"]), "")
     if wrong:
-        to.print(Text(f"what a wrong one of {counted(len(data['trials']), 'run')} said at its end:", style="dim"))
+        to.print(Text("The end of what a wrong run said:", style="dim"))
         to.print(Text(wrong.rstrip()))
