@@ -49,7 +49,7 @@ def profile_demo(loaded: hf.Loaded, sizes: dict[str, Any], progress: Progress) -
     rows = [r[None] for n, count in sizes["profile"] for r in text.sequences(tokens, n, count, "calibrate")]
     probe = Probe(loaded.tokenizer)
     asked = [d.sample for n, _ in sizes["profile"] for d in probe.documents(n, PROBES, "calibrate")]
-    return profile_model(loaded.model, [*rows, *asked], progress=lambda done, of: progress("profiling", done, of))
+    return profile_model(loaded.model, [*rows, *asked], progress=progress)
 
 
 def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progress: Progress, tell: Say) -> Made:

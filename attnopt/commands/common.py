@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import torch
 from attnopt import hf
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.report import terminal
-
-Progress = Callable[[str, int, int], None]
+from attnopt.report.terminal import Progress
 
 
 def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:
-    """The JSON document, or what people read."""
+    """The JSON document, on the standard output that the command line has set aside for it, or what people read."""
     if args.json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data, indent=2), file=getattr(args, "stdout", None))
     else:
         show()
 
@@ -44,27 +43,9 @@ def writable(path: str) -> Path:
     return target
 
 
-@contextmanager
-def stages() -> Iterator[Progress]:
-    """One progress bar after the other: a new one whenever the named stage changes."""
-    current: list[Any] = ["", None, None, 0]
-
-    def close() -> None:
-        if current[1] is not None:
-            current[1].__exit__(None, None, None)
-
-    def report(what: str, done: int, of: int) -> None:
-        if what != current[0]:
-            close()
-            bar = terminal.progress(what, of)
-            current[:] = [what, bar, bar.__enter__(), 0]
-        current[2](done - current[3])
-        current[3] = done
-
-    try:
-        yield report
-    finally:
-        close()
+def stages(mode: str = "auto") -> AbstractContextManager[Progress]:
+    """What to report progress to, as ``report(what, done, of)``; `mode` is that of --progress."""
+    return terminal.progress(mode)
 
 
 def load(args: argparse.Namespace) -> hf.Loaded:
@@ -75,7 +56,9 @@ def load(args: argparse.Namespace) -> hf.Loaded:
         raise OptionError(
             f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
         ) from None
-    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+    with stages(getattr(args, "progress", "auto")) as progress:
+        progress(f"loading {args.model}", 0, 0)
+        return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
 
 
 def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
@@ -88,3 +71,8 @@ def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
 def say(line: str) -> None:
     print(line, flush=True)
     sys.stderr.flush()
+
+
+def note(line: str) -> None:
+    """What is worth knowing of a run beside its result, on standard error."""
+    print(line, file=sys.stderr, flush=True)
