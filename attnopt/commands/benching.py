@@ -73,7 +73,7 @@ def bench(args: argparse.Namespace) -> None:
         check_plan(held, loaded)
     tokens = text.stream(args.text, loaded.tokenizer, "final") if loaded.tokenizer is not None else None
     rows: list[dict[str, Any]] = []
-    with stages() as progress:
+    with stages(args.progress) as progress:
         for n in args.lengths:
             ids = token_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
             ids = ids.to(next(loaded.model.parameters()).device)
