@@ -4,17 +4,17 @@ graphs_json(reports)    every site of every graph, what was done to it or why it
 plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
 profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
 records_json(records)   the verify search, predicted against measured
-environment()           versions and hardware
+environment()           versions, hardware and variables; cached(): the folders of kernels and times
 """
 
 from __future__ import annotations
 
 from attnopt.report.data.graphs import graphs_json
-from attnopt.report.data.machine import environment
+from attnopt.report.data.machine import cached, environment
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
-    "constraint_texts", "environment", "finite", "graphs_json", "plan_facts", "plan_json", "profile_json",
+    "cached", "constraint_texts", "environment", "finite", "graphs_json", "plan_facts", "plan_json", "profile_json",
     "records_json",
 ]  # fmt: skip
