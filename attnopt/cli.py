@@ -42,10 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return answered(given)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has seen enough. What is still buffered must not be tried again at the end.
+    except OSError as error:
+        # What is still buffered must not be tried again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            # Whoever read the output has seen enough.
+            return 0
+        return fail(of_system(error), "--json" in given)
 
 
 def answered(given: list[str]) -> int:
@@ -63,9 +66,7 @@ def answered(given: list[str]) -> int:
     except KeyboardInterrupt:
         return fail(AttnoptError("Interrupted.", INTERRUPTED.get(command, "Nothing was written.")), as_json)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno or 0, "Choose a place that exists and can be written.")
-        return fail(AttnoptError(f"{where}{error.strerror or error}.", remedy), as_json)
+        return fail(of_system(error), as_json)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
             raise
@@ -74,6 +75,13 @@ def answered(given: list[str]) -> int:
             AttnoptError(f"There is not enough memory: {reason}", "Use shorter lengths, or --dtype bf16."), as_json
         )
     return 0
+
+
+def of_system(error: OSError) -> AttnoptError:
+    """What the operating system refused, and what may help."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = REMEDIES.get(error.errno or 0, "Choose a place that exists and can be written.")
+    return AttnoptError(f"{where}{error.strerror or error}.", remedy)
 
 
 def perform(args: argparse.Namespace) -> None:
