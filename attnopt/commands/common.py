@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from attnopt import hf
-from attnopt.errors import AttnoptError, OptionError
+from attnopt.errors import AttnoptError, ModelError, OptionError
+from attnopt.hf.loading import told
 from attnopt.report import terminal
 from attnopt.report.terminal import Progress
 
@@ -48,17 +49,38 @@ def stages(mode: str = "auto") -> AbstractContextManager[Progress]:
     return terminal.progress(mode)
 
 
-def load(args: argparse.Namespace) -> hf.Loaded:
+def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise OptionError(
-            f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
-        ) from None
+        raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
+
+
+def load(args: argparse.Namespace) -> hf.Loaded:
+    """The model that MODEL, --dtype, --device and --attention ask for."""
+    check_device(args.device)
     with stages(getattr(args, "progress", "auto")) as progress:
         progress(f"loading {args.model}", 0, 0)
-        return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+        loaded = hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+    if loaded.note:
+        note(loaded.note)
+    return loaded
+
+
+def check_forward(loaded: hf.Loaded) -> None:
+    """ModelError where a model that somebody's own code made does not take token ids."""
+    if ":" not in loaded.name:
+        return
+    ids = token_ids(loaded, 8).to(next(loaded.model.parameters()).device)
+    try:
+        with torch.no_grad():
+            loaded.model(ids)
+    except Exception as error:
+        raise ModelError(
+            f"{loaded.name} failed on token ids int64 (1, 8): {told(error)}",
+            "Its forward must take token ids alone, and return logits.",
+        ) from error
 
 
 def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.commands.common import Progress, emit, load, note, stages, token_ids, writable
+from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import BudgetError, OptionError
 from attnopt.fitted import Fitted
@@ -42,6 +42,7 @@ def plan(args: argparse.Namespace) -> None:
     fitted = Fitted.load(args.fitted) if args.fitted is not None else None
     allowed_families(args.allow, fitted)
     loaded = load(args)
+    check_forward(loaded)
     target = next(loaded.model.parameters()).device
     lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
 
@@ -127,6 +128,7 @@ def calibrate(args: argparse.Namespace) -> None:
     from attnopt.planner.make import windows_at
     from attnopt.profiler import DEFAULT_GRID
 
+    check_device(args.device)
     specs = specs_of(args)
     windows = windows_at(DEFAULT_GRID.windows, args.lengths)
     sinks, rows = [max(DEFAULT_GRID.sinks)], []
@@ -202,6 +204,7 @@ def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[SpanP
     from attnopt.profiler import discover
 
     loaded = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+    check_forward(loaded)
     ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
     sites = discover(loaded.model, ids).sites.values()
     return [SpanPrefill(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]

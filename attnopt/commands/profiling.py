@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from attnopt import hf, ranks, text
-from attnopt.commands.common import Progress, emit, load, note, stages, writable
+from attnopt.commands.common import Progress, check_forward, emit, load, note, stages, writable
 from attnopt.errors import OptionError, TextError
 from attnopt.profile_file import Profile, merged
 from attnopt.report import terminal
@@ -28,6 +28,7 @@ def profile(args: argparse.Namespace) -> None:
     ranks.join()
     args.device = ranks.device_of(args.device)
     loaded = load(args)
+    check_forward(loaded)
     grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
     partial = out.with_name(out.name + ".partial")
     with stages(args.progress) as shown:

@@ -118,7 +118,8 @@ def check_text(texts: Mapping[int, Tensor], split: str) -> None:
             raise TextError(
                 f"The text gives {len(ids)} sequences of {length} tokens for the {split} split, "
                 f"and {LEAST_SEQUENCES} are the least.",
-                f"Give at least {LEAST_SEQUENCES * length} tokens a split, or verify at a shorter length.",
+                f"Ask for {LEAST_SEQUENCES} samples or more of at least {LEAST_SEQUENCES * length} tokens a split, or "
+                "verify at a shorter length.",
             )
 
 

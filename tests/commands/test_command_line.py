@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ WRONG_LINES = {
     "plan demo --profile p --out x --device-preset h100 --devices no.toml": "There is no file of devices",
     "calibrate": "Give --model, or --heads and --head-dim",
     "calibrate --heads 6 --kv-heads 4 --head-dim 8": "do not share",
+    "calibrate --heads 6 --head-dim 8 --device nowhere": "The device 'nowhere' cannot be used",
     "calibrate --model demo --heads 6": "--model has sizes of its own",
     "plan demo --out x": "--profile",
 }
@@ -85,6 +88,77 @@ def test_models_that_are_not_there(fails: Fails, tmp_path: Path) -> None:
     assert "could not be loaded" in fails(["examine", "no-such-model"])
     assert "no config.json" in fails(["examine", str(tmp_path)])
     assert "could not be called" in fails(["examine", "no_such_module:model"])
+
+
+def without_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def with_half_its_weights(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def with_a_broken_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def of_an_unknown_kind(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "nothing"}')
+
+
+@pytest.mark.parametrize("spoil", [without_weights, with_half_its_weights, with_a_broken_config, of_an_unknown_kind])
+def test_a_spoilt_model_is_refused(spoil: Any, work: Path, fails: Fails, tmp_path: Path) -> None:
+    shutil.copytree(work / "shallow", tmp_path / "model")
+    spoil(tmp_path / "model")
+    message = fails(["examine", str(tmp_path / "model")])
+    assert f"The model in {tmp_path / 'model'} could not be loaded: " in message and "save_pretrained" in message
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(work / "shallow", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    assert main(["profile", str(tmp_path / "model"), "--out", str(tmp_path / "p")]) == 2
+    told = capsys.readouterr().err
+    assert "The tokenizer of" in told and "line 1 column 2" in told and "comes without a tokenizer" in told
+
+
+OWN = """
+import torch
+def raises():
+    raise ValueError("a path is needed\\nfor it")
+def wants(size):
+    pass
+def nothing():
+    return None
+def empty():
+    return torch.nn.ReLU()
+def numbers():
+    return torch.nn.Linear(3, 3)
+"""
+OWN_FAULTS = {
+    "own_model:raises": "failed: ValueError: a path is needed (own_model.py:4)",
+    "own_model:wants": "failed: TypeError: wants() missing 1 required positional argument",
+    "own_model:nothing": "returned a NoneType",
+    "own_model:empty": "a module without parameters",
+    "own_model:numbers": "failed on token ids int64 (1, 8): RuntimeError",
+    "own_model:elsewhere": "has no attribute 'elsewhere'",
+    "own_spoilt:make": "own_spoilt could not be imported: SyntaxError",
+}
+
+
+@pytest.mark.parametrize("name", OWN_FAULTS)
+def test_a_model_of_ones_own_that_fails(
+    name: str, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    (tmp_path / "own_spoilt.py").write_text("def make(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("own_model", "own_spoilt"):
+        sys.modules.pop(module, None)
+    assert OWN_FAULTS[name] in fails(["bench", name, "--lengths", "16"])
 
 
 def test_an_output_that_cannot_be_written_is_found_out_first(work: Path, fails: Fails, tmp_path: Path) -> None:
@@ -115,11 +189,11 @@ def test_an_error_is_a_document_where_the_result_would_be_one(capsys: pytest.Cap
 
 
 TALKING = """
-import sys, warnings
+import sys
 print("imported")
 def make():
     from models import build
-    print("made"); sys.stdout.write("no line end"); warnings.warn("old")
+    print("made"); sys.stdout.write("no line end")
     return build("llama", num_hidden_layers=1)
 """
 
