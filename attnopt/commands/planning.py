@@ -162,7 +162,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def named(progress: Progress, what: str) -> Callable[[int, int, str], None]:
-    return lambda done, of, at: progress(what, done, of)
+    return lambda done, of, at: progress(f"{what}: {at}", done, of)
 
 
 def calibrated(spec: SpanPrefill, table: CostTable, seconds: float) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Evaluator:
 
     def _run(self, length: int, choices: Choices | None) -> Sequences:
         ids, which = self.texts[length], "dense" if choices is None else "planned"
-        what = f"{self.what}, {which} at {length} tokens"
+        what = f"{self.what}, {which} at {length}"
         of = "dense" if choices is None else choices_id({name: tuple(heads) for name, heads in choices.items()})
         name = f"{self.what}, {length}, {'kl' if self.divergence else 'loss'}, {of}"
         for n in range(len(self.kept.rows.get(name, ())), len(ids)):

@@ -19,7 +19,7 @@ Progress = Callable[[str, int, int], None]
 # Seconds between two lines of a log.
 HEARTBEAT = 30.0
 # Columns of the whole line, and of the bar in it.
-WIDEST, BAR = 100, 16
+WIDEST, BAR = 100, 12
 # Of the figures, so that they do not jump as they grow.
 WIDTHS = (5, 9, 5, 10)
 # Columns that what is done keeps on a narrow terminal; figures go before it has fewer.
