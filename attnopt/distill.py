@@ -8,6 +8,7 @@ profiler's formula (attnopt/statistics/trials.py). The model's weights are not t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -306,7 +307,7 @@ class _Run:
         left = {f"{s.mark}-{self.seed}": s for s in samples if f"{s.mark}-{self.seed}" not in fitted.header.data}
         self.recorder.fitted = fitted
         for n, (mark, sample) in enumerate(left.items()):
-            self.recorder.tell = lambda site, n=n: self.progress(f"trying: {site}", n, len(left))
+            self.recorder.tell = functools.partial(self._trying, n, len(left))
             self.progress("trying", n, len(left))
             part = {name: Trials.zeros(site.heads, self.menu.choices(site)) for name, site in self.sites.items()}
             self.recorder.trials = part
@@ -322,6 +323,9 @@ class _Run:
             fitted.header = replace(fitted.header, data=tuple(sorted((*fitted.header.data, mark))))
             keep()
         self.progress("trying", max(1, len(left)), max(1, len(left)))
+
+    def _trying(self, done: int, of: int, site: str) -> None:
+        self.progress(f"trying: {site}", done, of)
 
     def _backward(self, sample: Sample, what: str) -> None:
         """One forward and backward pass with labels drawn from the model, as the profiler makes."""
