@@ -18,7 +18,7 @@ from attnopt import backend, hf, settings, text
 from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
 from attnopt.errors import BudgetError
 from attnopt.plan import Budget
-from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
+from attnopt.planner.make import Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
@@ -52,15 +52,23 @@ PROBES = 1
 Say = Callable[[str], None]
 
 
-def profile_demo(loaded: hf.Loaded, sizes: dict[str, Any], progress: Progress) -> Profile:
+def partials(folder: Path) -> tuple[Path, Path]:
+    """What an interrupted demo leaves of its profile and of its search, for the next of the same sizes to go on from;
+    both stay until the report is there."""
+    return folder / "profile.safetensors.partial", folder / "plan.json.partial"
+
+
+def profile_demo(loaded: hf.Loaded, sizes: dict[str, Any], progress: Progress, tell: Say, partial: Path) -> Profile:
     tokens = text.stream([], loaded.tokenizer, "calibrate", 60_000)
     rows = [r[None] for n, count in sizes["profile"] for r in text.sequences(tokens, n, count, "calibrate")]
     probe = Probe(loaded.tokenizer)
     asked = [d.sample for n, _ in sizes["profile"] for d in probe.documents(n, PROBES, "calibrate")]
-    return profile_model(loaded.model, [*rows, *asked], progress=lambda done, of: progress("profiling", done, of))
+    return profile_model(loaded.model, [*rows, *asked], progress=progress, partial=partial, tell=tell)
 
 
-def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progress: Progress, tell: Say) -> Made:
+def plan_demo(
+    loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progress: Progress, tell: Say, partial: Path
+) -> Made:
     length = sizes["length"]
 
     def split(which: str, count: int) -> dict[int, torch.Tensor]:
@@ -71,7 +79,8 @@ def plan_demo(loaded: hf.Loaded, profile: Profile, sizes: dict[str, Any], progre
         return make_plan(
             loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
             Budget("loss", percent), length, probe=Probe(loaded.tokenizer, split="final"), probe_documents=PROBES,
-            progress=progress, report=lambda record: tell(f"   {record}"),
+            progress=progress, report=lambda record: tell(f"   {record}"), partial=partial,
+            tell=lambda line: tell(f"   {line}"),
         )  # fmt: skip
 
     for percent in (LOSS_INCREASE, LOSS_INCREASE / 2):
@@ -90,11 +99,17 @@ def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progr
 
     spans, length = Spans(loaded.model), sizes["length"]
     tokens = text.stream([], loaded.tokenizer, "final", 2 * sizes["final"] * length)
-    texts = {length: text.sequences(tokens, length, sizes["final"], "final")}
-    spans.losses(texts[length][:1, :64], None)
-    evaluate = Evaluator(spans, texts, False, progress, "one window for all heads")
-    (found,) = evaluate(uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values())))
-    return 100 * (sum(found.planned) / sum(found.dense) - 1)
+    ids, done = text.sequences(tokens, length, sizes["final"], "final"), 0
+    spans.losses(ids[:1, :64], None)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(f"one window for all heads at {length} tokens", done, len(ids))
+
+    choices = uniform_at_cost(made.problem, made.verified.solution.cost, list(spans.sites.values()))
+    found = spans.losses(ids, choices, progress=step)
+    return 100 * (sum(found.loss) / sum(made.dense[length].loss) - 1)
 
 
 def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, Any]:
@@ -103,17 +118,20 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
     sizes = QUICK if quick else FULL
     length = sizes["length"]
     backend.clear_reports()
+    progress("loading demo", 0, 0)
     tell(f"1. the model: {hf.demo_model_path().name}, trained on the standard library's source")
     loaded = hf.load("demo", torch.bfloat16)
+    progress("tracing", 0, 0)
     graphs = examine_model(loaded, 256)
     tell(f"2. matched: {sum(len(g.sites) for g in graphs)} attentions")
     if tell is not silent:
         terminal.print_graphs(graphs)
-    profile = profile_demo(loaded, sizes, progress)
+    done_before = partials(folder)
+    profile = profile_demo(loaded, sizes, progress, lambda line: tell(f"   {line}"), done_before[0])
     profile.save(folder / "profile.safetensors")
     tell(f"3. profiled at {', '.join(map(str, profile.lengths))} tokens, every head and span at once")
     tell(f"4. planning for {length} tokens, loss increase at most {LOSS_INCREASE:g} %")
-    made = plan_demo(loaded, profile, sizes, progress, tell)
+    made = plan_demo(loaded, profile, sizes, progress, tell, done_before[1])
     made.plan.save(folder / "plan.json")
     final = next(m for m in made.plan.measured if m.split == "final")
     uniform = uniform_increase(loaded, made, sizes, progress)
@@ -145,6 +163,8 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
         "seconds": time.perf_counter() - started,
     }
     write_page(folder / "report.html", page_of(result, made, profile, graphs))
+    for path in done_before:
+        path.unlink(missing_ok=True)
     return result
 
 
@@ -183,6 +203,6 @@ def command(args: argparse.Namespace) -> None:
     """``attnopt demo``."""
     folder = Path(args.out)
     writable(str(folder / "report.html"))
-    with stages() as progress:
+    with stages(args.progress) as progress:
         result = run(folder, args.quick, progress, silent if args.json else say)
     emit(args, result, lambda: say(f"\nreport: {os.path.abspath(result['report'])}"))

@@ -8,6 +8,7 @@ profiler's formula (attnopt/statistics/trials.py). The model's weights are not t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,12 +112,13 @@ def distill_model(
     progress: Progress | None = None,
     partial: Path | None = None,
     profile: Profile | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Fitted:
     """Fit on sequences `fit`, each int64 (1, N), at least two, of which the last is held out; try on sequences `tried`,
     whose lengths are those of the trials.
 
     partial: a file that holds what is done so far and is taken up again by the next call with equal arguments. profile:
-    refused if it is of another model.
+    refused if it is of another model. tell: given a line that says whether the partial file was taken up.
     """
     menu = Menu() if menu is None else menu
     samples = [s if isinstance(s, Sample) else Sample(s) for s in tried]
@@ -125,7 +127,7 @@ def distill_model(
     run = _Run(model, menu, seed, progress or (lambda *_: None))
     fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
     asked = {f"{s.mark}-{seed}" for s in samples}
-    fitted = fresh if partial is None else resumed(fresh, partial, asked)
+    fitted = fresh if partial is None else resumed(fresh, partial, asked, tell)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
     run.fit(fitted, list(fit), keep)
     run.try_all(fitted, samples, keep)
@@ -150,23 +152,33 @@ def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> No
         )
 
 
-def resumed(fresh: Fitted, partial: Path, asked: set[str]) -> Fitted:
+def resumed(fresh: Fitted, partial: Path, asked: set[str], tell: Callable[[str], None] | None = None) -> Fitted:
     """What an earlier call left, if it was asked for the same and tried no text but what is `asked` for; otherwise
-    `fresh`."""
+    `fresh`. tell: given a line that says which."""
+    tell = tell or (lambda line: None)
+    if not partial.exists():
+        return fresh
     try:
         left = Fitted.load(partial)
         left.check_model(fresh.header.fingerprint)
-    except FittedError:
+    except FittedError as error:
+        tell(f"{partial} is not taken up: {error.problem}")
         return fresh
     same = replace(left.header, data=fresh.header.data, fingerprint=fresh.header.fingerprint) == fresh.header
     fitted_on, done = set(fresh.header.data), set(left.header.data)
-    return left if same and fitted_on <= done <= fitted_on | asked else fresh
+    if not same or not fitted_on <= done <= fitted_on | asked:
+        tell(f"{partial} is not taken up: it is of other text, another seed or other options.")
+        return fresh
+    tell(f"Going on from {partial}: {len(left.means)} attentions are fitted, {len(done - fitted_on)} sequences tried.")
+    return left
 
 
 @dataclass
 class _Recorder:
-    """What stands at every site: attention, which also keeps rows or tries choices while that is asked for."""
+    """What stands at every site: attention, which also keeps rows or tries choices while that is asked for. tell: told
+    each site at which choices are tried."""
 
+    tell: Callable[[str], None] = lambda site: None
     collected: dict[str, Collected] = field(default_factory=dict)
     at: Tensor | None = None
     trials: dict[str, Trials] = field(default_factory=dict)
@@ -178,6 +190,7 @@ class _Recorder:
             if torch.is_grad_enabled() and self.at is not None and site.name in self.collected:
                 return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
+                self.tell(site.name)
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
 
@@ -201,6 +214,7 @@ class _Run:
 
     def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
+        self.progress("tracing", 0, 0)
         # The graph that rows are collected in: with gradients, of the length that is fitted on.
         with gradients_through(self.model):
             self.instrumented.logits(fit[0].ids)
@@ -293,6 +307,7 @@ class _Run:
         left = {f"{s.mark}-{self.seed}": s for s in samples if f"{s.mark}-{self.seed}" not in fitted.header.data}
         self.recorder.fitted = fitted
         for n, (mark, sample) in enumerate(left.items()):
+            self.recorder.tell = functools.partial(self._trying, n, len(left))
             self.progress("trying", n, len(left))
             part = {name: Trials.zeros(site.heads, self.menu.choices(site)) for name, site in self.sites.items()}
             self.recorder.trials = part
@@ -308,6 +323,9 @@ class _Run:
             fitted.header = replace(fitted.header, data=tuple(sorted((*fitted.header.data, mark))))
             keep()
         self.progress("trying", max(1, len(left)), max(1, len(left)))
+
+    def _trying(self, done: int, of: int, site: str) -> None:
+        self.progress(f"trying: {site}", done, of)
 
     def _backward(self, sample: Sample, what: str) -> None:
         """One forward and backward pass with labels drawn from the model, as the profiler makes."""

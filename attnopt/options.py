@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,7 +20,12 @@ from attnopt.arguments import (
     speedup,
     whole_numbers,
 )
+from attnopt.errors import OptionError
 
+START = """\
+  attnopt examine MODEL   what would be done to the attention of your model, or why not
+  attnopt demo            the whole path on the small trained model that ships with attnopt
+  attnopt --help          every command"""
 EXAMPLES = {
     "examine": "attnopt examine demo\nattnopt examine ./my-llama --length 512 --json",
     "profile": "attnopt profile demo --out profile.safetensors\n"
@@ -39,6 +45,8 @@ EXAMPLES = {
     "bisect": "attnopt bisect demo --length 512\nattnopt bisect -- python check.py",
     "env": "attnopt env --json",
     "demo": "attnopt demo\nattnopt demo --out report-folder --quick",
+    "completion": "attnopt completion bash > ~/.local/share/bash-completion/completions/attnopt\n"
+    "attnopt completion zsh > ~/.zfunc/_attnopt",
 }
 HELP = {
     "examine": "list every attention of a model: what was recognised, what would be done, or why not",
@@ -53,11 +61,29 @@ HELP = {
     "bisect": "find the rewrite that breaks a model's output, or the check of any command",
     "env": "versions, hardware and settings, to paste into a report",
     "demo": "the whole path on the small trained model that ships with attnopt",
+    "completion": "print a script that completes attnopt's commands in bash, zsh or tcsh",
+}
+# As `attnopt --help` lists them; whatever is in no group is a tool.
+GROUPS = {
+    "look": ("examine", "show", "explain", "diff"),
+    "measure": ("profile", "merge", "distill", "calibrate"),
+    "plan": ("plan",),
+    "run": ("bench", "demo"),
+}
+# What is left after Ctrl-C; nothing, of a command that is not here.
+ONWARD = "run the same command again to go on."
+INTERRUPTED = {
+    "profile": f"What was profiled so far is kept beside the output; {ONWARD}",
+    "distill": f"What was fitted and tried so far is kept beside the output; {ONWARD}",
+    "calibrate": f"The lengths that were timed are kept; {ONWARD}",
+    "plan": f"The kernels timed and the losses measured so far are kept; {ONWARD}",
+    "bench": "Nothing is kept: times taken apart would not compare.",
+    "demo": f"What was measured so far is kept in the folder; {ONWARD}",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """An unknown command or option names the nearest one and exits with 2."""
+    """An unknown command or option raises OptionError, which names the nearest one."""
 
     # Where it takes a command line of its own after --: what that is called, None without one.
     before_command = ""
@@ -76,8 +102,7 @@ class Parser(argparse.ArgumentParser):
         known = [*HELP, *self.options_known()]
         unknown = [w for w in words if (w.startswith("--") or f"'{w}'" in message) and w not in known]
         near = next((m for w in unknown for m in difflib.get_close_matches(w, known, 1)), "")
-        hint = f"\n  Did you mean {near}?" if near else f"\n  See `{self.prog} --help`."
-        self.exit(2, f"{self.prog}: {message}{hint}\n")
+        raise OptionError(f"{self.prog}: {message}", f"Did you mean {near}?" if near else f"See `{self.prog} --help`.")
 
     def options_known(self) -> list[str]:
         """The options of this parser and, since leftovers are only found at the top, of its commands."""
@@ -86,8 +111,34 @@ class Parser(argparse.ArgumentParser):
         return [*self._option_string_actions, *(o for p in parsers for o in p._option_string_actions)]
 
 
+class CommandsParser(Parser):
+    """The parser of the command's name, whose help lists the commands in groups."""
+
+    def format_help(self) -> str:
+        grouped = {name for group in GROUPS.values() for name in group}
+        groups = {**GROUPS, "tools": tuple(name for name in HELP if name not in grouped)}
+        lines = [self.format_usage(), str(self.description)]
+        for group, members in groups.items():
+            lines += ["", f"{group}:"]
+            for name in (name for name in members if name in HELP):
+                lines += textwrap.wrap(HELP[name], 79, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+        lines += ["", "options:", "  -h, --help, --version"]
+        lines += ["", "`attnopt COMMAND --help` has the command's options, and examples."]
+        return "\n".join(lines) + "\n"
+
+
+def with_progress(made: Parser) -> None:
+    made.add_argument(
+        "--progress",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="a bar on a terminal (auto), also a line now and then where there is none (always), or nothing (never)",
+    )
+
+
 def with_model(made: Parser, number: str | None = None) -> None:
     """number: how many there may be, as argparse has it; one by default."""
+    with_progress(made)
     made.add_argument("model", nargs=number, metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
     made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -256,6 +307,7 @@ def plan(made: Parser) -> None:
 
 
 def calibrate(made: Parser) -> None:
+    with_progress(made)
     made.add_argument("--model", metavar="MODEL", help="time the kernels of its attentions")
     for name in ("--heads", "--kv-heads", "--head-dim", "--head-dim-v"):
         made.add_argument(name, type=count)
@@ -315,8 +367,13 @@ def bisect(made: Parser) -> None:
 
 
 def demo(made: Parser) -> None:
+    with_progress(made)
     made.add_argument("--out", default="attnopt-demo", metavar="FOLDER", help="default attnopt-demo")
     made.add_argument("--quick", action="store_true", help="short lengths and few samples: a minute, for tests")
+
+
+def completion(made: Parser) -> None:
+    made.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {
@@ -332,15 +389,18 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "bisect": bisect,
     "env": lambda made: None,
     "demo": demo,
+    "completion": completion,
 }
+# These print no document: what comes out is a script.
+WITHOUT_JSON = ("completion",)
 
 
 def build_parser() -> Parser:
     from attnopt import __version__
 
-    parser = Parser(prog="attnopt", description="Make the attention of any PyTorch model cheaper.")
+    parser = CommandsParser(prog="attnopt", description="Make the attention of any PyTorch model cheaper.")
     parser.add_argument("--version", action="version", version=f"attnopt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, told in HELP.items():
         made: Parser = commands.add_parser(
             name,
@@ -349,6 +409,7 @@ def build_parser() -> Parser:
             epilog="examples:\n  " + EXAMPLES[name].replace("\n", "\n  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+        if name not in WITHOUT_JSON:
+            made.add_argument("--json", action="store_true", help="print one JSON document on standard output")
         OPTIONS[name](made)
     return parser

@@ -29,7 +29,7 @@ DEFAULT_GRID = Grid((0, 4, 16), (32, 64, 128, 256, 512, 1024, 2048))
 # Of so many blocks of rows one is looked at without a backward pass, which then costs less than half a forward pass.
 SHARE = 24
 FORWARD = "no loss: forward passes only"
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ class Method:
 
 
 class _Recorder:
-    """Observers that record into one place per site, chosen before each forward; with a `seed`, without gradients."""
+    """Observers that record into one place per site, chosen before each forward; with a `seed`, without gradients.
+    tell: told each site whose attention is run or differentiated."""
 
     def __init__(self) -> None:
+        self.tell: Callable[[str], None] | None = None
         self.target: Callable[[Site, int], Observation] | None = None
         self.seed: int | None = None
         self.factors: dict[str, Tensor] = {}
@@ -74,7 +76,11 @@ class _Recorder:
             if self.target is None or not torch.is_grad_enabled():
                 return attention(q, k, v, site.scale, pad, site.mask.window, site.softcap)
             into = self.target(site, q.shape[2])
-            return Observe.apply(q, k, v, site.scale, pad, into, site.mask.window, site.softcap)
+            out: Tensor = Observe.apply(q, k, v, site.scale, pad, into, site.mask.window, site.softcap)
+            if (tell := self.tell) is not None:
+                tell(site.name)
+                out.register_hook(lambda gradient: tell(f"{site.name}, backward"))
+            return out
 
         return attend
 
@@ -100,21 +106,25 @@ def profile_model(
     draws: int = 1,
     forward_only: bool = False,
     recompute: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Profile:
     """Profile `model` on sequences, each a Sample or token ids int64 (1, N); their lengths are the profile's lengths.
 
-    progress(done, total) is called after every sequence that was not done before. partial: a file that holds what is
-    done so far and is taken up again by the next call with the same model, grid and seed; it is left there if the call
-    is interrupted. labels, draws: see `Method`. forward_only: no loss and no backward pass; what is held then is how
-    far heads' outputs move, sum ||delta O W_O||^2 on a part of the rows, in place of damages in nats. recompute: less
-    memory for more time, see attnopt/recompute. Under torchrun (`ranks.join`) each process takes a part of the
-    sequences and all return the sum; progress and partial are then each process's own.
+    progress(what, done, of) is called at every site, with how many of the sequences not done before are done. partial:
+    a file that holds what is done so far and is taken up again by the next call with equal arguments; it is left there
+    if the call is interrupted. tell: given a line that says whether that file was taken up. labels, draws: see
+    `Method`. forward_only: no loss and no backward pass; what is held then is how far heads' outputs move, sum
+    ||delta O W_O||^2 on a part of the rows, in place of damages in nats. recompute: less memory for more time, see
+    attnopt/recompute. Under torchrun (`ranks.join`) each process takes a part of the sequences and all return the sum;
+    progress and partial are then each process's own.
     """
     if not sequences:
         raise ProfileError("There is no text to profile on.", "Give at least one sequence.")
     method = Method(seed, labels, draws, forward_only)
     samples = [s if isinstance(s, Sample) else Sample(s) for s in sequences]
     model.eval()
+    report = progress or (lambda what, done, of: None)
+    report("tracing", 0, 0)
     instrumented = discover(model, samples[0].ids[:, :64], recompute)
     recorder = instrumented.observer
     assert isinstance(recorder, _Recorder)
@@ -129,8 +139,9 @@ def profile_model(
         fingerprint_of(model, sites), grid, [], [s.dtype for s in sites], forward_only, not forward_only, supervision
     )
     # Each is taken up by one process; nobody writes before all have looked.
+    asked = {mark for sample in samples for mark in method.marks(sample)}
     for left in [] if partial is None else ranks.leftovers(partial)[ranks.rank() :: ranks.size()]:
-        profile = resumed(profile, left)
+        profile = resumed(profile, left, asked, tell or (lambda line: None))
     done = {mark for marks in ranks.gathered_json(list(profile.header.data)) for mark in marks}
     # What one process has done already none does again; the rest is dealt out.
     left_to_do = {s.mark: s for s in samples if not set(method.marks(s)) <= done}
@@ -139,30 +150,37 @@ def profile_model(
     def observe_own() -> Profile:
         into = None if partial is None else ranks.partial_of(partial)
         for n, sample in enumerate(own):
+            what = f"profiling: {sample.length} tokens"
+            report(what, n, len(own))
+            recorder.tell = lambda site, what=what, n=n: report(f"{what}, {site}", n, len(own))
             observe = moved_outputs if forward_only else one_sequence
             profile.add(observe(instrumented, recorder, profile, sample, method))
             if into is not None:
                 profile.save(into)
-            if progress is not None:
-                progress(n + 1, len(own))
+            report(what, n + 1, len(own))
         return profile
 
-    if progress is not None and not own:
-        progress(1, 1)
     made = ranks.together(observe_own)
     order = {site.name: n for n, site in enumerate(sites)}
     made.observations = dict(sorted(made.observations.items(), key=lambda item: (item[0][1], order[item[0][0]])))
     return made
 
 
-def resumed(fresh: Profile, partial: Path) -> Profile:
-    """With the unfinished profile of an earlier call, if it is of the same model, grid and supervision, and of text
-    that is not there yet."""
+def resumed(fresh: Profile, partial: Path, asked: set[str], tell: Callable[[str], None]) -> Profile:
+    """With the unfinished profile of an earlier call, if it is of the same model, grid and supervision, and of `asked`
+    text that is not there yet."""
     try:
         left = Profile.load(partial)
-        return fresh if set(left.header.data) & set(fresh.header.data) else fresh + left
-    except ProfileError:
+        whole = fresh + left
+    except ProfileError as error:
+        tell(f"{partial} is not taken up: {error.problem}.")
         return fresh
+    done = set(left.header.data)
+    if done & set(fresh.header.data) or not done <= asked:
+        tell(f"{partial} is not taken up: it is of other text, or of another seed.")
+        return fresh
+    tell(f"Going on from {partial}: {len(done)} of {len(asked)} passes are done.")
+    return whole
 
 
 def one_sequence(

@@ -47,7 +47,7 @@ def make(loaded: hf.Loaded, lengths: list[int], profiled: list[int], samples: in
     """A plan for the longest of `lengths`, verified at all of them on as many tokens each; none of them is profiled."""
     tokens = text.stream([], loaded.tokenizer, "calibrate", 100_000)
     rows = [r[None] for n in profiled for r in text.sequences(tokens, n, 6, "calibrate")]
-    profile = profile_model(loaded.model, rows, progress=lambda done, of: progress("profiling", done, of))
+    profile = profile_model(loaded.model, rows, progress=progress)
 
     verify, final = (split(loaded, which, lengths, samples) for which in ("verify", "final"))
     return make_plan(

@@ -28,7 +28,7 @@ FLOORS = {
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "report", "commands", "demo"),
-    7: ("options", "cli", "__main__", "__init__"),
+    7: ("options", "completion", "cli", "__main__", "__init__"),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 
@@ -43,6 +43,7 @@ HOMES = {
     "sympy": {"masks", "cost"},
     "matplotlib": {"report"},
     "pygments": {"report"},
+    "shtab": {"completion"},
 }
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -78,8 +78,10 @@ class Interrupted(Exception):
 
 def test_an_interrupted_run_leaves_a_profile_and_resumes(whole, tmp_path, monkeypatch):
     partial, counted = tmp_path / "partial.safetensors", []
+    stages, told = [], []
 
-    def stop(done, total):
+    def stop(what, done, of):
+        stages.append(what)
         if done == 2:
             raise Interrupted
 
@@ -89,8 +91,18 @@ def test_an_interrupted_run_leaves_a_profile_and_resumes(whole, tmp_path, monkey
     assert left.samples == {24: 2} and set(left.header.data) < set(whole.header.data)
     one_sequence = profiler.one_sequence
     monkeypatch.setattr(profiler, "one_sequence", lambda *a: counted.append(1) or one_sequence(*a))
-    equal(profile_model(build("llama"), SEQUENCES, GRID, partial=partial), whole, rtol=1e-9)
-    assert len(counted) == 1
+    equal(profile_model(build("llama"), SEQUENCES, GRID, partial=partial, tell=told.append), whole, rtol=1e-9)
+    assert len(counted) == 1 and told == [f"Going on from {partial}: 2 of 3 passes are done."]
+    assert stages[0] == "tracing"
+    assert "profiling: 24 tokens, model.layers.1.self_attn, backward" in stages
+
+
+def test_a_partial_file_of_more_text_is_not_taken_up(whole, tmp_path):
+    """It would come back with text that was not asked for."""
+    partial, told = tmp_path / "partial.safetensors", []
+    profile_model(build("llama"), SEQUENCES, GRID, partial=partial)
+    found = profile_model(build("llama"), SEQUENCES[:1], GRID, partial=partial, tell=told.append)
+    assert found.samples == {24: 1} and "not taken up" in told[0]
 
 
 def test_an_interruption_within_a_sequence_counts_nothing_of_it(tmp_path, monkeypatch):

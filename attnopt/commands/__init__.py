@@ -18,12 +18,6 @@ from attnopt.commands.showing import show
 
 __all__ = ["COMMANDS", "Progress", "bench_rows", "emit", "examine_model", "run", "say", "stages", "writable"]
 
-INTERRUPTED = {
-    "profile": "What was profiled so far is kept beside the output; run the same command again to go on.",
-    "distill": "What was fitted and tried so far is kept beside the output; run the same command again to go on.",
-    "calibrate": "The lengths that were timed are kept; run the same command again to go on.",
-}
-
 
 def run(args: argparse.Namespace) -> None:
     COMMANDS[args.command](args)

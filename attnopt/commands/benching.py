@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from attnopt import hf, text
-from attnopt.commands.common import Progress, emit, load, stages, token_ids
+from attnopt.commands.common import Progress, check_forward, emit, load, stages, token_ids
+from attnopt.errors import OptionError
 from attnopt.plan import Plan
 from attnopt.report import terminal
 
@@ -69,11 +70,14 @@ def check_plan(held: Plan, loaded: hf.Loaded) -> None:
 def bench(args: argparse.Namespace) -> None:
     held = Plan.load(args.plan) if args.plan else None
     loaded = load(args)
+    check_forward(loaded)
+    if args.generate and not hasattr(loaded.model, "generate"):
+        raise OptionError(f"{args.model} has no method generate.", "Give a model of transformers, or leave it away.")
     if held is not None:
         check_plan(held, loaded)
     tokens = text.stream(args.text, loaded.tokenizer, "final") if loaded.tokenizer is not None else None
     rows: list[dict[str, Any]] = []
-    with stages() as progress:
+    with stages(args.progress) as progress:
         for n in args.lengths:
             ids = token_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
             ids = ids.to(next(loaded.model.parameters()).device)

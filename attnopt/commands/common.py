@@ -6,24 +6,24 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnopt import hf
-from attnopt.errors import AttnoptError, OptionError
+from attnopt.errors import AttnoptError, ModelError, OptionError
+from attnopt.hf.loading import told
 from attnopt.report import terminal
-
-Progress = Callable[[str, int, int], None]
+from attnopt.report.terminal import Progress
 
 
 def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:
-    """The JSON document, or what people read."""
+    """The JSON document, on the standard output that the command line has set aside for it, or what people read."""
     if args.json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data, indent=2), file=getattr(args, "stdout", None))
     else:
         show()
 
@@ -44,38 +44,43 @@ def writable(path: str) -> Path:
     return target
 
 
-@contextmanager
-def stages() -> Iterator[Progress]:
-    """One progress bar after the other: a new one whenever the named stage changes."""
-    current: list[Any] = ["", None, None, 0]
+def stages(mode: str = "auto") -> AbstractContextManager[Progress]:
+    """What to report progress to, as ``report(what, done, of)``; `mode` is that of --progress."""
+    return terminal.progress(mode)
 
-    def close() -> None:
-        if current[1] is not None:
-            current[1].__exit__(None, None, None)
 
-    def report(what: str, done: int, of: int) -> None:
-        if what != current[0]:
-            close()
-            bar = terminal.progress(what, of)
-            current[:] = [what, bar, bar.__enter__(), 0]
-        current[2](done - current[3])
-        current[3] = done
-
+def check_device(name: str) -> None:
     try:
-        yield report
-    finally:
-        close()
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
 
 
 def load(args: argparse.Namespace) -> hf.Loaded:
+    """The model that MODEL, --dtype, --device and --attention ask for."""
+    check_device(args.device)
+    with stages(getattr(args, "progress", "auto")) as progress:
+        progress(f"loading {args.model}", 0, 0)
+        loaded = hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+    if loaded.note:
+        note(loaded.note)
+    return loaded
+
+
+def check_forward(loaded: hf.Loaded) -> None:
+    """ModelError where a model that somebody's own code made does not take token ids."""
+    if ":" not in loaded.name:
+        return
+    ids = token_ids(loaded, 8).to(next(loaded.model.parameters()).device)
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise OptionError(
-            f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
-        ) from None
-    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+        with torch.no_grad():
+            loaded.model(ids)
+    except Exception as error:
+        raise ModelError(
+            f"{loaded.name} failed on token ids int64 (1, 8): {told(error)}",
+            "Its forward must take token ids alone, and return logits.",
+        ) from error
 
 
 def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
@@ -88,3 +93,8 @@ def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
 def say(line: str) -> None:
     print(line, flush=True)
     sys.stderr.flush()
+
+
+def note(line: str) -> None:
+    """What is worth knowing of a run beside its result, on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from attnopt import hf, text
-from attnopt.commands.common import emit, load, stages, writable
+from attnopt.commands.common import check_forward, emit, load, note, stages, writable
 from attnopt.distill import FAMILIES, Menu, distill_model
 from attnopt.errors import TextError
 from attnopt.profile_file import Profile
@@ -25,10 +25,12 @@ def distill(args: argparse.Namespace) -> None:
     families = FAMILIES if args.families is None else tuple(args.families)
     menu = Menu(tuple(args.features), tuple(args.ranks), tuple(args.windows), tuple(args.sinks), args.steps, families)
     loaded = load(args)
-    fit, tried = texts(args, loaded, seen.lengths)
+    check_forward(loaded)
     partial = out.with_name(out.name + ".partial")
-    with stages() as progress:
-        made = distill_model(loaded.model, fit, tried, menu, args.seed, progress, partial, seen)
+    with stages(args.progress) as progress:
+        progress("reading text", 0, 0)
+        fit, tried = texts(args, loaded, seen.lengths)
+        made = distill_model(loaded.model, fit, tried, menu, args.seed, progress, partial, seen, note)
     made.save(out)
     partial.unlink(missing_ok=True)
     emit(args, {"fitted": str(out), **fitted_json(made)}, lambda: print_fitted(made))

@@ -12,9 +12,9 @@ import torch
 
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.commands.common import Progress, emit, load, stages, token_ids, writable
+from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
-from attnopt.errors import OptionError
+from attnopt.errors import BudgetError, OptionError
 from attnopt.fitted import Fitted
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
@@ -42,6 +42,7 @@ def plan(args: argparse.Namespace) -> None:
     fitted = Fitted.load(args.fitted) if args.fitted is not None else None
     allowed_families(args.allow, fitted)
     loaded = load(args)
+    check_forward(loaded)
     target = next(loaded.model.parameters()).device
     lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
 
@@ -49,15 +50,23 @@ def plan(args: argparse.Namespace) -> None:
         tokens = text.stream(args.text, loaded.tokenizer, which, 2 * args.samples * max(lengths))
         return {n: text.sequences(tokens, n, args.samples, which).to(target) for n in lengths}
 
+    partial = out.with_name(out.name + ".partial")
     budget = Budget("loss", args.max_loss_increase) if args.max_kl is None else Budget("kl", args.max_kl)
     probe = Probe(loaded.tokenizer, split="final") if args.probe and loaded.tokenizer is not None else None
-    with stages() as progress:
-        made = make_plan(
-            loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
-            objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
-            exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
-        )  # fmt: skip
+    with stages(args.progress) as progress:
+        progress("reading text", 0, 0)
+        try:
+            made = make_plan(
+                loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
+                objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
+                exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
+                partial=partial, tell=note,
+            )  # fmt: skip
+        except BudgetError:
+            partial.unlink(missing_ok=True)
+            raise
     made.plan.save(out)
+    partial.unlink(missing_ok=True)
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
     search = records_json(made.verified.records)
     data = {"plan": str(out), **plan_json(made.plan), "search": search, "notes": notes}
@@ -65,8 +74,8 @@ def plan(args: argparse.Namespace) -> None:
     def show() -> None:
         terminal.print_records(made.verified.records)
         terminal.print_plan(made.plan)
-        for note in notes:
-            print(note)
+        for line in notes:
+            print(line)
         print(f"wrote {out}")
 
     emit(args, data, show)
@@ -119,10 +128,11 @@ def calibrate(args: argparse.Namespace) -> None:
     from attnopt.planner.make import windows_at
     from attnopt.profiler import DEFAULT_GRID
 
+    check_device(args.device)
     specs = specs_of(args)
     windows = windows_at(DEFAULT_GRID.windows, args.lengths)
     sinks, rows = [max(DEFAULT_GRID.sinks)], []
-    with stages() as progress:
+    with stages(args.progress) as progress:
         for n, spec in enumerate(specs):
             started = time.perf_counter()
             what = f"timing {spec.heads} heads, {spec.dtype}, kernel {n + 1} of {len(specs)}"
@@ -152,7 +162,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def named(progress: Progress, what: str) -> Callable[[int, int, str], None]:
-    return lambda done, of, at: progress(what, done, of)
+    return lambda done, of, at: progress(f"{what}: {at}", done, of)
 
 
 def calibrated(spec: SpanPrefill, table: CostTable, seconds: float) -> dict[str, Any]:
@@ -194,6 +204,7 @@ def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[SpanP
     from attnopt.profiler import discover
 
     loaded = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+    check_forward(loaded)
     ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
     sites = discover(loaded.model, ids).sites.values()
     return [SpanPrefill(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]

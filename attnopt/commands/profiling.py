@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from attnopt import hf, ranks, text
-from attnopt.commands.common import Progress, emit, load, stages, writable
+from attnopt.commands.common import Progress, check_forward, emit, load, note, stages, writable
 from attnopt.errors import OptionError, TextError
 from attnopt.profile_file import Profile, merged
 from attnopt.report import terminal
@@ -29,14 +28,15 @@ def profile(args: argparse.Namespace) -> None:
     ranks.join()
     args.device = ranks.device_of(args.device)
     loaded = load(args)
+    check_forward(loaded)
     grid = DEFAULT_GRID if args.windows is None else Grid(DEFAULT_GRID.sinks, tuple(args.windows))
     partial = out.with_name(out.name + ".partial")
-    with stages() as shown:
+    with stages(args.progress) as shown:
         progress = shown if ranks.rank() == 0 else lambda what, done, of: None
         made = profile_model(
             loaded.model, calibration(args, loaded, progress), grid, args.seed,
-            lambda done, of: progress("profiling", done, of), partial, labels=args.labels, draws=args.draws,
-            forward_only=args.forward_only, recompute=args.recompute,
+            progress, partial, labels=args.labels, draws=args.draws,
+            forward_only=args.forward_only, recompute=args.recompute, tell=note,
         )  # fmt: skip
     # Every process has the whole sum; one of them writes it.
     if ranks.rank() == 0:
@@ -51,6 +51,7 @@ def calibration(args: argparse.Namespace, loaded: hf.Loaded, progress: Progress)
     """The sequences to profile on, on the model's device; with `--labels continuation` the model writes their ends."""
     check_labels(args.labels, args.draws)
     most = 2 * args.samples * max(args.lengths)
+    progress("reading text", 0, 0)
     sources = text.Sources(args.text, loaded.tokenizer, "calibrate", most)
     device = next(loaded.model.parameters()).device
     probes = [replace(s, ids=s.ids.to(device)) for s in probed(args, sources)]
@@ -88,7 +89,7 @@ def probed(args: argparse.Namespace, sources: text.Sources) -> list[Sample]:
             if args.probe is not None:
                 raise
             if ranks.rank() == 0:
-                print(f"Not probed at {length} tokens: {error.problem}", file=sys.stderr)
+                note(f"Not probed at {length} tokens: {error.problem}")
     return found
 
 
@@ -97,8 +98,7 @@ def tell_shortage(found: list[Sample], wanted: int) -> None:
     counts = Counter((s.kind, s.length) for s in found)
     for (kind, length), count in counts.items():
         if count < wanted:
-            note = f"The {kind} has {count} of the {wanted} sequences of {length} tokens that were asked for."
-            print(note, file=sys.stderr)
+            note(f"The {kind} has {count} of the {wanted} sequences of {length} tokens that were asked for.")
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -6,11 +6,13 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from attnopt.errors import DependencyError, ModelError, OptionError
@@ -21,11 +23,13 @@ ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass
 class Loaded:
-    """A model in evaluation mode, its tokenizer if it has one, and the name it was asked for by."""
+    """A model in evaluation mode, its tokenizer if it has one, and the name it was asked for by. note: why a tokenizer
+    that is there could not be loaded."""
 
     model: nn.Module
     tokenizer: Any
     name: str
+    note: str = ""
 
 
 def demo_model_path() -> Path:
@@ -72,26 +76,35 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", att
     hf.logging.disable_progress_bar()
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip().splitlines()
         if text and re.search("attn_implementation|attention", text[0], re.I):
             raise OptionError(
                 f"{name} cannot be loaded with --attention {attention}: {text[0]}", "Use eager or sdpa."
             ) from error
+        reason = text[0] if text else type(error).__name__
+        if path.exists():
+            raise ModelError(
+                f"The model in {name} could not be loaded: {reason}",
+                "Save it again with save_pretrained(), or copy all of its files.",
+            ) from error
         offline = " (the hub is switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ModelError(
-            f"{name} could not be loaded{offline}: {text[0] if text else type(error).__name__}",
+            f"{name} could not be loaded{offline}: {reason}",
             "Give a directory in transformers format, a hub name, or module:callable.",
         ) from error
-    return Loaded(model.to(device).eval(), tokenizer_of(name), name)
+    tokenizer, note = tokenizer_of(name)
+    return Loaded(model.to(device).eval(), tokenizer, name, note)
 
 
-def tokenizer_of(name: str) -> Any:
-    """The tokenizer saved beside a model, or None."""
+def tokenizer_of(name: str) -> tuple[Any, str]:
+    """The tokenizer saved beside a model, or None; and why one that is there could not be loaded."""
     try:
-        return transformers().AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return None
+        return transformers().AutoTokenizer.from_pretrained(name), ""
+    except Exception as error:  # a tokenizer's own package may be missing or old, and raises what it likes
+        there = isinstance(error, ImportError) or any(Path(name).glob("tokenizer*"))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, f"The tokenizer of {name} could not be loaded: {reason}" if there else ""
 
 
 def from_callable(name: str, dtype: torch.dtype, device: str) -> Loaded:
@@ -99,14 +112,32 @@ def from_callable(name: str, dtype: torch.dtype, device: str) -> Loaded:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        made = getattr(importlib.import_module(module_name), attribute)()
+        make = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f"{name} could not be called: {error}.", "Give it as module:callable, importable from here."
         ) from error
+    except Exception as error:  # the module is the user's
+        raise ModelError(f"{module_name} could not be imported: {told(error)}", "Mend it, or name another.") from error
+    try:
+        made = make()
+    except Exception as error:  # and so is the callable
+        raise ModelError(f"{name} failed: {told(error)}", "It is called without arguments; mend it.") from error
     model, tokenizer = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"{name} returned a {type(model).__name__}.", "It must return a torch module, or (module, tokenizer)."
         )
+    if next(model.parameters(), None) is None:
+        raise ModelError(f"{name} returned a module without parameters.", "Give a whole model, embeddings included.")
     return Loaded(model.to(device, dtype).eval(), tokenizer, name)
+
+
+def told(error: Exception) -> str:
+    """What a user's own code raised, and the last line of it that is at fault."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(error.filename or '?').name}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+    if not where and frames:
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    message = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {message}" + (f" ({where})" if where else "")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from attnopt import __version__, settings
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import Costs, CostTable, WithFar, load_or_measure, load_or_measure_far
-from attnopt.errors import ModelError, OptionError, TextError
-from attnopt.fingerprint import fingerprint_of
+from attnopt.cost import Costs, CostTable, WithFar, device_name, load_or_measure, load_or_measure_far
+from attnopt.errors import OptionError, TextError
+from attnopt.fingerprint import Fingerprint, fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
 from attnopt.planner.cuttable import not_cuttable
+from attnopt.planner.evaluate import Evaluator, Kept, Progress, digest_of
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from, times_faster
 from attnopt.planner.problem import (
     RETRIEVAL,
@@ -31,7 +35,7 @@ from attnopt.planner.problem import (
     table_of,
 )
 from attnopt.planner.tried import allowed_families, not_pruned, tried_at
-from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Evaluation, Record, Verified, final_check, verify_loop
+from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
 from attnopt.registry import CANDIDATES
@@ -42,7 +46,6 @@ if TYPE_CHECKING:
 
 # Of each length, with 16 questions in one that has room for them.
 PROBE_DOCUMENTS = 4
-Progress = Callable[[str, int, int], None]
 # The search aims inside the budget: of several plans tried, the one that holds was lucky on the verify split, and the
 # final split is looked at once. On the demo model the final bound was 0.8 to 1.4 times the verify bound.
 SEARCH_SHARE = 0.85
@@ -60,42 +63,6 @@ class Made:
     dense: dict[int, Sequences] = field(default_factory=dict)
     planned: dict[int, Sequences] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-class Evaluator:
-    """Measures choices against dense on fixed sequences (one tensor (samples, N) per length). Dense is run once; with
-    `divergence` it runs beside every plan instead, for KL and agreement, and `dense` is filled by the first."""
-
-    def __init__(
-        self, spans: Spans, texts: Mapping[int, Tensor], divergence: bool, progress: Progress | None, what: str
-    ) -> None:
-        self.spans, self.texts, self.divergence = spans, texts, divergence
-        self.progress, self.what = progress, what
-        self.dense: dict[int, Sequences] = {} if divergence else {n: self._run(n, None) for n in texts}
-        check_finite(self.dense)
-        self.planned: dict[int, Sequences] = {}
-
-    def _run(self, length: int, choices: Choices | None) -> Sequences:
-        ids, done = self.texts[length], 0
-        what = f"{self.what}, {'dense' if choices is None else 'planned'} at {length}"
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            if self.progress is not None:
-                self.progress(what, done, len(ids))
-
-        return self.spans.losses(ids, choices, self.divergence, step)
-
-    def __call__(self, choices: Choices) -> list[Evaluation]:
-        self.planned = {n: self._run(n, choices) for n in self.texts}
-        if self.divergence:
-            self.dense = {n: Sequences(p.tokens, p.dense, (0.0,) * len(p.tokens)) for n, p in self.planned.items()}
-            check_finite(self.dense)
-        return [
-            Evaluation(n, p.tokens, self.dense[n].loss, p.loss, p.kl if self.divergence else (), p.agree)
-            for n, p in self.planned.items()
-        ]
 
 
 def cost_tables(
@@ -140,15 +107,6 @@ def with_far_parts(
     return found
 
 
-def check_finite(dense: Mapping[int, Sequences]) -> None:
-    for length, found in dense.items():
-        if not all(map(math.isfinite, found.loss)):
-            raise ModelError(
-                f"The dense model's loss is not finite on this text at {length} tokens.",
-                "Plan in float32 (--dtype fp32), or leave out the text that does it.",
-            )
-
-
 def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """Windows to time: those observed, and the larger shares of each length that a rule may ask for."""
     return sorted({*windows} | {n // d for n in lengths for d in (2, 4, 8)})
@@ -160,7 +118,8 @@ def check_text(texts: Mapping[int, Tensor], split: str) -> None:
             raise TextError(
                 f"The text gives {len(ids)} sequences of {length} tokens for the {split} split, "
                 f"and {LEAST_SEQUENCES} are the least.",
-                f"Give at least {LEAST_SEQUENCES * length} tokens a split, or verify at a shorter length.",
+                f"Ask for {LEAST_SEQUENCES} samples or more of at least {LEAST_SEQUENCES * length} tokens a split, or "
+                "verify at a shorter length.",
             )
 
 
@@ -184,18 +143,19 @@ def make_plan(
     seed: int = 0,
     progress: Progress | None = None,
     report: Callable[[Record], None] | None = None,
+    partial: Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Made:
     """The cheapest plan for `target_length`, by `objective`, whose measured loss keeps `budget` and the constraints.
 
     verify, final: {length: token ids int64 (samples, length)} of disjoint text; `final` is looked at once. tables:
     costs, or a function from sites to them; measured here by default. fitted: what `attnopt distill` fitted and tried;
     allow: its families to weigh, by default all but "prune". exact: seconds that HiGHS may take over each point tried.
-    probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. A plan
-    that misses the budget raises BudgetError and is not returned; constraints that contradict each other raise
-    OptionError.
+    probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. partial: a file of the
+    losses measured so far; the next call on the same model and text, whatever it asks for, measures none of them again.
+    It is left there. tell: given a line that says whether that file was taken up. A plan that misses the budget raises
+    BudgetError and is not returned; constraints that contradict each other raise OptionError.
     """
-    from attnopt import settings
-
     check_text(verify, "verify")
     check_text(final, "final")
     families = allowed_families(allow, fitted)
@@ -207,6 +167,8 @@ def make_plan(
     model.eval()
     spans = Spans(model, fitted)
     short = next(iter(verify.values()))[:1, :64]
+    if progress is not None:
+        progress("tracing", 0, 0)
     spans.losses(short, None)
     spans.instrumented.need_sites()
     sites = list(spans.sites.values())
@@ -232,7 +194,8 @@ def make_plan(
         whole = not_cuttable(model, short, sites, fingerprint, fitted)
         notes += tuple(f"{name} keeps all heads: {reason}." for name, reason in whole.items())
     problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted, tuple(whole))
-    evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying")
+    kept = Kept.begin(inputs_of(model, fingerprint, fitted, verify, final), partial, tell or (lambda line: None))
+    evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying", kept)
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
     found = verify_loop(
@@ -247,7 +210,7 @@ def make_plan(
         report=report,
     )
     choices = choices_from(problem, found.solution)
-    last = Evaluator(spans, final, True, progress, "final check")
+    last = Evaluator(spans, final, True, progress, "final check", kept)
     # A cache asked to be small is so at every length, whether or not that saves time.
     saves_time = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
     min_length = min_length_of(choices, sites, of_site) if saves_time else 0
@@ -275,6 +238,23 @@ def make_plan(
         fitted=fitted.part_of(choices) if fitted is not None and sidecar.needed(choices) else None,
     )
     return Made(plan, problem, found, of_site, last.dense, last.planned, notes)
+
+
+def inputs_of(
+    model: nn.Module, fingerprint: Fingerprint, fitted: Fitted | None, verify: Mapping[int, Tensor],
+    final: Mapping[int, Tensor],
+) -> dict[str, str]:  # fmt: skip
+    """What a measured loss depends on, beside the choices and the sequence."""
+    weight = next(model.parameters())
+    device = weight.device.type
+    return {
+        "model": json.dumps(fingerprint.to_json()),
+        "dtype": str(weight.dtype),
+        "device": f"{device_name(str(weight.device))}, {settings.target(device)}",
+        "text": f"{digest_of(verify)} {digest_of(final)}",
+        "file of fits": hashlib.sha256(fitted.to_bytes()).hexdigest()[:16] if fitted is not None else "",
+        "version": " ".join(f"{name} {version}" for name, version in (("attnopt", __version__), *versions_here())),
+    }
 
 
 def posed(
@@ -311,7 +291,7 @@ def retrieved(
     found, notes = [], []
     for done, at in enumerate(measured):
         if progress is not None:
-            progress("asking for far lines", done, len(measured))
+            progress(f"asking for far lines: {at.length} tokens", done, len(measured))
         try:
             documents = probe.documents(at.length, count, f"final {seed}")
         except TextError as error:
@@ -325,8 +305,6 @@ def retrieved(
 
 
 def calibration_of(profile: Profile) -> str:
-    import hashlib
-
     return hashlib.sha256(" ".join(profile.header.data).encode()).hexdigest()[:12]
 
 

@@ -278,3 +278,57 @@ def test_what_was_fitted_is_weighed_named_and_kept_beside_the_plan(
     rows = json.loads(capsys.readouterr().out)["candidates"]
     assert {r["choice"].split("(")[0] for r in rows} >= {"linear", "taylor", "compensation", "pruned", "sink_window"}
     assert all(r["damage"] is not None and r["why"] for r in rows) and rows[0]["cost"] == 0
+
+
+def test_narrow_dumb_and_colourless_terminals(
+    planned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = [["show", str(planned / "plan.json")], ["show", str(planned / "profile")]]
+    shown.append(["explain", str(planned / "plan.json"), f"{SITE}.3", "--profile", str(planned / "profile")])
+    for variables in ({"COLUMNS": "40"}, {"COLUMNS": "12"}, {"TERM": "dumb", "FORCE_COLOR": "1"}, {"NO_COLOR": "1"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            for command in shown:
+                capsys.readouterr()
+                assert main(command) == 0
+                captured = capsys.readouterr()
+                assert captured.out and captured.err == ""
+                if "FORCE_COLOR" not in variables:
+                    assert "\x1b" not in captured.out
+
+
+def test_a_reader_that_has_gone_ends_a_report(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["show", str(planned / "plan.json")]) == 0
+
+
+def test_an_interrupted_plan_keeps_what_was_measured_until_it_is_done(
+    planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnopt.measure import Spans
+
+    losses, calls = Spans.losses, [0]
+
+    def stopped(self: Spans, *given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 12:
+            raise KeyboardInterrupt
+        return losses(self, *given)
+
+    command = plan_command(planned, tmp_path / "plan.json", probe="0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Spans, "losses", stopped)
+        assert main(command) == 1
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json.partial"]
+    assert main([*command, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["plan"] and "10 sequences are measured" in captured.err
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    again = json.loads((tmp_path / "plan.json").read_text())
+    whole = json.loads((planned / "plan.json").read_text())
+    assert again["sites"] == whole["sites"]

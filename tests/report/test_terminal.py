@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from attnopt.errors import AttnoptError, PlanError
 from attnopt.fingerprint import Fingerprint
 from attnopt.ir import DENSE, Choice, GraphReport, Mask, Miss, Refusal, Rewrite, Site, Step
 from attnopt.plan import Budget, Lengths, Measured, Plan, Predicted
@@ -161,25 +160,6 @@ def test_searches_benchmarks_and_candidates_are_shown() -> None:
     assert "dense ms" in text and "1.235" in text and "yes" in text and "ratio" in text
     rows = [{"choice": "dense", "damage": 0.0, "cost": 1.5, "chosen": True, "why": "protected"}, {"choice": "x"}]
     assert "protected" in shown(terminal.print_candidates, rows)
-
-
-@pytest.mark.parametrize("error", [PlanError("no [bold]plan", "make one"), AttnoptError("alone")])
-def test_errors_name_the_remedy(error: AttnoptError, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_error(error)
-    captured = capsys.readouterr()
-    assert captured.out == "" and error.problem in captured.err and error.remedy in captured.err
-
-
-def test_progress_leaves_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with terminal.progress("quiet", 3) as advance:
-        advance()
-        advance(2, text="more")
-    captured = capsys.readouterr()
-    assert captured.out == captured.err == ""
-    with terminal.progress("loud [x]", 3, force=True) as advance:
-        advance(text="more [x]")
-    captured = capsys.readouterr()
-    assert captured.out == "" and "[x]" in captured.err
 
 
 def test_no_colour_where_none_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

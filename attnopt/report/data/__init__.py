@@ -4,7 +4,7 @@ graphs_json(reports)    every site of every graph, what was done to it or why it
 plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
 profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
 records_json(records)   the verify search, predicted against measured
-environment()           versions and hardware
+environment()           versions, hardware and variables; cached(): the folders of kernels and times
 launched_sources()      the kernels that ran in this process
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from attnopt.report.data.graphs import graphs_json
 from attnopt.report.data.kernels import launched_sources
-from attnopt.report.data.machine import environment
+from attnopt.report.data.machine import cached, environment
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
-    "constraint_texts", "environment", "finite", "graphs_json", "launched_sources", "plan_facts", "plan_json",
+    "cached", "constraint_texts", "environment", "finite", "graphs_json", "launched_sources", "plan_facts", "plan_json",
     "profile_json", "records_json",
 ]  # fmt: skip

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from attnopt.report.terminal.benchmarks import print_bench
 from attnopt.report.terminal.bisections import print_bisection
-from attnopt.report.terminal.console import WIDTH, console, print_error, progress
+from attnopt.report.terminal.console import WIDTH, console
 from attnopt.report.terminal.graphs import print_graphs
 from attnopt.report.terminal.plans import print_candidates, print_plan, print_records
 from attnopt.report.terminal.profiles import print_profile
+from attnopt.report.terminal.progress import Progress, progress
 
 __all__ = [
     "WIDTH",
+    "Progress",
     "console",
     "print_bench",
     "print_bisection",
     "print_candidates",
-    "print_error",
     "print_graphs",
     "print_plan",
     "print_profile",
