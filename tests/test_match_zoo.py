@@ -24,12 +24,12 @@ from benchmarks.zoo import summary
 from benchmarks.zoo.build import build
 from benchmarks.zoo.cells import CELLS, cells_of, error_between, floats
 from benchmarks.zoo.classes import FAST, FULL, entries
-from benchmarks.zoo.inputs import inputs_of
+from attnopt.hf.inputs import inputs_of
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
 from benchmarks.zoo.observe import Observed, Seen, attention_calls
 from benchmarks.zoo.pool import run_all
 from benchmarks.zoo.run_cell import judged, run_cell
-from benchmarks.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
+from attnopt.hf.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
 from benchmarks.zoo.store import Store
 from benchmarks.zoo.watch import Call, Watch
 
