@@ -30,7 +30,7 @@ from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
-from attnopt.passes import PIPELINE, Program
+from attnopt.passes import PIPELINE, Pass, Program
 from attnopt.passes.append import Append
 from attnopt.plan import Plan
 
@@ -139,7 +139,7 @@ class Rewritten:
     appends: tuple[Append, ...] = ()
 
 
-def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritten:
+def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass] = PIPELINE) -> Rewritten:
     """The rewritten functional graph, or `gm` itself with the reason in the report."""
     started = time.perf_counter()
     captured = capture(gm)
@@ -161,7 +161,7 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritt
     )
     if settings.debug() > 1:
         print(f"--- before\n{captured.code}", file=sys.stderr)
-    program.run(PIPELINE)
+    program.run(passes)
     if settings.debug() > 1:
         print(f"--- after\n{captured.code}", file=sys.stderr)
     report = program.report()

@@ -19,7 +19,7 @@ class NoInput(ModelError):
 
 
 def tokens(config: Any, length: int, generator: torch.Generator, batch: int = BATCH) -> torch.Tensor:
-    """Ordinary tokens int64 (batch, length): above the usual special ones, below those that shrinking put at the end."""
+    """Tokens int64 (batch, length): above the usual special ones, below those that shrinking put at the end."""
     vocab = getattr(config.get_text_config(), "vocab_size", None) or VOCAB
     return torch.randint(5, max(6, min(vocab, VOCAB) - 40), (batch, length), generator=generator)
 

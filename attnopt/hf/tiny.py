@@ -108,7 +108,7 @@ def class_of_type(model_type: str) -> Any:
 def unknown(name: str) -> ModelError:
     known = dict.fromkeys(n for e in entries() for n in (e.model_type, e.name))
     near = difflib.get_close_matches(name, known, 3) or [n for n in known if name.lower() in n.lower()][:3]
-    remedy = f"Did you mean {', '.join(near)}?" if near else "Give one such as llama, LlamaForCausalLM or ./config.json."
+    remedy = f"Did you mean {', '.join(near)}?" if near else "Give llama, LlamaForCausalLM, ./config.json, ..."
     return ModelError(f"transformers has no model type and no model class {name}.", remedy)
 
 
