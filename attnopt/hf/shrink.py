@@ -257,8 +257,8 @@ def token_ids(data: dict[str, Any]) -> dict[str, Any]:
 def shrink(config: Any, adjust: bool = True, positions: int = POSITIONS) -> Any:
     """A small configuration of the same class as `config`, an instance with its defaults or a published model's.
 
-    positions: the tokens that tables of positions hold, unless the model has fewer. Sizes that several fields share stay
-    consistent because every rule gives one size wherever it applies.
+    positions: the tokens that tables of positions hold, unless the model has fewer. Sizes that several fields share
+    stay consistent because every rule gives one size wherever it applies.
     """
     small = changes(config, positions)
     for name, cls in config.sub_configs.items():
