@@ -67,14 +67,17 @@ def stages() -> Iterator[Progress]:
         close()
 
 
-def load(args: argparse.Namespace) -> hf.Loaded:
+def checked_device(name: str) -> None:
+    """OptionError where no tensor can be made on a device."""
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise OptionError(
-            f"The device {args.device!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is."
-        ) from None
+        raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
+
+
+def load(args: argparse.Namespace) -> hf.Loaded:
+    checked_device(args.device)
     return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
 
 

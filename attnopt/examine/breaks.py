@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from traceback import FrameSummary
-from typing import Any
 
 from torch._dynamo.utils import graph_break_reasons, guard_failures
 
@@ -30,12 +29,12 @@ class Told:
         """One for each function; where several compilations of it failed their guards, the latest one's first."""
         found = []
         for code, reasons in guard_failures.items():
-            causes = [cause_of(text) for text in reasons[self.failures_before.get(code, 0) :]]
+            guards = [guard_of(text) for text in reasons[self.failures_before.get(code, 0) :]]
             self.failures_before[code] = len(reasons)
-            if causes:
-                source = f"{code.co_filename}:{code.co_firstlineno}"
-                causes = list(dict.fromkeys(causes))
-                found.append(Recompile(self.phase, self.cache, when, code.co_qualname, source, tuple(causes)))
+            if guards:
+                lines = [line for _, line in guards if line] or [f"{code.co_filename}:{code.co_firstlineno}"]
+                causes = tuple(dict.fromkeys(cause for cause, _ in guards))
+                found.append(Recompile(self.phase, self.cache, when, code.co_qualname, lines[0], causes))
         return found
 
 
@@ -55,7 +54,9 @@ def parts_of(text: str) -> tuple[str, str, str]:
     return cause, said("Explanation:"), said("Hint:")
 
 
-def cause_of(text: str) -> str:
-    """A failed guard in one line, without Dynamo's number of the compilation it belonged to."""
-    first: Any = text.partition("\nUser stack trace")[0]
-    return " ".join(re.sub(r"^\S+: ", "", first).split())
+def guard_of(text: str) -> tuple[str, str]:
+    """(a failed guard in one line, file:line that it came of if Dynamo says so): ``0/0: n == 8  # y = f(n)  # m.py:3 in
+    forward`` is one, with the number of the compilation it belonged to before it."""
+    whole = " ".join(re.sub(r"^\d+/\d+(_\d+)?: ", "", text.partition("\nUser stack trace")[0]).split())
+    said = re.fullmatch(r"(?P<guard>.*?) # .*# (?P<line>\S+:\d+) in .*", whole)
+    return (said["guard"], said["line"]) if said else (whole, "")

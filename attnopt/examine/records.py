@@ -11,8 +11,8 @@ from attnopt.ir import GraphReport
 class Counted:
     """One attention at a length: query-key pairs of all its heads, for one sequence, before and after.
 
-    lowering: what exact mode would do at that length, "" for nothing, and then `why`. at_most: data (padding, documents,
-    how full a cache is) may make it fewer pairs after.
+    lowering: what exact mode would do at that length, "" for nothing, and then `why`. at_most: data (padding,
+    documents, how full a cache is) may make it fewer pairs after.
     """
 
     site: str
@@ -103,7 +103,8 @@ class Break:
 
 @dataclass(frozen=True)
 class Recompile:
-    """What a call made Dynamo compile anew. when: what was new of the call; causes: the guards that failed."""
+    """What a call made Dynamo compile anew. when: what was new of the call; source: the line that the failed guard came
+    of, or where the function begins; causes: the guards that failed."""
 
     phase: str
     cache: str

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +55,20 @@ def examine_model(loaded: Loaded, length: int, padded: bool = False) -> list[Gra
     return [graph.report for graph in trace.graphs]
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Dynamo's own warnings left out, which are about what is reported here; with TORCH_LOGS set all is said."""
+    loggers = [] if "TORCH_LOGS" in os.environ else [logging.getLogger(name) for name in ("torch._dynamo", "torch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 @torch.no_grad()
 def examine(
     loaded: Loaded, length: int, *, padded: bool = False, lengths: Sequence[int] = (), timing: bool = False,
@@ -79,7 +96,8 @@ def examine(
         try:
             made = decode(loaded, length, padded, cache, True) if cache else None
             trace = Trace(loaded, made or prefill(loaded, length, padded, not prompt_only), lengths, timing)
-            trace.run(dynamic)
+            with unsaid():
+                trace.run(dynamic)
         except Exception as error:
             if not cache:
                 raise

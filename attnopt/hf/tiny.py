@@ -19,7 +19,7 @@ from torch import nn
 from attnopt.errors import ModelError, OptionError
 from attnopt.hf.classes import KINDS, entries
 from attnopt.hf.loading import Loaded, transformers
-from attnopt.hf.shrink import POSITIONS, shrink
+from attnopt.hf.shrink import POSITION_COUNT, POSITIONS, shrink
 
 # Bytes of random weights that are made without being asked twice: a model of two billion parameters in float32.
 MOST_BYTES = 8 * 2**30
@@ -106,7 +106,9 @@ def class_of_type(model_type: str) -> Any:
 
 
 def unknown(name: str) -> ModelError:
-    known = dict.fromkeys(n for e in entries() for n in (e.model_type, e.name))
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = dict.fromkeys([*CONFIG_MAPPING_NAMES, *(e.name for e in entries())])
     near = difflib.get_close_matches(name, known, 3) or [n for n in known if name.lower() in n.lower()][:3]
     remedy = f"Did you mean {', '.join(near)}?" if near else "Give llama, LlamaForCausalLM, ./config.json, ..."
     return ModelError(f"transformers has no model type and no model class {name}.", remedy)
@@ -145,6 +147,13 @@ def check_size(name: str, cls: Any, config: Any, dtype: torch.dtype) -> None:
     if count * dtype.itemsize > MOST_BYTES:
         said = f"{name} has {count / 1e9:.1f} billion parameters, {count * dtype.itemsize / 2**30:.0f} GiB of them"
         raise ModelError(f"{said}.", "Add --tiny for small random ones, or --set num_hidden_layers=2 for fewer layers.")
+
+
+def positions_of(config: Any) -> list[int]:
+    """How many tokens the tables of positions hold, of the configuration and of those nested in it."""
+    held = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    fields = [item for c in held if hasattr(c, "to_dict") for item in c.to_dict().items()]
+    return [n for name, n in fields if isinstance(n, int) and POSITION_COUNT.fullmatch(name)]
 
 
 def enlarge(model: nn.Module) -> None:

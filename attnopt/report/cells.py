@@ -22,6 +22,33 @@ def cell_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# What a formula's ASCII stands for.
+SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠", "-": "−", "*": "·"}
+
+
+def formula(text: str, unicode: bool = True) -> str:
+    """A mask or bias for people, ``j ≤ i and i − j < 4096 and pad[b, j]``; as it is where `unicode` cannot be shown."""
+    if not unicode:
+        return text
+    return " ".join(SIGNS.get(word, word) for word in text.split(" "))
+
+
+def scaled(number: float) -> str:
+    """A count to three digits: 268 M for 268468224."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def bytes_text(size: int) -> str:
+    """Bytes in binary units to three digits: 64 MiB."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.3g} {unit}"
+    return f"{size} B"
+
+
 def short_source(source: str) -> str:
     """A source line from its package on, or the last two parts of its path: enough to find it on any machine."""
     for root in ("site-packages/", "dist-packages/"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from attnopt.report.terminal.benchmarks import print_bench
 from attnopt.report.terminal.console import WIDTH, console, print_error, progress
+from attnopt.report.terminal.examined import print_examined
 from attnopt.report.terminal.graphs import print_graphs
 from attnopt.report.terminal.plans import print_candidates, print_plan, print_records
 from attnopt.report.terminal.profiles import print_profile
@@ -18,6 +19,7 @@ __all__ = [
     "print_bench",
     "print_candidates",
     "print_error",
+    "print_examined",
     "print_graphs",
     "print_plan",
     "print_profile",
