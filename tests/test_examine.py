@@ -166,7 +166,7 @@ def test_what_is_found_reads_at_any_width_and_without_markup() -> None:
         assert "layers.0-2.attn[red] ×3" in said and "j ≤ i and i − j < 4096" in said and "left alone" in said
         assert "other: not recognised, the [bold]mask cannot be proved mul_3 (aten.mul.Tensor) at b/m.py:3" in said
         assert "1 graph break prefill: print(x), 2 times. It prints. b/m.py:7" in said
-        assert "1 recompilation prefill, another batch: x.size(0) == 1; y f at m.py:1" in said
+        assert "1 recompilation prefill, another batch: x.size(0) == 1; y f, m.py:1" in said
         assert "decode, StaticCache: 0 attentions" in said and "note: nothing else" in said
     # Where the stream takes no other signs, formulas are as files have them.
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")

@@ -41,8 +41,8 @@ def test_pairs_are_those_of_the_mask(mask: Mask, queries: int, keys: int, offset
 
 def test_every_lowering_is_counted_in_one_way() -> None:
     named = (pays.SPAN, pays.FEATURE, pays.RUNS, pays.PACKED, pays.PADDING, pays.AS_IT_WAS, pays.PRINTED,
-             pays.DOCUMENTS, pays.LIVE, pays.GROWN, "SDPA without a mask", "SDPA is_causal", "SDPA, chunks of 8 as a batch",
-             "SDPA with a mask of one row")  # fmt: skip
+             pays.DOCUMENTS, pays.LIVE, pays.GROWN, "SDPA without a mask", "SDPA is_causal",
+             "SDPA, chunks of 8 as a batch", "SDPA with a mask of one row")  # fmt: skip
     for name in named:
         assert sum(name.startswith(ways) for ways in (KEPT, FILLED, ALL)) == 1, name
 

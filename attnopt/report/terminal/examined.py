@@ -53,38 +53,42 @@ def title(record: Record) -> str:
 
 
 def print_savings(savings: Sequence[Record], to: Console) -> None:
-    sizes = {"mask_bytes": "mask", "repeated_bytes": "repeats", "scores_bytes": "scores"}
+    sizes = {"mask_bytes": "masks", "repeated_bytes": "K and V", "scores_bytes": "scores"}
     held = {name: label for name, label in sizes.items() if any(row[name] for row in savings)}
-    numeric = ("tokens", "pairs before", "after", *held.values())
-    listed = table(["phase", *numeric], numeric)
-    listed.columns[0].no_wrap = True
+    listed = table(["tokens", "pairs before", "after", *held.values()], ("pairs before", "after", *held.values()))
     shown, least = "", "<= " if to.options.ascii_only else "≤ "
     for row in (row for row in savings if row["pairs_before"]):
-        most = least if row["at_most"] else ""
-        pairs = scaled(row["pairs_before"]), most + scaled(row["pairs_after"])
-        length = str(row["length"]) if row["length"] else "as traced"
-        phase, shown = "" if title(row) == shown else title(row), title(row)
-        listed.add_row(phase, length, *pairs, *(bytes_text(row[name]) if row[name] else "" for name in held))
-    of = {"mask": "masks", "repeats": "copies of K and V for query heads that share them", "scores": "scores"}
-    bytes_of = f"; bytes no longer made of {', '.join(of[label] for label in held.values())}" if held else ""
+        if title(row) != shown:
+            listed.add_row(shown := title(row))
+        after = (least if row["at_most"] else "") + scaled(row["pairs_after"])
+        length = f"  {row['length'] or 'as traced'}"
+        memory = (bytes_text(row[name]) if row[name] else "" for name in held)
+        listed.add_row(length, scaled(row["pairs_before"]), after, *memory)
+    of = {"masks": "masks", "K and V": "K and V repeated for every query head", "scores": "scores"}
+    bytes_of = f"; memory no longer taken by {', '.join(of[label] for label in held.values())}" if held else ""
     print_titled(to, f"Counted for one sequence, in exact mode: query-key pairs{bytes_of}", listed)
     for name, unsized in {title(row): row["unsized"] for row in savings if row["unsized"]}.items():
-        to.print(f"{name}: not counted is what follows no length: {counted(unsized, 'attention')}.")
+        to.print(f"{name}: {counted(unsized, 'attention')} not counted, whose lengths do not follow the tokens.")
+    to.print()
 
 
-def print_timings(found: Mapping[str, Any], to: Console) -> None:
-    numeric = ("queries", "keys", "before ms", "after ms", "times as fast")
-    listed = table(["", "site", *numeric, "becomes"], numeric)
-    wrong = []
+def print_timings(found: Record, to: Console) -> None:
+    """Of the data of `examined_json`: one row for sites that are alike."""
+    numeric = ("queries × keys", "before", "after", "times as fast")
+    listed = table(["site", *numeric], numeric)
+    wrong, shown = [], ""
     for graph in found["graphs"]:
         for row in graph["timings"]:
-            name = row["site"] + (f" and {row['like'] - 1} like it" if row["like"] > 1 else "")
+            name = row["site"] + (f" ×{row['like']}" if row["like"] > 1 else "")
             if row["wrong"]:
-                wrong.append(f"{name} was not timed: {row['wrong']}")
+                wrong.append(f"{title(graph)}, {name}: not timed, {row['wrong']}")
                 continue
+            if title(graph) != shown:
+                listed.add_row(shown := title(graph))
             figures = (f"{row['before_ms']:.3g}", f"{row['after_ms']:.3g}", f"{row['ratio']:.2f}")
-            listed.add_row(title(graph), name, str(row["queries"]), str(row["keys"]), *figures, row["lowering"])
-    print_titled(to, f"Timed on {found['machine']}: medians, operation by operation, on equal results", listed)
+            listed.add_row(f"  {name}", f"{row['queries']} × {row['keys']}", *figures)
+    said = "median milliseconds, operation by operation, results equal"
+    print_titled(to, f"Timed on {found['machine']}: {said}", listed)
     for line in wrong:
         to.print(Text(line, style="red"))
 
@@ -102,4 +106,4 @@ def print_recompiles(recompiles: Sequence[Record], to: Console) -> None:
     to.print(Text(count, style="bold" * bool(recompiles)))
     for row in recompiles:
         said = f"{title(row)}, {row['when'] or 'the first call'}: {'; '.join(row['causes'])}"
-        print_reason(to, Text(said), f"{row['function']} at {row['source']}")
+        print_reason(to, Text(said), f"{row['function']}, {row['source']}")
