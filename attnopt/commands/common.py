@@ -76,9 +76,9 @@ def checked_device(name: str) -> None:
         raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
 
 
-def load(args: argparse.Namespace) -> hf.Loaded:
+def load(args: argparse.Namespace, as_saved: bool = False) -> hf.Loaded:
     checked_device(args.device)
-    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+    return hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention, as_saved)
 
 
 def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:

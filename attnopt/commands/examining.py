@@ -23,8 +23,8 @@ def examine(args: argparse.Namespace) -> None:
     length = LENGTH if args.length is None else args.length
     check(args, length)
     page = writable(args.html) if args.html else None
-    loaded = load(args) if args.config is None else from_config(args, length)
-    if args.length is None and args.config is not None:
+    loaded = load(args, as_saved=True) if args.config is None else from_config(args, length)
+    if args.length is None:
         length = fitting(loaded, length)
     with stages() as progress:
         found = examine_calls(
@@ -64,7 +64,9 @@ def from_config(args: argparse.Namespace, length: int) -> hf.Loaded:
 
 
 def fitting(loaded: hf.Loaded, length: int) -> int:
-    """`length`, or less where the model has fewer positions."""
+    """`length`, or less where a model of transformers has fewer positions."""
     from attnopt.hf.tiny import positions_of
 
-    return min([length, *(n - 16 for n in positions_of(loaded.model.config) if n > 32)])
+    config = getattr(loaded.model, "config", None)
+    positions = positions_of(config) if hasattr(config, "sub_configs") else []
+    return min([length, *(n - 16 for n in positions if n > 32)])

@@ -19,7 +19,7 @@ from attnopt.ir import Region
 from attnopt.passes.program import Program
 from attnopt.passes.verify import compare, evaluate, hint, kept, operands_and_loads
 
-ROUNDS = 7
+ROUNDS = 15
 
 
 class Timings:

@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from attnopt.errors import ModelError, OptionError
-from attnopt.hf import tiny
+from attnopt.hf import load, tiny
 from attnopt.hf.inputs import inputs_of
 from attnopt.hf.tiny import change_of, from_config
 
@@ -88,3 +88,12 @@ def test_a_model_of_published_size_is_not_made_unasked(tmp_path: Path, monkeypat
     monkeypatch.setattr(tiny, "MOST_BYTES", 1000)
     with pytest.raises(ModelError, match=r"(?s)billion parameters.*Add --tiny"):
         from_config(str(tmp_path), tiny=False)
+
+
+def test_a_saved_model_is_loaded_as_what_it_was(tmp_path: Path) -> None:
+    from_config("bert", tiny=True).model.save_pretrained(tmp_path)
+    assert type(load(str(tmp_path), as_saved=True).model).__name__ == "BertForMaskedLM"
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert type(load(str(tmp_path), as_saved=True).model).__name__ == "BertLMHeadModel"
