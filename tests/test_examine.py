@@ -112,6 +112,8 @@ def test_a_prompt_and_steps_with_both_caches_are_examined(capsys: pytest.Capture
         ("prefill", "another length"), ("prefill", "another batch"), ("decode", "the next token")
     ]  # fmt: skip
     assert all(t["ratio"] > 0 and not t["wrong"] for graph in data["graphs"] for t in graph["timings"])
+    static = next(row for row in data["rows"] if row["cache"] == "StaticCache")
+    assert static["mask"] == "j <= cumulative_length"
     assert data["machine"] and not data["breaks"] and not data["notes"]
     said = shown(data)
     assert said.index("3 attentions in 3 graphs") < said.index("prefill:") < said.index("decode, DynamicCache:")

@@ -85,16 +85,16 @@ def inputs(model: nn.Module, length: int, batch: int, padded: bool) -> Call:
 def prefill(loaded: Loaded, length: int, padded: bool, anew: bool) -> Phase:
     """A prompt of `length` tokens; with `anew` one of another length, then another batch."""
     first = inputs(loaded.model, length, 1, padded)
-    tokens = "input_ids" in first.kwargs or bool(first.args)
+    own = {length} if "input_ids" in first.kwargs or first.args else set()
+    tokens = own | ({targets_of(length)} if "decoder_input_ids" in first.kwargs else set())
     calls = [first]
     if anew:
         short = max(2, min(length - 1, SHORT))
-        again = [("another length", 1)] * tokens + [("another batch", 2)]
+        again = [("another length", 1)] * bool(tokens) + [("another batch", 2)]
         for new, batch in again:
             made = inputs(loaded.model, short if tokens else length, batch, padded)
             calls.append(Call(new, made.args, made.kwargs))
-    sizes = {length, *([targets_of(length)] if "decoder_input_ids" in first.kwargs else [])} if tokens else set()
-    return Phase("prefill", "", tuple(calls), frozenset(sizes))
+    return Phase("prefill", "", tuple(calls), frozenset(tokens))
 
 
 def no_decoding(model: nn.Module) -> str:

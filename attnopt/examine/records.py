@@ -79,13 +79,14 @@ class Timing:
 @dataclass(frozen=True)
 class Graph:
     """A traced graph's report, and the phase it was traced in: "prefill" or "decode", the latter with the class of the
-    cache."""
+    cache. inputs: what the model calls its inputs, by their positions."""
 
     report: GraphReport
     phase: str
     cache: str = ""
     savings: tuple[Saving, ...] = ()
     timings: tuple[Timing, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

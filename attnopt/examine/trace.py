@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -55,6 +57,13 @@ def examine_model(loaded: Loaded, length: int, padded: bool = False) -> list[Gra
     return [graph.report for graph in trace.graphs]
 
 
+def name_of(node: torch.fx.Node) -> str:
+    """What the model calls an input: the last name of ``L['kwargs']['past_key_values'].layers[0].keys``."""
+    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    said = source() if callable(source) else source
+    return (re.findall(r"[A-Za-z_]\w*", str(said)) or [node.name])[-1]
+
+
 @contextmanager
 def unsaid() -> Iterator[None]:
     """Dynamo's own warnings left out, which are about what is reported here; with TORCH_LOGS set all is said."""
@@ -63,7 +72,10 @@ def unsaid() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            if loggers:
+                warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -151,7 +163,8 @@ class Trace:
             passes = (*RECOGNISE, savings.run, *LOWER, *([timings.run] if self.timing else []), remove_dead_code.run)
         report = backend.rewrite(gm, inputs, backend.Options(), passes).report
         report = replace(report, history=tuple(step for step in report.history if step.name not in OWN))
-        self.graphs.append(Graph(report, self.phase.name, self.phase.cache, savings.found, timings.found))
+        named = tuple(name_of(node) for node in gm.graph.nodes if node.op == "placeholder")
+        self.graphs.append(Graph(report, self.phase.name, self.phase.cache, savings.found, timings.found, named))
         return unrun(gm)
 
     def explain(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

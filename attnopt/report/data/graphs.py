@@ -28,7 +28,11 @@ def examined_json(found: Examined) -> dict[str, Any]:
     graphs of a phase, counts for one sequence. breaks, recompiles, notes; machine: what timings were taken on."""
     graphs = []
     for n, graph in enumerate(found.graphs):
-        graphs.append(_graph(n, graph.report) | {
+        made = _graph(n, graph.report)
+        for site in made["sites"]:
+            site["mask"] = _with_names(site["mask"], graph.inputs)
+            site["extras"] = [_with_names(text, graph.inputs) for text in site["extras"]]
+        graphs.append(made | {
             "phase": graph.phase,
             "cache": graph.cache,
             "savings": [_saving(saving) for saving in graph.savings],
@@ -43,6 +47,16 @@ def examined_json(found: Examined) -> dict[str, Any]:
         "notes": list(found.notes),
         "machine": device_name(found.device) if any(g.timings for g in found.graphs) else "",
     }  # fmt: skip
+
+
+def _with_names(text: str, inputs: Sequence[str]) -> str:
+    """A formula with what the model calls its inputs in place of what the traced graph does: ``arg3_1[b, j]``."""
+
+    def name(found: re.Match[str]) -> str:
+        at = int(found[1])
+        return inputs[at] if at < len(inputs) else found[0]
+
+    return re.sub(r"\barg(\d+)_1\b", name, text)
 
 
 def _whole(graphs: list[dict[str, Any]]) -> dict[str, Any]:
