@@ -27,7 +27,8 @@ START = """\
   attnopt demo            the whole path on the small trained model that ships with attnopt
   attnopt --help          every command"""
 EXAMPLES = {
-    "examine": "attnopt examine demo\nattnopt examine ./my-llama --length 512 --json",
+    "examine": "attnopt examine demo\nattnopt examine --config llama --tiny\n"
+    "attnopt examine ./my-llama --length 512 --lengths 4096,32768 --time --json",
     "profile": "attnopt profile demo --out profile.safetensors\n"
     "cat *.txt | attnopt profile ./my-llama --text - --lengths 1024,4096 --out p.safetensors",
     "merge": "attnopt merge monday.safetensors tuesday.safetensors --out both.safetensors",
@@ -158,8 +159,24 @@ def with_text(made: Parser) -> None:
 
 
 def examine(made: Parser) -> None:
-    with_model(made)
-    made.add_argument("--length", type=int, default=256, help="tokens of the traced input (default 256)")
+    with_model(made, "?")
+    made.add_argument(
+        "--config", metavar="NAME",
+        help="a model with random weights in place of MODEL: a model type, a class of transformers or a config.json",
+    )  # fmt: skip
+    made.add_argument("--tiny", action="store_true", help="with --config: a few small layers of every type it has")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --config: change a field; may be repeated"
+    )
+    made.add_argument("--length", type=int, help="tokens of the traced input (default 256)")
+    made.add_argument(
+        "--lengths", type=whole_numbers, default=[1024, 8192], help="count savings at these (default 1024,8192)"
+    )
+    made.add_argument("--time", action="store_true", help="time each attention before and after, at --length")
+    made.add_argument("--dynamic", action="store_true", help="trace with symbolic lengths (torch.compile's dynamic)")
+    made.add_argument(
+        "--prompt-only", action="store_true", help="trace one prompt: no decoding, nothing that recompiles"
+    )
     made.add_argument("--padded", action="store_true", help="trace with a padding mask")
     made.add_argument("--html", metavar="FILE", help="also write a page")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.build import enlarge
+from attnopt.hf.tiny import enlarge
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, VOCAB = 4, 512, 8, 2, 1408, 1000
 # Fields by their usual names; a configuration is given those of them that it has.

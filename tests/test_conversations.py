@@ -33,7 +33,7 @@ CHAT = [
 
 @pytest.fixture
 def tokenizer() -> Any:
-    made = tokenizer_of(str(demo_model_path()))
+    made, _ = tokenizer_of(str(demo_model_path()))
     made.chat_template = TEMPLATE
     return made
 

@@ -27,7 +27,7 @@ FLOORS = {
     3: ("candidates", "ops", "capture", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
-    6: ("hf", "report", "commands", "demo"),
+    6: ("hf", "examine", "report", "commands", "demo"),
     7: ("options", "completion", "cli", "__main__", "__init__"),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}

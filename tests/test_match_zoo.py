@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 transformers = pytest.importorskip("transformers")
 
+from attnopt.hf.inputs import inputs_of
+from attnopt.hf.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
 from attnopt.ir import Bias, Load, Mask, Site
 from benchmarks import match_zoo
 from benchmarks.zoo import run_cell as cell_runner
@@ -24,12 +26,10 @@ from benchmarks.zoo import summary
 from benchmarks.zoo.build import build
 from benchmarks.zoo.cells import CELLS, cells_of, error_between, floats
 from benchmarks.zoo.classes import FAST, FULL, entries
-from benchmarks.zoo.inputs import inputs_of
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
 from benchmarks.zoo.observe import Observed, Seen, attention_calls
 from benchmarks.zoo.pool import run_all
 from benchmarks.zoo.run_cell import judged, run_cell
-from benchmarks.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, shrink
 from benchmarks.zoo.store import Store
 from benchmarks.zoo.watch import Call, Watch
 

@@ -32,7 +32,7 @@ from attnopt.capture.floats import give_floats_back
 from attnopt.codegen import emit
 from attnopt.errors import OptionError, PlanError
 from attnopt.ir import GraphReport, Refusal, Step
-from attnopt.passes import PIPELINE, Program
+from attnopt.passes import PIPELINE, Pass, Program
 from attnopt.passes.append import Append
 from attnopt.passes.fuel import Fuel
 from attnopt.passes.graph_text import graph_text
@@ -160,7 +160,7 @@ class Rewritten:
     appends: tuple[Append, ...] = ()
 
 
-def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritten:
+def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass] = PIPELINE) -> Rewritten:
     """The rewritten functional graph, or `gm` itself with the reason in the report."""
     off = settings.disabled()
     if "all" in off:
@@ -188,7 +188,7 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rewritt
         texts=texts,
         fuel=FUEL,
     )
-    program.run(PIPELINE)
+    program.run(passes)
     report = program.report()
     FUEL.made += len(report.rewrites)
     missing = (f"ATTNOPT_DISABLE switches off {', '.join(sorted(off))}",) if off else ()

@@ -236,7 +236,7 @@ def bisect(args: argparse.Namespace) -> None:
     """Say what was found; an output that is broken ends with 1."""
     if (args.model is None) == (args.of_command is None):
         raise OptionError("What is to be bisected?", "Give a MODEL, or a command after --.")
-    with stages() as progress:
+    with stages(args.progress) as progress:
         if args.of_command is not None:
             if not args.of_command:
                 raise OptionError("There is no command after --.", "For example: attnopt bisect -- python check.py")

@@ -57,12 +57,12 @@ def check_device(name: str) -> None:
         raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
 
 
-def load(args: argparse.Namespace) -> hf.Loaded:
-    """The model that MODEL, --dtype, --device and --attention ask for."""
+def load(args: argparse.Namespace, as_saved: bool = False) -> hf.Loaded:
+    """The model that MODEL, --dtype, --device and --attention ask for; as_saved: of the class it was saved from."""
     check_device(args.device)
     with stages(getattr(args, "progress", "auto")) as progress:
         progress(f"loading {args.model}", 0, 0)
-        loaded = hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention)
+        loaded = hf.load(args.model, hf.dtype_of(args.dtype), args.device, args.attention, as_saved)
     if loaded.note:
         note(loaded.note)
     return loaded

@@ -3,66 +3,70 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
-import torch
-
-from attnopt import backend, hf
-from attnopt.commands.common import emit, load, stages, token_ids, writable
+from attnopt import hf
+from attnopt.commands.common import check_device, emit, load, stages, writable
 from attnopt.errors import OptionError
-from attnopt.ir import GraphReport
+from attnopt.examine import examine as examine_calls
+from attnopt.examine import examine_model
 from attnopt.report import terminal
-from attnopt.report.data import environment, graphs_json
+from attnopt.report.data import environment, examined_json
 from attnopt.report.page import write_page
 
+__all__ = ["examine", "examine_model"]
 
-def unrun(gm: torch.fx.GraphModule) -> Callable[..., Any]:
-    """A call that answers with zeros where a traced graph has numbers, or the graph itself where its results may steer
-    what comes after it (integers, booleans, sizes known only at run time): a long input then costs no memory."""
-    (output,) = (n for n in gm.graph.nodes if n.op == "output")
-    results = [n.meta.get("example_value") for n in output.args[0]]
-    for held in results:
-        static = isinstance(held, torch.Tensor) and all(isinstance(size, int) for size in held.shape)
-        if not static or not held.dtype.is_floating_point:
-            return gm.forward
-
-    def zeros(held: torch.Tensor) -> torch.Tensor:
-        # Small ones are real: code between two graphs may write to them.
-        small = held.numel() <= 2**20
-        return torch.zeros(held.shape if small else (), dtype=held.dtype, device=held.device).expand(held.shape)
-
-    return lambda *_: tuple(map(zeros, results))
-
-
-@torch.no_grad()
-def examine_model(loaded: hf.Loaded, length: int, padded: bool = False) -> list[GraphReport]:
-    """The reports of one traced forward; nothing is compiled by inductor, and nothing is run that need not be."""
-    found: list[GraphReport] = []
-
-    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        report = backend.rewrite(gm, inputs, backend.Options()).report
-        found.append(report)
-        return unrun(gm)
-
-    ids = token_ids(loaded, length).to(next(loaded.model.parameters()).device)
-    kwargs: dict[str, Any] = {"use_cache": False} if hasattr(getattr(loaded.model, "config", None), "use_cache") else {}
-    if padded:
-        kwargs["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.arange(length // 4, device=ids.device), 0)
-    torch.compile(loaded.model, backend=look, dynamic=False)(ids, **kwargs)
-    return found
+# Tokens traced where nothing else is asked for.
+LENGTH = 256
 
 
 def examine(args: argparse.Namespace) -> None:
-    if args.length < 2:
-        raise OptionError("--length must be at least 2.", "Attention over one token has nothing to save.")
+    length = LENGTH if args.length is None else args.length
+    check(args, length)
     page = writable(args.html) if args.html else None
-    loaded = load(args)
-    with stages() as progress:
-        progress("tracing", 0, 1)
-        reports = examine_model(loaded, args.length, args.padded)
-        progress("tracing", 1, 1)
-    data = graphs_json(reports)
+    loaded = load(args, as_saved=True) if args.config is None else from_config(args, length)
+    if args.length is None:
+        length = fitting(loaded, length)
+    with stages(args.progress) as progress:
+        found = examine_calls(
+            loaded, length, padded=args.padded, lengths=args.lengths, timing=args.time,
+            dynamic=True if args.dynamic else None, prompt_only=args.prompt_only, progress=progress,
+        )  # fmt: skip
+    data = examined_json(found)
     if page is not None:
-        write_page(page, {"title": f"attnopt examine {args.model}", "graphs": data, "environment": environment()})
-    emit(args, data, lambda: terminal.print_graphs(reports))
+        title = f"attnopt examine {loaded.name}"
+        write_page(page, {"title": title, "graphs": data, "notes": list(found.notes), "environment": environment()})
+    emit(args, data, lambda: terminal.print_examined(data))
+
+
+def check(args: argparse.Namespace, length: int) -> None:
+    if (args.model is None) == (args.config is None):
+        said = "MODEL and --config are both given." if args.model else "Neither MODEL nor --config is given."
+        raise OptionError(said, "Give a model, or --config llama --tiny for one with random weights.")
+    for given, name in ((args.tiny, "--tiny"), (args.set, "--set")):
+        if given and args.config is None:
+            raise OptionError(f"{name} is for a model that --config names.", f"Add --config, or leave {name} out.")
+    if length < 2:
+        raise OptionError("--length must be at least 2.", "Attention over one token has nothing to save.")
+
+
+def from_config(args: argparse.Namespace, length: int) -> hf.Loaded:
+    """A model of random weights; a few more positions than tokens, for those that are generated."""
+    from attnopt.hf.tiny import change_of, from_config
+
+    check_device(args.device)
+    transformers = hf.transformers()
+    transformers.logging.set_verbosity_error()
+    changes = dict(change_of(text) for text in args.set)
+    return from_config(
+        args.config, tiny=args.tiny, attention=args.attention, dtype=hf.dtype_of(args.dtype), device=args.device,
+        changes=changes, positions=length + 16,
+    )  # fmt: skip
+
+
+def fitting(loaded: hf.Loaded, length: int) -> int:
+    """`length`, or less where a model of transformers has fewer positions."""
+    from attnopt.hf.tiny import positions_of
+
+    config = getattr(loaded.model, "config", None)
+    positions = positions_of(config) if hasattr(config, "sub_configs") else []
+    return min([length, *(n - 16 for n in positions if n > 32)])

@@ -55,13 +55,16 @@ def transformers() -> Any:
     return module
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa") -> Loaded:
+def load(
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa", as_saved: bool = False
+) -> Loaded:
     """Load MODEL: "demo", a local directory in transformers format, a hub name, or ``module:callable``.
 
     The callable returns a module, or a (module, tokenizer) pair. `attention` is transformers' attn_implementation.
+    as_saved: of the class that was saved, whatever it is for; else a causal language model.
     """
     if name == "demo":
-        return load(str(demo_model_path()), dtype, device, attention)
+        return load(str(demo_model_path()), dtype, device, attention, as_saved)
     path = Path(name)
     if ":" in name and not path.exists():
         return from_callable(name, dtype, device)
@@ -75,7 +78,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", att
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        cls = saved_class(name) if as_saved else hf.AutoModelForCausalLM
+        model = cls.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip().splitlines()
         if text and re.search("attn_implementation|attention", text[0], re.I):
@@ -95,6 +99,13 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", att
         ) from error
     tokenizer, note = tokenizer_of(name)
     return Loaded(model.to(device).eval(), tokenizer, name, note)
+
+
+def saved_class(name: str) -> Any:
+    """The class that a model was saved from; the one for causal language models where its configuration names none."""
+    hf = transformers()
+    named = hf.AutoConfig.from_pretrained(name).architectures or ()
+    return next((cls for n in named if (cls := getattr(hf, n, None)) is not None), hf.AutoModelForCausalLM)
 
 
 def tokenizer_of(name: str) -> tuple[Any, str]:

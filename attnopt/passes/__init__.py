@@ -40,4 +40,4 @@ PIPELINE: tuple[Pass, ...] = (*RECOGNISE, *LOWER, remove_dead_code.run)
 # attnopt profile: every recognised site computes the same and is observed
 OBSERVE: tuple[Pass, ...] = (*RECOGNISE, observe.run, remove_dead_code.run)
 
-__all__ = ["OBSERVE", "PIPELINE", "RECOGNISE", "Program"]
+__all__ = ["LOWER", "OBSERVE", "PIPELINE", "RECOGNISE", "Pass", "Program"]

@@ -191,14 +191,14 @@ def beyond_sdpa(region: Region) -> Refusal | None:
     return None
 
 
-def choose(program: Program, region: Region) -> Form | Refusal:
-    """What to lower to and what to call it, or why the site stays as it is."""
+def choose(program: Program, region: Region, sizes: tuple[int, int] | None = None) -> Form | Refusal:
+    """What to lower to and what to call it, or why the site stays as it is; `sizes`: at so many queries and keys."""
     if (no := impossible(program, region)) is not None:
         return no
     against = []
     no_sdpa = beyond_sdpa(region)
     for build, lowering in forms(program, region) if no_sdpa is None else printed(program, region):
-        reason = pays.against(lowering, program.device, region, program.needs_grad)
+        reason = pays.against(lowering, program.device, region, program.needs_grad, sizes)
         if not reason:
             return build, lowering
         against.append(f"{lowering} does not pay here, {reason}")

@@ -190,9 +190,10 @@ def likely(size: Any) -> int:
     return int(hint) if hint is not None else 2**20
 
 
-def facts_of(region: Region, training: bool = False) -> Facts:
+def facts_of(region: Region, training: bool = False, sizes: tuple[int, int] | None = None) -> Facts:
+    """What decides; `sizes`: queries and keys in place of those that were traced."""
     site = region.site
-    queries, keys = (likely(x.meta["val"].shape[2]) for x in (region.q, region.k))
+    queries, keys = sizes or (likely(region.q.meta["val"].shape[2]), likely(region.k.meta["val"].shape[2]))
     wide = site.head_dim > 128 or site.head_dim != site.head_dim_v
     summed = site.bias is not None and len(region.match.terms) > 1
     written = site.pattern != "sdpa"
@@ -206,11 +207,13 @@ def facts_of(region: Region, training: bool = False) -> Facts:
     )
 
 
-def against(lowering: str, device: str, region: Region, training: bool = False) -> str:
+def against(
+    lowering: str, device: str, region: Region, training: bool = False, sizes: tuple[int, int] | None = None
+) -> str:
     """Why a lowering does not pay for this site on this device; empty where it does, or nothing is known against it."""
     if settings.always():
         return ""
-    facts = facts_of(region, training)
+    facts = facts_of(region, training, sizes)
     for loss in LOSSES:
         named = lowering == loss.lowering or lowering.startswith(loss.lowering + ",")
         if named and device == loss.device and facts.dtype in loss.dtypes and loss.when(facts):

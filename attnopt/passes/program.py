@@ -51,6 +51,8 @@ class Program:
     # Sites that the plan names and that stay exact all the same, for a reason that stands in `notes`.
     exact: set[str] = field(default_factory=set)
     rewrites: list[Rewrite] = field(default_factory=list)
+    # What computes the output of a rewritten site, by its name.
+    replaced: dict[str, Node] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     # Said of a site that was dealt with all the same: planned, but left exact.
     notes: list[Refusal] = field(default_factory=list)
@@ -157,6 +159,7 @@ class Program:
             other.renew(region.out, new)
         relax_views(graph)
         self.done.add(region.site.name)
+        self.replaced[region.site.name] = new
         self.rewrites.append(Rewrite(region.site, lowering, choices, note, *pictured))
 
 

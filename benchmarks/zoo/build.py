@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.zoo.shrink import shrink
+from attnopt.hf.shrink import shrink
+from attnopt.hf.tiny import enlarge, summary
+
+__all__ = ["NotBuilt", "NotOffered", "build", "summary"]
 
 
 class NotBuilt(Exception):
@@ -40,22 +42,3 @@ def build(name: str, attention: str = "eager", dtype: torch.dtype = torch.float3
         raise NotBuilt("model: more than 60 million parameters remain")
     enlarge(model)
     return model.eval().to(dtype)
-
-
-def enlarge(model: nn.Module) -> None:
-    """Random weights of unit gain, and none that is zero: a soft-max over scores near zero would hide its mask."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                module.weight.normal_(0.0, max(1, min(module.weight.shape)) ** -0.5)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0.0, 0.5)
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() and not parameter.any():
-                parameter.normal_(0.0, 0.1)
-
-
-def summary(error: BaseException) -> str:
-    """The error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:240]}"

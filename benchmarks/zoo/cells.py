@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.zoo.inputs import inputs_of
-from benchmarks.zoo.shrink import LENGTH
+from attnopt.hf.inputs import inputs_of
+from attnopt.hf.shrink import LENGTH
 
 STEPS = 3
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnopt.hf.inputs import NoInput
 from attnopt.ir import Miss
 from benchmarks.zoo.build import NotBuilt, NotOffered, build, summary
 from benchmarks.zoo.cells import CELLS, COUNT, Cell, NotApplicable, call_of, cast, distance_between, error_between
-from benchmarks.zoo.inputs import NoInput
 from benchmarks.zoo.masks import NotChecked, disagreement, name_of
 from benchmarks.zoo.observe import Observed, Seen, backend_of
 from benchmarks.zoo.watch import Call, Watch

@@ -76,7 +76,7 @@ def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
-    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path())), "demo")
+    loaded = hf.Loaded(model, hf.tokenizer_of(str(hf.demo_model_path()))[0], "demo")
     monkeypatch.setattr(hf, "load", lambda name: loaded)
 
 

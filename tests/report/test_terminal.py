@@ -77,9 +77,13 @@ def shown(print_it: object, *args: object, width: int = 160) -> str:
 def test_equal_layers_fold_into_one_row() -> None:
     text = shown(terminal.print_graphs, [report()])
     assert "model.layers.0-5.self_attn ×6" in text and text.count("self_attn") == 1
-    assert "8/2" in text and "j <= i" in text and "sdpa_causal" in text
-    assert "model.head[/red].attn" in text and "no exact lowering (model.py:12)" in text
-    assert "not recognised" in text and "the mask cannot be proved (other.py:3)" in text
+    assert "8/2" in text and "j ≤ i" in text and "sdpa_causal [1]" in text
+    assert "[1] K and V are not repeated\n" in text
+    assert "model.head[/red].attn" in text and "left alone [2]" in text
+    assert "[2] no exact lowering\n     model.py:12\n" in text
+    assert (
+        "not recognised" in text and "model.other: not recognised, the mask cannot be proved\n     other.py:3\n" in text
+    )
     assert "passes 3.8 ms: match_attention 1.2, lower_exact 2.5" in text and "note: the pattern matcher is off" in text
     assert "7 attentions in 1 graph: 6 rewritten, 1 left alone, 1 not recognised" in text
 
@@ -87,7 +91,7 @@ def test_equal_layers_fold_into_one_row() -> None:
 def test_what_stands_beside_the_mask_is_shown_with_it() -> None:
     capped = replace(site("layers.0.attn"), softcap=50.0, sink="logit[h]")
     made = replace(report(0), sites=(capped,), misses=(), refusals=())
-    assert "j <= i, softcap=50, sink=logit[h]" in shown(terminal.print_graphs, [made])
+    assert "j ≤ i, softcap=50, sink=logit[h]" in shown(terminal.print_graphs, [made])
 
 
 def test_recompiled_graphs_fold_too() -> None:

@@ -1,6 +1,7 @@
 """What attnopt found out, as plain JSON data: the source of --json, of the terminal's tables and of the page alike.
 
 graphs_json(reports)    every site of every graph, what was done to it or why it was left alone; equal rows folded
+examined_json(found)    the same of a model that was examined, with phases, savings, graph breaks and recompiles
 plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
 profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
 records_json(records)   the verify search, predicted against measured
@@ -10,13 +11,13 @@ launched_sources()      the kernels that ran in this process
 
 from __future__ import annotations
 
-from attnopt.report.data.graphs import graphs_json
+from attnopt.report.data.graphs import examined_json, graphs_json
 from attnopt.report.data.kernels import launched_sources
 from attnopt.report.data.machine import cached, environment
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
-    "cached", "constraint_texts", "environment", "finite", "graphs_json", "launched_sources", "plan_facts", "plan_json",
-    "profile_json", "records_json",
+    "cached", "constraint_texts", "environment", "examined_json", "finite", "graphs_json", "launched_sources",
+    "plan_facts", "plan_json", "profile_json", "records_json",
 ]  # fmt: skip

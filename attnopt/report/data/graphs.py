@@ -1,4 +1,4 @@
-"""Traced graphs as plain data: every site, what was done to it or why not."""
+"""Traced graphs as plain data: every site, what was done to it or why not; and what examining a model adds to that."""
 
 from __future__ import annotations
 
@@ -8,32 +8,101 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from attnopt.cost import device_name
+from attnopt.examine import Examined, Saving
 from attnopt.ir import GraphReport, Miss, Refusal, Site, page
 from attnopt.plan import fold
 from attnopt.report.cells import fold_rows, short_source
 
+# What a row has for itself where it folds with others.
+OWN = ("site", "node")
+
 
 def graphs_json(reports: Sequence[GraphReport]) -> dict[str, Any]:
     """graphs: one record each. rows: all sites, misses and refusals, folded, for people. counts and total times."""
-    graphs = [_graph(n, report) for n, report in enumerate(reports)]
-    sites = [site for graph in graphs for site in graph["sites"]]
+    return _whole([_graph(n, report) for n, report in enumerate(reports)])
+
+
+def examined_json(found: Examined) -> dict[str, Any]:
+    """The same of a model that was examined. graphs: with phase, cache, savings and timings. savings: summed over the
+    graphs of a phase, counts for one sequence. breaks, recompiles, notes; machine: what timings were taken on."""
+    graphs = []
+    for n, graph in enumerate(found.graphs):
+        made = _graph(n, graph.report)
+        for site in made["sites"]:
+            site["mask"] = _with_names(site["mask"], graph.inputs)
+            site["extras"] = [_with_names(text, graph.inputs) for text in site["extras"]]
+        graphs.append(made | {
+            "phase": graph.phase,
+            "cache": graph.cache,
+            "savings": [_saving(saving) for saving in graph.savings],
+            "timings": [{**asdict(t), "ratio": t.ratio} for t in graph.timings],
+        })  # fmt: skip
+    return {
+        **_whole(graphs),
+        "savings": _summed(graphs),
+        "breaks": [asdict(b) | {"source": short_source(b.source)} for b in found.breaks],
+        "recompiles": [asdict(r) | {"source": short_source(r.source), "causes": list(r.causes)}
+                       for r in found.recompiles],
+        "notes": list(found.notes),
+        "machine": device_name(found.device) if any(g.timings for g in found.graphs) else "",
+    }  # fmt: skip
+
+
+def _with_names(text: str, inputs: Sequence[str]) -> str:
+    """A formula with what the model calls its inputs in place of what the traced graph does: ``arg3_1[b, j]``."""
+
+    def name(found: re.Match[str]) -> str:
+        at = int(found[1])
+        return inputs[at] if at < len(inputs) else found[0]
+
+    return re.sub(r"\barg(\d+)_1\b", name, text)
+
+
+def _whole(graphs: list[dict[str, Any]]) -> dict[str, Any]:
     times: Counter[str] = Counter()
     for graph in graphs:
         for step in graph["passes"]:
             times[step["name"]] += step["milliseconds"]
+    phases = dict.fromkeys((graph["phase"], graph["cache"]) for graph in graphs)
+    of_phase = {key: [g for g in graphs if (g["phase"], g["cache"]) == key] for key in phases}
     return {
         "graphs": graphs,
         "rows": _folded(graphs),
-        "counts": {
-            "graphs": len(graphs),
-            "sites": len(sites),
-            "rewritten": sum(site["lowering"] != "" for site in sites),
-            "left_alone": sum(site["lowering"] == "" for site in sites),
-            "not_recognised": sum(len(graph["misses"]) for graph in graphs),
-            "graphs_left_alone": sum(graph["fallback"] != "" for graph in graphs),
-        },
+        "counts": _counts(graphs),
+        "phases": [{"phase": key[0], "cache": key[1], **_counts(of_phase[key])} for key in phases],
         "pass_milliseconds": dict(times),
     }
+
+
+def _counts(graphs: Sequence[dict[str, Any]]) -> dict[str, int]:
+    sites = [site for graph in graphs for site in graph["sites"]]
+    return {
+        "graphs": len(graphs),
+        "sites": len(sites),
+        "rewritten": sum(site["lowering"] != "" for site in sites),
+        "left_alone": sum(site["lowering"] == "" for site in sites),
+        "not_recognised": sum(len(graph["misses"]) for graph in graphs),
+        "graphs_left_alone": sum(graph["fallback"] != "" for graph in graphs),
+    }
+
+
+def _saving(saving: Saving) -> dict[str, Any]:
+    totals = {"pairs_before": saving.pairs_before, "pairs_after": saving.pairs_after, "at_most": saving.at_most}
+    return asdict(saving) | totals
+
+
+def _summed(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each phase and length."""
+    numbers = ("pairs_before", "pairs_after", "mask_bytes", "repeated_bytes", "scores_bytes", "unsized")
+    rows: dict[Any, dict[str, Any]] = {}
+    for graph in graphs:
+        for saving in graph["savings"]:
+            key = {"phase": graph["phase"], "cache": graph["cache"], "length": saving["length"]}
+            row = rows.setdefault(tuple(key.values()), {**key, **dict.fromkeys(numbers, 0), "at_most": False})
+            row.update({name: row[name] + saving[name] for name in numbers})
+            row["at_most"] = row["at_most"] or saving["at_most"]
+    return list(rows.values())
 
 
 def _graph(index: int, report: GraphReport) -> dict[str, Any]:
@@ -55,6 +124,10 @@ def _graph(index: int, report: GraphReport) -> dict[str, Any]:
     known = {site.name for site in report.sites}
     return {
         "index": index,
+        "phase": "",
+        "cache": "",
+        "savings": [],
+        "timings": [],
         "plan": report.plan,
         "fallback": report.fallback,
         "fallback_code": report.fallback_code,
@@ -85,8 +158,10 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per distinct outcome: site or miss, equal layers and equal graphs together."""
     rows: list[dict[str, Any]] = []
     for graph in graphs:
+        phase = {"phase": graph["phase"], "cache": graph["cache"]}
         for site in graph["sites"]:
             rows.append({
+                **phase,
                 "site": site["name"],
                 "pattern": site["pattern"],
                 "heads": _pair(site["heads"], site["kv_heads"]),
@@ -99,17 +174,19 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "source": short_source(site["source"]),
                 "op": ", ".join(dict.fromkeys(s["op"] for s in site["seen"])),
                 "page": ", ".join(dict.fromkeys(s["page"] for s in site["seen"])),
+                "node": "",
             })  # fmt: skip
         for refusal in graph["refusals"]:
             if not refusal["known_site"]:
-                rows.append(_bare(refusal, "left alone"))
+                rows.append(phase | _bare(refusal, "left alone"))
         for miss in graph["misses"]:
-            rows.append(_bare(miss, "not recognised"))
+            rows.append(phase | _bare(miss, "not recognised"))
         if graph["fallback"]:
             whole = Refusal(graph["fallback"], code=graph["fallback_code"])
-            rows.append(_bare(asdict(whole) | _seen(whole), "left alone"))
+            rows.append(phase | _bare(asdict(whole) | _seen(whole), "left alone"))
     out = []
-    for name, members in fold_rows(rows, lambda r: r["site"], lambda r: tuple(v for k, v in r.items() if k != "site")):
+    # A node's name has a number of its own: that of the first stands for those of equal layers.
+    for name, members in fold_rows(rows, lambda r: r["site"], lambda r: tuple(r[k] for k in r if k not in OWN)):
         names = Counter(row["site"] for row in members)
         out.append(members[0] | {"site": name, "layers": len(names), "graphs": max(names.values())})
     return out
@@ -121,6 +198,7 @@ def _bare(reason: dict[str, Any], state: str) -> dict[str, Any]:
     return {
         "site": reason["path"] or "graph", **blank, "state": state, "done": "", "why": reason["reason"],
         "source": short_source(reason["source"]), "op": reason["op"], "page": reason["page"],
+        "node": reason["node"],
     }  # fmt: skip
 
 

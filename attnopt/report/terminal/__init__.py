@@ -9,6 +9,7 @@ from __future__ import annotations
 from attnopt.report.terminal.benchmarks import print_bench
 from attnopt.report.terminal.bisections import print_bisection
 from attnopt.report.terminal.console import WIDTH, console
+from attnopt.report.terminal.examined import print_examined
 from attnopt.report.terminal.graphs import print_graphs
 from attnopt.report.terminal.plans import print_candidates, print_plan, print_records
 from attnopt.report.terminal.profiles import print_profile
@@ -21,6 +22,7 @@ __all__ = [
     "print_bench",
     "print_bisection",
     "print_candidates",
+    "print_examined",
     "print_graphs",
     "print_plan",
     "print_profile",

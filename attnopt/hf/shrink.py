@@ -11,12 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 64, 4, 2, 16, 128, 256
+POSITIONS = 128
 # Long enough that windows and chunks of WINDOW end inside it; equal to no other size.
 LENGTH, WINDOW, IMAGE, PATCH = 40, 16, 32, 8
 
 LAYER_COUNT = re.compile(
     r"(num_hidden_layers|num_layers|n_layers?|n_head_layers|encoder_layers|decoder_layers|depth|num_decoder_layers"
     r"|num_encoder_layers|encoder_num_hidden_layers|decoder_num_hidden_layers|num_blocks)"
+)
+
+POSITION_COUNT = re.compile(
+    r"(max_position_embeddings|n_positions|max_target_positions|max_seq_len|n_ctx|max_sequence_length|seq_length"
+    r"|max_seq_length|max_position)"
 )
 
 Rule = tuple[str, Callable[[Any], Any]]
@@ -75,8 +81,6 @@ NUMBERS: tuple[Rule, ...] = (
     (r"(patch_size)", lambda n: min(n, PATCH) if n >= 7 else n),
     (r"(max_source_positions|max_audio_length)", at_most(64)),
     (r"(num_mel_bins|num_mel_filters|feature_size)", at_most(16)),
-    (r"(max_position_embeddings|n_positions|max_target_positions|max_seq_len|n_ctx|max_sequence_length|seq_length|max_seq_length"
-     r"|max_position)", at_most(128)),
     (r"(num_queries|num_query_tokens|num_latents|num_image_tokens|mm_tokens_per_image|query_length)", at_most(8)),
     (r"(conv_dim|num_conv_pos_embeddings)", at_most(32)),
     (r"(num_conv_pos_embedding_groups|conv_pos_groups)", at_most(4)),
@@ -187,7 +191,7 @@ def fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in skip}
 
 
-def changes(config: Any) -> dict[str, Any]:
+def changes(config: Any, positions: int = POSITIONS) -> dict[str, Any]:
     """The constructor arguments that make `config`, an instance with its defaults, small."""
     data = fields(config)
     layers = chosen_layers(data)
@@ -202,6 +206,8 @@ def changes(config: Any) -> dict[str, Any]:
             continue
         if isinstance(value, int) and LAYER_COUNT.fullmatch(name):
             small[name] = min(value, len(layers))
+        elif isinstance(value, int) and POSITION_COUNT.fullmatch(name):
+            small[name] = min(value, positions)
         elif isinstance(value, (int, float)):
             small[name] = number(name, value)
         elif isinstance(value, (list, tuple)) and value:
@@ -248,18 +254,19 @@ def token_ids(data: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def shrink(config: Any, adjust: bool = True) -> Any:
-    """A small configuration of the same class as `config`, an instance with its defaults.
+def shrink(config: Any, adjust: bool = True, positions: int = POSITIONS) -> Any:
+    """A small configuration of the same class as `config`, an instance with its defaults or a published model's.
 
-    Sizes that several fields share stay consistent because every rule gives one size wherever it applies.
+    positions: the tokens that tables of positions hold, unless the model has fewer. Sizes that several fields share
+    stay consistent because every rule gives one size wherever it applies.
     """
-    small = changes(config)
+    small = changes(config, positions)
     for name, cls in config.sub_configs.items():
         nested = getattr(config, name, None)
         if nested is None and cls.__name__ != "AutoConfig":
             continue
         if nested is not None and hasattr(nested, "sub_configs"):
-            small[name] = shrink(nested, adjust)
+            small[name] = shrink(nested, adjust, positions)
     if adjust:
         small.update(ADJUSTMENTS.get(config.model_type, {}))
     return type(config)(**small)
