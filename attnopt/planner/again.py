@@ -80,7 +80,8 @@ def pose(
         raise PlanError(f"The profile holds nothing of {missing[0]}.", "Give the profile the plan was made from.")
     stored = {} if tables is not None else stored_tables(plan.cost_table.split("+"))
     known = sites is not None
-    found = tuple(sites) if sites is not None else tuple(_site(plan, name, profile, stored) for name in plan.choices)
+    dtype = next(iter(profile.header.dtypes), "float32")
+    found = tuple(sites) if sites is not None else tuple(_site(plan, name, dtype, stored) for name in plan.choices)
     costs, own_costs = (tables, True) if tables is not None else _costs(plan, found, known, stored)
     notes = [] if own_costs else [_other_costs(plan)]
     if not known:
@@ -142,13 +143,21 @@ def _of_heads(stored: Mapping[str, CostTable | FarTable], heads: int, kind: type
     return tables[0] if len(tables) == 1 else None
 
 
-def _site(plan: Plan, name: str, profile: Profile, stored: Mapping[str, CostTable | FarTable]) -> Site:
+def told_sites(plan: Plan) -> tuple[Site, ...] | None:
+    """The plan's sites, their sizes from the cost tables it was made with; None where those are not stored here."""
+    stored = stored_tables(plan.cost_table.split("+"))
+    if any(_of_heads(stored, len(heads), CostTable) is None for heads in plan.choices.values()):
+        return None
+    return tuple(_site(plan, name, "float32", stored) for name in plan.choices)
+
+
+def _site(plan: Plan, name: str, dtype: str, stored: Mapping[str, CostTable | FarTable]) -> Site:
     """What can be told of a site without its model."""
     heads = len(plan.choices[name])
     table = _of_heads(stored, heads, CostTable)
     key = dict(table.key) if table is not None else {}
     kv_heads, dim = int(key.get("kv_heads", heads)), int(key.get("head_dim", UNKNOWN_DIM))
-    dtype = key.get("dtype") or next(iter(profile.header.dtypes), "float32")
+    dtype = key.get("dtype", dtype)
     path, _, ordinal = name.rpartition("#") if re.search(r"#\d+$", name) else (name, "", "0")
     return Site(path, int(ordinal), "", heads, kv_heads, dim, dim, 1.0, dtype, Mask(causal=True))
 

@@ -39,7 +39,8 @@ def profile_json(profile: Profile) -> dict[str, Any]:
     return {
         "fingerprint": header.fingerprint.structure,
         "grid": {
-            "sinks": list(grid.sinks), "windows": list(grid.windows),
+            "sinks": list(grid.sinks),
+            "windows": list(grid.windows),
             "distances": [list(ends) for ends in distances(max(profile.lengths, default=1))],
         },
         "data": list(header.data),

@@ -4,17 +4,25 @@ graphs_json(reports)    every site of every graph, what was done to it or why it
 plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
 profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
 records_json(records)   the verify search, predicted against measured
+candidates_json(plan, profile)    what every head could have been replaced by, and what that was predicted to lose
+front_json(plan, posed)           the Pareto front, the plan's point on it, predicted against measured
+head_json(plan, profile, posed, site, head)   why one head has its choice
+plans_json(a, b, names), profiles_json(a, b, names)   what two of them do not have in common
 environment()           versions and hardware
 """
 
 from __future__ import annotations
 
+from attnopt.report.data.candidates import candidates_json
+from attnopt.report.data.difference import plans_json, profiles_json
+from attnopt.report.data.explained import head_json
+from attnopt.report.data.front import front_json
 from attnopt.report.data.graphs import graphs_json
 from attnopt.report.data.machine import environment
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
-    "constraint_texts", "environment", "finite", "graphs_json", "plan_facts", "plan_json", "profile_json",
-    "records_json",
+    "candidates_json", "constraint_texts", "environment", "finite", "front_json", "graphs_json", "head_json",
+    "plan_facts", "plan_json", "plans_json", "profile_json", "profiles_json", "records_json",
 ]  # fmt: skip

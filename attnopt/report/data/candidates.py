@@ -21,6 +21,20 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
+def label(choice: Choice) -> str:
+    """A choice in few words: "window 128, sink 4", "window N/8", "linear 64, window 128"."""
+    params = {name: value for name, value in choice.params if name not in ("alpha", "beta", "window", "sink")}
+    given = dict(choice.params)
+    alpha, beta = given.get("alpha", given.get("window", 0)), given.get("beta", 0)
+    share = f"N/{1 / beta:g}" if beta and 1 / beta == round(1 / beta) else f"{beta:g} N"
+    window = " + ".join([*([f"{alpha:g}"] if alpha or not beta else []), *([share] if beta else [])])
+    name = "" if choice.candidate == "sink_window" else choice.candidate
+    words = [" ".join([name, *(f"{value:g}" for value in params.values())]).strip()]
+    words += [f"window {window}"] if {"alpha", "window"} & set(given) else []
+    words += [f"sink {given['sink']:g}"] if given.get("sink") else []
+    return ", ".join(word for word in words if word)
+
+
 def choice_facts(choice: Choice, length: int) -> dict[str, Any]:
     """A choice at a length. sink, window: of its span, None where it is dense there or gone; far: what stands in for
     the keys outside; cost: share of dense's query-key pairs, where a far part counts as the pairs of equal work."""
@@ -28,7 +42,7 @@ def choice_facts(choice: Choice, length: int) -> dict[str, Any]:
     sink, window = kind.span(params, length)
     spans = 0 < window < length
     return {
-        "choice": str(choice), "candidate": choice.candidate, "sink": sink if spans else None,
+        "choice": str(choice), "label": label(choice), "candidate": choice.candidate, "sink": sink if spans else None,
         "window": window if spans else None, "far": kind.far,
         "cost": kind.cost(table, params, length) / table.cost(length, 0, length),
     }  # fmt: skip

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from attnopt.report.terminal.benchmarks import print_bench
 from attnopt.report.terminal.console import WIDTH, console, print_error, progress
+from attnopt.report.terminal.differences import print_difference
 from attnopt.report.terminal.graphs import print_graphs
-from attnopt.report.terminal.plans import print_candidates, print_plan, print_records
+from attnopt.report.terminal.plans import print_head, print_plan, print_records
 from attnopt.report.terminal.profiles import print_profile
 
 __all__ = [
     "WIDTH",
     "console",
     "print_bench",
-    "print_candidates",
+    "print_difference",
     "print_error",
     "print_graphs",
+    "print_head",
     "print_plan",
     "print_profile",
     "print_records",

@@ -1,0 +1,109 @@
+"""What two plans or profiles do not have in common, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from attnopt.report.cells import is_number
+from attnopt.report.terminal.console import console, print_titled, table
+from attnopt.report.terminal.maps import print_legend, print_map, step_style
+
+SAME = ("·", "dim")
+LESS, MORE, OTHER = ("-", step_style(1)), ("+", step_style(6)), ("~", step_style(4))
+MARKED = 0.1  # of all ranks: a head that moved further is marked
+
+
+def print_difference(found: Mapping[str, Any], to: Console | None = None) -> None:
+    """Of `plans_json` or `profiles_json`: totals side by side, then a map of the heads that differ, then which."""
+    to = to or console()
+    one, other = found["files"]
+    to.print(Text(f"{one} -> {other}", style="bold"))
+    for note in found["notes"]:
+        to.print(Text(note, style="yellow"))
+    if found["same"]:
+        to.print(Text(f"The {found['of']} do not differ."))
+        return
+    if found["of"] == "plans":
+        _print_plans(to, found)
+    else:
+        _print_profiles(to, found)
+
+
+def _print_plans(to: Console, found: Mapping[str, Any]) -> None:
+    _side_by_side(to, [*found["totals"], *found["settings"]])
+    to.print(Text(f"{found['changed']} of {found['heads']} heads have another choice.", style="bold"))
+    if not found["changed"]:
+        return
+
+    def cell(head: Mapping[str, Any]) -> tuple[str, str]:
+        before, after = head["kept"]
+        return SAME if not head["changed"] else LESS if after < before else MORE if after > before else OTHER
+
+    print_map(to, {site: [cell(head) for head in heads] for site, heads in found["sites"].items()})
+    print_legend(to, [(*LESS, "keeps less"), (*MORE, "keeps more"), (*OTHER, "as much, otherwise"), (*SAME, "same")])
+    to.print()
+    listed = table(["sites", "heads", "was", "is", "pairs"], ("pairs",))
+    for row in found["changes"]:
+        pairs = " -> ".join(f"{100 * cost:.3g}" for cost in row["cost"])
+        listed.add_row(row["sites"], row["heads"], *row["labels"], f"{pairs} %")
+    print_titled(to, "What changed, and the share of dense pairs", listed)
+
+
+def _print_profiles(to: Console, found: Mapping[str, Any]) -> None:
+    if found["settings"]:
+        _side_by_side(to, found["settings"])
+    beyond = f"what is lost beyond a window of {found['window']} (sink {found['sink']} kept), {found['unit']}"
+    columns = ["length", "heads", "rank correlation", "other / one"]
+    listed = table(columns, columns)
+    for row in found["lengths"]:
+        listed.add_row(str(row["length"]), str(row["heads"]), _said(row["correlation"]), _said(row["ratio"]))
+    print_titled(to, f"Heads by {beyond}", listed)
+    if not found["moved"]:
+        to.print("No head has another rank.")
+        return
+    heads = sum(map(len, found["sites"].values()))
+
+    def cell(head: Mapping[str, Any]) -> tuple[str, str]:
+        before, after = head["ranks"]
+        return SAME if abs(after - before) <= MARKED * heads else MORE if after < before else LESS
+
+    print_map(to, {site: [cell(head) for head in row] for site, row in found["sites"].items()})
+    moved = f"by more than {MARKED:.0%} of all ranks"
+    print_legend(to, [(*MORE, f"more damaged, {moved}"), (*LESS, "less damaged"), (*SAME, "as before")])
+    to.print()
+    right = ["head", "was", "is", "rank was", "rank is"]
+    listed = table(["site", *right], right)
+    for row in found["moved"]:
+        damages, ranks = ([f"{x:.3g}" for x in row[name]] for name in ("damages", "ranks"))
+        listed.add_row(row["site"], str(row["head"]), *damages, *ranks)
+    print_titled(to, "Heads that moved most; rank 1 is the most damaged", listed)
+
+
+def _side_by_side(to: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    listed = table(["", "one", "other", ""])
+    for row in rows:
+        differ = row["one"] != row["other"]
+        cells = [row["what"], _said(row["one"]), _said(row["other"]), _change(row["one"], row["other"])]
+        listed.add_row(*cells, style="" if differ else "dim")
+    to.print(listed)
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _change(one: Any, other: Any) -> str:
+    """By how much a figure rose or fell; "differs" where it is none."""
+    if one == other:
+        return ""
+    if is_number(one) and is_number(other) and one:
+        return f"{100 * (other / one - 1):+.3g} %"
+    return "differs"
