@@ -241,6 +241,7 @@ def plan(made: Parser) -> None:
         metavar="N",
         help="documents of each length whose far lines are asked for (default 4)",
     )
+    made.add_argument("--html", metavar="FILE", help="also write a page with the search and its front")
 
 
 def calibrate(made: Parser) -> None:
