@@ -205,6 +205,8 @@ def _compared(seen: _Head, change: dict[str, float] | None) -> str:
     dearer = 0.0 if abs(dearer) <= 1e-9 * seen.posed.solution.cost else dearer
     if worse == 0 and dearer == 0:
         return f"the same at {seen.plan.lengths.planned} tokens"
+    if worse > 0 and dearer == 0 and seen.posed.free.key_cost.any():
+        return "saves nothing: the other heads of its KV head keep these keys anyway"
     if worse >= 0 and dearer >= 0:
         return "no better on either count"
     if worse <= 0 and dearer <= 0:
@@ -215,7 +217,7 @@ def _compared(seen: _Head, change: dict[str, float] | None) -> str:
     sum_of += "less" if worse > 0 else "more"
     if not price:
         return sum_of
-    times = f"{rate / price:.3g} times the plan's price"
+    times = f"{rate / price:.3g} times the price"
     if (worse > 0) == (rate > price):
         return f"{sum_of}: {times}"
     return f"{sum_of}: {times}, so by itself it would pay; the point that was measured has it otherwise"

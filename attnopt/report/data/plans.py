@@ -125,7 +125,9 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         sizes += "" if totals["kv_bytes"] is None else f"{_bytes(totals['dense_kv_bytes'])} a sequence"
         facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}"))
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
-    facts += [(f"measured ({m['split']}, {m['length']})", _measured_text(m, plan)) for m in plan["measured"]]
+    # What decided first: the split that the search never saw.
+    ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
+    facts += [("measured", f"{m['split']} split at {m['length']}: {_measured_text(m, plan)}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
     if plan["edited"]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from attnopt.report.cells import is_number
+from attnopt.report.cells import is_number, without_common
 from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import print_legend, print_map, step_style
 
@@ -34,7 +34,9 @@ def print_difference(found: Mapping[str, Any], to: Console | None = None) -> Non
 
 
 def _print_plans(to: Console, found: Mapping[str, Any]) -> None:
-    _side_by_side(to, [*found["totals"], *found["settings"]])
+    _side_by_side(to, found["totals"])
+    if found["settings"]:
+        _side_by_side(to, found["settings"])
     to.print(Text(f"{found['changed']} of {found['heads']} heads have another choice.", style="bold"))
     if not found["changed"]:
         return
@@ -46,11 +48,13 @@ def _print_plans(to: Console, found: Mapping[str, Any]) -> None:
     print_map(to, {site: [cell(head) for head in heads] for site, heads in found["sites"].items()})
     print_legend(to, [(*LESS, "keeps less"), (*MORE, "keeps more"), (*OTHER, "as much, otherwise"), (*SAME, "same")])
     to.print()
-    listed = table(["sites", "heads", "was", "is", "pairs"], ("pairs",))
-    for row in found["changes"]:
+    title, names = without_common([row["sites"] for row in found["changes"]])
+    listed = table(["*" if title else "sites", "heads", "was", "is", "pairs"], ("pairs",))
+    for name, row in zip(names, found["changes"], strict=True):
         pairs = " -> ".join(f"{100 * cost:.3g}" for cost in row["cost"])
-        listed.add_row(row["sites"], row["heads"], *row["labels"], f"{pairs} %")
-    print_titled(to, "What changed, and the share of dense pairs", listed)
+        listed.add_row(name, row["heads"], *row["labels"], f"{pairs} %")
+    where = f" of {title}" if title else ""
+    print_titled(to, f"What changed{where}, and the share of dense pairs", listed)
 
 
 def _print_profiles(to: Console, found: Mapping[str, Any]) -> None:
@@ -84,12 +88,21 @@ def _print_profiles(to: Console, found: Mapping[str, Any]) -> None:
 
 
 def _side_by_side(to: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    listed = table(["", "one", "other", ""])
+    """Figures with their change, or what was asked for in words."""
+    figures = all(_is_figure(row["one"]) and _is_figure(row["other"]) for row in rows)
+    listed = table(
+        ["", "one", "other", *(["change"] if figures else [])], ("one", "other", "change") if figures else ()
+    )
+    listed.columns[0].no_wrap = True
     for row in rows:
-        differ = row["one"] != row["other"]
-        cells = [row["what"], _said(row["one"]), _said(row["other"]), _change(row["one"], row["other"])]
-        listed.add_row(*cells, style="" if differ else "dim")
+        cells = [row["what"], _said(row["one"]), _said(row["other"])]
+        cells += [_change(row["one"], row["other"])] if figures else []
+        listed.add_row(*cells, style="" if row["one"] != row["other"] else "dim")
     to.print(listed)
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or is_number(value)
 
 
 def _said(value: Any) -> str:
@@ -101,9 +114,7 @@ def _said(value: Any) -> str:
 
 
 def _change(one: Any, other: Any) -> str:
-    """By how much a figure rose or fell; "differs" where it is none."""
-    if one == other:
+    """By how much a figure rose or fell; nothing where that says nothing."""
+    if not is_number(one) or not is_number(other) or not one or one == other:
         return ""
-    if is_number(one) and is_number(other) and one:
-        return f"{100 * (other / one - 1):+.3g} %"
-    return "differs"
+    return f"{100 * (other / one - 1):+.3g} %"

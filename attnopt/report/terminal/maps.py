@@ -63,7 +63,7 @@ def print_legend(to: Console, entries: Iterable[tuple[str, str, str]]) -> None:
 def step_style(step: int) -> str:
     """Letters on a step of the ramp, in what is read on it."""
     step = min(max(step, 0), len(RAMP) - 1)
-    return f"{'black' if step >= LIGHT else 'white'} on {RAMP[step]}"
+    return f"{'#000000' if step >= LIGHT else '#ffffff'} on {RAMP[step]}"
 
 
 def ramp(share: float) -> str:

@@ -17,8 +17,9 @@ from attnopt.report.terminal.console import console, counted, print_titled, tabl
 from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
 # Styles of cells that no window tells apart.
-DENSE_STYLE = "black on #aab4c0"
-FAR_STYLES = {"linear": "black on #d6a4e8", "mean": "black on #f2b07b", "gone": "black on #ffffff"}
+DENSE_STYLE = "#000000 on #aab4c0"
+FAR_STYLES = {"linear": "#000000 on #d6a4e8", "mean": "#000000 on #f2b07b", "gone": "#000000 on #ffffff"}
+WIDE = 120  # columns from which on a candidate's reason has a column of its own
 NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
 
 
@@ -119,12 +120,14 @@ def print_candidates(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
     marked."""
     lengths = list(dict.fromkeys(n for row in found["candidates"] for n in row["damages"]))
     right = [*lengths, "weighed", "pairs", "budget"]
-    listed = table(["", "choice", *right, "why"], right)
+    wide = to.width >= WIDE
+    listed = table(["", "choice", *right, *(["why"] if wide else [])], right)
     for row in rows:
         damages = [_figure(row["damages"].get(n)) for n in lengths]
         shares = ["?" if row[name] is None else f"{100 * row[name]:.3g} %" for name in ("cost", "share")]
-        cells = [row["label"], *damages, _figure(row["damage"]), *shares, row["why"]]
-        listed.add_row(">" if row["chosen"] else "", *cells, style="bold" if row["chosen"] else "")
+        choice = Text(row["label"]) if wide else Text.assemble(row["label"], "\n", (row["why"], "dim"))
+        cells = [*damages, _figure(row["damage"]), *shares, *([row["why"]] if wide else [])]
+        listed.add_row(">" if row["chosen"] else "", choice, *cells, style="bold" if row["chosen"] else "")
     title = f"Damage in nats per token at {' and '.join(lengths) or 'no'} tokens and as weighed for {found['length']}, "
     print_titled(to, title + "pairs of dense, share of the budget", listed)
 
