@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def front_json(plan: Plan, posed: Posed, records: Sequence[Record] = ()) -> dict
 def _point(posed: Posed, solution: Solution, chosen: bool) -> dict[str, Any]:
     problem, dense = posed.problem, posed.problem.dense.memory
     # The plan's own choices may stand where the front's may not: protected heads of an edited plan, for example.
-    predicted = posed.free.expected(solution) if chosen else problem.expected(solution)
+    of = posed.free if chosen else problem
+    predicted = of.expected(solution) if math.isfinite(solution.damage) else math.inf
     sized = posed.known or posed.own_costs
     return {
         "predicted": rounded(predicted),

@@ -48,7 +48,9 @@ def _print_plans(to: Console, found: Mapping[str, Any]) -> None:
     print_map(to, {site: [cell(head) for head in heads] for site, heads in found["sites"].items()})
     print_legend(to, [(*LESS, "keeps less"), (*MORE, "keeps more"), (*OTHER, "as much, otherwise"), (*SAME, "same")])
     to.print()
-    title, names = without_common([row["sites"] for row in found["changes"]])
+    every = [*found["sites"], *(row["sites"] for row in found["changes"])]
+    title, names = without_common(every)
+    names = names[len(found["sites"]) :]
     listed = table(["*" if title else "sites", "heads", "was", "is", "pairs"], ("pairs",))
     for name, row in zip(names, found["changes"], strict=True):
         pairs = " -> ".join(f"{100 * cost:.3g}" for cost in row["cost"])
