@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -164,7 +165,11 @@ def test_searches_and_benchmarks_are_shown() -> None:
 
 def test_maps_wrap_under_rulers_and_long_names_lose_their_beginning() -> None:
     rows = {"a." * 30 + "attn": [("x", "")] * 100, "b.7.attn": [("y", "")] * 90}
-    text = shown(print_map, rows, width=80).splitlines()
+
+    def drawn(given: dict[str, list[tuple[str, str]]]) -> str:
+        return shown(lambda to: print_map(to, given), width=80)
+
+    text = drawn(rows).splitlines()
     assert max(map(len, text)) <= 80 and len(text) == 9
     assert text[1].split() == ["…" + ("a." * 30 + "attn")[-27:], "x" * 48]
     assert text[2].split() == ["b.7.attn", "y" * 48]
@@ -174,7 +179,7 @@ def test_maps_wrap_under_rulers_and_long_names_lose_their_beginning() -> None:
         assert numbers[0] == str(start) and all(ruler.index(n, margin) == margin + int(n) - start for n in numbers)
     assert text[7].endswith("xxxx") and text[8].strip() == "b.7.attn"
     # Where there is room a head has two columns.
-    assert "x x x" in shown(print_map, {"a": [("x", "")] * 30}, width=80)
+    assert "x x x" in drawn({"a": [("x", "")] * 30})
 
 
 def test_every_step_of_the_ramp_is_read_without_its_hue() -> None:
@@ -186,7 +191,7 @@ def test_every_step_of_the_ramp_is_read_without_its_hue() -> None:
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     steps = [lightness(colour) for colour in RAMP]
-    assert all(b > a + 0.01 for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b > a + 0.01 for a, b in itertools.pairwise(steps))
     for n, step in enumerate(steps):
         ink = lightness(step_style(n).split()[0])
         assert (max(ink, step) + 0.05) / (min(ink, step) + 0.05) >= 4.5, n
