@@ -241,8 +241,8 @@ def _reason(seen: _Head) -> str:
     unit = seen.posed.free.unit
     if own in seen.corners:
         low, high = seen.corners[own]
-        upto = "on" if math.isinf(high) else f"to {high:.3g}"
-        of = f"best of {int(seen.open.sum())} candidates at prices from {low:.3g} {upto} nats per {unit}"
+        upto = f"nats per {unit} on" if math.isinf(high) else f"to {high:.3g} nats per {unit}"
+        of = f"best of {int(seen.open.sum())} candidates at prices from {low:.3g} {upto}"
         fits = price is None or low * (1 - 1e-6) <= price <= high * (1 + 1e-6)
         joined = f", and {pays}" if pays and fits else f", while {pays}: {_otherwise(seen)}" if pays else ""
         return f"{edited}{of}, with the other heads as they are{joined}"

@@ -19,7 +19,7 @@ from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 # Styles of cells that no window tells apart.
 DENSE_STYLE = "#000000 on #aab4c0"
 FAR_STYLES = {"linear": "#000000 on #d6a4e8", "mean": "#000000 on #f2b07b", "gone": "#000000 on #ffffff"}
-WIDE = 120  # columns from which on a candidate's reason has a column of its own
+WIDE = 120  # columns from which on a candidate's reason stands in its own row, and not below
 NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
 
 
@@ -125,11 +125,13 @@ def print_candidates(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
     for row in rows:
         damages = [_figure(row["damages"].get(n)) for n in lengths]
         shares = ["?" if row[name] is None else f"{100 * row[name]:.3g} %" for name in ("cost", "share")]
-        choice = Text(row["label"]) if wide else Text.assemble(row["label"], "\n", (row["why"], "dim"))
-        cells = [*damages, _figure(row["damage"]), *shares, *([row["why"]] if wide else [])]
-        listed.add_row(">" if row["chosen"] else "", choice, *cells, style="bold" if row["chosen"] else "")
+        cells = [row["label"], *damages, _figure(row["damage"]), *shares, *([row["why"]] if wide else [])]
+        listed.add_row(">" if row["chosen"] else "", *cells, style="bold" if row["chosen"] else "")
     title = f"Damage in nats per token at {' and '.join(lengths) or 'no'} tokens and as weighed for {found['length']}, "
     print_titled(to, title + "pairs of dense, share of the budget", listed)
+    if not wide:
+        print_facts(to, [(row["label"], row["why"]) for row in rows if not row["chosen"]])
+        to.print()
 
 
 def _figure(value: float | None) -> str:

@@ -41,6 +41,7 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
         f"{totals['sink_heads']} with half of it on the first {FIRST_KEYS} keys; "
         f"mean {totals['local']:.0%} and {totals['sink']:.0%}, entropy {totals['entropy']:.2f} nats"
     )
+    to.print()
     _distance_map(to, heads, max(row["length"] for row in found["lengths"]))
     _share_map(to, f"Share of mass on the first {FIRST_KEYS} keys",
                {site: [head["sink"] for head in row] for site, row in heads.items()})  # fmt: skip
