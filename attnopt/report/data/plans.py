@@ -15,6 +15,9 @@ from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
 
+# What plan_json says of a distinct span, in this order.
+SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
+
 
 def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]:
     """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
@@ -64,19 +67,7 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
         "seed": plan.seed,
         "versions": dict(plan.versions),
         "sites": found,
-        "spans": [
-            {
-                "choice": choice,
-                "sink": sink,
-                "window": window,
-                "kept": kept,
-                "dense": dense,
-                "heads": count,
-                "candidate": kind,
-                "far": far,
-            }
-            for (choice, sink, window, kept, dense, kind, far), count in ordered
-        ],
+        "spans": [dict(zip(SPAN, (*span, count), strict=True)) for span, count in ordered],
         "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
         "density": density,
         "totals": _totals(plan, density, sites),
