@@ -40,7 +40,9 @@ EXAMPLES = {
     "attnopt plan demo --profile p.safetensors --objective memory --max-kv-memory 40% --protect 0 --out plan.json\n"
     "attnopt plan demo --profile p.safetensors --device-preset h100 --tensor-parallel 2 --length 1000000 --out p.json",
     "show": "attnopt show plan.json\nattnopt show profile profile.safetensors --svg heads.svg",
-    "explain": "attnopt explain plan.json model.layers.3.self_attn.5 --profile profile.safetensors",
+    "explain": "attnopt explain plan.json layers.3.self_attn.5\n"
+    "attnopt explain plan.json 3.5 --profile profile.safetensors --all",
+    "diff": "attnopt diff monday.json tuesday.json\nattnopt diff --exit-code a.safetensors b.safetensors",
     "bench": "attnopt bench demo --plan plan.json --lengths 4096,8192 --dtype bf16\n"
     "attnopt bench demo --plan plan.json --lengths 4096 --generate 64",
     "bisect": "attnopt bisect demo --length 512\nattnopt bisect -- python check.py",
@@ -58,6 +60,7 @@ HELP = {
     "plan": "choose the fastest spans that keep a loss budget, measured end to end",
     "show": "show a plan or a profile",
     "explain": "the candidates that were weighed for one head, and why the choice won",
+    "diff": "what two plans, or two profiles, do not have in common, head by head",
     "bench": "time a model: eager, inductor, attnopt exact and planned, interleaved",
     "bisect": "find the rewrite that breaks a model's output, or the check of any command",
     "env": "versions, hardware and settings, to paste into a report",
@@ -321,6 +324,7 @@ def plan(made: Parser) -> None:
         metavar="N",
         help="documents of each length whose far lines are asked for (default 4)",
     )
+    made.add_argument("--html", metavar="FILE", help="also write a page with the search and its front")
 
 
 def calibrate(made: Parser) -> None:
@@ -340,13 +344,30 @@ def show(made: Parser) -> None:
     made.add_argument("--svg", metavar="FILE", help="also draw a profile's maps (needs matplotlib)")
     made.add_argument("--png", metavar="FILE", help="the same as PNG")
     made.add_argument("--html", metavar="FILE", help="also write a page")
+    made.add_argument("--profile", metavar="FILE", help="of a plan: with it the page has candidates and the front")
+    made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted for the plan")
+    made.add_argument("--model", metavar="MODEL", help="of a plan: with it the page has graphs and kernels")
+    made.add_argument("--dtype", default="fp32", help="of the model: fp32, bf16 or fp16 (default fp32)")
+    made.add_argument("--device", default="cpu", help="of the model: cpu or cuda (default cpu)")
+    made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
 
 
 def explain(made: Parser) -> None:
     made.add_argument("plan", metavar="PLAN")
-    made.add_argument("head", metavar="SITE.HEAD", help="for example model.layers.3.self_attn.5")
-    made.add_argument("--profile", required=True, metavar="FILE")
+    made.add_argument(
+        "head",
+        metavar="SITE.HEAD",
+        help="for example model.layers.3.self_attn.5, or layers.3.5, or 3.5: head 5 of the fourth site",
+    )
+    made.add_argument("--profile", metavar="FILE", help="the plan's own (default: found in the plan's folder)")
     made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: what was tried for the head")
+    made.add_argument("--all", action="store_true", help="also the candidates that are best at no price")
+
+
+def diff(made: Parser) -> None:
+    made.add_argument("one", metavar="ONE", help="a plan or a profile")
+    made.add_argument("other", metavar="OTHER", help="another of its kind")
+    made.add_argument("--exit-code", action="store_true", help="end with 1 where they differ, else with 0")
 
 
 def bench(made: Parser) -> None:
@@ -402,6 +423,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "calibrate": calibrate,
     "show": show,
     "explain": explain,
+    "diff": diff,
     "bench": bench,
     "bisect": bisect,
     "env": lambda made: None,

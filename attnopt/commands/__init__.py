@@ -8,6 +8,7 @@ from collections.abc import Callable
 from attnopt.commands.benching import bench, bench_rows
 from attnopt.commands.bisecting import bisect
 from attnopt.commands.common import Progress, emit, say, stages, writable
+from attnopt.commands.diffing import diff
 from attnopt.commands.distilling import distill
 from attnopt.commands.examining import examine, examine_model
 from attnopt.commands.explaining import explain
@@ -25,6 +26,5 @@ def run(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "examine": examine, "profile": profile, "merge": merge, "distill": distill, "calibrate": calibrate, "plan": plan,
-    "show": show, "explain": explain, "bench": bench, "bisect": bisect,
-    "env": env,
+    "show": show, "explain": explain, "diff": diff, "bench": bench, "bisect": bisect, "env": env,
 }  # fmt: skip

@@ -13,14 +13,17 @@ import torch
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
+from attnopt.commands.reporting import Known, page_of, plan_report
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import BudgetError, OptionError
 from attnopt.fitted import Fitted
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
+from attnopt.planner.make import Made
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
 from attnopt.report.data import plan_json, records_json
+from attnopt.report.page import write_page
 
 # Verified beyond the profiled lengths: the planned one, or twice the longest where that is farther than this.
 FARTHEST = 4
@@ -32,6 +35,7 @@ def plan(args: argparse.Namespace) -> None:
     from attnopt.probe import Probe
 
     out = writable(args.out)
+    page = writable(args.html) if args.html else None
     rooflines = rooflines_of(args)
     if args.fitted is not None and sidecar.beside(out).resolve() in (
         Path(p).resolve() for p in (args.fitted, args.profile)
@@ -69,6 +73,9 @@ def plan(args: argparse.Namespace) -> None:
     partial.unlink(missing_ok=True)
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
     search = records_json(made.verified.records)
+    if page is not None:
+        report = plan_report(made.plan, known_of(made, held, fitted, loaded, notes))
+        write_page(page, page_of(f"attnopt plan {args.model}", report))
     data = {"plan": str(out), **plan_json(made.plan), "search": search, "notes": notes}
 
     def show() -> None:
@@ -79,6 +86,15 @@ def plan(args: argparse.Namespace) -> None:
         print(f"wrote {out}")
 
     emit(args, data, show)
+
+
+def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loaded, notes: Sequence[str]) -> Known:
+    """What a plan's page can say where it was just made."""
+    from attnopt.profiler import discover
+
+    device = next(loaded.model.parameters()).device
+    sites = list(discover(loaded.model, token_ids(loaded, 64).to(device)).sites.values())
+    return Known(profile, fitted, sites, made.tables, made.verified.records, notes=notes, device=device.type)
 
 
 def constraints_of(args: argparse.Namespace) -> Constraints:

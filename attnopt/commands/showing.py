@@ -6,22 +6,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attnopt.commands.common import emit, writable
-from attnopt.errors import OptionError, PlanError
+from attnopt.commands.common import emit, load, stages, token_ids, writable
+from attnopt.commands.examining import examine_model
+from attnopt.commands.given import is_plan, profile_at
+from attnopt.commands.reporting import Known, page_of, plan_report
+from attnopt.errors import OptionError
+from attnopt.fingerprint import fingerprint_of
+from attnopt.fitted import Fitted
 from attnopt.plan import Plan
+from attnopt.planner.again import told_sites
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import plan_facts, plan_json, profile_json
+from attnopt.report.data import environment, plan_json, profile_json
 from attnopt.report.page import write_page
 from attnopt.report.profile_map import draw_profile
 
-
-def is_plan(path: str) -> bool:
-    """Whether a file is meant to be a plan: it is text that starts with a brace."""
-    if not Path(path).exists():
-        raise PlanError(f"There is no file {path}.", "Give a plan (JSON) or a profile (safetensors).")
-    with open(path, "rb") as f:
-        return f.read(64).lstrip()[:1] == b"{"
+TRACED = 256  # tokens of the traced input of --model
 
 
 def shown_file(args: argparse.Namespace) -> str:
@@ -37,22 +37,60 @@ def shown_file(args: argparse.Namespace) -> str:
 def show(args: argparse.Namespace) -> None:
     file = shown_file(args)
     page = writable(args.html) if args.html else None
-    pictures = [writable(name) for name in (args.svg, args.png) if name]
-    for picture, name in zip(pictures, [n for n in ("svg", "png") if getattr(args, n)], strict=True):
+    pictures = {name: writable(given) for name in ("svg", "png") if (given := getattr(args, name))}
+    for name, picture in pictures.items():
         if picture.suffix != f".{name}":
             raise OptionError(f"--{name} {picture} does not end in .{name}.", f"Call it {picture.stem}.{name}.")
     if is_plan(file):
         if pictures:
             raise OptionError("Pictures are drawn of profiles.", "Give a profile, or --html for a page of the plan.")
-        held = Plan.load(file)
-        data: dict[str, Any] = {"plan": plan_json(held)}
-        summary, draw = plan_facts(data["plan"]), lambda: terminal.print_plan(held)
-    else:
-        seen = Profile.load(file)
-        data = {"profile": profile_json(seen)}
-        for picture in pictures:
-            draw_profile(data["profile"], picture)
-        summary, draw = [], lambda: terminal.print_profile(seen)
+        show_plan(args, file, page)
+        return
+    given = [f"--{name}" for name in ("profile", "fitted", "model") if getattr(args, name)]
+    if given:
+        raise OptionError(f"{' and '.join(given)}: {file} is a profile.", "They are for the page of a plan.")
+    seen = Profile.load(file)
+    data = {"profile": profile_json(seen)}
+    for picture in pictures.values():
+        draw_profile(data["profile"], picture)
     if page is not None:
-        write_page(page, {"title": f"attnopt show {file}", "summary": summary, **data})
-    emit(args, data, draw)
+        write_page(page, {"title": f"attnopt show {file}", **data, "environment": environment()})
+    emit(args, data, lambda: terminal.print_profile(seen))
+
+
+def show_plan(args: argparse.Namespace, file: str, page: Path | None) -> None:
+    """With what else is given, its page and its JSON are the whole report."""
+    plan = Plan.load(file)
+    known = known_of(args, plan)
+    if page is None and known is None:
+        found: dict[str, Any] = {"plan": plan_json(plan, told_sites(plan))}
+    else:
+        found = plan_report(plan, known or Known())
+    if page is not None:
+        write_page(page, page_of(f"attnopt show {file}", found))
+    emit(args, found, lambda: terminal.print_plan(found["plan"]))
+
+
+def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:
+    """What is given beside the plan, which must be of its model; None where nothing is."""
+    if args.fitted and not args.profile:
+        raise OptionError("--fitted is weighed beside a profile.", "Give --profile FILE as well.")
+    if not args.profile and not args.model:
+        return None
+    profile = profile_at(args.profile) if args.profile else None
+    fitted = Fitted.load(args.fitted) if args.fitted else None
+    if fitted is not None:
+        fitted.check_model(plan.fingerprint)
+    if not args.model:
+        return Known(profile, fitted)
+    from attnopt.profiler import discover
+
+    loaded = load(args)
+    with stages() as progress:
+        progress("tracing", 0, 1)
+        ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
+        sites = list(discover(loaded.model, ids).sites.values())
+        plan.check(sites, fingerprint_of(loaded.model, sites))
+        graphs = examine_model(loaded, TRACED)
+        progress("tracing", 1, 1)
+    return Known(profile, fitted, sites, graphs=graphs, device=args.device)

@@ -42,7 +42,7 @@ def table_of(tables: Tables, site: Site) -> Costs:
 def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
     lengths: Sequence[int] | None = None, objective: str = "prefill", retrieval: float = RETRIEVAL,
-    fitted: Fitted | None = None, allow: Sequence[str] = FAMILIES,
+    fitted: Fitted | None = None, allow: Sequence[str] = FAMILIES, own: Mapping[str, Sequence[Choice]] | None = None,
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
@@ -50,7 +50,8 @@ def make_problem(
     (attnopt/planner/extrapolate.py): the sum over heads then bounds the predicted damage of the plan at every one of
     them, and no length is bought at another's expense. retrieval: how much a nat per answer of the probe counts, in
     nats per token of text, where the profile holds one. fitted: what was tried besides spans, of which the families of
-    `allow` are weighed; without it spans alone are.
+    `allow` are weighed; without it spans alone are. own: the choices that heads have in a plan, by site name: among
+    the problem's, whether or not they are weighed, and allowed to their heads as far as the profile tells their damage.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -63,6 +64,8 @@ def make_problem(
     tried = {s.name: tried_at(fitted, s, allow, target_length) for s in sites}
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
     choices = (*choices, *dict.fromkeys(c for found in tried.values() for c in found if c not in choices))
+    held = {s.name: (own or {}).get(s.name, ()) for s in sites}
+    choices = (*choices, *dict.fromkeys(c for heads in held.values() for c in heads if c not in choices))
     damage, forgotten = [], []
     cost: list[Array] = []
     span: list[Array] = []
@@ -72,13 +75,14 @@ def make_problem(
         of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
         for choice in tried[site.name]:
             of_text[:, choices.index(choice)] = damage_of(fitted, site, choice, seen, target_length)
+        _own_damage(of_text, site, choices, held[site.name], up_to(seen, target_length))
         damage.append(of_text)
         asked = [probed for o in seen if (probed := o.of_probe) is not None]
         lost = _damage(site, choices, allowed, up_to(asked, target_length)) if asked and retrieval else 0.0
         forgotten.append(np.where(np.isfinite(of_text), retrieval * lost, 0.0))
         of_site = _costs(table_of(tables, site), site, choices, target_length)
-        for held, values in zip((cost, span, state), of_site, strict=True):
-            held.append(np.tile(values, (site.heads, 1)))
+        for of_kind, values in zip((cost, span, state), of_site, strict=True):
+            of_kind.append(np.tile(values, (site.heads, 1)))
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
     problem = Problem(
         heads=tuple((s.name, h) for s in sites for h in range(s.heads)),
@@ -161,6 +165,17 @@ def _damage(site: Site, choices: Sequence[Choice], allowed: set[Choice], seen: S
             )
             damage[:, columns] = np.maximum(damage[:, columns], found.numpy())
     return damage
+
+
+def _own_damage(
+    damage: Array, site: Site, choices: Sequence[Choice], own: Sequence[Choice], seen: Sequence[Observation]
+) -> None:  # fmt: skip
+    """Fill in `damage` (heads, C) where a head's own choice is a span that is not weighed at the site."""
+    known = {c for c in own if CANDIDATES[c.candidate].far == "" and not np.isfinite(damage[:, choices.index(c)]).any()}
+    found = _damage(site, choices, known, seen) if known else damage
+    for head, choice in enumerate(own):
+        if choice in known:
+            damage[head, choices.index(choice)] = found[head, choices.index(choice)]
 
 
 def observed(profile: Profile, site: Site, lengths: Sequence[int]) -> list[Observation]:

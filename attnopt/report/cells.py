@@ -120,6 +120,18 @@ def short_labels(names: Sequence[str]) -> tuple[str, list[str]]:
     return "".join("*" if i == place else x for i, x in enumerate(split[0])), [s[place] for s in split]
 
 
+def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
+    """("model.layers.*.attn", ["0", "1-3"]): dotted names without the parts at both ends that all share."""
+    split = [name.split(".") for name in names]
+    shortest = min(map(len, split), default=0)
+    first = next((n for n in range(shortest) if len({s[n] for s in split}) > 1), 0)
+    last = next((n for n in range(shortest - first) if len({s[-1 - n] for s in split}) > 1), 0)
+    if len(set(names)) < 2 or not first + last:
+        return "", list(names)
+    title = [*split[0][:first], "*", *split[0][len(split[0]) - last :]]
+    return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
+
+
 def far_sign(head: Mapping[str, Any]) -> str:
     """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
     return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()

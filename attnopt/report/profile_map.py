@@ -24,7 +24,8 @@ NEAR, MOSTLY = 64, 0.8  # a head is called local if so much of its mass is neare
 def profile_json(profile: Profile) -> dict[str, Any]:
     """Damages are per token counted: t2 / 2 / tokens, as [sink][window] in the order of `grid`; None where the profile
     was made without a backward pass. worst: heads by what they lose of the text beyond the narrowest window; recalling:
-    by what they lose of the probe's answers."""
+    by what they lose of the probe's answers. mass: of a head, the share in every bucket of i - j in grid's `distances`,
+    first and last of each, at the longest length; shorter ones have their first few."""
     header, grid = profile.header, profile.header.grid
     sites: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (site, length), observation in profile.observations.items():
@@ -37,7 +38,11 @@ def profile_json(profile: Profile) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "fingerprint": header.fingerprint.structure,
-        "grid": {"sinks": list(grid.sinks), "windows": list(grid.windows)},
+        "grid": {
+            "sinks": list(grid.sinks),
+            "windows": list(grid.windows),
+            "distances": [list(ends) for ends in distances(max(profile.lengths, default=1))],
+        },
         "data": list(header.data),
         "supervision": list(header.supervision),
         "dtypes": list(header.dtypes),
@@ -61,20 +66,26 @@ def _head(observation: Observation, head: int) -> dict[str, Any]:
         "entropy": float(observation.entropy[head]) / rows,
         "sink": float(observation.mass_at_key[head, :FIRST_KEYS].sum()) / rows,
         "local": _within(observation, head, NEAR) / rows,
+        "mass": [float(f"{x:.4g}") for x in (observation.mass_by_distance[head] / rows).tolist()],
         "ablation": float(observation.ablation_t2[head]) / 2 / tokens if backward else None,
         "damage": (observation.t2[head] / 2 / tokens).tolist() if backward else None,
         "moved": (observation.delta[head] / rows).tolist() if "delta" in observation.held else None,
     }
 
 
+def distances(length: int) -> list[tuple[int, int]]:
+    """The first and last i - j of every bucket of a text of `length` tokens."""
+    starts = distance_buckets(length)
+    ends = [*(s - 1 for s in starts[1:]), length - 1]
+    return [(start, max(end, start)) for start, end in zip(starts, ends, strict=True)]
+
+
 def median_distance(observation: Observation, head: int) -> tuple[int, int]:
     """The bucket of i - j up to which half of the head's mass lies: its first and last distance."""
-    starts = distance_buckets(observation.length)
-    ends = [*(s - 1 for s in starts[1:]), observation.length - 1]
+    buckets = distances(observation.length)
     mass = observation.mass_by_distance[head].cumsum(0)
     at = int(torch.searchsorted(mass, float(mass[-1]) / 2)) if float(mass[-1]) > 0 else 0
-    at = min(at, len(starts) - 1)
-    return starts[at], max(ends[at], starts[at])
+    return buckets[min(at, len(buckets) - 1)]
 
 
 def _worst(observations: Mapping[tuple[str, int], Observation]) -> list[dict[str, Any]]:

@@ -36,8 +36,10 @@ def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.Cap
     found = answer(*plan_command(planned, plan, model=model, profile=str(profile)))
     assert found["plan"] == str(plan) and found["search"]
     assert answer("show", str(plan))["plan"] and answer("show", str(profile))["profile"]
-    rows = answer("explain", str(plan), f"{SITE}.3", "--profile", str(profile))["candidates"]
+    explained = answer("explain", str(plan), f"{SITE}.3", "--profile", str(profile))
+    rows = explained["candidates"]
     assert [r["why"] for r in rows if r["chosen"]] == ["chosen"] and all(r["why"] for r in rows)
+    assert explained["reason"] and not any("not stored" in note for note in explained["notes"])
     timed = answer(*bench_command(planned, "shallow", plan))["bench"]
     assert {"eager", "inductor", "attnopt exact", "attnopt planned"} <= {r["variant"] for r in timed}
     assert all(r["milliseconds"] > 0 for r in timed)
@@ -192,7 +194,8 @@ def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
     wanted = {"length": "1000000", "device-preset": "h100", "tensor-parallel": "2", "protect": "0.1", "max-rules": "2"}
     command = plan_command(planned, tmp_path / "plan.json", **wanted)
     capsys.readouterr()
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--json", "--html", str(tmp_path / "page.html")]) == 0
+    assert f"attnopt plan {planned / 'model'}" in (tmp_path / "page.html").read_text(encoding="utf-8")
     found = json.loads(capsys.readouterr().out)
     assert found["predicted"]["cost"] == "roofline" and found["cost_table"].startswith("roofline-h100-tp2-")
     assert found["constraints"]["protect"] == ["0.1"] and found["sites"][SITE][1]["dense"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.report import data, page, terminal
 from attnopt.report.cells import fold_rows, number_ranges, short_labels, short_source
+from attnopt.report.terminal.maps import RAMP, print_map, step_style
 from attnopt.statistics import Grid
 
 CAUSAL = Mask(causal=True)
@@ -156,14 +158,46 @@ def test_a_profile_is_shown() -> None:
     assert "holds no site" in shown(terminal.print_profile, empty)
 
 
-def test_searches_benchmarks_and_candidates_are_shown() -> None:
+def test_searches_and_benchmarks_are_shown() -> None:
     text = shown(terminal.print_records, records())
     assert "point 4 of 9" in text and "holds" in text and "misses" in text and "inf" in text
     bench = [{"case": "a", "dense_ms": 1.23456, "ok": True}, {"case": "b", "ratio": 2}]
     text = shown(terminal.print_bench, bench)
     assert "dense ms" in text and "1.235" in text and "yes" in text and "ratio" in text
-    rows = [{"choice": "dense", "damage": 0.0, "cost": 1.5, "chosen": True, "why": "protected"}, {"choice": "x"}]
-    assert "protected" in shown(terminal.print_candidates, rows)
+
+
+def test_maps_wrap_under_rulers_and_long_names_lose_their_beginning() -> None:
+    rows = {"a." * 30 + "attn": [("x", "")] * 100, "b.7.attn": [("y", "")] * 90}
+
+    def drawn(given: dict[str, list[tuple[str, str]]]) -> str:
+        return shown(lambda to: print_map(to, given), width=80)
+
+    text = drawn(rows).splitlines()
+    assert max(map(len, text)) <= 80 and len(text) == 9
+    assert text[1].split() == ["…" + ("a." * 30 + "attn")[-27:], "x" * 48]
+    assert text[2].split() == ["b.7.attn", "y" * 48]
+    for start, ruler in ((0, text[0]), (48, text[3]), (96, text[6])):
+        margin = len(text[1]) - 48
+        numbers = ruler.split()
+        assert numbers[0] == str(start) and all(ruler.index(n, margin) == margin + int(n) - start for n in numbers)
+    assert text[7].endswith("xxxx") and text[8].strip() == "b.7.attn"
+    # Where there is room a head has two columns.
+    assert "x x x" in drawn({"a": [("x", "")] * 30})
+
+
+def test_every_step_of_the_ramp_is_read_without_its_hue() -> None:
+    """Lightness rises from step to step, and letters stand out from it."""
+
+    def lightness(colour: str) -> float:
+        parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    steps = [lightness(colour) for colour in RAMP]
+    assert all(b > a + 0.01 for a, b in itertools.pairwise(steps))
+    for n, step in enumerate(steps):
+        ink = lightness(step_style(n).split()[0])
+        assert (max(ink, step) + 0.05) / (min(ink, step) + 0.05) >= 4.5, n
 
 
 def test_no_colour_where_none_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

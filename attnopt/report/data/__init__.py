@@ -5,12 +5,20 @@ examined_json(found)    the same of a model that was examined, with phases, savi
 plan_json(plan)         every head's span at the planned length, distinct spans, density, figures
 profile_json(profile)   where every head's mass lies and what dropping keys costs it, in nats per token
 records_json(records)   the verify search, predicted against measured
+candidates_json(plan, profile)    what every head could have been replaced by, and what that was predicted to lose
+front_json(plan, posed)           the Pareto front, the plan's point on it, predicted against measured
+head_json(plan, profile, posed, site, head)   why one head has its choice
+plans_json(a, b, names), profiles_json(a, b, names)   what two of them do not have in common
 environment()           versions, hardware and variables; cached(): the folders of kernels and times
 launched_sources()      the kernels that ran in this process
 """
 
 from __future__ import annotations
 
+from attnopt.report.data.candidates import candidates_json
+from attnopt.report.data.difference import plans_json, profiles_json
+from attnopt.report.data.explained import head_json
+from attnopt.report.data.front import front_json
 from attnopt.report.data.graphs import examined_json, graphs_json
 from attnopt.report.data.kernels import launched_sources
 from attnopt.report.data.machine import cached, environment
@@ -18,6 +26,7 @@ from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
-    "cached", "constraint_texts", "environment", "examined_json", "finite", "graphs_json", "launched_sources",
-    "plan_facts", "plan_json", "profile_json", "records_json",
+    "cached", "candidates_json", "constraint_texts", "environment", "examined_json", "finite", "front_json",
+    "graphs_json", "head_json", "launched_sources", "plan_facts", "plan_json", "plans_json", "profile_json",
+    "profiles_json", "records_json",
 ]  # fmt: skip

@@ -9,16 +9,22 @@ from dataclasses import asdict
 from typing import Any
 
 from attnopt.cost import kept_pairs
+from attnopt.ir import DENSE, Site
 from attnopt.plan import Plan
+from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
 
+# What plan_json says of a distinct span, in this order.
+SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+
+def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]:
     """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
-    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left."""
+    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left. sites: of the
+    model, where they are known: they tell bytes of cache."""
     length = plan.lengths.planned
-    sites: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     spans: Counter[tuple[str, int, int, float, bool, str, str]] = Counter()
     for name, choices in plan.choices.items():
         heads: list[dict[str, Any]] = []
@@ -32,9 +38,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
                 "candidate": kind, "far": far,
             })  # fmt: skip
-        sites[name] = heads
+        found[name] = heads
     ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
-    every: list[float] = [head["kept"] for heads in sites.values() for head in heads]
+    every: list[float] = [head["kept"] for heads in found.values() for head in heads]
+    density = sum(every) / len(every) if every else 1.0
     return {
         "id": plan.id,
         "model": plan.model,
@@ -59,22 +66,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "calibration": plan.calibration,
         "seed": plan.seed,
         "versions": dict(plan.versions),
-        "sites": sites,
-        "spans": [
-            {
-                "choice": choice,
-                "sink": sink,
-                "window": window,
-                "kept": kept,
-                "dense": dense,
-                "heads": count,
-                "candidate": kind,
-                "far": far,
-            }
-            for (choice, sink, window, kept, dense, kind, far), count in ordered
-        ],
+        "sites": found,
+        "spans": [dict(zip(SPAN, (*span, count), strict=True)) for span, count in ordered],
         "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
-        "density": sum(every) / len(every) if every else 1.0,
+        "density": density,
+        "totals": _totals(plan, density, sites),
     }
 
 
@@ -104,45 +100,106 @@ def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
 
 
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The plan's figures as (label, value), of the data of `plan_json`."""
-    predicted, budget = plan["predicted"], plan["budget"]
-    lengths = plan["lengths"]
+    """The plan's figures as (label, value), of the data of `plan_json`: first what was asked for, had and paid."""
+    lengths, predicted, totals = plan["lengths"], plan["predicted"], plan["totals"]
+    n = lengths["planned"]
     facts = [
-        ("model", f"{plan['model']} ({plan['fingerprint']})"),
-        ("budget", f"{budget['limit']:g} {budget['unit']}"),
-        ("lengths", f"planned {lengths['planned']}, profiled {_list(lengths['profiled'])}, "
-                    f"verified {_list(lengths['verified'])}"),
-        ("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token; {plan['objective']} "
-                      f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']}, "
-                      f"{predicted['speedup']:.2f}x ({COSTS.get(predicted['cost'], predicted['cost'])})"),
+        ("budget", _budget_text(plan)),
+        ("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {n} tokens; "
+                    f"{totals['replaced']} of {totals['heads']} heads replaced"),
+        (plan["objective"], f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']} "
+                            f"at {n} tokens, {predicted['speedup']:.2f}x "
+                            f"({COSTS.get(predicted['cost'], predicted['cost'])})"),
     ]  # fmt: skip
-    if predicted["kv_memory"] < 1:
-        facts.append(("KV cache", f"{100 * predicted['kv_memory']:.1f} % of dense at {lengths['planned']}"))
-    if predicted["gap"] is not None:
-        facts.append(("exact plan", f"at most {predicted['gap']:.2f} % cheaper than the front's"))
-    asked = constraint_texts(plan["constraints"])
-    if asked:
-        facts.append(("constraints", "; ".join(asked)))
-    for m in plan["measured"]:
-        facts.append((f"measured ({m['split']}, {m['length']})", (
-            f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {budget['unit']}; loss "
-            f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
-            + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
-            + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
-            + ("" if m["planned_retrieval"] is None else
-               f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %")
-        )))  # fmt: skip
+    if totals["kv_memory"] < 1:
+        sizes = "" if totals["kv_bytes"] is None else f", {_bytes(totals['kv_bytes'])} of "
+        sizes += "" if totals["kv_bytes"] is None else f"{_bytes(totals['dense_kv_bytes'])} a sequence"
+        facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}"))
+    facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
+    # What decided first: the split that the search never saw.
+    ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
+    facts += [("measured", f"{m['split']} split at {m['length']}: {_measured_text(m, plan)}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
     if plan["edited"]:
         facts.append(("edited", "the measurements belong to other choices than these"))
+    facts += [
+        ("model", f"{plan['model']} ({plan['fingerprint']})"),
+        ("lengths", f"planned {n}, profiled {_list(lengths['profiled'])}, verified {_list(lengths['verified'])}"),
+    ]
+    asked = constraint_texts(plan["constraints"])
+    if asked:
+        facts.append(("constraints", "; ".join(asked)))
+    if predicted["gap"] is not None:
+        facts.append(("exact plan", f"at most {predicted['gap']:.2f} % cheaper than the front's"))
     if plan["min_length"]:
         stays = " but for pruned heads" if "pruned" in plan["candidates"] else ""
         facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}"))
     if set(plan["candidates"]) - {"dense", "sink_window"}:
         facts.append(("heads", ", ".join(f"{n} {name}" for name, n in plan["candidates"].items())))
-    facts.append(("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {lengths['planned']}"))
     return facts
+
+
+def _budget_text(plan: Mapping[str, Any]) -> str:
+    totals, budget = plan["totals"], plan["budget"]
+    of = f"{budget['limit']:g} {budget['unit']}"
+    if totals["budget_kept"] is None:
+        return f"{of}; not known whether it is kept: " + (
+            "edited since" if plan["measured"] else "nothing was measured"
+        )
+    if totals["budget_kept"]:
+        return f"kept: at most {totals['upper_95']:.3g} of {of}, {totals['margin']:.3g} to spare"
+    return f"missed: at most {totals['upper_95']:.3g} of {of}, {-totals['margin']:.3g} too much"
+
+
+def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    retrieval = m["planned_retrieval"] is not None
+    return (
+        f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {plan['budget']['unit']}; loss "
+        f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+        + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
+        + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
+        + (f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %" if retrieval else "")
+    )
+
+
+def _bytes(count: float) -> str:
+    """As disks and transformers count: 12.6 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
+        count /= 1000
+    raise AssertionError
+
+
+def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
+    """increase, upper_95: of the last check, the worst length, in the budget's unit; margin: what of the budget it
+    leaves. None where nothing was measured, or something else was."""
+    last = [] if plan.edited else [m for m in plan.measured if m.split == "final"] or list(plan.measured)
+    worst = max(last, key=lambda m: m.upper_95, default=None)
+    every = [choice for heads in plan.choices.values() for choice in heads]
+    dense_bytes = _dense_kv_bytes(plan, sites)
+    return {
+        "heads": len(every),
+        "replaced": sum(choice != DENSE for choice in every),
+        "density": density,
+        "kv_memory": plan.predicted.kv_memory,
+        "kv_bytes": None if dense_bytes is None else round(plan.predicted.kv_memory * dense_bytes),
+        "dense_kv_bytes": dense_bytes,
+        "speedup": plan.predicted.speedup,
+        "predicted": plan.predicted.kl_nats_per_token,
+        "increase": worst and finite(worst.increase),
+        "upper_95": worst and finite(worst.upper_95),
+        "budget_kept": worst and worst.upper_95 <= plan.budget.limit,
+        "margin": worst and finite(plan.budget.limit - worst.upper_95),
+    }
+
+
+def _dense_kv_bytes(plan: Plan, sites: Sequence[Site] | None) -> int | None:
+    """Of one sequence at the planned length; None where sizes are not known."""
+    if sites is not None:
+        return sum(s.kv_heads * key_bytes(s) for s in sites) * plan.lengths.planned
+    return round(plan.predicted.dense_cost * 1e6) if plan.predicted.unit == "MB of cache" else None
 
 
 def _list(values: Iterable[int]) -> str:

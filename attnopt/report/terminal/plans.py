@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,46 +12,72 @@ from rich.text import Text
 from attnopt.plan import Plan
 from attnopt.planner.verify import Record
 from attnopt.report import data
-from attnopt.report.cells import bucket, cell_text, far_sign, letter
-from attnopt.report.terminal.console import console, print_titled, table
-from attnopt.report.terminal.maps import print_legend, print_map, ramp
+from attnopt.report.cells import bucket, far_sign, letter
+from attnopt.report.terminal.console import console, counted, print_titled, table
+from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
-DENSE_COLOUR = "#707a8a"
-FAR_COLOURS = {"linear": "#a98be0", "mean": "#63b0e8", "gone": "#f2f2f2"}
+# Styles of cells that no window tells apart.
+DENSE_STYLE = "#000000 on #aab4c0"
+FAR_STYLES = {"linear": "#000000 on #d6a4e8", "mean": "#000000 on #f2b07b", "gone": "#000000 on #ffffff"}
+WIDE = 120  # columns from which on a candidate's reason stands in its own row, and not below
+NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
 
 
-def print_plan(plan: Plan, to: Console | None = None) -> None:
-    """Figures, a map of layers × heads, and the distinct spans with their counts."""
+def print_plan(plan: Plan | Mapping[str, Any], to: Console | None = None) -> None:
+    """Figures, a map of layers × heads, and the distinct spans with their counts; of a plan or its `plan_json`."""
     to = to or console()
-    found = data.plan_json(plan)
-    grid = Table.grid(padding=(0, 2))
-    for label, value in data.plan_facts(found):
-        grid.add_row(Text(label, style="dim"), Text(value))
+    found = data.plan_json(plan) if isinstance(plan, Plan) else plan
     to.print(Text(f"plan {found['id']}", style="bold"))
-    to.print(grid)
+    print_facts(to, data.plan_facts(found))
     to.print()
     length = found["lengths"]["planned"]
-    buckets = sorted({bucket(span["window"]) for span in found["spans"] if not span["dense"] and not span["far"]})
-    top = max(bucket(length), 1)
-
-    def cell(head: Mapping[str, Any]) -> tuple[str, str]:
-        if head["far"]:
-            return far_sign(head), FAR_COLOURS[head["far"]]
-        if head["dense"]:
-            return "#", DENSE_COLOUR
-        size = bucket(head["window"])
-        return letter(buckets.index(size)), ramp(size / top)
-
+    cell, legend = cells_of(found)
     print_map(to, {name: [cell(head) for head in heads] for name, heads in found["sites"].items()})
-    entries = [(letter(n), ramp(b / top), f"window <= {1 << b}") for n, b in enumerate(buckets)]
-    fars = {s["candidate"]: (far_sign(s), FAR_COLOURS[s["far"]], s["candidate"]) for s in found["spans"] if s["far"]}
-    print_legend(to, [*entries, *fars.values(), ("#", DENSE_COLOUR, "dense")])
+    print_legend(to, legend)
+    to.print()
     right = ("heads", "sink", "window", "kept")
-    listed = table(["choice", "heads", "sink", "window", "kept"], right)
+    listed = table(["choice", *right], right)
     for span in found["spans"]:
         window = "none" if span["far"] == "gone" else "all" if span["dense"] else str(span["window"])
         listed.add_row(span["choice"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
     print_titled(to, f"Spans at {length} tokens", listed)
+
+
+def print_facts(to: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Labels beside what they say; a budget that was kept in green, one that was missed in red."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in facts:
+        style = {"kept": "green", "missed": "bold red"}.get(value.partition(":")[0], "") if label == "budget" else ""
+        grid.add_row(Text(label, style="dim"), Text(value, style=style))
+    to.print(grid)
+
+
+def cells_of(plan: Mapping[str, Any]) -> tuple[Callable[[Mapping[str, Any]], Cell], list[tuple[str, str, str]]]:
+    """How a head of `plan_json` is drawn, and the legend, with the number of heads of each kind."""
+    spans, top = plan["spans"], max(bucket(plan["lengths"]["planned"]), NARROWEST + 1)
+    buckets = sorted({bucket(span["window"]) for span in spans if not span["dense"] and not span["far"]})
+
+    def cell(head: Mapping[str, Any]) -> Cell:
+        if head["far"]:
+            return far_sign(head), FAR_STYLES[head["far"]]
+        if head["dense"]:
+            return "#", DENSE_STYLE
+        size = bucket(head["window"])
+        return letter(buckets.index(size)), ramp((size - NARROWEST) / (top - NARROWEST))
+
+    def meaning(span: Mapping[str, Any]) -> str:
+        if span["far"]:
+            return str(span["candidate"])
+        return "dense" if span["dense"] else f"window <= {1 << bucket(span['window'])}"
+
+    counts: dict[tuple[str, str, str], int] = {}
+    for span in spans:
+        entry = (*cell(span), meaning(span))
+        counts[entry] = counts.get(entry, 0) + span["heads"]
+    entries = sorted(counts.items(), key=lambda item: (not item[0][0].islower(), item[0][0] == "#", item[0][0]))
+    return cell, [(sign, style, f"{said} ({count})") for (sign, style, said), count in entries]
 
 
 def print_records(records: Sequence[Record], to: Console | None = None) -> None:
@@ -67,13 +93,46 @@ def print_records(records: Sequence[Record], to: Console | None = None) -> None:
     print_titled(to, "Search on the verify split", listed)
 
 
-def print_candidates(rows: Sequence[Mapping[str, Any]], title: str = "Candidates", to: Console | None = None) -> None:
-    """Rows {choice, damage, cost, chosen, why} of one head, nats per token and what `title` says of costs; the chosen
-    one marked."""
+def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None = None) -> None:
+    """One head of `head_json`: its choice, why, and the candidates on its hull, or `every` one."""
     to = to or console()
-    listed = table(["", "choice", "damage (nats per token)", "cost", "why"], ("damage (nats per token)", "cost"))
+    budget, price = found["budget"], found["price"]
+    facts = [("chosen", str(found["chosen"])), ("because", str(found["reason"]))]
+    if price is not None:
+        facts.append(
+            ("price", f"{price:.3g} nats per token for one {found['cost_unit']}, at the plan's point of the front")
+        )
+    said = "" if budget["nats"] is None else f", {budget['nats']:.3g} nats per token"
+    facts.append(("budget", f"{budget['limit']:g} {budget['unit']}{said}"))
+    to.print(Text(found["head"], style="bold"))
+    print_facts(to, facts)
+    to.print()
+    print_candidates([row for row in found["candidates"] if every or row["hull"] or row["chosen"]], found, to)
+    rest = sum(not (row["hull"] or row["chosen"]) for row in found["candidates"])
+    if rest and not every:
+        to.print(Text(f"{counted(rest, 'further candidate')} best at no price: --all lists them.", style="dim"))
+    for note in found["notes"]:
+        to.print(Text(note, style="dim"))
+
+
+def print_candidates(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], to: Console) -> None:
+    """Damage at each profiled length and as weighed, nats per token; cost as a share of dense pairs; the chosen one is
+    marked."""
+    lengths = list(dict.fromkeys(n for row in found["candidates"] for n in row["damages"]))
+    right = [*lengths, "weighed", "pairs", "budget"]
+    wide = to.width >= WIDE
+    listed = table(["", "choice", *right, *(["why"] if wide else [])], right)
     for row in rows:
-        style = "bold green" if row.get("chosen") else ""
-        cells = [cell_text(row.get(name)) for name in ("choice", "damage", "cost", "why")]
-        listed.add_row(">" if row.get("chosen") else "", *cells, style=style)
-    print_titled(to, title, listed)
+        damages = [_figure(row["damages"].get(n)) for n in lengths]
+        shares = ["?" if row[name] is None else f"{100 * row[name]:.3g} %" for name in ("cost", "share")]
+        cells = [row["label"], *damages, _figure(row["damage"]), *shares, *([row["why"]] if wide else [])]
+        listed.add_row(">" if row["chosen"] else "", *cells, style="bold" if row["chosen"] else "")
+    title = f"Damage in nats per token at {' and '.join(lengths) or 'no'} tokens and as weighed for {found['length']}, "
+    print_titled(to, title + "pairs of dense, share of the budget", listed)
+    if not wide:
+        print_facts(to, [(row["label"], row["why"]) for row in rows if not row["chosen"]])
+        to.print()
+
+
+def _figure(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
         f"{totals['sink_heads']} with half of it on the first {FIRST_KEYS} keys; "
         f"mean {totals['local']:.0%} and {totals['sink']:.0%}, entropy {totals['entropy']:.2f} nats"
     )
+    to.print()
     _distance_map(to, heads, max(row["length"] for row in found["lengths"]))
     _share_map(to, f"Share of mass on the first {FIRST_KEYS} keys",
                {site: [head["sink"] for head in row] for site, row in heads.items()})  # fmt: skip
@@ -72,36 +74,41 @@ def _share_map(to: Console, title: str, rows: Mapping[str, Sequence[float]], col
     def tenth(share: float) -> int:
         return min(int(max(share, 0.0) * 10), 9)
 
-    to.print(Text(title, style="bold"))
-    print_map(
-        to, {name: [(letter(tenth(x)), ramp(tenth(x) / 10)) for x in values] for name, values in rows.items()}, columns
-    )
-    seen = sorted({tenth(x) for values in rows.values() for x in values})
-    print_legend(to, [(letter(n), ramp(n / 10), f"from {n / 10:g}" if n else "under 0.1") for n in seen])
-    to.print()
+    def meaning(n: int) -> str:
+        return f"from {n / 10:g}" if n else "under 0.1"
+
+    classes = {site: [tenth(share) for share in shares] for site, shares in rows.items()}
+    _map(to, title, classes, {n: (letter(n), ramp(n / 10), meaning(n)) for n in range(10)}, columns)
 
 
 def _distance_map(to: Console, heads: Mapping[str, Sequence[Mapping[str, Any]]], length: int) -> None:
-    starts = sorted({head["distance"][0] for row in heads.values() for head in row})
-    top = max(length.bit_length(), 1)
-    colour = {start: ramp(start.bit_length() / top) for start in starts}
-    to.print(Text("Half of the mass lies within this distance", style="bold"))
-    print_map(to, {site: [(letter(starts.index(h["distance"][0])), colour[h["distance"][0]]) for h in row]
-              for site, row in heads.items()})  # fmt: skip
     ends = {head["distance"][0]: head["distance"][1] for row in heads.values() for head in row}
-    print_legend(to, [(letter(n), colour[s], f"<= {ends[s]}") for n, s in enumerate(starts)])
-    to.print()
+    top = max(length.bit_length(), 1)
+    look = {
+        start: (letter(n), ramp(start.bit_length() / top), f"<= {ends[start]}") for n, start in enumerate(sorted(ends))
+    }
+    classes = {site: [head["distance"][0] for head in row] for site, row in heads.items()}
+    _map(to, "Half of the mass lies within this distance", classes, look)
 
 
 def _ablation_map(to: Console, heads: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Letters by powers of ten: what matters between heads is the order of size."""
-    powers = sorted({_power(head["ablation"]) for row in heads.values() for head in row})
-    least = powers[0]
-    colour = {p: ramp((p - least) / max(powers[-1] - least, 1) * 0.999) for p in powers}
-    to.print(Text("Damage of removing the head, nats per token", style="bold"))
-    print_map(to, {site: [(letter(powers.index(_power(h["ablation"]))), colour[_power(h["ablation"])]) for h in row]
-              for site, row in heads.items()})  # fmt: skip
-    print_legend(to, [(letter(n), colour[p], f"< 1e{p + 1}") for n, p in enumerate(powers)])
+    classes = {site: [_power(head["ablation"]) for head in row] for site, row in heads.items()}
+    powers = sorted({power for row in classes.values() for power in row})
+    span = max(powers[-1] - powers[0], 1)
+    look = {p: (letter(n), ramp((p - powers[0]) / span * 0.999), f"< 1e{p + 1}") for n, p in enumerate(powers)}
+    _map(to, "Damage of removing the head, nats per token", classes, look)
+
+
+def _map(
+    to: Console, title: str, classes: Mapping[str, Sequence[int]], look: Mapping[int, tuple[str, str, str]],
+    columns: str = "heads",
+) -> None:  # fmt: skip
+    """Every head by its class, and the legend of those classes that there are, with their numbers of heads."""
+    to.print(Text(title, style="bold"))
+    print_map(to, {site: [look[n][:2] for n in row] for site, row in classes.items()}, columns)
+    counts = Counter(n for row in classes.values() for n in row)
+    print_legend(to, [(*look[n][:2], f"{look[n][2]} ({counts[n]})") for n in sorted(counts)])
     to.print()
 
 

@@ -1,0 +1,85 @@
+"""The full report of a plan, as the data of a page: whatever is known of it, each part from its own source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from attnopt import settings
+from attnopt.cost import Costs
+from attnopt.ir import GraphReport, Site
+from attnopt.plan import Plan
+from attnopt.planner.again import Posed, pose, told_sites
+from attnopt.planner.make import spec_of
+from attnopt.planner.verify import Record
+from attnopt.registry import TARGETS
+from attnopt.report.data import (
+    candidates_json,
+    environment,
+    front_json,
+    graphs_json,
+    plan_facts,
+    plan_json,
+    profile_json,
+    records_json,
+)
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
+    from attnopt.profile_file import Profile
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What there is beside a plan. sites: of its model, in the order in which they run; tables: the costs it was made
+    with, by site; records: of its search; graphs: of the model as it was traced; device: where kernels would run."""
+
+    profile: Profile | None = None
+    fitted: Fitted | None = None
+    sites: Sequence[Site] | None = None
+    tables: dict[str, Costs] | None = None
+    records: Sequence[Record] = ()
+    graphs: Sequence[GraphReport] = ()
+    notes: Sequence[str] = field(default=())
+    device: str = "cpu"
+
+
+def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
+    """The parts of a page about a plan, but for its title and summary; those of which nothing is known are absent."""
+    sites = known.sites if known.sites is not None else told_sites(plan)
+    found: dict[str, Any] = {"notes": list(known.notes)}
+    if known.graphs:
+        found["graphs"] = graphs_json(known.graphs)
+    found["plan"] = plan_json(plan, sites)
+    if known.profile is not None:
+        posed = pose(plan, known.profile, known.sites, known.fitted, known.tables)
+        found["notes"] += posed.notes
+        found |= _of_profile(plan, known.profile, posed, known)
+    if known.records:
+        found["records"] = records_json(known.records)
+    if known.sites is not None:
+        found["kernels"] = kernels(plan, known.sites, known.device)
+    return found
+
+
+def _of_profile(plan: Plan, profile: Profile, posed: Posed, known: Known) -> dict[str, Any]:
+    return {
+        "profile": profile_json(profile),
+        "front": front_json(plan, posed, known.records),
+        "candidates": candidates_json(plan, profile, posed=posed),
+    }
+
+
+def kernels(plan: Plan, sites: Sequence[Site], device: str = "cpu") -> dict[str, str]:
+    """The sources of the prefill kernels that a plan's sites are lowered to on a device, by name; one for all sites of
+    a shape, none for those left dense."""
+    target = settings.target(device.split(":")[0])
+    specs = {spec_of(s, target) for s in sites if any(c.candidate != "dense" for c in plan.choices.get(s.name, ()))}
+    emitters = {spec: f"{spec.target} {spec.kernel}" for spec in specs}
+    return {spec.key(): TARGETS[name].emit(spec) for spec, name in emitters.items() if name in TARGETS}
+
+
+def page_of(title: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A page of `plan_report`, its summary first."""
+    return {"title": title, "summary": plan_facts(found["plan"]), **found, "environment": environment()}

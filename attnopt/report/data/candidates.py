@@ -1,0 +1,69 @@
+"""What every head could have been replaced by, and what that was predicted to lose, as plain data."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from attnopt.cost import CostTable
+from attnopt.ir import Choice
+from attnopt.plan import Plan
+from attnopt.planner.again import Posed, pose
+from attnopt.registry import CANDIDATES
+
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
+    from attnopt.profile_file import Profile
+
+
+def rounded(value: float) -> float | None:
+    """Four significant digits, which is more than any prediction here is worth; None where it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def label(choice: Choice) -> str:
+    """A choice in few words: "window 128, sink 4", "window N/8", "linear 64, window 128"."""
+    params = {name: value for name, value in choice.params if name not in ("alpha", "beta", "window", "sink")}
+    given = dict(choice.params)
+    alpha, beta = given.get("alpha", given.get("window", 0)), given.get("beta", 0)
+    share = f"N/{1 / beta:g}" if beta and 1 / beta == round(1 / beta) else f"{beta:g} N"
+    window = " + ".join([*([f"{alpha:g}"] if alpha or not beta else []), *([share] if beta else [])])
+    name = "" if choice.candidate == "sink_window" else choice.candidate
+    words = [" ".join([name, *(f"{value:g}" for value in params.values())]).strip()]
+    words += [f"window {window}"] if {"alpha", "window"} & set(given) else []
+    words += [f"sink {given['sink']:g}"] if given.get("sink") else []
+    return ", ".join(word for word in words if word)
+
+
+def choice_facts(choice: Choice, length: int) -> dict[str, Any]:
+    """A choice at a length. sink, window: of its span, None where it is dense there or gone; far: what stands in for
+    the keys outside; cost: share of dense's query-key pairs, where a far part counts as the pairs of equal work."""
+    kind, params, table = CANDIDATES[choice.candidate], dict(choice.params), CostTable.by_density()
+    sink, window = kind.span(params, length)
+    spans = 0 < window < length
+    return {
+        "choice": str(choice), "label": label(choice), "candidate": choice.candidate, "sink": sink if spans else None,
+        "window": window if spans else None, "far": kind.far,
+        "cost": kind.cost(table, params, length) / table.cost(length, 0, length),
+    }  # fmt: skip
+
+
+def candidates_json(
+    plan: Plan, profile: Profile, fitted: Fitted | None = None, posed: Posed | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Damages as the planner weighs them: nats per token, the largest over the profiled lengths and the planned one,
+    and what is lost of the probe's answers, weighed; None where a choice cannot stand or its damage is not known."""
+    posed = posed or pose(plan, profile, fitted=fitted)
+    problem, length = posed.free, plan.lengths.planned
+    taken = set(posed.solution.index.tolist())
+    columns = [c for c in range(len(problem.choices)) if c in taken or math.isfinite(problem.damage[:, c].min())]
+    place = {c: n for n, c in enumerate(columns)}
+    sites: dict[str, dict[str, list[Any]]] = {}
+    for h, (site, _) in enumerate(problem.heads):
+        held = sites.setdefault(site, {"damage": [], "chosen": []})
+        held["damage"].append([rounded(float(problem.damage[h, c])) for c in columns])
+        held["chosen"].append(place[int(posed.solution.index[h])])
+    choices = [choice_facts(problem.choices[c], length) for c in columns]
+    for facts in choices:
+        facts["cost"] = rounded(facts["cost"])
+    return {"length": length, "unit": "nats per token", "choices": choices, "sites": sites}
