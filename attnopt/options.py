@@ -86,9 +86,9 @@ class Parser(argparse.ArgumentParser):
         return [*self._option_string_actions, *(o for p in parsers for o in p._option_string_actions)]
 
 
-def with_model(made: Parser, number: str | None = None) -> None:
-    """number: how many there may be, as argparse has it; one by default."""
-    made.add_argument("model", nargs=number, metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
+def with_model(made: Parser, optional: bool = False) -> None:
+    help = "demo, a directory, a hub name, or module:callable"
+    made.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=help)
     made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
@@ -300,7 +300,7 @@ def bench(made: Parser) -> None:
 
 
 def bisect(made: Parser) -> None:
-    with_model(made, "?")
+    with_model(made, optional=True)
     made.usage = "attnopt bisect [options] MODEL\n       attnopt bisect [--json] -- COMMAND ..."
     made.before_command = "of_command"
     made.add_argument("--plan", metavar="FILE", help="rewrite by a plan; needs --tolerance")
