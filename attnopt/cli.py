@@ -18,7 +18,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from types import FrameType
 
 from attnopt.errors import AttnoptError
-from attnopt.options import EXAMPLES, HELP, INTERRUPTED, START, build_parser
+from attnopt.options import EXAMPLES, INTERRUPTED, START, build_parser
+from attnopt.parsing import HELP
 
 __all__ = ["EXAMPLES", "HELP", "build_parser", "interruptible", "main"]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import textwrap
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from attnopt.arguments import (
     budget_percent,
@@ -20,7 +17,7 @@ from attnopt.arguments import (
     speedup,
     whole_numbers,
 )
-from attnopt.errors import OptionError
+from attnopt.parsing import HELP, CommandsParser, Parser
 
 START = """\
   attnopt examine MODEL   what would be done to the attention of your model, or why not
@@ -51,29 +48,6 @@ EXAMPLES = {
     "completion": "attnopt completion bash > ~/.local/share/bash-completion/completions/attnopt\n"
     "attnopt completion zsh > ~/.zfunc/_attnopt",
 }
-HELP = {
-    "examine": "list every attention of a model: what was recognised, what would be done, or why not",
-    "profile": "measure what dropping keys would do to the loss, head by head",
-    "merge": "add up profiles of one model over different text",
-    "distill": "fit what may stand in for heads' far keys, and measure what it does to the loss",
-    "calibrate": "time the kernels of this device, once, for all plans made here",
-    "plan": "choose the fastest spans that keep a loss budget, measured end to end",
-    "show": "show a plan or a profile",
-    "explain": "the candidates that were weighed for one head, and why the choice won",
-    "diff": "what two plans, or two profiles, do not have in common, head by head",
-    "bench": "time a model: eager, inductor, attnopt exact and planned, interleaved",
-    "bisect": "find the rewrite that breaks a model's output, or the check of any command",
-    "env": "versions, hardware and settings, to paste into a report",
-    "demo": "the whole path on the small trained model that ships with attnopt",
-    "completion": "print a script that completes attnopt's commands in bash, zsh or tcsh",
-}
-# As `attnopt --help` lists them; whatever is in no group is a tool.
-GROUPS = {
-    "look": ("examine", "show", "explain", "diff"),
-    "measure": ("profile", "merge", "distill", "calibrate"),
-    "plan": ("plan",),
-    "run": ("bench", "demo"),
-}
 # What is left after Ctrl-C; nothing, of a command that is not here.
 ONWARD = "run the same command again to go on."
 INTERRUPTED = {
@@ -86,51 +60,6 @@ INTERRUPTED = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An unknown command or option raises OptionError, which names the nearest one."""
-
-    # Where it takes a command line of its own after --: what that is called, None without one.
-    before_command = ""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        if not self.before_command:
-            return super().parse_known_args(args, namespace)
-        given = list(args)
-        at = given.index("--") if "--" in given else len(given)
-        found, left = super().parse_known_args(given[:at], namespace)
-        setattr(found, self.before_command, given[at + 1 :] if at < len(given) else None)
-        return found, left
-
-    def error(self, message: str) -> NoReturn:
-        words = [w.strip(":,()").partition("=")[0] for w in message.replace("'", " ").split()]
-        known = [*HELP, *self.options_known()]
-        unknown = [w for w in words if (w.startswith("--") or f"'{w}'" in message) and w not in known]
-        near = next((m for w in unknown for m in difflib.get_close_matches(w, known, 1)), "")
-        raise OptionError(f"{self.prog}: {message}", f"Did you mean {near}?" if near else f"See `{self.prog} --help`.")
-
-    def options_known(self) -> list[str]:
-        """The options of this parser and, since leftovers are only found at the top, of its commands."""
-        inner = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        parsers = [p for choices in inner for p in choices.values()]
-        return [*self._option_string_actions, *(o for p in parsers for o in p._option_string_actions)]
-
-
-class CommandsParser(Parser):
-    """The parser of the command's name, whose help lists the commands in groups."""
-
-    def format_help(self) -> str:
-        grouped = {name for group in GROUPS.values() for name in group}
-        groups = {**GROUPS, "tools": tuple(name for name in HELP if name not in grouped)}
-        lines = [self.format_usage(), str(self.description)]
-        for group, members in groups.items():
-            lines += ["", f"{group}:"]
-            for name in (name for name in members if name in HELP):
-                lines += textwrap.wrap(HELP[name], 79, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
-        lines += ["", "options:", "  -h, --help, --version"]
-        lines += ["", "`attnopt COMMAND --help` has the command's options, and examples."]
-        return "\n".join(lines) + "\n"
-
-
 def with_progress(made: Parser) -> None:
     made.add_argument(
         "--progress",
@@ -140,10 +69,10 @@ def with_progress(made: Parser) -> None:
     )
 
 
-def with_model(made: Parser, number: str | None = None) -> None:
-    """number: how many there may be, as argparse has it; one by default."""
+def with_model(made: Parser, optional: bool = False) -> None:
     with_progress(made)
-    made.add_argument("model", nargs=number, metavar="MODEL", help="demo, a directory, a hub name, or module:callable")
+    help = "demo, a directory, a hub name, or module:callable"
+    made.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=help)
     made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
@@ -162,7 +91,7 @@ def with_text(made: Parser) -> None:
 
 
 def examine(made: Parser) -> None:
-    with_model(made, "?")
+    with_model(made, optional=True)
     made.add_argument(
         "--config", metavar="NAME",
         help="a model with random weights in place of MODEL: a model type, a class of transformers or a config.json",
@@ -390,7 +319,7 @@ def bench(made: Parser) -> None:
 
 
 def bisect(made: Parser) -> None:
-    with_model(made, "?")
+    with_model(made, optional=True)
     made.usage = "attnopt bisect [options] MODEL\n       attnopt bisect [--json] -- COMMAND ..."
     made.before_command = "of_command"
     made.add_argument("--plan", metavar="FILE", help="rewrite by a plan; needs --tolerance")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from attnopt.options import EXAMPLES, HELP, build_parser
+from attnopt.options import EXAMPLES, build_parser
+from attnopt.parsing import HELP
 
 NOT_SAID = (None, False, [], argparse.SUPPRESS)
 

@@ -11,7 +11,8 @@ import pytest
 from sphinx.application import Sphinx
 
 import attnopt
-from attnopt.options import HELP, build_parser
+from attnopt.options import build_parser
+from attnopt.parsing import HELP
 from attnopt.plan.schema import plan_schema
 from attnopt.registry import CANDIDATES
 
