@@ -33,7 +33,7 @@ def made() -> dict[str, str]:
     """The code of every reason, by where it is made; reports only make one again from its own code."""
     found = {}
     for path in sorted((ROOT / "attnopt").rglob("*.py")):
-        if path.name != "ir.py" and path.parent.name != "report":
+        if path.name != "ir.py" and "report" not in path.parts:
             found |= {f"{path.relative_to(ROOT)}:{n}": c for n, c in reasons(path.read_text(encoding="utf-8"))}
     return found
 
