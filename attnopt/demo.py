@@ -16,23 +16,18 @@ import torch
 
 from attnopt import backend, hf, settings, text
 from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
+from attnopt.commands.reporting import Known, plan_report
 from attnopt.errors import BudgetError
+from attnopt.ir import GraphReport, Site
 from attnopt.plan import Budget
 from attnopt.planner.make import Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
 from attnopt.profile_file import Profile
-from attnopt.profiler import profile_model
+from attnopt.profiler import discover, profile_model
 from attnopt.report import terminal
-from attnopt.report.data import (
-    environment,
-    graphs_json,
-    launched_sources,
-    plan_facts,
-    plan_json,
-    profile_json,
-    records_json,
-)  # fmt: skip
+from attnopt.report.data import environment, launched_sources, plan_facts
 from attnopt.report.page import write_page
+from attnopt.report.pictures import pictures_json
 
 # (length, sequences) profiled, length planned and verified, sequences verified and looked at in the end. The verified
 # length is none of the profiled ones. Sized for five minutes on two CPU cores.
@@ -162,36 +157,35 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
         "bench": rows,
         "seconds": time.perf_counter() - started,
     }
-    write_page(folder / "report.html", page_of(result, made, profile, graphs))
+    sites = list(discover(loaded.model, ids[:, :64]).sites.values())
+    write_page(folder / "report.html", page_of(result, made, profile, sites, graphs))
     for path in done_before:
         path.unlink(missing_ok=True)
     return result
 
 
-def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[Any]) -> dict[str, Any]:
-    plan = plan_json(made.plan)
+def page_of(
+    result: dict[str, Any], made: Made, profile: Profile, sites: list[Site], graphs: list[GraphReport]
+) -> dict[str, Any]:
+    """The full report of the demo's plan; graphs: those examined, before those compiled since."""
+    reports = [*graphs, *backend.reports()]
+    notes = [f"kernel target: {settings.target('cpu')}", *filter(None, [made.verified.undecided])]
+    found = plan_report(made.plan, Known(profile, None, sites, made.tables, made.verified.records, reports, notes))
     summary = [
         ("exact, against inductor", f"{result['exact_over_inductor']:.2f} times as fast"),
         ("planned, against exact", f"{result['planned_over_exact']:.2f} times as fast"),
         ("loss increase on held-out text", f"{result['loss_increase_percent']:.2f} % "
          f"(at most {result['loss_increase_upper_95_percent']:.2f} %, budget {made.plan.budget})"),
         ("one window for all heads at the same cost", f"{result['uniform_loss_increase_percent']:.2f} %"),
-        *plan_facts(plan),
     ]  # fmt: skip
     return {
         "title": "attnopt demo",
-        "summary": summary,
-        "graphs": graphs_json([*graphs, *backend.reports()]),
-        "plan": plan,
-        "profile": profile_json(profile),
-        "records": records_json(made.verified.records),
+        "summary": [*summary, *plan_facts(found["plan"])],
+        **found,
         "bench": result["bench"],
+        "pictures": pictures_json(reports),
         "kernels": launched_sources(),
         "environment": environment(),
-        "notes": [
-            f"kernel target: {settings.target('cpu')}",
-            *([made.verified.undecided] if made.verified.undecided else []),
-        ],
     }
 
 
