@@ -15,7 +15,7 @@ from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
 from attnopt.commands.reporting import Known, page_of, plan_report
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
-from attnopt.errors import BudgetError, OptionError
+from attnopt.errors import AttnoptError, BudgetError, OptionError
 from attnopt.fitted import Fitted
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
@@ -55,6 +55,7 @@ def plan(args: argparse.Namespace) -> None:
         return {n: text.sequences(tokens, n, args.samples, which).to(target) for n in lengths}
 
     partial = out.with_name(out.name + ".partial")
+    begun = partial.exists()
     budget = Budget("loss", args.max_loss_increase) if args.max_kl is None else Budget("kl", args.max_kl)
     probe = Probe(loaded.tokenizer, split="final") if args.probe and loaded.tokenizer is not None else None
     with stages(args.progress) as progress:
@@ -66,8 +67,10 @@ def plan(args: argparse.Namespace) -> None:
                 exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
                 partial=partial, tell=note,
             )  # fmt: skip
-        except BudgetError:
-            partial.unlink(missing_ok=True)
+        except AttnoptError as error:
+            # What an earlier run left is for a later one, unless nothing is left to search.
+            if isinstance(error, BudgetError) or not begun:
+                partial.unlink(missing_ok=True)
             raise
     made.plan.save(out)
     partial.unlink(missing_ok=True)
