@@ -20,7 +20,7 @@ from attnopt.commands.reporting import Known, plan_report
 from attnopt.errors import BudgetError
 from attnopt.ir import GraphReport, Site
 from attnopt.plan import Budget
-from attnopt.planner.make import Made, make_plan, uniform_at_cost
+from attnopt.planner.make import SEARCH_SHARE, Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
 from attnopt.profile_file import Profile
 from attnopt.profiler import discover, profile_model
@@ -70,22 +70,23 @@ def plan_demo(
         tokens = text.stream([], loaded.tokenizer, which, 2 * count * length)
         return {length: text.sequences(tokens, length, count, which)}
 
-    def planned(percent: float) -> Made:
+    def planned(percent: float, share: float) -> Made:
         return make_plan(
             loaded.model, "demo", profile, split("verify", sizes["verify"]), split("final", sizes["final"]),
             Budget("loss", percent), length, probe=Probe(loaded.tokenizer, split="final"), probe_documents=PROBES,
             progress=progress, report=lambda record: tell(f"   {record}"), partial=partial,
-            tell=lambda line: tell(f"   {line}"),
+            tell=lambda line: tell(f"   {line}"), share=share,
         )  # fmt: skip
 
-    for percent in (LOSS_INCREASE, LOSS_INCREASE / 2):
+    # Chosen as the last that holds on one text, a plan may miss on the next. Each further look at that text asks for
+    # more than the one before, and what is looked at is chosen farther inside.
+    *first, last = ((part * LOSS_INCREASE, part * SEARCH_SHARE) for part in (1, 3 / 4, 1 / 2))
+    for percent, share in first:
         try:
-            return planned(percent)
+            return planned(percent, share)
         except BudgetError as error:
-            # Chosen as the last that holds on one text, a plan may miss on the next; and a second look at that text
-            # asks for more than the first did.
-            tell(f"   {error.problem}\n   Planned again, for half of that budget.")
-    return planned(LOSS_INCREASE / 4)
+            tell(f"   {error.problem}\n   Planned again, farther inside the budget.")
+    return planned(*last)
 
 
 def uniform_increase(loaded: hf.Loaded, made: Made, sizes: dict[str, Any], progress: Progress) -> float:

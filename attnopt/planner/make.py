@@ -145,6 +145,7 @@ def make_plan(
     report: Callable[[Record], None] | None = None,
     partial: Path | None = None,
     tell: Callable[[str], None] | None = None,
+    share: float = SEARCH_SHARE,
 ) -> Made:
     """The cheapest plan for `target_length`, by `objective`, whose measured loss keeps `budget` and the constraints.
 
@@ -153,8 +154,9 @@ def make_plan(
     allow: its families to weigh, by default all but "prune". exact: seconds that HiGHS may take over each point tried.
     probe: asks the plan, and dense, for far lines in `probe_documents` documents of each length. partial: a file of the
     losses measured so far; the next call on the same model and text, whatever it asks for, measures none of them again.
-    It is left there. tell: given a line that says whether that file was taken up. A plan that misses the budget raises
-    BudgetError and is not returned; constraints that contradict each other raise OptionError.
+    It is left there. tell: given a line that says whether that file was taken up. share: of the budget, what the search
+    aims at. A plan that misses the budget raises BudgetError and is not returned; constraints that contradict each
+    other raise OptionError.
     """
     check_text(verify, "verify")
     check_text(final, "final")
@@ -202,7 +204,7 @@ def make_plan(
         problem,
         evaluate,
         budget,
-        share=SEARCH_SHARE,
+        share=share,
         seed=seed,
         limits=limits,
         exact=exact,
