@@ -36,7 +36,7 @@ def over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def main() -> None:
     model = llama()
-    model.compile(backend="attnopt")
+    model.compile(backend="attnopt", options={"history": True})
     model(torch.randint(0, 1000, (1, LENGTH)))
     found = attnopt.explain(model)
     print(found)
@@ -46,10 +46,12 @@ def main() -> None:
         for rewrite in report.rewrites:
             print(f"  {rewrite.path}: {len(rewrite.before)} nodes -> {len(rewrite.after)}, keeps {rewrite.site.mask}")
 
-    print("\nThe passes that changed something:")
+    print("\nThe passes that changed something, and what lowering put in:")
     for change in found.history:
         if change.changed:
             print(f"  {change}")
+    lowering = next(change for change in found.history if change.name == "lower_exact")
+    print("\n".join(f"    {line}" for line in lowering.diff().splitlines() if line.startswith("+scaled_dot")))
 
     print("\nWhat is left alone, and why:")
     odd = torch.compile(over_queries, backend="attnopt")

@@ -22,7 +22,13 @@ ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "exact_mode": ["Llama, padded", "run of real tokens", "largest difference"],
     "nanogpt": ["written-out float32 heads=4", "blocks.2.attention: SDPA is_causal"],
-    "read_a_report": ["LlamaForCausalLM: compiled by attnopt", "lower_exact", "softmax-axis: ", "one file that loads"],
+    "read_a_report": [
+        "LlamaForCausalLM: compiled by attnopt",
+        "lower_exact",
+        "+scaled_dot_product_attention",
+        "softmax-axis: ",
+        "one file that loads",
+    ],
     "plan_and_run": ["span kernel", "final split"],
 }
 
