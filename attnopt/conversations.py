@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.errors import TextError
+from attnopt.errors import TextError, first_line
 from attnopt.supervision import Sample
 
 FORMS = 'Write {"messages": [...]} or {"prompt": "...", "answer": "..."} on every line.'
@@ -106,8 +106,9 @@ def templated(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[tup
         try:
             text = tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # whatever the template raises: jinja2's errors, or its own
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TextError(f"the chat template refuses it: {said}", "Mend the messages of this line.") from error
+            raise TextError(
+                f"the chat template refuses it: {first_line(error)}", "Mend the messages of this line."
+            ) from error
         return str(text)
 
     spoken = [n for n, m in enumerate(messages) if m["role"] == "assistant" and n > 0]

@@ -68,3 +68,8 @@ class VerificationError(AttnoptError):
 
 class CacheFull(AttnoptError):
     """More tokens than the length a cache was made for. Nothing of the call that raises it was written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, without what follows; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -9,7 +9,10 @@ from attnopt.errors import OptionError
 
 # name -> (default, meaning); `attnopt env` and docs/env.md print this table.
 VARIABLES = {
-    "ATTNOPT_STRICT": ("0", "1 raises where attnopt would otherwise leave a graph or a site alone"),
+    "ATTNOPT_STRICT": (
+        "0",
+        "1 raises where something of attnopt's own fails and it would otherwise leave a graph or a site alone",
+    ),
     "ATTNOPT_VERIFY": ("0", "1 compares every recognised site with its original on random inputs while compiling"),
     "ATTNOPT_ALWAYS": ("0", "1 makes every rewrite that is right, also where it was measured not to pay"),
     "ATTNOPT_TARGET": ("auto", "kernel target: auto, cpu, triton or reference"),

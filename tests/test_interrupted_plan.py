@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import NanoGPT, tokens
 
 from attnopt.cost import CostTable
@@ -27,10 +28,12 @@ def profile() -> Profile:
     return profile_model(NanoGPT().eval(), [tokens(1, LENGTH, seed=n) for n in range(2)], Grid((0, 2), (8, 16, 32)))
 
 
-def planned(profile: Profile, partial: Path | None, limit: float = 50.0, text: int = 3, **more: Any) -> Made:
+def planned(
+    profile: Profile, partial: Path | None, limit: float = 50.0, text: int = 3, model: Any = None, **more: Any
+) -> Made:
     verify, final = ({LENGTH: tokens(SAMPLES, LENGTH, seed=text + n)} for n in (0, 1))
     return make_plan(
-        NanoGPT().eval(), "nano", profile, verify, final, Budget("loss", limit), LENGTH,
+        model or NanoGPT().eval(), "nano", profile, verify, final, Budget("loss", limit), LENGTH,
         tables=CostTable.by_density(), partial=partial, **more,
     )  # fmt: skip
 
@@ -71,7 +74,14 @@ def test_an_interrupted_search_goes_on_and_ends_alike(
     # Another text has other losses.
     with pytest.raises(KeyboardInterrupt):
         planned(profile, partial, text=5, tell=told.append, progress=stop_in("verifying", 1))
-    assert told[1:] == [f"{partial} is not taken up: it is of another text."]
+    assert told[1:] == [f"{partial} is not taken up: it is of other text."]
+    # So has a model of other weights, by as little as its fingerprint does not see.
+    tuned = NanoGPT().eval()
+    with torch.no_grad():
+        tuned.head.weight[0, 0] += 1e-4
+    with pytest.raises(KeyboardInterrupt):
+        planned(profile, partial, text=5, model=tuned, tell=told.append, progress=stop_in("verifying", 1))
+    assert told[2:] == [f"{partial} is not taken up: it is of other weights."]
 
 
 def damaged(partial: Path) -> None:
@@ -92,7 +102,15 @@ def with_a_word(partial: Path) -> None:
     partial.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize("spoil", [damaged, emptied, of_another_format, with_a_word])
+def with_less_than_nothing(partial: Path) -> None:
+    partial.write_text(partial.read_text().replace("[63]", "[-63]"))
+
+
+def nested(partial: Path) -> None:
+    partial.write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize("spoil", [damaged, emptied, of_another_format, with_a_word, with_less_than_nothing, nested])
 def test_a_file_that_does_not_do_is_not_taken_up(spoil: Any, tmp_path: Path) -> None:
     partial, told = tmp_path / "partial", list[str]()
     kept = Kept({"model": "a"}, partial)

@@ -158,3 +158,24 @@ def test_a_report_keeps_no_model_alive() -> None:
     gc.collect()
     assert gone() is None and held() is None and len(backend.reports()) == 1
     assert paths(Attention()) == []
+
+
+def test_a_parameter_without_a_shape_is_no_failure() -> None:
+    """A lazy layer that the call does not reach."""
+    model = Around(Attention())
+    model.add_module("later", nn.LazyLinear(3))
+    found = torch.compile(model, backend="attnopt")(X)
+    assert torch.allclose(found, model(X), atol=1e-5)
+    reports, own = reports_of(model)
+    assert own and reports and not any(report.fallback for report in reports)
+
+
+def test_what_cannot_be_told_costs_no_graph(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(backend.dump, "graph", broken)
+    model = Attention()
+    assert torch.allclose(torch.compile(model, backend="attnopt")(X), model(X), atol=1e-5)
+    assert [len(report.rewrites) for report in reports_of(model)[0]] == [1]
+    assert "could not tell what it did: OSError: the disk is full" in caplog.text

@@ -30,7 +30,7 @@ from attnopt.capture import capture, needs_grad
 from attnopt.capture.constants import guarded, relied_at
 from attnopt.capture.floats import give_floats_back
 from attnopt.codegen import emit
-from attnopt.errors import OptionError, PlanError
+from attnopt.errors import OptionError, PlanError, first_line
 from attnopt.ir import GraphReport, Refusal, Step
 from attnopt.passes import PIPELINE, Pass, Program
 from attnopt.passes.append import Append
@@ -149,6 +149,17 @@ def record(report: GraphReport, inputs: Sequence[Any] = ()) -> int:
     return told.tell(report)
 
 
+def announce(report: GraphReport, inputs: Sequence[Any], plan: Plan | None) -> None:
+    """Keep a report, tell it and dump it: nothing here may cost the graph that was compiled."""
+    try:
+        dump.graph(record(report, inputs), report, plan)
+        structured.report(report)
+    except Exception as error:
+        if settings.strict():
+            raise
+        log.warning("attnopt could not tell what it did: %s: %s", type(error).__name__, first_line(error))
+
+
 @dataclass(frozen=True)
 class Rewritten:
     """A graph, what was done to it, and under which conditions it may run: `constants` relied on, by the positions of
@@ -160,8 +171,10 @@ class Rewritten:
     appends: tuple[Append, ...] = ()
 
 
-def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass] = PIPELINE) -> Rewritten:
-    """The rewritten functional graph, or `gm` itself with the reason in the report."""
+def rewrite(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass] | None = None
+) -> Rewritten:
+    """The rewritten functional graph, or `gm` itself with the reason in the report; by PIPELINE, or `passes`."""
     off = settings.disabled()
     if "all" in off:
         no = Refusal("ATTNOPT_DISABLE switches all of attnopt off", code="switched-off")
@@ -188,7 +201,7 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Se
         texts=texts,
         fuel=FUEL,
     )
-    program.run(passes)
+    program.run(PIPELINE if passes is None else passes)
     report = program.report()
     FUEL.made += len(report.rewrites)
     missing = (f"ATTNOPT_DISABLE switches off {', '.join(sorted(off))}",) if off else ()
@@ -204,7 +217,7 @@ def rewrite(gm: GraphModule, inputs: Sequence[Any], options: Options, passes: Se
 def left_alone(error: Exception) -> GraphReport:
     """The report of a graph at which something of ours, or inductor on what we made, failed."""
     log.warning("attnopt left a graph alone: %s: %s", type(error).__name__, error, exc_info=settings.debug() > 0)
-    no = Refusal(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", code="pass-failed")
+    no = Refusal(f"{type(error).__name__}: {first_line(error)}", code="pass-failed")
     return GraphReport(fallback=no.reason, fallback_code=no.code)
 
 
@@ -227,13 +240,11 @@ def attnopt(
     if made.graph is not gm:
         try:
             return compiled(made, example_inputs, chosen, lambda: later(gm, chosen.patches()))
-        except torch._dynamo.exc.RestartAnalysis:
-            # Inductor asks Dynamo for another graph: no failure.
-            raise
         except Exception as error:
-            if settings.strict():
-                raise
             FUEL.made -= len(made.report.rewrites)
+            # By a restart inductor asks Dynamo for another graph: no failure.
+            if settings.strict() or isinstance(error, torch._dynamo.exc.RestartAnalysis):
+                raise
             made = Rewritten(gm, left_alone(error))
     return compiled(made, example_inputs, chosen)
 
@@ -247,8 +258,7 @@ def compiled(
     structured.graph(made.graph.graph)
     run = to_inductor(made.graph, with_longer(inputs, made.appends), patches)
     report = replace(made.report, notes=(*made.report.notes, SHIELDED)) if kept_apart else made.report
-    dump.graph(record(report, inputs), report, chosen.plan)
-    structured.report(report)
+    announce(report, inputs, chosen.plan)
     if made.appends and untouched:
         run = appending(run, made.appends, untouched)
     return guarded(run, untouched, made.constants) if made.constants and untouched else run

@@ -14,6 +14,7 @@ from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def is_compiled(subject: Any) -> bool:
 def shape_of(called: Any) -> int | None:
     """Equal for two models of one class and sizes, and for a function made twice; None for anything else."""
     if isinstance(called, nn.Module):
-        sizes = tuple((name, tuple(p.shape), p.dtype) for name, p in called.named_parameters())
+        # A lazy parameter has no shape yet.
+        sizes = tuple((name, None if is_lazy(p) else tuple(p.shape), p.dtype) for name, p in called.named_parameters())
         return hash((type(called), sizes))
     return hash(called.__code__) if isinstance(called, FunctionType) else None

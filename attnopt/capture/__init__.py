@@ -25,6 +25,7 @@ from attnopt import settings
 from attnopt.capture import autocast
 from attnopt.capture.constants import KEY, small_buffers
 from attnopt.capture.prepare import prepared
+from attnopt.errors import first_line
 from attnopt.ir import Refusal
 
 log = logging.getLogger("attnopt")
@@ -98,9 +99,7 @@ def capture(gm: GraphModule) -> GraphModule | Refusal:
         if settings.strict():
             raise
         log.debug("export failed", exc_info=True)
-        text = str(error).strip().splitlines()
-        said = f"{type(error).__name__}: {text[0][:200] if text else ''}"
-        return unexported(Refusal(said, code="export-failed"))
+        return unexported(Refusal(f"{type(error).__name__}: {first_line(error)[:200]}", code="export-failed"))
     if reason is not None:
         return unexported(reason)
     exported.meta = {**gm.meta, **exported.meta, KEY: small_buffers(placeholders, found)}

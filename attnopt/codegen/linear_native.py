@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnopt import settings
 from attnopt.codegen import native
+from attnopt.errors import first_line
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
@@ -128,6 +129,6 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
                 native.answering(library, f"{name}_{dtype}", ctypes.c_char_p)
         return library, ""
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        said = first_line(error)[:200]
         log.warning("Linear far parts run out of torch's operators on this CPU, which are slower: %s", said)
         return None, f"not compiled: {said}"

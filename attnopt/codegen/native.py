@@ -20,6 +20,7 @@ from torch import Tensor
 from attnopt import settings
 from attnopt.codegen.decode_list import capacities_of
 from attnopt.codegen.slots import refuse_overflow
+from attnopt.errors import first_line
 
 log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
@@ -258,7 +259,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
             library.serve_operators()
         return library, ""
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        said = first_line(error)[:200]
         log.warning(
             "Attention with spans runs out of torch's operators on this CPU, which are slower: its own "
             "kernels were not compiled (%s). Install a C++ compiler (g++ or clang++), or set ATTNOPT_NATIVE=0.", said,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnopt import hf
-from attnopt.errors import AttnoptError, ModelError, OptionError
+from attnopt.errors import AttnoptError, ModelError, OptionError, first_line
 from attnopt.hf.loading import told
 from attnopt.report import terminal
 from attnopt.report.terminal import Progress
@@ -53,7 +53,7 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise OptionError(f"The device {name!r} cannot be used: {reason}", "Use cpu, or cuda where a GPU is.") from None
 
 

@@ -67,9 +67,12 @@ def plan(args: argparse.Namespace) -> None:
                 exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
                 partial=partial, tell=note,
             )  # fmt: skip
-        except AttnoptError as error:
-            # What an earlier run left is for a later one, unless nothing is left to search.
-            if isinstance(error, BudgetError) or not begun:
+        except BudgetError as error:
+            kept = f"What was measured is kept in {partial}, for another budget."
+            raise BudgetError(error.problem, f"{error.remedy} {kept}".strip()) from None
+        except AttnoptError:
+            # What an earlier run left is for a later one.
+            if not begun:
                 partial.unlink(missing_ok=True)
             raise
     made.plan.save(out)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from attnopt.cost import interleaved
-from attnopt.errors import VerificationError
+from attnopt.errors import VerificationError, first_line
 from attnopt.examine.records import Timing
 from attnopt.ir import Region
 from attnopt.passes.program import Program
@@ -60,7 +60,7 @@ def timed(program: Program, region: Region, lowering: str) -> Timing:
     except VerificationError as error:
         return replace(found, wrong=error.problem)
     except RuntimeError as error:
-        return replace(found, wrong=str(error).splitlines()[0])
+        return replace(found, wrong=first_line(error))
     times = interleaved([before, after], ROUNDS, program.device)
     return replace(found, before_ms=times[0], after_ms=times[1])
 

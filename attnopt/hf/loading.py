@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from attnopt.errors import DependencyError, ModelError, OptionError
+from attnopt.errors import DependencyError, ModelError, OptionError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -81,12 +81,11 @@ def load(
         cls = saved_class(name) if as_saved else hf.AutoModelForCausalLM
         model = cls.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = str(error).strip().splitlines()
-        if text and re.search("attn_implementation|attention", text[0], re.I):
+        reason = first_line(error)
+        if re.search("attn_implementation|attention", reason, re.I):
             raise OptionError(
-                f"{name} cannot be loaded with --attention {attention}: {text[0]}", "Use eager or sdpa."
+                f"{name} cannot be loaded with --attention {attention}: {reason}", "Use eager or sdpa."
             ) from error
-        reason = text[0] if text else type(error).__name__
         if path.exists():
             raise ModelError(
                 f"The model in {name} could not be loaded: {reason}",
@@ -114,7 +113,7 @@ def tokenizer_of(name: str) -> tuple[Any, str]:
         return transformers().AutoTokenizer.from_pretrained(name), ""
     except Exception as error:  # a tokenizer's own package may be missing or old, and raises what it likes
         there = isinstance(error, ImportError) or any(Path(name).glob("tokenizer*"))
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return None, f"The tokenizer of {name} could not be loaded: {reason}" if there else ""
 
 

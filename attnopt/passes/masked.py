@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from attnopt import ops, settings  # noqa: F401  (registers the operator)
 from attnopt.codegen.spec import MaskedPrefill
-from attnopt.errors import AttnoptError
+from attnopt.errors import AttnoptError, first_line
 from attnopt.ir import Region
 from attnopt.masks.kernel_form import Bound, NoForm, form_of, positions_of, size_terms
 from attnopt.masks.live_range import documents, flags
@@ -64,7 +64,7 @@ def unserved(program: Program, region: Region) -> str:
         sizes = (site.heads, site.kv_heads, site.head_dim, site.head_dim_v)
         TARGETS[f"{target} {MaskedPrefill.kernel}"].emit(MaskedPrefill(target, site.dtype, *sizes, form.text))
     except (NoForm, ValueError, AttnoptError) as error:
-        return f"no kernel is printed, {str(error).splitlines()[0]}"
+        return f"no kernel is printed, {first_line(error)}"
     return ""
 
 

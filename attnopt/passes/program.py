@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnopt import settings
+from attnopt.errors import first_line
 from attnopt.ir import Attempt, Choice, GraphReport, Miss, Refusal, Region, Rewrite, Step
 from attnopt.passes.cutout import cutout, operands, reached
 from attnopt.passes.fuel import Fuel
@@ -146,8 +147,7 @@ class Program:
                 graph.erase_node(node)
             if settings.strict():
                 raise
-            said = str(error).splitlines()[0] if str(error) else ""
-            said = f"{type(error).__name__} while rewriting: {said}"
+            said = f"{type(error).__name__} while rewriting: {first_line(error)}"
             self.refuse(region, Refusal(said, code="rewrite-failed"))
             return
         inputs = operands(region)

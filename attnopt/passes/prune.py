@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt import settings
+from attnopt.errors import first_line
 from attnopt.ir import DENSE, Choice, Refusal, Region, Rewrite
 from attnopt.mixed import gone
 from attnopt.passes import lower_exact, lower_planned
@@ -157,8 +158,7 @@ def cut(program: Program, region: Region, choices: Sequence[Choice], removed: Se
             if settings.strict():
                 slices.undo()
                 raise
-            said = str(error).splitlines()[0] if str(error) else ""
-            no = Refusal(f"{type(error).__name__} while cutting it: {said}", code="rewrite-failed")
+            no = Refusal(f"{type(error).__name__} while cutting it: {first_line(error)}", code="rewrite-failed")
         if no is None:
             lower(program, region, regions, kept, choices, against[0].reason if against and not natural else "")
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnopt import settings
-from attnopt.errors import VerificationError
+from attnopt.errors import VerificationError, first_line
 from attnopt.ir import Refusal, Region
 from attnopt.masks.documents import counted, equalities
 from attnopt.masks.interpret import MASKED
@@ -45,8 +45,7 @@ def run(program: Program) -> None:
         except Exception as error:
             if settings.strict():
                 raise
-            said = str(error).splitlines()[0] if str(error) else ""
-            said = f"{type(error).__name__} in verification: {said}"
+            said = f"{type(error).__name__} in verification: {first_line(error)}"
             program.refuse(region, Refusal(said, code="rewrite-failed"))
 
 

@@ -17,6 +17,7 @@ from attnopt.measure import Sequences, Spans
 from attnopt.plan import choices_id
 from attnopt.planner.knapsack import Choices
 from attnopt.planner.verify import Evaluation
+from attnopt.strict_json import unique
 
 SCHEMA = 1
 Progress = Callable[[str, int, int], None]
@@ -38,14 +39,14 @@ class Kept:
         if path is None or not path.exists():
             return fresh
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_bytes(), object_pairs_hook=unique)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"it is of format {data['schema']}, this attnopt reads {SCHEMA}")
             others = [name for name in inputs if data["inputs"].get(name) != inputs[name]]
             if others:
-                raise ValueError(f"it is of another {', '.join(others)}")
+                raise ValueError(f"it is of other {', '.join(others)}")
             fresh.rows = {str(name): [row_of(row) for row in rows] for name, rows in data["rows"].items()}
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             tell(f"{path} is not taken up: {f'no {error}' if isinstance(error, KeyError) else error}.")
             return cls(inputs, path)
         tell(f"Going on from {path}: {sum(map(len, fresh.rows.values()))} sequences are measured.")
@@ -69,8 +70,9 @@ def row_of(data: Any) -> Sequences:
     sizes = [len(part) for part in (tokens, loss, kl, dense, agree)]
     if sizes not in ([1, 1, 1, 0, 0], [1, 1, 1, 1, 1]):
         raise ValueError("a row of it is not that of one sequence")
-    if not all(type(x) is int for x in (*tokens, *agree)) or not all(type(x) is float for x in (*loss, *kl, *dense)):
-        raise ValueError("a row of it holds something else than numbers")
+    counts, losses = (*tokens, *agree), (*loss, *kl, *dense)
+    if not all(type(x) is int and x >= 0 for x in counts) or not all(type(x) is float for x in losses):
+        raise ValueError("a row of it holds something else than counts and losses")
     return Sequences(tokens, loss, kl, dense, agree)
 
 

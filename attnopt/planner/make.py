@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from attnopt import __version__, settings
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, WithFar, device_name, load_or_measure, load_or_measure_far
 from attnopt.errors import OptionError, TextError
-from attnopt.fingerprint import Fingerprint, fingerprint_of
+from attnopt.fingerprint import Fingerprint, digest, fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
@@ -196,7 +195,8 @@ def make_plan(
         whole = not_cuttable(model, short, sites, fingerprint, fitted)
         notes += tuple(f"{name} keeps all heads: {reason}." for name, reason in whole.items())
     problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted, tuple(whole))
-    kept = Kept.begin(inputs_of(model, fingerprint, fitted, verify, final), partial, tell or (lambda line: None))
+    inputs = inputs_of(model, fingerprint, fitted, verify, final) if partial is not None else {}
+    kept = Kept.begin(inputs, partial, tell or (lambda line: None))
     evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying", kept)
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
     refuse_contradiction(problem, limits, budget, dense_loss)
@@ -250,9 +250,12 @@ def inputs_of(
     weight = next(model.parameters())
     device = weight.device.type
     return {
-        "model": json.dumps(fingerprint.to_json()),
+        "model": fingerprint.structure,
+        "weights": digest(model),
+        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
         "dtype": str(weight.dtype),
         "device": f"{device_name(str(weight.device))}, {settings.target(device)}",
+        "setting": f"native {settings.native()}, disabled {', '.join(sorted(settings.disabled()))}",
         "text": f"{digest_of(verify)} {digest_of(final)}",
         "file of fits": hashlib.sha256(fitted.to_bytes()).hexdigest()[:16] if fitted is not None else "",
         "version": " ".join(f"{name} {version}" for name, version in (("attnopt", __version__), *versions_here())),

@@ -149,8 +149,10 @@ def test_heads_that_are_not_there(planned: Path, fails: Fails) -> None:
 def test_a_budget_that_no_plan_keeps_writes_nothing(planned: Path, fails: Fails, tmp_path: Path) -> None:
     options = plan_command(planned, tmp_path / "plan.json")
     at = options.index("--max-loss-increase")
-    assert "budget" in fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]], code=1)
-    assert not list(tmp_path.iterdir())
+    said = fails([*options[:at], "--max-kl", "1e-300", *options[at + 2 :]], code=1)
+    partial = tmp_path / "plan.json.partial"
+    assert "budget" in said and f"What was measured is kept in {partial}" in said
+    assert list(tmp_path.iterdir()) == [partial]
 
 
 def test_a_contradiction_is_refused_with_2_and_leaves_the_old_plan(planned: Path, fails: Fails, tmp_path: Path) -> None:

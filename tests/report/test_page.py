@@ -244,7 +244,6 @@ def test_a_figure_loses_scripts_references_and_shared_ids() -> None:
 
 
 def test_pictures_of_rewrites_are_placed_the_first_of_them_open() -> None:
-    pytest.importorskip("attnopt.report.pictures")
     ops = [{"name": name, "op": "input", "inputs": [], "shape": "1, 4, 64, 16"} for name in "qkv"]
     one = {"name": "out", "op": "scaled_dot_product_attention", "inputs": ["q", "k", "v"], "shape": "1, 4, 64, 16"}
     item = {"site": EVIL, "caption": "one call", "before": [*ops, one], "after": [*ops, one]}

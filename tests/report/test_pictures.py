@@ -12,7 +12,6 @@ from attnopt.ir import REST, GraphReport, Mask, Op, Rewrite, Site
 from attnopt.report import figures
 from attnopt.report.pictures import merged, panel, picture_svg, pictures_json
 
-nx = pytest.importorskip("networkx")
 drawn = pytest.mark.skipif(not figures.available(), reason="matplotlib is not installed")
 
 INPUTS = tuple(Op(name, "input", (), "1, 4, 8, 16") for name in "qkv")
