@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from types import FrameType
 
 from attnopt.errors import AttnoptError
+from attnopt.escapes import visible
 from attnopt.options import EXAMPLES, INTERRUPTED, START, build_parser
 from attnopt.parsing import HELP
 
@@ -149,9 +150,9 @@ def fail(error: AttnoptError, as_json: bool = False) -> int:
 
         # Not by the console of reports: that would load torch to say that an option is misspelt.
         to = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        to.print(Text(error.problem, style="bold red"), soft_wrap=True)
+        to.print(Text(visible(error.problem), style="bold red"), soft_wrap=True)
         if error.remedy:
-            to.print(Text("  " + error.remedy), soft_wrap=True)
+            to.print(Text("  " + visible(error.remedy)), soft_wrap=True)
     return error.exit_code
 
 

@@ -199,6 +199,11 @@ def test_json_for_the_command_of_somebody_else_is_not_asked_of_this_one(
     assert told == "This cannot be.\n  Choose another.\n"
 
 
+def test_a_message_moves_no_cursor(fails: Fails) -> None:
+    told = fails(["show", "no\x1b]0;owned\x07\x1b[31m.json"])
+    assert r"no\x1b]0;owned\x07\x1b[31m.json" in told and not {"\x1b", "\x07"} & set(told)
+
+
 TALKING = """
 import sys
 print("imported")
