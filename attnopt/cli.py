@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from types import FrameType
 
 from attnopt.errors import AttnoptError
+from attnopt.escapes import visible
 from attnopt.options import EXAMPLES, INTERRUPTED, START, build_parser
 from attnopt.parsing import HELP
 
@@ -38,28 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` without one) and return its exit code; `--help` and `--version` raise
     SystemExit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+    # What stands after "--" is a command line of somebody else's.
+    as_json = "--json" in given[: given.index("--") if "--" in given else None]
+    with interruptible():
         try:
-            return answered(given)
-        finally:
-            sys.stdout.flush()
-    except OSError as error:
-        # What is still buffered must not be tried again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            # Whoever read the output has seen enough.
-            return 0
-        return fail(of_system(error), "--json" in given)
+            try:
+                return answered(given, as_json)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            # What is still buffered must not be tried again at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                # Whoever read the output has seen enough.
+                return 0
+            return fail(of_system(error), as_json)
 
 
-def answered(given: list[str]) -> int:
+def answered(given: list[str], as_json: bool) -> int:
     """The exit code of a command that was run, with its mistake told on standard error."""
-    command, as_json = "", "--json" in given
+    command = ""
     try:
-        with interruptible():
-            args = build_parser().parse_args(given)
-            command = args.command or ""
-            perform(args)
+        args = build_parser().parse_args(given)
+        command = args.command or ""
+        perform(args)
     except BrokenPipeError:
         raise
     except AttnoptError as error:
@@ -116,12 +119,9 @@ def perform(args: argparse.Namespace) -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM interrupts as Ctrl-C does, so that what is done so far is kept; a second one of either ends the process
-    at once. Signals that the parent had switched off stay off."""
-    stopped = False
+    at once. Signals that the parent had switched off stay off. Afterwards each is handled as it was before."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
         for name in before:
             signal.signal(name, signal.SIG_DFL)
         raise KeyboardInterrupt
@@ -136,8 +136,7 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for name, handler in before.items():
-            if not stopped:
-                signal.signal(name, handler)
+            signal.signal(name, handler)
 
 
 def fail(error: AttnoptError, as_json: bool = False) -> int:
@@ -151,9 +150,9 @@ def fail(error: AttnoptError, as_json: bool = False) -> int:
 
         # Not by the console of reports: that would load torch to say that an option is misspelt.
         to = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        to.print(Text(error.problem, style="bold red"), soft_wrap=True)
+        to.print(Text(visible(error.problem), style="bold red"), soft_wrap=True)
         if error.remedy:
-            to.print(Text("  " + error.remedy), soft_wrap=True)
+            to.print(Text("  " + visible(error.remedy)), soft_wrap=True)
     return error.exit_code
 
 

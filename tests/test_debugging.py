@@ -190,6 +190,17 @@ def test_the_folder_of_another_process_of_this_number_stays(eagerly, monkeypatch
     assert list((tmp_path / f"{os.getpid()}-2").glob("*/report.txt"))
 
 
+def test_a_process_that_changes_its_folder_keeps_the_one_of_its_graphs(eagerly, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATTNOPT_DUMP", "graphs")
+    run()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert len(list((tmp_path / "graphs" / str(os.getpid())).glob("*/report.txt"))) == 2
+
+
 def test_a_folder_that_cannot_be_written_is_said_once(eagerly, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNOPT_DUMP", str(tmp_path / "file" / "below"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -15,13 +17,13 @@ from attnopt.cli import main
 WAITING = """
 import time
 from attnopt.cli import interruptible
-try:
-    with interruptible():
+with interruptible():
+    try:
         print("ready", flush=True)
         time.sleep(60)
-except KeyboardInterrupt:
-    print("stopped", flush=True)
-    time.sleep(60)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        time.sleep(60)
 """
 
 
@@ -50,6 +52,27 @@ def test_a_signal_that_was_switched_off_stays_off() -> None:
     assert process.stdout is not None and process.stdout.readline() == "stopped\n"
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_calls_main_keeps_what_handles_its_signals(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnopt import commands
+
+    def signalled(args: argparse.Namespace) -> None:
+        signal.raise_signal(number)
+
+    def own(number: int, frame: FrameType | None) -> None:
+        pass
+
+    monkeypatch.setitem(commands.COMMANDS, "show", signalled)
+    before = signal.signal(number, own)
+    try:
+        assert main(["show", "x"]) == 1 and signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)
+    assert "Interrupted." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["completion", "bash"], ["show", "--help"]], ids=str)

@@ -69,7 +69,8 @@ def folder() -> Path | None:
     at = (os.getpid(), asked)
     if at not in _folders:
         try:
-            _folders[at] = claimed(asked)
+            # The process may change its folder later.
+            _folders[at] = claimed(asked.resolve())
         except OSError as error:
             give_up(error)
     return _folders[at]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from attnopt import settings
 from attnopt.codegen.spec import KernelSpec
+from attnopt.escapes import visible
 from attnopt.ir import GraphReport, Miss, Refusal
 from attnopt.passes.graph_text import diffs
 
@@ -32,17 +33,19 @@ def tell(report: GraphReport) -> int:
     graph's number in this process."""
     number, level = next(_graphs), settings.debug()
     if level:
-        print("\n".join(line for _, line in lines(report, level, number)), file=sys.stderr, flush=True)
+        text = "\n".join(line for _, line in lines(report, level, number))
+        print(visible(text), file=sys.stderr, flush=True)
     elif log.isEnabledFor(logging.INFO):
         for at, line in lines(report, 2 if log.isEnabledFor(logging.DEBUG) else 1, number):
-            log.log(logging.INFO if at == 1 else logging.DEBUG, "%s", line)
+            log.log(logging.INFO if at == 1 else logging.DEBUG, "%s", visible(line))
     return number
 
 
 def kernel(spec: KernelSpec, source: str, path: Path) -> None:
     """Told at level 4 when a kernel is first used in this process."""
     if settings.debug() >= 4:
-        print(f"attnopt kernel: {spec}\n  spec {spec!r}\n  file {path}\n{source}", file=sys.stderr, flush=True)
+        text = f"attnopt kernel: {spec}\n  spec {spec!r}\n  file {path}\n{source}"
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def lines(report: GraphReport, level: int, number: int = 0) -> Iterator[tuple[int, str]]:

@@ -15,6 +15,7 @@ import torch
 
 from attnopt import hf
 from attnopt.errors import AttnoptError, ModelError, OptionError, first_line
+from attnopt.escapes import visible
 from attnopt.hf.loading import told
 from attnopt.report import terminal
 from attnopt.report.terminal import Progress
@@ -91,10 +92,10 @@ def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(visible(line), flush=True)
     sys.stderr.flush()
 
 
 def note(line: str) -> None:
     """What is worth knowing of a run beside its result, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)

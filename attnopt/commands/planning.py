@@ -12,7 +12,18 @@ import torch
 
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
+from attnopt.commands.common import (
+    Progress,
+    check_device,
+    check_forward,
+    emit,
+    load,
+    note,
+    say,
+    stages,
+    token_ids,
+    writable,
+)
 from attnopt.commands.reporting import Known, page_of, plan_report
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import AttnoptError, BudgetError, OptionError
@@ -88,8 +99,8 @@ def plan(args: argparse.Namespace) -> None:
         terminal.print_records(made.verified.records)
         terminal.print_plan(made.plan)
         for line in notes:
-            print(line)
-        print(f"wrote {out}")
+            say(line)
+        say(f"wrote {out}")
 
     emit(args, data, show)
 

@@ -6,6 +6,7 @@ be chosen if the sizes that stand for a length were that length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from attnopt.passes.lower_exact import choose, repeats_keys, scores_stay
 from attnopt.passes.program import Program
 from attnopt.passes.verify import hint
 from attnopt.patterns import RawTerm, checked
+from attnopt.patterns.layout import Atom
 
 aten = torch.ops.aten
 
@@ -95,16 +97,20 @@ class Savings:
 
     def bytes_of(self, region: Region, term: RawTerm, length: int) -> int:
         """What a mask takes; axes along which it repeats itself take nothing."""
-        dims, _ = term_dims(region.match, term)
-        size = int(term.node.meta["val"].element_size())
-        for atom in (a for d in dims for a in d):
-            size *= self.scaled(length, hint(atom.size))
-        return size
+        _, (batch, heads, queries, keys) = term_dims(region.match, term)
+        size = int(term.node.meta["val"].element_size()) * extent((*batch, *heads))
+        # Only these are lengths: as many heads as tokens were traced are not.
+        return size * self.scaled(length, extent(queries)) * self.scaled(length, extent(keys))
 
 
 def extents(region: Region) -> tuple[int, int]:
     """Queries and keys, as traced."""
     return hint(region.q.meta["val"].shape[2]), hint(region.k.meta["val"].shape[2])
+
+
+def extent(axis: Iterable[Atom]) -> int:
+    """Places along an axis, as traced; 1 where a mask has no such axis."""
+    return math.prod(hint(atom.size) for atom in axis)
 
 
 def begins(lowering: str, names: Sequence[str]) -> bool:

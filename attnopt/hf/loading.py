@@ -18,6 +18,7 @@ from torch import nn
 from attnopt.errors import DependencyError, ModelError, OptionError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OWN_CODE = "Nothing that lies with a model is run. Build it in code that you trust, and give that as module:callable."
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -79,8 +80,10 @@ def load(
     hf.logging.disable_progress_bar()
     try:
         cls = saved_class(name) if as_saved else hf.AutoModelForCausalLM
-        model = cls.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        model = cls.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if needs_own_code(error):
+            raise ModelError(f"{name} needs Python code of its own.", OWN_CODE) from error
         reason = first_line(error)
         if re.search("attn_implementation|attention", reason, re.I):
             raise OptionError(
@@ -103,18 +106,25 @@ def load(
 def saved_class(name: str) -> Any:
     """The class that a model was saved from; the one for causal language models where its configuration names none."""
     hf = transformers()
-    named = hf.AutoConfig.from_pretrained(name).architectures or ()
+    named = hf.AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ()
     return next((cls for n in named if (cls := getattr(hf, n, None)) is not None), hf.AutoModelForCausalLM)
 
 
 def tokenizer_of(name: str) -> tuple[Any, str]:
     """The tokenizer saved beside a model, or None; and why one that is there could not be loaded."""
     try:
-        return transformers().AutoTokenizer.from_pretrained(name), ""
+        return transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False), ""
     except Exception as error:  # a tokenizer's own package may be missing or old, and raises what it likes
         there = isinstance(error, ImportError) or any(Path(name).glob("tokenizer*"))
         reason = first_line(error)
+        if needs_own_code(error):
+            reason = f"it needs Python code of its own. {OWN_CODE}"
         return None, f"The tokenizer of {name} could not be loaded: {reason}" if there else ""
+
+
+def needs_own_code(error: Exception) -> bool:
+    """Whether transformers would have to run code that lies with the model."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 def from_callable(name: str, dtype: torch.dtype, device: str) -> Loaded:

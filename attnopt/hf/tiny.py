@@ -18,7 +18,7 @@ from torch import nn
 
 from attnopt.errors import ModelError, OptionError
 from attnopt.hf.classes import KINDS, entries
-from attnopt.hf.loading import Loaded, transformers
+from attnopt.hf.loading import OWN_CODE, Loaded, needs_own_code, transformers
 from attnopt.hf.shrink import POSITION_COUNT, POSITIONS, shrink
 
 # Bytes of random weights that are made without being asked twice: a model of two billion parameters in float32.
@@ -81,8 +81,10 @@ def configured(name: str) -> tuple[Any, Any]:
 def from_file(path: Path) -> tuple[Any, Any]:
     hf = transformers()
     try:
-        config = hf.AutoConfig.from_pretrained(path)
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if needs_own_code(error):
+            raise ModelError(f"{path} needs Python code of its own.", OWN_CODE) from error
         said = f"{path} is no configuration of transformers: {summary(error)}"
         raise ModelError(said, "Give a config.json that save_pretrained() wrote, or the folder of one.") from error
     named = next((cls for n in config.architectures or () if (cls := getattr(hf, n, None)) is not None), None)

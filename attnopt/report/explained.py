@@ -28,6 +28,7 @@ from attnopt.report.fragment import fragment
 from attnopt.report.history import History
 from attnopt.report.page import write_page
 from attnopt.report.pictures import pictures_json
+from attnopt.report.terminal.console import Printer
 
 if TYPE_CHECKING:
     from attnopt.hf.explained import Generation
@@ -65,7 +66,7 @@ class Explanation:
 
     def __str__(self) -> str:
         width = terminal.console().width
-        return printed(self, Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False))
+        return printed(self, Printer(file=io.StringIO(), width=width))
 
     __repr__ = __str__
 
@@ -76,10 +77,9 @@ class Explanation:
         """The plan or profile as the terminal shows it, in colours, as HTML."""
         if self.plan is None and self.profile is None:
             return ""
-        to = Console(
-            file=io.StringIO(), width=110, record=True, markup=False, emoji=False, highlight=False,
-            force_terminal=True, color_system="truecolor", no_color=False,
-        )  # fmt: skip
+        to = Printer(
+            file=io.StringIO(), width=110, record=True, force_terminal=True, color_system="truecolor", no_color=False
+        )
         print_planned(self, to)
         return to.export_html(inline_styles=True, code_format="{code}")
 

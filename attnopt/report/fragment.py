@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 from zlib import crc32
 
+from attnopt.escapes import visible
 from attnopt.report import figures
 from attnopt.report.cells import cell_text
 from attnopt.report.pictures import picture_svg
@@ -49,8 +50,8 @@ def fragment(data: Mapping[str, Any], history: str, planned: str) -> str:
     if history:
         body.append(opened("History of the passes", f"<pre>{coloured(history.splitlines())}</pre>"))
     text = f'<div class="attnopt"><style>{STYLE}</style>{"".join(body)}</div>'
-    # A name may hold what UTF-8 cannot.
-    return text.encode("utf-8", "replace").decode("utf-8")
+    # A name may hold what UTF-8 cannot, or HTML.
+    return visible(text)
 
 
 def graphs(found: Mapping[str, Any]) -> list[str]:

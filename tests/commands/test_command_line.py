@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from attnopt.cli import EXAMPLES, HELP, main
+from attnopt.errors import OptionError
 from attnopt.options import INTERRUPTED, OPTIONS
 
 from .lines import Fails, plan_command, snapshot
@@ -186,6 +187,21 @@ def test_an_error_is_a_document_where_the_result_would_be_one(capsys: pytest.Cap
         error = json.loads(captured.err)
         assert captured.out == "" and set(error) == {"error", "remedy", "exit_code"} and error["exit_code"] == 2
         assert told[0] in error["error"] and told[1] in error["remedy"]
+
+
+def test_json_for_the_command_of_somebody_else_is_not_asked_of_this_one(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnopt import commands
+
+    monkeypatch.setitem(commands.COMMANDS, "bisect", Failing(OptionError("This cannot be.", "Choose another.")))
+    told = fails(["bisect", "--", "python", "check.py", "--json"])
+    assert told == "This cannot be.\n  Choose another.\n"
+
+
+def test_a_message_moves_no_cursor(fails: Fails) -> None:
+    told = fails(["show", "no\x1b]0;owned\x07\x1b[31m.json"])
+    assert r"no\x1b]0;owned\x07\x1b[31m.json" in told and not {"\x1b", "\x07"} & set(told)
 
 
 TALKING = """

@@ -89,6 +89,26 @@ def test_a_causal_site_is_counted_at_chosen_lengths(monkeypatch: pytest.MonkeyPa
         assert saving.repeated_bytes == 2 * 4 * n * (8 + 8) * 4 and saving.scores_bytes == 2 * 4 * n * n * 4
 
 
+class AsManyHeads(nn.Module):
+    """As many heads, of four, as tokens are traced, under a mask that every head has for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, LENGTH * 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n = ids.shape[1]
+        x = self.embed(ids).unflatten(-1, (LENGTH, 4)).transpose(1, 2)
+        mask = torch.ones(n, n, dtype=torch.bool).tril().expand(1, LENGTH, n, n).contiguous()
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def test_as_many_heads_as_tokens_are_no_length() -> None:
+    (graph,) = traced(AsManyHeads(), 1000).graphs
+    assert graph.savings[0].mask_bytes == LENGTH * 1000 * 1000
+    assert graph.savings[0].pairs_before == LENGTH * 1000 * 1000
+
+
 def test_a_mask_that_is_read_elsewhere_is_still_made() -> None:
     (graph,) = traced(Written(leak=True), 64).graphs
     assert graph.report.rewrites and graph.savings[0].mask_bytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from attnopt.errors import ModelError, OptionError
 from attnopt.hf import load, tiny
 from attnopt.hf.inputs import inputs_of
+from attnopt.hf.loading import tokenizer_of
 from attnopt.hf.tiny import change_of, from_config
 
 
@@ -97,3 +99,35 @@ def test_a_saved_model_is_loaded_as_what_it_was(tmp_path: Path) -> None:
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert type(load(str(tmp_path), as_saved=True).model).__name__ == "BertLMHeadModel"
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaTokenizer
+Path(RAN).touch()
+class Own(LlamaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.fixture
+def with_own_code(tmp_path: Path) -> Path:
+    """A folder whose configuration and tokenizer name classes of a file beside them."""
+    (tmp_path / "own.py").write_text(OWN_CODE.replace("RAN", repr(str(tmp_path / "was_run"))), encoding="utf-8")
+    config = {"model_type": "own", "architectures": ["LlamaForCausalLM"], "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    return tmp_path
+
+
+def test_code_that_lies_with_a_model_is_not_run(with_own_code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever is asked says yes.
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    name = str(with_own_code)
+    for refused in (partial(from_config, name, tiny=True), partial(load, name), partial(load, name, as_saved=True)):
+        with pytest.raises(ModelError, match=r"(?s)needs Python code of its own.*module:callable"):
+            refused()
+    tokenizer, note = tokenizer_of(name)
+    assert tokenizer is None and "needs Python code of its own" in note
+    assert not (with_own_code / "was_run").exists()

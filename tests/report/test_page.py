@@ -86,6 +86,12 @@ def test_names_are_never_markup() -> None:
     assert EVIL in reader.text and "A <title>" in reader.text and KERNEL in reader.text
 
 
+def test_a_page_holds_no_character_that_html_may_not() -> None:
+    text = page.render({"title": "a\x1b[31m\0\ud800"})
+    assert r"a\x1b[31m\x00\ud800" in text
+    assert not set(text) & {"\x1b", "\0", "\ud800"}
+
+
 def test_the_policy_names_the_one_script_there_is() -> None:
     text = rendered()[1]
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)

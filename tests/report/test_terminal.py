@@ -200,6 +200,21 @@ def test_every_step_of_the_ramp_is_read_without_its_hue() -> None:
         assert (max(ink, step) + 0.05) / (min(ink, step) + 0.05) >= 4.5, n
 
 
+SPOILT = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f"
+
+
+def test_a_terminal_obeys_no_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    choices = {f"{SPOILT}.{name}": heads for name, heads in plan().choices.items()}
+    terminal.print_plan(replace(plan(), model=SPOILT, choices=choices))
+    terminal.print_graphs([replace(report(1), notes=(SPOILT,), sites=(site(SPOILT),))])
+    with terminal.progress("always") as told:
+        told(SPOILT, 0, 3)
+    out, err = capsys.readouterr()
+    assert r"a\x1b]0;owned" in out and r"a\x1b]0;owned" in err
+    assert not set(out + err) & {"\x1b", "\x07", "\x9b", "\x7f"}
+
+
 def test_no_colour_where_none_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     terminal.print_plan(plan())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.codegen.emit import write_atomically
+from attnopt.escapes import visible
 from attnopt.report.page import code, heads, plans, sites, summary
 from attnopt.report.page.pieces import Part, facts, figure, folded, soft
 from attnopt.report.page.summary import Tile, strip
@@ -47,8 +48,8 @@ def render(data: Mapping[str, Any]) -> str:
         body.append("</section>")
     links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
     page = _document(str(data.get("title") or "attnopt"), style, script, links, "\n".join(body))
-    # A name may hold what UTF-8 cannot.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    # A name may hold what UTF-8 cannot, or HTML.
+    return visible(page)
 
 
 def _left_out(parts: list[Part], limit: int) -> set[str]:

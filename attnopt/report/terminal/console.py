@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from attnopt.escapes import visible
 
 WIDTH = 140  # of tables that go to a file or a pipe, where no terminal says how wide it is
 
 
 class Printer(Console):
-    """A console that leaves it to the command line to end quietly when its reader has gone."""
+    """A console that reads no markup, neither its own nor a terminal's, and that leaves it to the command line to end
+    quietly when its reader has gone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            # Control segments are the console's own: they move the cursor.
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> NoReturn:
         self.quiet = True
@@ -24,13 +36,13 @@ class Printer(Console):
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that reads no markup; NO_COLOR and COLUMNS are honoured."""
+    """A printer to standard output or error; NO_COLOR and COLUMNS are honoured."""
     stream = sys.stderr if stderr else sys.stdout
     encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None and not encoding.startswith("utf"):
         reconfigure(errors="replace")  # a module's name must not end the program
-    made = Printer(stderr=stderr, markup=False, emoji=False, highlight=False)
+    made = Printer(stderr=stderr)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = WIDTH
     return made

@@ -13,6 +13,8 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from attnopt.escapes import visible
+
 # Called with (what, done, of). What stands before ": " in `what` is the stage, what comes after it only where in that
 # stage the work is; of 0 is work whose end is not known.
 Progress = Callable[[str, int, int], None]
@@ -125,7 +127,7 @@ def progress(mode: str = "auto", to: TextIO | None = None) -> Iterator[Progress]
     def report(what: str, done: int, of: int) -> None:
         nonlocal stage, since, live, told
         now = time.monotonic()
-        before, stage, since = stage, following(stage, what, done, of, now, since), now
+        before, stage, since = stage, following(stage, visible(what), done, of, now, since), now
         line.stage = stage
         if terminal and live is None:
             live = Live(line, console=target, transient=True, refresh_per_second=8, redirect_stdout=sys.stdout.isatty())
