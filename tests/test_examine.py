@@ -63,6 +63,15 @@ def test_what_may_steer_the_program_is_run() -> None:
     assert RAN == ["noted"] and not first.sites and len(second.sites) == 1
 
 
+def test_code_that_used_up_its_recompile_limit_is_examined_all_the_same() -> None:
+    model = Attention()
+    plain = torch.compile(model, backend="eager", dynamic=False)
+    for length in range(4, 13):
+        plain(torch.zeros(1, length, dtype=torch.int64))
+    (report,) = examine_model(hf.Loaded(model, None, "x"), 20)
+    assert len(report.sites) == 1
+
+
 def test_a_miss_is_shown_with_operation_line_and_page(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     torch._dynamo.reset()

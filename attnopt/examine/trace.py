@@ -51,7 +51,11 @@ def unrun(gm: GraphModule) -> Callable[..., Any]:
 
 @torch.no_grad()
 def examine_model(loaded: Loaded, length: int, padded: bool = False) -> list[GraphReport]:
-    """The reports of one traced prompt; nothing is compiled by inductor, and nothing is run that need not be."""
+    """The reports of one traced prompt; nothing is compiled by inductor, and nothing is run that need not be.
+
+    Dynamo forgets what it compiled before: it would leave code out without a word that used up its recompile limit.
+    """
+    torch._dynamo.reset()
     trace = Trace(loaded, prefill(loaded, length, padded, anew=False))
     trace.run(dynamic=False)
     return [graph.report for graph in trace.graphs]
