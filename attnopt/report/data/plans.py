@@ -217,12 +217,16 @@ def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
             "upper_95": finite(record.worst.upper_95),
             "length": record.worst.length,
             "holds": record.holds,
-            "measured": [{k: finite(v) for k, v in asdict(m).items()} for m in record.measured],
+            "measured": [finite(asdict(m)) for m in record.measured],
         }
         for record in records
     ]
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for what has no bound."""
+    """Plain data, of any depth, without infinities and NaN, which JSON does not have: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
