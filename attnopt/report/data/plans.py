@@ -74,13 +74,23 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
     }
 
 
-# Where a cost comes from, in words.
+# What a cost of Predicted.cost was added up from.
 COSTS = {
-    "measured": "measured on this device",
-    "roofline": "a roofline, not measured",
-    "density": "pairs counted, not measured",
-    "bytes": "bytes counted, not measured",
+    "measured": "from times measured on this device",
+    "roofline": "by a roofline, nothing timed",
+    "density": "pairs counted, nothing timed",
+    "bytes": "bytes counted, nothing timed",
 }
+
+
+def costs_text(predicted: Mapping[str, Any]) -> str:
+    """That a plan's costs are predicted, and from what."""
+    return f"predicted ({COSTS.get(predicted['cost'], predicted['cost'])})"
+
+
+def timed(predicted: Mapping[str, Any]) -> bool:
+    """Whether what the objective weighs is time, so that its ratio is a speed: not bytes, pairs or a share."""
+    return str(predicted["unit"]).split()[0] == "ms"
 
 
 def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
@@ -108,8 +118,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {n} tokens; "
                     f"{totals['replaced']} of {totals['heads']} heads replaced"),
         (plan["objective"], f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']} "
-                            f"at {n} tokens, {predicted['speedup']:.2f}x "
-                            f"({COSTS.get(predicted['cost'], predicted['cost'])})"),
+                            f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}"),
     ]  # fmt: skip
     if totals["kv_memory"] < 1:
         sizes = "" if totals["kv_bytes"] is None else f", {_bytes(totals['kv_bytes'])} of "
@@ -118,11 +127,11 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
     # What decided first: the split that the search never saw.
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
+    if plan["edited"]:
+        facts.append(("edited", "what was predicted and measured belongs to other choices than these"))
     facts += [("measured", f"{m['split']} split at {m['length']}: {_measured_text(m, plan)}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
-    if plan["edited"]:
-        facts.append(("edited", "the measurements belong to other choices than these"))
     facts += [
         ("model", f"{plan['model']} ({plan['fingerprint']})"),
         ("lengths", f"planned {n}, profiled {_list(lengths['profiled'])}, verified {_list(lengths['verified'])}"),
@@ -173,8 +182,8 @@ def _bytes(count: float) -> str:
 
 
 def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
-    """increase, upper_95: of the last check, the worst length, in the budget's unit; margin: what of the budget it
-    leaves. None where nothing was measured, or something else was."""
+    """split, length, increase, upper_95: of the last check, the length with the largest bound, in the budget's unit;
+    margin: what of the budget it leaves. None where nothing was measured, or something else was."""
     last = [] if plan.edited else [m for m in plan.measured if m.split == "final"] or list(plan.measured)
     worst = max(last, key=lambda m: m.upper_95, default=None)
     every = [choice for heads in plan.choices.values() for choice in heads]
@@ -188,6 +197,8 @@ def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[st
         "dense_kv_bytes": dense_bytes,
         "speedup": plan.predicted.speedup,
         "predicted": plan.predicted.kl_nats_per_token,
+        "split": worst and worst.split,
+        "length": worst and worst.length,
         "increase": worst and finite(worst.increase),
         "upper_95": worst and finite(worst.upper_95),
         "budget_kept": worst and worst.upper_95 <= plan.budget.limit,
