@@ -24,24 +24,10 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
     what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left. sites: of the
     model, where they are known: they tell bytes of cache."""
     length = plan.lengths.planned
-    found: dict[str, list[dict[str, Any]]] = {}
-    spans: Counter[tuple[str, int, int, float, bool, str, str]] = Counter()
-    for name, choices in plan.choices.items():
-        heads: list[dict[str, Any]] = []
-        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
-            dense = window >= length
-            sink, window = (0, length) if dense else (sink, window)
-            kept = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
-            kind, far = choice.candidate, CANDIDATES[choice.candidate].far
-            spans[str(choice), sink, window, kept, dense, kind, far] += 1
-            heads.append({
-                "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
-                "candidate": kind, "far": far,
-            })  # fmt: skip
-        found[name] = heads
-    ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
-    every: list[float] = [head["kept"] for heads in found.values() for head in heads]
-    density = sum(every) / len(every) if every else 1.0
+    found = spans_at(plan, length)
+    spans = Counter(tuple(head[name] for name in SPAN[:-1]) for heads in found.values() for head in heads)
+    ordered = sorted(spans.items(), key=lambda item: (-item[0][SPAN.index("kept")], item[0]))
+    density = density_of(found)
     return {
         "id": plan.id,
         "model": plan.model,
@@ -72,6 +58,28 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
         "density": density,
         "totals": _totals(plan, density, sites),
     }
+
+
+def spans_at(plan: Plan, length: int) -> dict[str, list[dict[str, Any]]]:
+    """What every head of every site keeps at a total length."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, choices in plan.choices.items():
+        heads = found[name] = []
+        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
+            dense = window >= length
+            sink, window = (0, length) if dense else (sink, window)
+            heads.append({
+                "choice": str(choice), "sink": sink, "window": window,
+                "kept": kept_pairs(length, sink, window) / kept_pairs(length, 0, length), "dense": dense,
+                "candidate": choice.candidate, "far": CANDIDATES[choice.candidate].far,
+            })  # fmt: skip
+    return found
+
+
+def density_of(spans: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """The mean over heads of the share of dense pairs that they keep."""
+    every = [float(head["kept"]) for heads in spans.values() for head in heads]
+    return sum(every) / len(every) if every else 1.0
 
 
 # What a cost of Predicted.cost was added up from.
