@@ -129,6 +129,25 @@ def test_the_profile_is_found_beside_the_plan(files: Path, fails: Fails, capsys:
     assert any(f"made from another profile, {digest}" in note for note in other["notes"])
 
 
+def test_of_profiles_of_one_text_that_of_the_plan_s_model_is_taken(
+    files: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digest is of the text alone: other models, lengths and grids have the same."""
+    own = answer(capsys, "explain", "plan.json", "1.2")
+    random_profile(model=Fingerprint("f" * 16, (0.5,))).save("0.safetensors")
+    shorter = random_profile()
+    shorter.observations = {key: seen for key, seen in shorter.observations.items() if key[1] == LENGTHS[0]}
+    shorter.save("1.safetensors")
+    assert answer(capsys, "explain", "plan.json", "1.2") == own
+    random_profile(seed=1).save("z.safetensors")
+    (*rest, note) = answer(capsys, "explain", "plan.json", "1.2")["notes"]
+    assert rest == own["notes"] and "Taken from profile.safetensors; z.safetensors may be meant as well" in note
+    for name in ("profile.safetensors", "z.safetensors"):
+        Path(name).unlink()
+    message = fails(["explain", "plan.json", "1.2"])
+    assert "0.safetensors is of another model" in message and f"1.safetensors is of {LENGTHS[0]} tokens" in message
+
+
 def test_heads_that_are_not_there_or_several(files: Path, fails: Fails) -> None:
     assert "Try model.layers.1.self_attn.0 to .3" in fails(["explain", "plan.json", "1.4"])
     assert "Try model.layers.0.self_attn.0" in fails(["explain", "plan.json", "9.0"])
