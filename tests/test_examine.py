@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,16 @@ def test_a_miss_is_shown_with_operation_line_and_page(capsys: pytest.CaptureFixt
     assert "the soft-max is over dim 2 and the product sums over dim 3" in said
     assert f"{row['node']} at {row['source']}, docs/reasons.md#softmax-axis" in said and "test_examine.py:" in said
     assert row["node"].endswith("(aten.softmax.int)")
+
+
+def test_the_page_has_what_was_rewritten_before_and_after(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    torch._dynamo.reset()
+    page = tmp_path / "page.html"
+    given = ("--config", "llama", "--tiny", "--set", "num_hidden_layers=1", "--length", "32", "--prompt-only")
+    assert main(["examine", *given, "--html", str(page)]) == 0
+    assert "Before and after" in page.read_text(encoding="utf-8")
 
 
 def test_an_unknown_attention_is_the_option_s_fault() -> None:

@@ -24,6 +24,7 @@ from attnopt.report.data import (
     profile_json,
     records_json,
 )
+from attnopt.report.pictures import pictures_json
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Known:
     """What there is beside a plan. sites: of its model, in the order in which they run; tables: the costs it was made
-    with, by site; records: of its search; graphs: of the model as it was traced; device: where kernels would run."""
+    with, by site; records: of its search; graphs: of the model as it was traced with the plan at the planned length;
+    device: where kernels would run."""
 
     profile: Profile | None = None
     fitted: Fitted | None = None
@@ -51,6 +53,7 @@ def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
     found: dict[str, Any] = {"notes": list(known.notes)}
     if known.graphs:
         found["graphs"] = graphs_json(known.graphs)
+        found["pictures"] = pictures_json(known.graphs)
     found["plan"] = plan_json(plan, sites)
     if known.profile is not None:
         posed = pose(plan, known.profile, known.sites, known.fitted, known.tables)

@@ -21,8 +21,6 @@ from attnopt.report.data import environment, plan_json, profile_json
 from attnopt.report.page import write_page
 from attnopt.report.profile_map import draw_profile
 
-TRACED = 256  # tokens of the traced input of --model
-
 
 def shown_file(args: argparse.Namespace) -> str:
     """The file of `show FILE`, `show profile FILE` or `show plan FILE`, which is then of that kind."""
@@ -91,6 +89,7 @@ def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:
         ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
         sites = list(discover(loaded.model, ids).sites.values())
         plan.check(sites, fingerprint_of(loaded.model, sites))
-        graphs = examine_model(loaded, TRACED)
+        # Under the plan's break-even its spans are not in the graph.
+        graphs = examine_model(loaded, plan.lengths.planned, plan=plan)
         progress("tracing", 1, 1)
     return Known(profile, fitted, sites, graphs=graphs, device=args.device)

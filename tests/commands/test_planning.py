@@ -196,7 +196,8 @@ def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
     command = plan_command(planned, tmp_path / "plan.json", **wanted)
     capsys.readouterr()
     assert main([*command, "--json", "--html", str(tmp_path / "page.html")]) == 0
-    assert f"attnopt plan {planned / 'model'}" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"attnopt plan {planned / 'model'}" in page and "Before and after" in page
     found = json.loads(capsys.readouterr().out)
     assert found["predicted"]["cost"] == "roofline" and found["cost_table"].startswith("roofline-h100-tp2-")
     assert found["constraints"]["protect"] == ["0.1"] and found["sites"][SITE][1]["dense"]

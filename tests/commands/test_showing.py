@@ -187,18 +187,21 @@ def test_the_whole_report_of_a_plan(work: Path, files: Path, capsys: pytest.Capt
     model = hf.load(str(work / "model")).model
     sites = list(discover(model, torch.arange(64)[None] % 61).sites.values())
     profile = random_profile(model=fingerprint_of(model, sites))
-    made_plan(profile, sites).save("plan.json")
+    replace(made_plan(profile, sites), min_length=LENGTHS[-1]).save("plan.json")
     profile.save("own.safetensors")
     given = ["show", "plan.json", "--profile", "own.safetensors", "--model", str(work / "model")]
     found = answer(capsys, *given, "--html", "page.html")
-    assert set(found) == {"notes", "graphs", "plan", "profile", "front", "candidates", "kernels"}
+    assert set(found) == {"notes", "graphs", "plan", "profile", "front", "candidates", "pictures", "kernels"}
     assert found["notes"] == [] and found["graphs"]["counts"]["rewritten"] == 2
+    # The graphs are those that the plan makes, which stays dense under its break-even.
+    assert all("span kernel" in row["done"] for row in found["graphs"]["rows"])
+    assert all(item["before"] and item["after"] for item in found["pictures"]) and found["pictures"]
     dense = sum(s.kv_heads * 2 * s.head_dim * 4 for s in sites) * LENGTHS[-1]
     assert found["plan"]["totals"]["dense_kv_bytes"] == dense and [s.kv_heads for s in sites] == [2, 2]
     (source,) = found["kernels"].values()
     assert "def prefill(" in source
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "attnopt show plan.json" in page and SITE in page
+    assert "attnopt show plan.json" in page and SITE in page and "Before and after" in page
     without = answer(capsys, "show", "plan.json", "--html", "small.html")
     assert set(without) == {"notes", "plan"} and Path("small.html").stat().st_size < len(page)
 
