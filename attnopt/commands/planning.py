@@ -13,8 +13,7 @@ import torch
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import Progress, check_device, check_forward, emit, load, note, stages, token_ids, writable
-from attnopt.commands.examining import examine_model
-from attnopt.commands.reporting import Known, page_of, plan_report
+from attnopt.commands.reporting import Known, page_of, plan_report, traced
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import AttnoptError, BudgetError, OptionError
 from attnopt.fitted import Fitted
@@ -98,8 +97,9 @@ def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loa
 
     device = next(loaded.model.parameters()).device
     sites = list(discover(loaded.model, token_ids(loaded, 64).to(device)).sites.values())
-    graphs = examine_model(loaded, made.plan.lengths.planned, plan=made.plan)
-    return Known(profile, fitted, sites, made.tables, made.verified.records, graphs, notes, device.type)
+    graphs, untraced = traced(loaded, made.plan)
+    said = [*notes, *untraced]
+    return Known(profile, fitted, sites, made.tables, made.verified.records, graphs, said, device.type)
 
 
 def constraints_of(args: argparse.Namespace) -> Constraints:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt import settings
 from attnopt.cost import Costs
+from attnopt.errors import ModelError
+from attnopt.examine import examine_model
+from attnopt.hf import Loaded
 from attnopt.ir import GraphReport, Site
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose, told_sites
@@ -64,6 +67,15 @@ def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
     if known.sites is not None:
         found["kernels"] = kernels(plan, known.sites, known.device)
     return found
+
+
+def traced(loaded: Loaded, plan: Plan) -> tuple[list[GraphReport], list[str]]:
+    """The graphs that a plan makes of its model at the planned length, since under its break-even its spans are not in
+    them; or none, and a note that says why."""
+    try:
+        return examine_model(loaded, plan.lengths.planned, plan=plan), []
+    except ModelError as error:
+        return [], [f"The plan's graphs were not traced: {error.problem}"]
 
 
 def _of_profile(plan: Plan, profile: Profile, posed: Posed, known: Known) -> dict[str, Any]:

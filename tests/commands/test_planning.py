@@ -204,7 +204,7 @@ def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
     final = next(m for m in found["measured"] if m["split"] == "final")
     assert final["kl"] >= 0 and 0 < final["top1"] <= 1 and 0 <= final["planned_retrieval"] <= 1
     assert main(["show", str(tmp_path / "plan.json")]) == 0
-    assert "a roofline, not measured" in " ".join(capsys.readouterr().out.split())
+    assert "predicted (by a roofline, nothing timed)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_kernels_are_timed_once_and_after_an_interruption_the_rest(
