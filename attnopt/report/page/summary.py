@@ -110,7 +110,7 @@ def _saved(graphs: Mapping[str, Any]) -> Tile | None:
     where = phase_of(row) + (f" at {row['length']} tokens" if row["length"] else "") + ", exact mode"
     held = sum(row[name] for name in ("mask_bytes", "repeated_bytes", "scores_bytes"))
     if before == after and held:
-        return Tile("Memory saved", bytes_text(held), f"{where}: masks, copies of K and V, scores not made", "plain")
+        return Tile("Bytes not written", bytes_text(held), f"{where}: masks, copies of K and V, scores", "plain")
     value = ("at least " if row["at_most"] else "") + _percent(1 - after / before)
     return Tile("Query-key pairs saved", value, f"{where}: {scaled(before)} to {scaled(after)}", "plain")
 
