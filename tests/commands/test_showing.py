@@ -70,7 +70,7 @@ def test_a_plan_on_the_terminal_is_its_json(files: Path, capsys: pytest.CaptureF
         assert f"{label} {' '.join(value.split())}" in text, label
     totals = found["totals"]
     assert totals["budget_kept"] is True and totals["margin"] == pytest.approx(0.25)
-    assert "kept: at most 0.75 of 1 percent of the dense loss, 0.25 to spare" in text
+    assert "kept: at most 0.75, allowed 1 percent of the dense loss; 0.25 to spare" in text
     assert f"{totals['replaced']} of {totals['heads']} heads replaced" in text and totals["heads"] == 8
     # The map: a line per layer, a letter per head, the legend's counts.
     rows = [line.split() for line in lines(capsys, "show", "plan.json") if re.fullmatch(r"[01]( [a-z#]){4} *", line)]
@@ -96,7 +96,7 @@ def test_bytes_are_told_where_sizes_are_known(files: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"upper_95": 1.5}, "missed: at most 1.5 of 1 percent of the dense loss, 0.5 too much"),
+        ({"upper_95": 1.5}, "missed: at most 1.5, allowed 1 percent of the dense loss; 0.5 too much"),
         ({"choices": "0" * 12}, "not known whether it is kept: edited since"),
     ],
 )

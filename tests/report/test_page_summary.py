@@ -91,7 +91,7 @@ def test_the_strip_and_the_facts_below_it_agree() -> None:
     assert (
         tiles["Cost in quality"].value == "+0.50 %" and "2048 tokens; at most 0.95 %" in tiles["Cost in quality"].detail
     )
-    assert "at most 0.95 of" in facts["budget"] and "0.05 to spare" in tiles["Budget kept"].detail
+    assert "at most 0.95, allowed 1 percent" in facts["budget"] and "0.05 to spare" in tiles["Budget kept"].detail
 
 
 def test_what_was_not_measured_is_not_known() -> None:
@@ -108,7 +108,7 @@ def test_an_edited_plan_has_measurements_of_another() -> None:
         assert tiles[label].value == "not known" and "edited" in tiles[label].detail
     assert "before it was edited" in tiles["Speed"].detail
     labels = [label for label, _ in data.plan_facts(given["plan"])]
-    assert labels.index("edited") < labels.index("measured")
+    assert labels.index("edited") < labels.index("final text")
 
 
 def test_graphs_and_profiles_alone_have_figures_of_their_own() -> None:

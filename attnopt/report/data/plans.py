@@ -14,6 +14,7 @@ from attnopt.plan import Plan
 from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
+from attnopt.report.data.candidates import label
 
 # What plan_json says of a distinct span, in this order.
 SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
@@ -28,6 +29,7 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
     spans = Counter(tuple(head[name] for name in SPAN[:-1]) for heads in found.values() for head in heads)
     ordered = sorted(spans.items(), key=lambda item: (-item[0][SPAN.index("kept")], item[0]))
     density = density_of(found)
+    labels = {str(choice): label(choice) for choices in plan.choices.values() for choice in choices}
     return {
         "id": plan.id,
         "model": plan.model,
@@ -53,7 +55,9 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
         "seed": plan.seed,
         "versions": dict(plan.versions),
         "sites": found,
-        "spans": [dict(zip(SPAN, (*span, count), strict=True)) for span, count in ordered],
+        "spans": [
+            {"label": labels[span[0]], **dict(zip(SPAN, (*span, count), strict=True))} for span, count in ordered
+        ],
         "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
         "density": density,
         "totals": _totals(plan, density, sites),
@@ -137,7 +141,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
     if plan["edited"]:
         facts.append(("edited", "what was predicted and measured belongs to other choices than these"))
-    facts += [("measured", f"{m['split']} split at {m['length']}: {_measured_text(m, plan)}") for m in ordered]
+    facts += [(f"{m['split']} text", f"at {m['length']} tokens {_measured_text(m, plan)}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
     facts += [
@@ -165,8 +169,8 @@ def _budget_text(plan: Mapping[str, Any]) -> str:
             "edited since" if plan["measured"] else "nothing was measured"
         )
     if totals["budget_kept"]:
-        return f"kept: at most {totals['upper_95']:.3g} of {of}, {totals['margin']:.3g} to spare"
-    return f"missed: at most {totals['upper_95']:.3g} of {of}, {-totals['margin']:.3g} too much"
+        return f"kept: at most {totals['upper_95']:.3g}, allowed {of}; {totals['margin']:.3g} to spare"
+    return f"missed: at most {totals['upper_95']:.3g}, allowed {of}; {-totals['margin']:.3g} too much"
 
 
 def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
