@@ -94,6 +94,17 @@ def test_the_strip_and_the_facts_below_it_agree() -> None:
     assert "at most 0.95, allowed 1 percent" in facts["budget"] and "0.05 to spare" in tiles["Budget kept"].detail
 
 
+def test_a_budget_that_was_kept_hides_no_answers_that_were_lost() -> None:
+    given = of_plan(measured=measured(dense_retrieval=1.0, planned_retrieval=0.25))
+    said = "questions about far lines answered at 2048 tokens: 25 %, dense 100 %"
+    tile = by_label(given)["Budget kept"]
+    assert (tile.value, tile.state) == ("yes", "open") and said in tile.detail
+    assert ("beware", said) in data.plan_facts(given["plan"])
+    assert (
+        by_label(of_plan(measured=measured(dense_retrieval=0.9, planned_retrieval=0.9)))["Budget kept"].state == "good"
+    )
+
+
 def test_what_was_not_measured_is_not_known() -> None:
     tiles = by_label(of_plan(measured=()))
     assert (tiles["Budget kept"].value, tiles["Budget kept"].state) == ("not known", "open")

@@ -10,12 +10,14 @@ from typing import Any
 
 from attnopt.cost import kept_pairs
 from attnopt.ir import DENSE, Site
-from attnopt.plan import Plan
+from attnopt.plan import Measured, Plan
 from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
 from attnopt.report.data.candidates import label
 
+# Of all questions: so many fewer answers are worth a warning beside a budget that was kept.
+FORGOTTEN = 0.05
 # What plan_json says of a distinct span, in this order.
 SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
 
@@ -139,6 +141,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
     # What decided first: the split that the search never saw.
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
+    facts += [("beware", lost) for lost in totals["lost"]]
     if plan["edited"]:
         facts.append(("edited", "what was predicted and measured belongs to other choices than these"))
     facts += [(f"{m['split']} text", f"at {m['length']} tokens {_measured_text(m, plan)}") for m in ordered]
@@ -195,7 +198,8 @@ def _bytes(count: float) -> str:
 
 def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
     """split, length, increase, upper_95: of the last check, the length with the largest bound, in the budget's unit;
-    margin: what of the budget it leaves. None where nothing was measured, or something else was."""
+    margin: what of the budget it leaves. None where nothing was measured, or something else was. lost: what the budget
+    does not count, in words."""
     last = [] if plan.edited else [m for m in plan.measured if m.split == "final"] or list(plan.measured)
     worst = max(last, key=lambda m: m.upper_95, default=None)
     every = [choice for heads in plan.choices.values() for choice in heads]
@@ -215,7 +219,18 @@ def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[st
         "upper_95": worst and finite(worst.upper_95),
         "budget_kept": worst and worst.upper_95 <= plan.budget.limit,
         "margin": worst and finite(plan.budget.limit - worst.upper_95),
+        "lost": _lost(last),
     }
+
+
+def _lost(measured: Sequence[Measured]) -> list[str]:
+    return [
+        f"questions about far lines answered at {m.length} tokens: {100 * m.planned_retrieval:.0f} %, "
+        f"dense {100 * m.dense_retrieval:.0f} %"
+        for m in measured
+        if m.planned_retrieval is not None and m.dense_retrieval is not None
+        and m.dense_retrieval - m.planned_retrieval > FORGOTTEN
+    ]  # fmt: skip
 
 
 def _dense_kv_bytes(plan: Plan, sites: Sequence[Site] | None) -> int | None:

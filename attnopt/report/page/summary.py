@@ -81,7 +81,8 @@ def _budget(plan: Mapping[str, Any]) -> Tile:
         why = "edited after it was measured" if plan["edited"] else "nothing measured yet"
         return Tile("Budget kept", "not known", f"{why}; the budget is {asked}", "open")
     if totals["budget_kept"]:
-        return Tile("Budget kept", "yes", f"{asked}; {totals['margin']:.2g} to spare", "good")
+        told = "; ".join([asked, f"{totals['margin']:.2g} to spare", *totals["lost"]])
+        return Tile("Budget kept", "yes", told, "open" if totals["lost"] else "good")
     return Tile("Budget kept", "no", f"{asked}; exceeded by {-totals['margin']:.2g}", "bad")
 
 
