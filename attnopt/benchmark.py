@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnopt.instrument import many_graphs
 from attnopt.plan import Plan
 
 Call = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -71,12 +72,11 @@ def compare(
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Time `calls` on token ids (B, N), one call of each per round in turn. `error` counts rows whose mask is set."""
-    limits = {name: 256 for name in ("recompile_limit", "accumulated_recompile_limit")}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, float] = {}
     first: dict[str, float] = {}
     wanted: Tensor | None = None
-    with torch._dynamo.config.patch(limits):
+    with many_graphs():
         for name, call in calls.items():
             started = time.perf_counter()
             found = call(ids, mask).float()

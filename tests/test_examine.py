@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ def test_what_may_steer_the_program_is_run() -> None:
     assert RAN == ["noted"] and not first.sites and len(second.sites) == 1
 
 
+def test_code_that_used_up_its_recompile_limit_is_examined_all_the_same() -> None:
+    model = Attention()
+    plain = torch.compile(model, backend="eager", dynamic=False)
+    for length in range(4, 13):
+        plain(torch.zeros(1, length, dtype=torch.int64))
+    (report,) = examine_model(hf.Loaded(model, None, "x"), 20)
+    assert len(report.sites) == 1
+
+
 def test_a_miss_is_shown_with_operation_line_and_page(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     torch._dynamo.reset()
@@ -74,6 +84,16 @@ def test_a_miss_is_shown_with_operation_line_and_page(capsys: pytest.CaptureFixt
     assert "the soft-max is over dim 2 and the product sums over dim 3" in said
     assert f"{row['node']} at {row['source']}, docs/reasons.md#softmax-axis" in said and "test_examine.py:" in said
     assert row["node"].endswith("(aten.softmax.int)")
+
+
+def test_the_page_has_what_was_rewritten_before_and_after(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    torch._dynamo.reset()
+    page = tmp_path / "page.html"
+    given = ("--config", "llama", "--tiny", "--set", "num_hidden_layers=1", "--length", "32", "--prompt-only")
+    assert main(["examine", *given, "--html", str(page)]) == 0
+    assert "Before and after" in page.read_text(encoding="utf-8")
 
 
 def test_an_unknown_attention_is_the_option_s_fault() -> None:

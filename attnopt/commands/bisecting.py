@@ -33,6 +33,7 @@ from attnopt.errors import AttnoptError, OptionError
 from attnopt.instrument import logits_of
 from attnopt.plan import Plan
 from attnopt.report import terminal
+from attnopt.report.data import finite
 
 # A copy of the model in a wider dtype, in bytes, up to which it is made to compare with.
 AFFORDABLE = 4 * 2**30
@@ -76,6 +77,7 @@ class Bisection:
     given: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data. A difference is null where a run raised, a logit was not a number, or an exit code is all."""
         tried = {trial.fuel: trial for trial in self.trials}
         found = None
         if self.number is not None:
@@ -87,7 +89,8 @@ class Bisection:
                 "difference_with": along.difference,
             }
         listed = [{k: v for k, v in asdict(trial).items() if k != "last"} for trial in self.trials]
-        return {"verdict": self.verdict, "culprit": found, "trials": listed, **self.given}
+        data: dict[str, Any] = finite({"verdict": self.verdict, "culprit": found, "trials": listed, **self.given})
+        return data
 
 
 def bisection(run: Callable[[int | None], Trial], progress: Progress, given: dict[str, Any]) -> Bisection:
@@ -171,7 +174,8 @@ def of_model(
         eager = far(logits_of(model, ids), reference)
     if tolerance is None:
         # Twice the tolerance of a whole model's logits, since this is its worst token.
-        tolerance = max(2 * TOLERANCE.get(next(model.parameters()).dtype, 1e-4), 4 * eager)
+        least = 2 * TOLERANCE.get(next(model.parameters()).dtype, 1e-4)
+        tolerance = max(least, 4 * eager) if math.isfinite(eager) else least
     progress("eager", 1, 1)
     limit = tolerance
 

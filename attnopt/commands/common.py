@@ -18,13 +18,15 @@ from attnopt.errors import AttnoptError, ModelError, OptionError, first_line
 from attnopt.escapes import visible
 from attnopt.hf.loading import told
 from attnopt.report import terminal
+from attnopt.report.data import finite
 from attnopt.report.terminal import Progress
 
 
 def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:
-    """The JSON document, on the standard output that the command line has set aside for it, or what people read."""
+    """The JSON document, on the standard output that the command line has set aside for it, or what people read; what
+    is not finite is null in the one."""
     if args.json:
-        print(json.dumps(data, indent=2), file=getattr(args, "stdout", None))
+        print(json.dumps(finite(data), indent=2, allow_nan=False), file=getattr(args, "stdout", None))
     else:
         show()
 

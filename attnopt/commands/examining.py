@@ -12,6 +12,7 @@ from attnopt.examine import examine_model
 from attnopt.report import terminal
 from attnopt.report.data import environment, examined_json
 from attnopt.report.page import write_page
+from attnopt.report.pictures import pictures_json
 
 __all__ = ["examine", "examine_model"]
 
@@ -33,8 +34,9 @@ def examine(args: argparse.Namespace) -> None:
         )  # fmt: skip
     data = examined_json(found)
     if page is not None:
-        title = f"attnopt examine {loaded.name}"
-        write_page(page, {"title": title, "graphs": data, "notes": list(found.notes), "environment": environment()})
+        pictures = pictures_json([graph.report for graph in found.graphs])
+        parts = {"graphs": data, "pictures": pictures, "notes": list(found.notes), "environment": environment()}
+        write_page(page, {"title": f"attnopt examine {loaded.name}", **parts})
     emit(args, data, lambda: terminal.print_examined(data))
 
 

@@ -16,8 +16,9 @@ from attnopt.report.data import head_json
 def explain(args: argparse.Namespace) -> None:
     plan = plan_at(args.plan)
     site, head = named_head(args.head, plan)
+    others: list[str] = []
     if args.profile is None:
-        file, profile = profile_beside(args.plan, plan)
+        file, profile, others = profile_beside(args.plan, plan)
     else:
         file, profile = args.profile, profile_at(args.profile)
     fitted = Fitted.load(args.fitted) if args.fitted else None
@@ -26,5 +27,9 @@ def explain(args: argparse.Namespace) -> None:
     found = head_json(plan, profile, pose(plan, profile, fitted=fitted), site, head, fitted)
     if (digest := calibration_of(profile)) != plan.calibration:
         found["notes"].append(f"The plan was made from another profile, {plan.calibration}; this one is {digest}.")
+    if others:
+        found["notes"].append(
+            f"Taken from {file.name}; {' and '.join(others)} may be meant as well: --profile says which."
+        )
     found = {"plan": args.plan, "profile": str(file), **found}
     emit(args, found, lambda: terminal.print_head(found, args.all))

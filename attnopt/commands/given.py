@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from attnopt.errors import AttnoptError, OptionError, PlanError, ProfileError
+from attnopt.fingerprint import mismatch
 from attnopt.plan import Plan
 from attnopt.planner.make import calibration_of
 from attnopt.profile_file import Profile
@@ -38,22 +39,38 @@ def profile_at(path: str) -> Profile:
     return Profile.load(path)
 
 
-def profile_beside(path: str, plan: Plan) -> tuple[Path, Profile]:
-    """The profile that a plan was made from, found in the plan's folder by its digest."""
-    folder, passed = Path(path).resolve().parent, []
+def profile_beside(path: str, plan: Plan) -> tuple[Path, Profile, list[str]]:
+    """The profile that a plan was made from, found in the plan's folder by its text's digest, model, lengths and sites,
+    and the names of others that fit as well."""
+    folder, passed, fit = Path(path).resolve().parent, [], []
     for file in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             found = Profile.load(file)
         except AttnoptError:
             continue
-        if calibration_of(found) == plan.calibration:
-            return file, found
-        passed.append(f"{file.name} is {calibration_of(found)}")
+        wrong = _misfit(found, plan)
+        if wrong:
+            passed.append(f"{file.name} is {wrong}")
+        else:
+            fit.append((file, found))
+    if fit:
+        return *fit[0], [file.name for file, _ in fit[1:]]
     there = f" ({', '.join(passed[:3])})" if passed else ""
     raise ProfileError(
         f"Beside {path} there is no profile {plan.calibration or 'that it names'}, which it was made from{there}.",
         f"Name it with --profile FILE; {SUFFIX} files in the plan's folder are looked at without it.",
     )
+
+
+def _misfit(profile: Profile, plan: Plan) -> str:
+    """What a profile is that is not the plan's; "" where it may be. The digest is of the text alone."""
+    if (digest := calibration_of(profile)) != plan.calibration:
+        return digest
+    if mismatch(plan.fingerprint, profile.header.fingerprint):
+        return "of another model"
+    if plan.lengths.profiled and profile.lengths != plan.lengths.profiled:
+        return f"of {', '.join(map(str, profile.lengths))} tokens"
+    return "" if set(plan.choices) <= set(profile.sites) else "of other attentions"
 
 
 def named_head(text: str, plan: Plan) -> tuple[str, int]:

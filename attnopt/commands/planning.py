@@ -24,7 +24,7 @@ from attnopt.commands.common import (
     token_ids,
     writable,
 )
-from attnopt.commands.reporting import Known, page_of, plan_report
+from attnopt.commands.reporting import Known, page_of, plan_report, traced
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import AttnoptError, BudgetError, OptionError
 from attnopt.fitted import Fitted
@@ -111,7 +111,9 @@ def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loa
 
     device = next(loaded.model.parameters()).device
     sites = list(discover(loaded.model, token_ids(loaded, 64).to(device)).sites.values())
-    return Known(profile, fitted, sites, made.tables, made.verified.records, notes=notes, device=device.type)
+    graphs, untraced = traced(loaded, made.plan)
+    said = [*notes, *untraced]
+    return Known(profile, fitted, sites, made.tables, made.verified.records, graphs, said, device.type)
 
 
 def constraints_of(args: argparse.Namespace) -> Constraints:

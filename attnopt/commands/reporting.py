@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt import settings
 from attnopt.cost import Costs
+from attnopt.errors import ModelError
+from attnopt.examine import examine_model
+from attnopt.hf import Loaded
 from attnopt.ir import GraphReport, Site
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose, told_sites
@@ -24,6 +27,7 @@ from attnopt.report.data import (
     profile_json,
     records_json,
 )
+from attnopt.report.pictures import pictures_json
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -33,7 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Known:
     """What there is beside a plan. sites: of its model, in the order in which they run; tables: the costs it was made
-    with, by site; records: of its search; graphs: of the model as it was traced; device: where kernels would run."""
+    with, by site; records: of its search; graphs: of the model as it was traced with the plan at the planned length;
+    device: where kernels would run."""
 
     profile: Profile | None = None
     fitted: Fitted | None = None
@@ -51,6 +56,7 @@ def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
     found: dict[str, Any] = {"notes": list(known.notes)}
     if known.graphs:
         found["graphs"] = graphs_json(known.graphs)
+        found["pictures"] = pictures_json(known.graphs)
     found["plan"] = plan_json(plan, sites)
     if known.profile is not None:
         posed = pose(plan, known.profile, known.sites, known.fitted, known.tables)
@@ -61,6 +67,15 @@ def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
     if known.sites is not None:
         found["kernels"] = kernels(plan, known.sites, known.device)
     return found
+
+
+def traced(loaded: Loaded, plan: Plan) -> tuple[list[GraphReport], list[str]]:
+    """The graphs that a plan makes of its model at the planned length, since under its break-even its spans are not in
+    them; or none, and a note that says why."""
+    try:
+        return examine_model(loaded, plan.lengths.planned, plan=plan), []
+    except ModelError as error:
+        return [], [f"The plan's graphs were not traced: {error.problem}"]
 
 
 def _of_profile(plan: Plan, profile: Profile, posed: Posed, known: Known) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.commands.common import emit, load, stages, token_ids, writable
-from attnopt.commands.examining import examine_model
 from attnopt.commands.given import is_plan, profile_at
-from attnopt.commands.reporting import Known, page_of, plan_report
+from attnopt.commands.reporting import Known, page_of, plan_report, traced
 from attnopt.errors import OptionError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.fitted import Fitted
@@ -20,8 +19,6 @@ from attnopt.report import terminal
 from attnopt.report.data import environment, plan_json, profile_json
 from attnopt.report.page import write_page
 from attnopt.report.profile_map import draw_profile
-
-TRACED = 256  # tokens of the traced input of --model
 
 
 def shown_file(args: argparse.Namespace) -> str:
@@ -91,6 +88,6 @@ def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:
         ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
         sites = list(discover(loaded.model, ids).sites.values())
         plan.check(sites, fingerprint_of(loaded.model, sites))
-        graphs = examine_model(loaded, TRACED)
+        graphs, notes = traced(loaded, plan)
         progress("tracing", 1, 1)
-    return Known(profile, fitted, sites, graphs=graphs, device=args.device)
+    return Known(profile, fitted, sites, graphs=graphs, notes=notes, device=args.device)

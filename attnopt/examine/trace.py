@@ -25,6 +25,7 @@ from attnopt.hf.loading import Loaded
 from attnopt.hf.tiny import summary
 from attnopt.ir import GraphReport
 from attnopt.passes import LOWER, PIPELINE, RECOGNISE, remove_dead_code
+from attnopt.plan import Plan
 
 Progress = Callable[[str, int, int], None]
 # Passes of examining alone, by the names that a report's history has for them.
@@ -50,9 +51,16 @@ def unrun(gm: GraphModule) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def examine_model(loaded: Loaded, length: int, padded: bool = False) -> list[GraphReport]:
-    """The reports of one traced prompt; nothing is compiled by inductor, and nothing is run that need not be."""
-    trace = Trace(loaded, prefill(loaded, length, padded, anew=False))
+def examine_model(
+    loaded: Loaded, length: int, padded: bool = False, plan: Plan | None = None
+) -> list[GraphReport]:  # fmt: skip
+    """The reports of one traced prompt, by a plan if one is given; nothing is compiled by inductor, and nothing is run
+    that need not be.
+
+    Dynamo forgets what it compiled before: it would leave code out without a word that used up its recompile limit.
+    """
+    torch._dynamo.reset()
+    trace = Trace(loaded, prefill(loaded, length, padded, anew=False), plan=plan)
     trace.run(dynamic=False)
     return [graph.report for graph in trace.graphs]
 
@@ -136,6 +144,7 @@ class Trace:
     phase: Phase
     lengths: Sequence[int] = ()
     timing: bool = False
+    plan: Plan | None = None
     graphs: list[Graph] = field(default_factory=list)
     breaks: list[Break] = field(default_factory=list)
     recompiles: list[Recompile] = field(default_factory=list)
@@ -161,7 +170,7 @@ class Trace:
         passes = PIPELINE
         if self.lengths or self.timing:
             passes = (*RECOGNISE, savings.run, *LOWER, *([timings.run] if self.timing else []), remove_dead_code.run)
-        report = backend.rewrite(gm, inputs, backend.Options(), passes).report
+        report = backend.rewrite(gm, inputs, backend.Options(self.plan), passes).report
         report = replace(report, history=tuple(step for step in report.history if step.name not in OWN))
         named = tuple(name_of(node) for node in gm.graph.nodes if node.op == "placeholder")
         self.graphs.append(Graph(report, self.phase.name, self.phase.cache, savings.found, timings.found, named))

@@ -135,3 +135,15 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
 def far_sign(head: Mapping[str, Any]) -> str:
     """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
     return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()
+
+
+def otherwise(saving: Mapping[str, Any]) -> list[str]:
+    """Of a record of savings: the attentions that another length makes something else of than the traced one."""
+    found = []
+    for lowering, count in saving.get("otherwise", {}).items():
+        who = f"{count} attention{'s' if count > 1 else ''}"
+        verb, negated = ("is", "it is not") if count == 1 else ("are", "they are not")
+        if lowering:
+            verb, negated = ("becomes", "it does not") if count == 1 else ("become", "they do not")
+        found.append(f"at {saving['length']} tokens {who} {verb} {lowering or 'left alone'}; as traced, {negated}.")
+    return found

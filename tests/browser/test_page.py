@@ -42,10 +42,13 @@ def test_what_is_shown_is_the_data(opened, drawn):
         "all => all.map(e => [...e.children].map(c => c.firstChild.textContent).concat(e.classList[1]))"
     )
     assert [tuple(tile) for tile in tiles] == [tuple(tile) for tile in report.strip(data)]
+    totals = data["plan"]["totals"]
+    assert tiles[0][1] == f"{totals['replaced']} of {totals['heads']}" and f"{totals['increase']:+.2f}" in tiles[2][1]
     site = data["plan"]["sites"]["layers.1.attn"]
+    labels = {span["choice"]: span["label"] for span in data["plan"]["spans"]}
     for head, span in enumerate(site):
         told = cell(page, 1, head).get_attribute("aria-label")
-        assert told.startswith(f"layers.1.attn, head {head}; {span['choice']}")
+        assert told.startswith(f"layers.1.attn, head {head}; {labels[span['choice']]}")
         assert f"{100 * span['kept']:.1f} % of the dense pairs kept" in told
     shown = [row.split("\t") for row in page.locator("#search tbody").inner_text().splitlines()]
     wanted = [[cell_text(r[key]) for key in ("predicted", "cost", "increase")] for r in data["records"]]
@@ -64,7 +67,8 @@ def test_a_head_that_is_clicked_shows_its_candidates_and_its_curves(opened, draw
     of = data["candidates"]["sites"]["layers.1.attn"]
     order = sorted(range(len(of["damage"][3])), key=lambda n: data["candidates"]["choices"][n]["cost"])
     rows = [r.split("\t") for r in page.locator("#head tbody").inner_text().splitlines()]
-    named = [data["candidates"]["choices"][n]["choice"] for n in order]
+    choices = data["candidates"]["choices"]
+    named = [choices[n].get("label", choices[n]["choice"]) for n in order]
     assert [re.sub("✓ |, chosen", "", row[2]) for row in rows] == named
     damages = [None if row[1] == "not offered" else float(row[1]) for row in rows]
     assert damages == [of["damage"][3][n] for n in order]
@@ -217,7 +221,7 @@ def test_names_from_models_and_files_are_text_everywhere(opened):
     data = pages.whole()
     for key in ("plan", "profile", "candidates"):
         data[key]["sites"] = {pages.EVIL: data[key]["sites"]["layers.0.attn"]}
-    data["candidates"]["choices"][1]["choice"] = "</script><script>alert(1)</script>"
+    data["candidates"]["choices"][1]["label"] = "</script><script>alert(1)</script>"
     data["plan"]["candidates"] = {"<img src=x onerror=alert(1)>": 4}
     for head in data["plan"]["sites"][pages.EVIL]:
         head["candidate"] = "<img src=x onerror=alert(1)>"

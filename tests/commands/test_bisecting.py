@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -100,6 +101,24 @@ def test_a_run_that_raises_is_wrong(eagerly: list[Any], monkeypatch: pytest.Monk
     found = bisecting.of_model(loaded(1), 12, quiet).to_json()
     assert found["culprit"]["number"] == 1 and found["culprit"]["rewrites"][0]["leads"]
     assert any("a kernel failed" in trial["said"] for trial in found["trials"])
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_logits_that_are_no_numbers_are_told_in_json_that_can_be_read(
+    options: list[str], eagerly: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN in eager too: no rewrite is to blame, and its own difference is no tolerance."""
+    broken = loaded(1)
+    torch.nn.init.constant_(next(broken.model.parameters()), math.nan)
+    monkeypatch.setattr(bisecting, "load", lambda args: broken)
+    assert main(["bisect", "any", "--length", "12", *options]) == 1
+    out = capsys.readouterr().out
+    if options:
+        found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert found["verdict"] == "without" and 0 < found["tolerance"] < 1 and found["eager_difference"] is None
+        assert [trial["difference"] for trial in found["trials"]] == [None, None]
+    else:
+        assert out.count("not finite") == 3 and "wrong" in out
 
 
 def command(condition: str) -> list[str]:

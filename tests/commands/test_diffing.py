@@ -63,6 +63,30 @@ def test_totals_and_settings_stand_side_by_side() -> None:
     assert plans_json(one, one, ("a", "a"))["same"]
 
 
+def test_plans_for_two_lengths_are_compared_at_one() -> None:
+    """A wider window keeps less of a longer input: neither length may stand for the other."""
+    one, other = plan_of(l0="wwwd"), plan_of(l0="nnwd")
+    other = replace(other, lengths=replace(other.lengths, planned=LENGTHS[0]))
+    found = plans_json(one, other, ("a", "b"))
+    kept = [head["kept"] for head in found["sites"]["model.layers.0.self_attn"]]
+    assert kept[0][0] > kept[0][1] and kept[2][0] == kept[2][1] and kept[3] == [1.0, 1.0]
+    assert found["changes"][0]["cost"] == pytest.approx(kept[0])
+    density = next((row["one"], row["other"]) for row in found["totals"] if row["what"] == "density")
+    assert density == pytest.approx([sum(pair[n] for pair in kept) / 4 for n in (0, 1)])
+    assert any(f"of {LENGTHS[1]} tokens in both" in note for note in found["notes"])
+
+
+def test_only_time_is_called_fast() -> None:
+    one = plan_of(l0="nnnd")
+    counted, ms = (
+        replace(one, objective=objective, predicted=replace(one.predicted, unit=unit))
+        for objective, unit in (("memory", "MB of cache"), ("prefill", "ms"))
+    )
+    names = [[row["what"] for row in plans_json(*pair, ("a", "b"))["totals"]] for pair in ((ms, ms), (counted, ms))]
+    assert "times as fast, predicted" in names[0] and not any("fast" in name for name in names[1])
+    assert "memory, MB of cache: dense / planned" in str(plans_json(counted, counted, ("a", "b"))["totals"])
+
+
 def test_the_terminal_and_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -198,14 +198,15 @@ def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
     command = plan_command(planned, tmp_path / "plan.json", **wanted)
     capsys.readouterr()
     assert main([*command, "--json", "--html", str(tmp_path / "page.html")]) == 0
-    assert f"attnopt plan {planned / 'model'}" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"attnopt plan {planned / 'model'}" in page and "Before and after" in page
     found = json.loads(capsys.readouterr().out)
     assert found["predicted"]["cost"] == "roofline" and found["cost_table"].startswith("roofline-h100-tp2-")
     assert found["constraints"]["protect"] == ["0.1"] and found["sites"][SITE][1]["dense"]
     final = next(m for m in found["measured"] if m["split"] == "final")
     assert final["kl"] >= 0 and 0 < final["top1"] <= 1 and 0 <= final["planned_retrieval"] <= 1
     assert main(["show", str(tmp_path / "plan.json")]) == 0
-    assert "a roofline, not measured" in " ".join(capsys.readouterr().out.split())
+    assert "predicted (by a roofline, nothing timed)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_kernels_are_timed_once_and_after_an_interruption_the_rest(

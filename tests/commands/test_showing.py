@@ -70,7 +70,7 @@ def test_a_plan_on_the_terminal_is_its_json(files: Path, capsys: pytest.CaptureF
         assert f"{label} {' '.join(value.split())}" in text, label
     totals = found["totals"]
     assert totals["budget_kept"] is True and totals["margin"] == pytest.approx(0.25)
-    assert "kept: at most 0.75 of 1 percent of the dense loss, 0.25 to spare" in text
+    assert "kept: at most 0.75, allowed 1 percent of the dense loss; 0.25 to spare" in text
     assert f"{totals['replaced']} of {totals['heads']} heads replaced" in text and totals["heads"] == 8
     # The map: a line per layer, a letter per head, the legend's counts.
     rows = [line.split() for line in lines(capsys, "show", "plan.json") if re.fullmatch(r"[01]( [a-z#]){4} *", line)]
@@ -96,7 +96,7 @@ def test_bytes_are_told_where_sizes_are_known(files: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"upper_95": 1.5}, "missed: at most 1.5 of 1 percent of the dense loss, 0.5 too much"),
+        ({"upper_95": 1.5}, "missed: at most 1.5, allowed 1 percent of the dense loss; 0.5 too much"),
         ({"choices": "0" * 12}, "not known whether it is kept: edited since"),
     ],
 )
@@ -127,6 +127,25 @@ def test_the_profile_is_found_beside_the_plan(files: Path, fails: Fails, capsys:
     assert answer(capsys, "explain", "plan.json", "1.2", "--profile", "elsewhere")["candidates"] == full["candidates"]
     other = answer(capsys, "explain", "plan.json", "1.2", "--profile", "a.safetensors")
     assert any(f"made from another profile, {digest}" in note for note in other["notes"])
+
+
+def test_of_profiles_of_one_text_that_of_the_plan_s_model_is_taken(
+    files: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digest is of the text alone: other models, lengths and grids have the same."""
+    own = answer(capsys, "explain", "plan.json", "1.2")
+    random_profile(model=Fingerprint("f" * 16, (0.5,))).save("0.safetensors")
+    shorter = random_profile()
+    shorter.observations = {key: seen for key, seen in shorter.observations.items() if key[1] == LENGTHS[0]}
+    shorter.save("1.safetensors")
+    assert answer(capsys, "explain", "plan.json", "1.2") == own
+    random_profile(seed=1).save("z.safetensors")
+    (*rest, note) = answer(capsys, "explain", "plan.json", "1.2")["notes"]
+    assert rest == own["notes"] and "Taken from profile.safetensors; z.safetensors may be meant as well" in note
+    for name in ("profile.safetensors", "z.safetensors"):
+        Path(name).unlink()
+    message = fails(["explain", "plan.json", "1.2"])
+    assert "0.safetensors is of another model" in message and f"1.safetensors is of {LENGTHS[0]} tokens" in message
 
 
 def test_heads_that_are_not_there_or_several(files: Path, fails: Fails) -> None:
@@ -168,18 +187,21 @@ def test_the_whole_report_of_a_plan(work: Path, files: Path, capsys: pytest.Capt
     model = hf.load(str(work / "model")).model
     sites = list(discover(model, torch.arange(64)[None] % 61).sites.values())
     profile = random_profile(model=fingerprint_of(model, sites))
-    made_plan(profile, sites).save("plan.json")
+    replace(made_plan(profile, sites), min_length=LENGTHS[-1]).save("plan.json")
     profile.save("own.safetensors")
     given = ["show", "plan.json", "--profile", "own.safetensors", "--model", str(work / "model")]
     found = answer(capsys, *given, "--html", "page.html")
-    assert set(found) == {"notes", "graphs", "plan", "profile", "front", "candidates", "kernels"}
+    assert set(found) == {"notes", "graphs", "plan", "profile", "front", "candidates", "pictures", "kernels"}
     assert found["notes"] == [] and found["graphs"]["counts"]["rewritten"] == 2
+    # The graphs are those that the plan makes, which stays dense under its break-even.
+    assert all("span kernel" in row["done"] for row in found["graphs"]["rows"])
+    assert all(item["before"] and item["after"] for item in found["pictures"]) and found["pictures"]
     dense = sum(s.kv_heads * 2 * s.head_dim * 4 for s in sites) * LENGTHS[-1]
     assert found["plan"]["totals"]["dense_kv_bytes"] == dense and [s.kv_heads for s in sites] == [2, 2]
     (source,) = found["kernels"].values()
     assert "def prefill(" in source
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "attnopt show plan.json" in page and SITE in page
+    assert "attnopt show plan.json" in page and SITE in page and "Before and after" in page
     without = answer(capsys, "show", "plan.json", "--html", "small.html")
     assert set(without) == {"notes", "plan"} and Path("small.html").stat().st_size < len(page)
 

@@ -17,6 +17,7 @@ from models import save_model
 
 from attnopt.cli import main
 from attnopt.corpus import library_texts
+from attnopt.errors import OptionError
 from attnopt.registry import CANDIDATES, PATTERNS, TARGETS
 
 from .blocks import (
@@ -191,7 +192,7 @@ BAD = {
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
 def test_what_is_wrong_with_a_block_is_seen(text: str) -> None:
     (block,) = blocks_of("page", text)
-    with pytest.raises((AssertionError, SyntaxError, ValueError)):
+    with pytest.raises((AssertionError, SyntaxError, ValueError, OptionError)):
         check(block)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from html import unescape
 from typing import Any
 
 import pages
+from rich.console import Console
 
-from attnopt.report import data
+from attnopt.examine import Counted, Examined, Graph, Saving
+from attnopt.report import data, terminal
 from attnopt.report.page import render, strip
 
 
@@ -44,7 +47,9 @@ def test_the_strip_says_what_is_saved_at_the_longest_length() -> None:
 def test_where_every_pair_stays_the_strip_says_what_is_no_longer_made() -> None:
     given = examined() | {"savings": [saving(1024, 1 << 20, 1 << 20, repeated_bytes=1 << 20)]}
     tile = strip({"graphs": given})[-1]
-    assert (tile.label, tile.value) == ("Memory saved", "3 MiB") and tile.detail.startswith("prefill at 1024 tokens")
+    assert (tile.label, tile.value) == ("Bytes not written", "3 MiB") and tile.detail.startswith(
+        "prefill at 1024 tokens"
+    )
 
 
 def test_savings_timings_breaks_and_recompilations_are_told() -> None:
@@ -73,3 +78,17 @@ def test_a_rewriting_that_was_wrong_has_no_times() -> None:
 def test_graphs_that_were_only_compiled_have_none_of_it() -> None:
     text = render({"graphs": data.graphs_json([pages.graph()])})
     assert "Graph breaks" not in text and "counted for one sequence" not in text and "Timed on" not in text
+
+
+def test_what_another_length_makes_otherwise_is_told() -> None:
+    """Savings count what a length would do: a site that is left alone as traced may well be rewritten there."""
+    report = pages.graph()
+    first, *_, odd = report.sites
+    sites = (Counted(first.name, "sdpa_causal", "", 64, 36, False), Counted(odd.name, "span kernel", "", 64, 36, False))
+    found = data.examined_json(Examined((Graph(report, "prefill", savings=(Saving(1024, 1, 0, 0, sites),)),)))
+    (row,) = found["savings"]
+    assert row["otherwise"] == {"span kernel": 1}
+    said = "at 1024 tokens 1 attention becomes span kernel; as traced, it does not."
+    out = io.StringIO()
+    terminal.print_examined(found, Console(file=out, width=200))
+    assert f"prefill: {said}" in out.getvalue() and f"prefill {said}" in render({"graphs": found})

@@ -104,7 +104,7 @@ def test_figures_of_a_tooltip() -> None:
     given = pages.whole()
     lines = head_facts(given, "layers.1.attn", 1)
     seen = given["profile"]["sites"]["layers.1.attn"]["64"][1]
-    assert lines[:2] == ["layers.1.attn, head 1", "sink_window(alpha=128, beta=0, sink=4); sink 4, window 128"]
+    assert lines[:2] == ["layers.1.attn, head 1", "window 128, sink 4"]
     assert f"removing it costs {seen['ablation']:.3g} nats per token" in lines
     assert (
         f"its choice costs {given['candidates']['sites']['layers.1.attn']['damage'][1][1]:.3g} nats per token" in lines

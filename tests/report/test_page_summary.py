@@ -41,7 +41,14 @@ def test_a_plan_that_was_measured_and_timed() -> None:
 
 def test_a_speed_that_was_not_timed_is_called_predicted() -> None:
     tile = by_label(of_plan())["Speed"]
-    assert tile.value == "2.47×" and "predicted: measured on this device" in tile.detail
+    assert tile.value == "2.47×" and "predicted (from times measured on this device)" in tile.detail
+
+
+def test_what_is_no_time_is_no_speed() -> None:
+    counted = replace(pages.plan().predicted, cost="bytes", unit="MB of cache")
+    tiles = by_label(of_plan(predicted=counted, objective="memory"))
+    tile = tiles["Cost against dense"]
+    assert "Speed" not in tiles and tile.value == "40.5 %" and "memory: 12.3 to 5 MB of cache" in tile.detail
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,33 @@ def test_the_worst_length_decides() -> None:
     assert tiles["Budget kept"].value == "no" and "4096" in tiles["Cost in quality"].detail
 
 
+def test_the_strip_and_the_facts_below_it_agree() -> None:
+    """A length with the larger increase is not the one that decides if another's bound is larger; a window wider than
+    the planned length is a changed head that loses nothing."""
+    (one,) = measured(length=1024, increase=0.6, upper_95=0.7)
+    wide = {site: (Choice.of("sink_window", {"sink": 4, "alpha": 10**6, "beta": 0.0}),) * 4 for site in pages.names(2)}
+    made = replace(pages.plan(), choices=wide)
+    both = (one, replace(one, length=2048, increase=0.5, upper_95=0.95))
+    given = of_plan(choices=wide, measured=tuple(replace(m, choices=made.choices_id) for m in both))
+    tiles, facts = by_label(given), dict(data.plan_facts(given["plan"]))
+    assert tiles["Heads changed"].value == "8 of 8" and "8 of 8 heads replaced" in facts["density"]
+    assert (
+        tiles["Cost in quality"].value == "+0.50 %" and "2048 tokens; at most 0.95 %" in tiles["Cost in quality"].detail
+    )
+    assert "at most 0.95, allowed 1 percent" in facts["budget"] and "0.05 to spare" in tiles["Budget kept"].detail
+
+
+def test_a_budget_that_was_kept_hides_no_answers_that_were_lost() -> None:
+    given = of_plan(measured=measured(dense_retrieval=1.0, planned_retrieval=0.25))
+    said = "questions about far lines answered at 2048 tokens: 25 %, dense 100 %"
+    tile = by_label(given)["Budget kept"]
+    assert (tile.value, tile.state) == ("yes", "open") and said in tile.detail
+    assert ("beware", said) in data.plan_facts(given["plan"])
+    assert (
+        by_label(of_plan(measured=measured(dense_retrieval=0.9, planned_retrieval=0.9)))["Budget kept"].state == "good"
+    )
+
+
 def test_what_was_not_measured_is_not_known() -> None:
     tiles = by_label(of_plan(measured=()))
     assert (tiles["Budget kept"].value, tiles["Budget kept"].state) == ("not known", "open")
@@ -79,8 +113,13 @@ def test_what_was_not_measured_is_not_known() -> None:
 
 def test_an_edited_plan_has_measurements_of_another() -> None:
     changed = {site: (Choice("dense", ()),) * 4 for site in pages.names(2)}
-    tile = by_label(of_plan(choices=changed))["Budget kept"]
-    assert tile.value == "not known" and "edited" in tile.detail
+    given = of_plan(choices=changed)
+    tiles = by_label(given)
+    for label in ("Cost in quality", "Budget kept"):
+        assert tiles[label].value == "not known" and "edited" in tiles[label].detail
+    assert "before it was edited" in tiles["Speed"].detail
+    labels = [label for label, _ in data.plan_facts(given["plan"])]
+    assert labels.index("edited") < labels.index("final text")
 
 
 def test_graphs_and_profiles_alone_have_figures_of_their_own() -> None:

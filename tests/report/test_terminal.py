@@ -125,7 +125,7 @@ def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
     assert "1 percent of the dense loss" in text and "2.50x" in text and "at most 0.75" in text
     assert "under 256 tokens every site runs dense" in text
     assert "layers.*.attn × heads" in text and "0 a a a # " in text and "1 # # # # " in text
-    assert "window <= 128" in text and "sink_window(alpha=128, beta=0, sink=4)" in text
+    assert "window <= 128" in text and "window 128, sink 4" in text
     assert "edited" not in text and "edited" in shown(
         terminal.print_plan, replace(plan(), choices={"layers.0.attn": (DENSE,)})
     )

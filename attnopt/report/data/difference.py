@@ -16,7 +16,7 @@ from attnopt.planner.make import calibration_of
 from attnopt.profile_file import Profile
 from attnopt.report.cells import fold_rows, number_ranges
 from attnopt.report.data.candidates import choice_facts, label
-from attnopt.report.data.plans import constraint_texts, plan_json
+from attnopt.report.data.plans import constraint_texts, density_of, plan_json, spans_at, timed
 
 MOVED = 12  # heads in the list of those that moved most
 # Of a plan's figures, those that two plans are compared by: name, key of `totals`, format.
@@ -28,7 +28,6 @@ TOTALS = (
     ("predicted, nats per token", "predicted"),
     ("measured increase", "increase"),
     ("measured, at most", "upper_95"),
-    ("times as fast", "speedup"),
     ("budget kept", "budget_kept"),
 )
 
@@ -37,21 +36,23 @@ def plans_json(
     one: Plan, other: Plan, names: tuple[str, str], sites: Sequence[Site] | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """changes: heads whose choice differs, layers and heads of equal changes together; sites: of every head whether it
-    changed and what share of its pairs it keeps in either plan, at that plan's length; of a change, cost: the share of
-    dense pairs of both choices. PlanError where the plans are not
-    of the same attentions."""
+    changed and what share of its pairs it keeps in either plan; of a change, cost: the share of dense pairs of both
+    choices. All shares of pairs are at the longer planned length. PlanError where the plans are not of the same
+    attentions."""
     _same_sites({n: len(h) for n, h in one.choices.items()}, {n: len(h) for n, h in other.choices.items()}, PlanError)
     first, second = plan_json(one, sites), plan_json(other, sites)
+    length = max(one.lengths.planned, other.lengths.planned)
+    spans = [spans_at(plan, length) for plan in (one, other)]
     found: dict[str, list[dict[str, Any]]] = {}
-    for site, heads in first["sites"].items():
+    for site, heads in spans[0].items():
         found[site] = [
             {"changed": a != b, "kept": [own["kept"], its["kept"]]}
-            for a, b, own, its in zip(
-                one.choices[site], other.choices[site], heads, second["sites"][site], strict=True
-            )
-        ]  # fmt: skip
-    changes, settings = _changes(one, other), _settings(first, second)
-    figures = [(what, first["totals"][key], second["totals"][key]) for what, key in TOTALS]
+            for a, b, own, its in zip(one.choices[site], other.choices[site], heads, spans[1][site], strict=True)
+        ]
+    changes, settings = _changes(one, other, length), _settings(first, second)
+    totals = [{**plan["totals"], "density": density_of(at)} for plan, at in zip((first, second), spans, strict=True)]
+    figures = [(what, totals[0][key], totals[1][key]) for what, key in TOTALS]
+    figures += _gains(first, second)
     return {
         "of": "plans",
         "files": list(names),
@@ -63,8 +64,28 @@ def plans_json(
         "settings": settings,
         "changes": changes,
         "sites": found,
-        "notes": _notes(one.fingerprint, other.fingerprint),
+        "notes": [*_notes(one.fingerprint, other.fingerprint), *_lengths(one, other)],
     }
+
+
+def _gains(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """The ratio of costs, where both plans weigh the same: bytes are not to be held against time."""
+    weighed = [(plan["objective"], plan["predicted"]["unit"]) for plan in (one, other)]
+    if weighed[0] != weighed[1]:
+        return []
+    objective, unit = weighed[0]
+    what = "times as fast, predicted" if timed(one["predicted"]) else f"{objective}, {unit}: dense / planned"
+    return [(what, one["totals"]["speedup"], other["totals"]["speedup"])]
+
+
+def _lengths(one: Plan, other: Plan) -> list[str]:
+    a, b = one.lengths.planned, other.lengths.planned
+    if a == b:
+        return []
+    return [
+        f"Planned for {a} and {b} tokens: shares of pairs are of {max(a, b)} tokens in both; "
+        "cache, predictions and measurements are each plan's own."
+    ]
 
 
 def _same_sites(
@@ -85,8 +106,8 @@ def _notes(one: Fingerprint, other: Fingerprint) -> list[str]:
     return [f"Not the same model: {different}."] if different else []
 
 
-def _changes(one: Plan, other: Plan) -> list[dict[str, Any]]:
-    """Equal changes of one site together, then of sites that differ in a number only."""
+def _changes(one: Plan, other: Plan, length: int) -> list[dict[str, Any]]:
+    """Equal changes of one site together, then of sites that differ in a number only; cost at a total `length`."""
     rows: list[dict[str, Any]] = []
     for site, heads in one.choices.items():
         groups: dict[tuple[Choice, Choice], list[int]] = {}
@@ -95,13 +116,12 @@ def _changes(one: Plan, other: Plan) -> list[dict[str, Any]]:
                 groups.setdefault(pair, []).append(head)
         rows += [{"site": site, "heads": number_ranges(n), "count": len(n), "pair": pair} for pair, n in groups.items()]
     folded = fold_rows(rows, lambda r: str(r["site"]), lambda r: (r["heads"], r["pair"]))
-    lengths = one.lengths.planned, other.lengths.planned
     return [
         {
             "sites": name, "heads": rows[0]["heads"], "count": sum(r["count"] for r in rows),
             "choices": [str(choice) for choice in rows[0]["pair"]],
             "labels": [label(choice) for choice in rows[0]["pair"]],
-            "cost": [choice_facts(choice, n)["cost"] for choice, n in zip(rows[0]["pair"], lengths, strict=True)],
+            "cost": [choice_facts(choice, length)["cost"] for choice in rows[0]["pair"]],
         }
         for name, rows in folded
     ]  # fmt: skip

@@ -93,15 +93,21 @@ def _saving(saving: Saving) -> dict[str, Any]:
 
 
 def _summed(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each phase and length."""
+    """One record for each phase and length. otherwise: of attentions that become something else at that length than as
+    traced, how many become what; "" is nothing."""
     numbers = ("pairs_before", "pairs_after", "mask_bytes", "repeated_bytes", "scores_bytes", "unsized")
     rows: dict[Any, dict[str, Any]] = {}
     for graph in graphs:
         for saving in graph["savings"]:
             key = {"phase": graph["phase"], "cache": graph["cache"], "length": saving["length"]}
-            row = rows.setdefault(tuple(key.values()), {**key, **dict.fromkeys(numbers, 0), "at_most": False})
+            empty = {**key, **dict.fromkeys(numbers, 0), "at_most": False, "otherwise": {}}
+            row = rows.setdefault(tuple(key.values()), empty)
             row.update({name: row[name] + saving[name] for name in numbers})
             row["at_most"] = row["at_most"] or saving["at_most"]
+            traced = {site["name"]: site["lowering"] for site in graph["sites"]}
+            for counted in saving["sites"]:
+                if (becomes := counted["lowering"]) != traced.get(counted["site"], becomes):
+                    row["otherwise"][becomes] = row["otherwise"].get(becomes, 0) + 1
     return list(rows.values())
 
 

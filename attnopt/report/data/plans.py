@@ -10,11 +10,14 @@ from typing import Any
 
 from attnopt.cost import kept_pairs
 from attnopt.ir import DENSE, Site
-from attnopt.plan import Plan
+from attnopt.plan import Measured, Plan
 from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
+from attnopt.report.data.candidates import label
 
+# Of all questions: so many fewer answers are worth a warning beside a budget that was kept.
+FORGOTTEN = 0.05
 # What plan_json says of a distinct span, in this order.
 SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
 
@@ -24,24 +27,11 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
     what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left. sites: of the
     model, where they are known: they tell bytes of cache."""
     length = plan.lengths.planned
-    found: dict[str, list[dict[str, Any]]] = {}
-    spans: Counter[tuple[str, int, int, float, bool, str, str]] = Counter()
-    for name, choices in plan.choices.items():
-        heads: list[dict[str, Any]] = []
-        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
-            dense = window >= length
-            sink, window = (0, length) if dense else (sink, window)
-            kept = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
-            kind, far = choice.candidate, CANDIDATES[choice.candidate].far
-            spans[str(choice), sink, window, kept, dense, kind, far] += 1
-            heads.append({
-                "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
-                "candidate": kind, "far": far,
-            })  # fmt: skip
-        found[name] = heads
-    ordered = sorted(spans.items(), key=lambda item: (-item[0][3], item[0][0]))
-    every: list[float] = [head["kept"] for heads in found.values() for head in heads]
-    density = sum(every) / len(every) if every else 1.0
+    found = spans_at(plan, length)
+    spans = Counter(tuple(head[name] for name in SPAN[:-1]) for heads in found.values() for head in heads)
+    ordered = sorted(spans.items(), key=lambda item: (-item[0][SPAN.index("kept")], item[0]))
+    density = density_of(found)
+    labels = {str(choice): label(choice) for choices in plan.choices.values() for choice in choices}
     return {
         "id": plan.id,
         "model": plan.model,
@@ -67,20 +57,54 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
         "seed": plan.seed,
         "versions": dict(plan.versions),
         "sites": found,
-        "spans": [dict(zip(SPAN, (*span, count), strict=True)) for span, count in ordered],
+        "spans": [
+            {"label": labels[span[0]], **dict(zip(SPAN, (*span, count), strict=True))} for span, count in ordered
+        ],
         "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
         "density": density,
         "totals": _totals(plan, density, sites),
     }
 
 
-# Where a cost comes from, in words.
+def spans_at(plan: Plan, length: int) -> dict[str, list[dict[str, Any]]]:
+    """What every head of every site keeps at a total length."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, choices in plan.choices.items():
+        heads = found[name] = []
+        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
+            dense = window >= length
+            sink, window = (0, length) if dense else (sink, window)
+            heads.append({
+                "choice": str(choice), "sink": sink, "window": window,
+                "kept": kept_pairs(length, sink, window) / kept_pairs(length, 0, length), "dense": dense,
+                "candidate": choice.candidate, "far": CANDIDATES[choice.candidate].far,
+            })  # fmt: skip
+    return found
+
+
+def density_of(spans: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """The mean over heads of the share of dense pairs that they keep."""
+    every = [float(head["kept"]) for heads in spans.values() for head in heads]
+    return sum(every) / len(every) if every else 1.0
+
+
+# What a cost of Predicted.cost was added up from.
 COSTS = {
-    "measured": "measured on this device",
-    "roofline": "a roofline, not measured",
-    "density": "pairs counted, not measured",
-    "bytes": "bytes counted, not measured",
+    "measured": "from times measured on this device",
+    "roofline": "by a roofline, nothing timed",
+    "density": "pairs counted, nothing timed",
+    "bytes": "bytes counted, nothing timed",
 }
+
+
+def costs_text(predicted: Mapping[str, Any]) -> str:
+    """That a plan's costs are predicted, and from what."""
+    return f"predicted ({COSTS.get(predicted['cost'], predicted['cost'])})"
+
+
+def timed(predicted: Mapping[str, Any]) -> bool:
+    """Whether what the objective weighs is time, so that its ratio is a speed: not bytes, pairs or a share."""
+    return str(predicted["unit"]).split()[0] == "ms"
 
 
 def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
@@ -108,8 +132,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {n} tokens; "
                     f"{totals['replaced']} of {totals['heads']} heads replaced"),
         (plan["objective"], f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']} "
-                            f"at {n} tokens, {predicted['speedup']:.2f}x "
-                            f"({COSTS.get(predicted['cost'], predicted['cost'])})"),
+                            f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}"),
     ]  # fmt: skip
     if totals["kv_memory"] < 1:
         sizes = "" if totals["kv_bytes"] is None else f", {_bytes(totals['kv_bytes'])} of "
@@ -118,11 +141,12 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
     # What decided first: the split that the search never saw.
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
-    facts += [("measured", f"{m['split']} split at {m['length']}: {_measured_text(m, plan)}") for m in ordered]
+    facts += [("beware", lost) for lost in totals["lost"]]
+    if plan["edited"]:
+        facts.append(("edited", "what was predicted and measured belongs to other choices than these"))
+    facts += [(f"{m['split']} text", f"at {m['length']} tokens {_measured_text(m, plan)}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
-    if plan["edited"]:
-        facts.append(("edited", "the measurements belong to other choices than these"))
     facts += [
         ("model", f"{plan['model']} ({plan['fingerprint']})"),
         ("lengths", f"planned {n}, profiled {_list(lengths['profiled'])}, verified {_list(lengths['verified'])}"),
@@ -148,8 +172,8 @@ def _budget_text(plan: Mapping[str, Any]) -> str:
             "edited since" if plan["measured"] else "nothing was measured"
         )
     if totals["budget_kept"]:
-        return f"kept: at most {totals['upper_95']:.3g} of {of}, {totals['margin']:.3g} to spare"
-    return f"missed: at most {totals['upper_95']:.3g} of {of}, {-totals['margin']:.3g} too much"
+        return f"kept: at most {totals['upper_95']:.3g}, allowed {of}; {totals['margin']:.3g} to spare"
+    return f"missed: at most {totals['upper_95']:.3g}, allowed {of}; {-totals['margin']:.3g} too much"
 
 
 def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
@@ -173,8 +197,9 @@ def _bytes(count: float) -> str:
 
 
 def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
-    """increase, upper_95: of the last check, the worst length, in the budget's unit; margin: what of the budget it
-    leaves. None where nothing was measured, or something else was."""
+    """split, length, increase, upper_95: of the last check, the length with the largest bound, in the budget's unit;
+    margin: what of the budget it leaves. None where nothing was measured, or something else was. lost: what the budget
+    does not count, in words."""
     last = [] if plan.edited else [m for m in plan.measured if m.split == "final"] or list(plan.measured)
     worst = max(last, key=lambda m: m.upper_95, default=None)
     every = [choice for heads in plan.choices.values() for choice in heads]
@@ -188,11 +213,24 @@ def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[st
         "dense_kv_bytes": dense_bytes,
         "speedup": plan.predicted.speedup,
         "predicted": plan.predicted.kl_nats_per_token,
+        "split": worst and worst.split,
+        "length": worst and worst.length,
         "increase": worst and finite(worst.increase),
         "upper_95": worst and finite(worst.upper_95),
         "budget_kept": worst and worst.upper_95 <= plan.budget.limit,
         "margin": worst and finite(plan.budget.limit - worst.upper_95),
+        "lost": _lost(last),
     }
+
+
+def _lost(measured: Sequence[Measured]) -> list[str]:
+    return [
+        f"questions about far lines answered at {m.length} tokens: {100 * m.planned_retrieval:.0f} %, "
+        f"dense {100 * m.dense_retrieval:.0f} %"
+        for m in measured
+        if m.planned_retrieval is not None and m.dense_retrieval is not None
+        and m.dense_retrieval - m.planned_retrieval > FORGOTTEN
+    ]  # fmt: skip
 
 
 def _dense_kv_bytes(plan: Plan, sites: Sequence[Site] | None) -> int | None:
@@ -217,12 +255,16 @@ def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
             "upper_95": finite(record.worst.upper_95),
             "length": record.worst.length,
             "holds": record.holds,
-            "measured": [{k: finite(v) for k, v in asdict(m).items()} for m in record.measured],
+            "measured": [finite(asdict(m)) for m in record.measured],
         }
         for record in records
     ]
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for what has no bound."""
+    """Plain data, of any depth, without infinities and NaN, which JSON does not have: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

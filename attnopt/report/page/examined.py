@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from attnopt.report.cells import bytes_text, scaled
-from attnopt.report.page.pieces import Part, table
+from attnopt.report.cells import bytes_text, otherwise, scaled
+from attnopt.report.page.pieces import Part, soft, table
 
 SAVING_COLUMNS = [
     ("phase", "phase"), ("length", "tokens"), ("before", "pairs before"), ("after", "pairs after"),
-    ("mask_bytes", "masks"), ("repeated_bytes", "copies of K and V"), ("scores_bytes", "scores"),
+    ("mask_bytes", "masks"), ("repeated_bytes", "copies of K and V, all layers"),
+    ("scores_bytes", "scores, all layers"),
 ]  # fmt: skip
 TIMING_COLUMNS = [
     ("phase", "phase"), ("site", "site"), ("queries", "queries"), ("keys", "keys"), ("before_ms", "before, ms"),
@@ -24,7 +25,9 @@ def examined(graphs: Mapping[str, Any]) -> list[Part]:
     parts = []
     if rows := [row for row in graphs.get("savings") or () if row["pairs_before"]]:
         heading = "<h3>What exact mode saves, counted for one sequence: query-key pairs, and bytes no longer made</h3>"
-        parts.append((heading + table(SAVING_COLUMNS, [_saving(row) for row in rows]), "what exact mode saves"))
+        told = [soft(f"{phase_of(row)} {line}".strip()) for row in rows for line in otherwise(row)]
+        shown = table(SAVING_COLUMNS, [_saving(row) for row in rows]) + "".join(told)
+        parts.append((heading + shown, "what exact mode saves"))
     timings = [_timing(graph, row) for graph in graphs["graphs"] for row in graph.get("timings") or ()]
     if timings:
         heading = f"<h3>Timed on {escape(graphs['machine'])}: medians, on equal results</h3>"

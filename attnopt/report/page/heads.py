@@ -228,9 +228,12 @@ def _at(row: Sequence[Any] | None, head: int, missing: Any) -> Any:
 def head_facts(data: Mapping[str, Any], site: str, head: int) -> list[str]:
     """Lines of what is known of one head: its name, then a fact each."""
     lines = [f"{site}, head {head}"]
-    if (span := _at(((data.get("plan") or {}).get("sites") or {}).get(site), head, None)) is not None:
-        window = "" if span["far"] == "gone" or span["dense"] else f"; sink {span['sink']}, window {span['window']}"
-        lines.append(f"{span['choice']}{window}")
+    plan = data.get("plan") or {}
+    if (span := _at(plan.get("sites", {}).get(site), head, None)) is not None:
+        said = next(known["label"] for known in plan["spans"] if known["choice"] == span["choice"])
+        here = f"window {span['window']}" + (f", sink {span['sink']}" if span["sink"] else "")
+        told = span["far"] == "gone" or span["dense"] or here in said
+        lines.append(said if told else f"{said}; {here}")
         lines.append(f"{100 * span['kept']:.1f} % of the dense pairs kept")
     if profile := data.get("profile"):
         seen = _at(longest(profile)[site] if site in profile["sites"] else None, head, None)
@@ -285,7 +288,9 @@ def _embedded(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence
         found["distances"] = profile["grid"]["distances"]
         found["mass"] = [[head.get("mass") for head in rows.get(site, ())] for site in sites]
     if curves := data.get("candidates") or (profile and _grid_curves(profile)):
-        found["choices"], found["unit"] = curves["choices"], curves["unit"]
+        # The page says what a person reads first.
+        found["choices"] = [{**choice, "choice": choice.get("label", choice["choice"])} for choice in curves["choices"]]
+        found["unit"] = curves["unit"]
         for key in ("damage", "chosen"):
             found[key] = [curves["sites"].get(site, {}).get(key) for site in sites]
     return found

@@ -15,7 +15,7 @@ def plan(data: Mapping[str, Any]) -> list[Part]:
     said = {(str(label), str(value)) for label, value in data.get("summary") or ()}
     rows = [("plan", held["id"]), *plan_facts(held)]
     spans = [
-        {"choice": s["choice"], "heads": s["heads"], "sink": s["sink"],
+        {"choice": s["label"], "heads": s["heads"], "sink": s["sink"],
          "window": "none" if s["far"] == "gone" else "all" if s["dense"] else s["window"],
          "kept": f"{100 * s['kept']:.1f} %"}
         for s in held["spans"]

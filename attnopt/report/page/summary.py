@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from attnopt.report.cells import bytes_text, cell_text, scaled
-from attnopt.report.data.plans import COSTS
+from attnopt.report.data.plans import costs_text, timed
 from attnopt.report.page.examined import phase_of
 from attnopt.report.page.pieces import Part, facts
 
@@ -35,13 +35,12 @@ def strip(data: Mapping[str, Any]) -> list[Tile]:
 
 
 def _changed(data: Mapping[str, Any], plan: Mapping[str, Any]) -> Tile:
-    heads = [head for row in plan["sites"].values() for head in row]
-    changed = sum(not head["dense"] for head in heads)
-    detail = f"{_percent(plan['density'])} of the dense query-key pairs at {plan['lengths']['planned']} tokens"
+    totals = plan["totals"]
+    detail = f"{_percent(totals['density'])} of the dense query-key pairs at {plan['lengths']['planned']} tokens"
     counts = (data.get("graphs") or {}).get("counts")
     if counts and counts["sites"]:
         detail += f"; {counts['rewritten']} of {counts['sites']} attentions rewritten"
-    return Tile("Heads changed", f"{changed} of {len(heads)}", detail, "plain")
+    return Tile("Heads changed", f"{totals['replaced']} of {totals['heads']}", detail, "plain")
 
 
 def _faster(data: Mapping[str, Any], plan: Mapping[str, Any]) -> Tile:
@@ -53,41 +52,38 @@ def _faster(data: Mapping[str, Any], plan: Mapping[str, Any]) -> Tile:
             detail += f"; {row['times_exact']:.2f}× exact mode"
         return Tile("Speed", f"{row['times_inductor']:.2f}×", detail, "plain")
     predicted = plan["predicted"]
-    detail = f"{plan['objective']} against dense, predicted: {COSTS.get(predicted['cost'], predicted['cost'])}"
-    return Tile("Speed", f"{predicted['speedup']:.2f}×", detail, "plain")
-
-
-def decisive(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The measurements that speak for the plan: of the final split where there are any, else all."""
-    final = [m for m in plan["measured"] if m["split"] == "final"]
-    return final or list(plan["measured"])
+    told = costs_text(predicted) + (" before it was edited" if plan["edited"] else "")
+    if timed(predicted):
+        return Tile("Speed", f"{predicted['speedup']:.2f}×", f"{plan['objective']} against dense, {told}", "plain")
+    dense, planned = predicted["dense_cost"], predicted["planned_cost"]
+    detail = f"{plan['objective']}: {dense:.3g} to {planned:.3g} {predicted['unit']}, {told}"
+    return Tile("Cost against dense", _percent(planned / dense) if dense else "not known", detail, "plain")
 
 
 def _loss(plan: Mapping[str, Any]) -> Tile:
+    totals, name = plan["totals"], "Cost in quality"
+    if plan["edited"]:
+        return Tile(name, "not known", "edited after it was measured", "open")
     if not plan["measured"]:
-        nats = plan["predicted"]["kl_nats_per_token"]
-        return Tile("Cost in quality", f"{nats:.3g}", "nats per token, predicted; nothing measured yet", "plain")
-    worst = max(decisive(plan), key=lambda m: m["increase"])
-    where = f"the {worst['split']} text at {worst['length']} tokens"
+        return Tile(name, f"{totals['predicted']:.3g}", "nats per token, predicted; nothing measured yet", "plain")
+    where = f"the {totals['split']} text at {totals['length']} tokens"
     if plan["budget"]["kind"] == "loss":
-        value, told = f"{worst['increase']:+.2f} %", f"loss on {where}; at most {worst['upper_95']:.2f} % (95 %)"
-    else:
-        value = f"{worst['increase']:.3g}"
-        told = f"nats per token on {where}; at most {worst['upper_95']:.3g} (95 %)"
-    return Tile("Cost in quality", value, told, "plain")
+        told = f"loss on {where}; at most {totals['upper_95']:.2f} % (95 %)"
+        return Tile(name, f"{totals['increase']:+.2f} %", told, "plain")
+    told = f"nats per token on {where}; at most {totals['upper_95']:.3g} (95 %)"
+    return Tile(name, f"{totals['increase']:.3g}", told, "plain")
 
 
 def _budget(plan: Mapping[str, Any]) -> Tile:
-    budget = plan["budget"]
+    budget, totals = plan["budget"], plan["totals"]
     asked = f"{budget['limit']:g} {budget['unit']}"
-    if plan["edited"]:
-        return Tile("Budget kept", "not known", f"edited after it was measured; the budget is {asked}", "open")
-    if not plan["measured"]:
-        return Tile("Budget kept", "not known", f"nothing measured yet; the budget is {asked}", "open")
-    spare = budget["limit"] - max(m["upper_95"] for m in decisive(plan))
-    if spare >= 0:
-        return Tile("Budget kept", "yes", f"{asked}; {spare:.2g} to spare", "good")
-    return Tile("Budget kept", "no", f"{asked}; exceeded by {-spare:.2g}", "bad")
+    if totals["budget_kept"] is None:
+        why = "edited after it was measured" if plan["edited"] else "nothing measured yet"
+        return Tile("Budget kept", "not known", f"{why}; the budget is {asked}", "open")
+    if totals["budget_kept"]:
+        told = "; ".join([asked, f"{totals['margin']:.2g} to spare", *totals["lost"]])
+        return Tile("Budget kept", "yes", told, "open" if totals["lost"] else "good")
+    return Tile("Budget kept", "no", f"{asked}; exceeded by {-totals['margin']:.2g}", "bad")
 
 
 def _compiled(graphs: Mapping[str, Any]) -> list[Tile]:
@@ -115,7 +111,7 @@ def _saved(graphs: Mapping[str, Any]) -> Tile | None:
     where = phase_of(row) + (f" at {row['length']} tokens" if row["length"] else "") + ", exact mode"
     held = sum(row[name] for name in ("mask_bytes", "repeated_bytes", "scores_bytes"))
     if before == after and held:
-        return Tile("Memory saved", bytes_text(held), f"{where}: masks, copies of K and V, scores not made", "plain")
+        return Tile("Bytes not written", bytes_text(held), f"{where}: masks, copies of K and V, scores", "plain")
     value = ("at least " if row["at_most"] else "") + _percent(1 - after / before)
     return Tile("Query-key pairs saved", value, f"{where}: {scaled(before)} to {scaled(after)}", "plain")
 

@@ -25,7 +25,7 @@ def print_bisection(data: dict[str, Any], to: Console | None = None) -> None:
     for trial in sorted(data["trials"], key=lambda t: (t["fuel"] is None, t["fuel"] or 0)):
         allowed = f"all {trial['made'] or ''}".strip() if trial["fuel"] is None else str(trial["fuel"])
         state = Text("right", style="green") if trial["good"] else Text("wrong", style="red")
-        listed.add_row(allowed, *([f"{trial['difference']:.2g}"] if measured else []), state)
+        listed.add_row(allowed, *([_figure(trial["difference"])] if measured else []), state)
     culprit = data["culprit"]
     to.print(Text(MEANING.get(data["verdict"]) or f"Rewrite {culprit['number']} breaks the output.", style="bold"))
     for rewrite in culprit["rewrites"] if culprit else ():
@@ -37,8 +37,12 @@ def print_bisection(data: dict[str, Any], to: Console | None = None) -> None:
     to.print(listed)
     if measured:
         said = f"difference: the worst token's logits, relative to {data['reference']}; eager's own is "
-        to.print(Text(f"{said}{data['eager_difference']:.2g}, the tolerance {data['tolerance']:.2g}", style="dim"))
+        to.print(Text(f"{said}{_figure(data['eager_difference'])}, the tolerance {data['tolerance']:.2g}", style="dim"))
     wrong = next((t["said"] for t in data["trials"] if not t["good"] and t["said"]), "")
     if wrong:
         to.print(Text("The end of what a wrong run said:", style="dim"))
         to.print(Text(wrong.rstrip()))
+
+
+def _figure(difference: float | None) -> str:
+    return "not finite" if difference is None else f"{difference:.2g}"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from attnopt.report.cells import bytes_text, scaled
+from attnopt.report.cells import bytes_text, otherwise, scaled
 from attnopt.report.terminal.console import console, counted, print_titled, table
 from attnopt.report.terminal.graphs import dtypes, print_passes, print_reason, print_rows, totals
 
@@ -65,8 +65,11 @@ def print_savings(savings: Sequence[Record], to: Console) -> None:
         memory = (bytes_text(row[name]) if row[name] else "" for name in held)
         listed.add_row(length, scaled(row["pairs_before"]), after, *memory)
     of = {"masks": "masks", "K and V": "K and V repeated for every query head", "scores": "scores"}
-    bytes_of = f"; memory no longer taken by {', '.join(of[label] for label in held.values())}" if held else ""
+    bytes_of = f"; bytes no longer written, of all layers: {', '.join(of[x] for x in held.values())}" if held else ""
     print_titled(to, f"Counted for one sequence, in exact mode: query-key pairs{bytes_of}", listed)
+    for row in savings:
+        for line in otherwise(row):
+            to.print(Text(f"{title(row)}: {line}"))
     for name, unsized in {title(row): row["unsized"] for row in savings if row["unsized"]}.items():
         to.print(f"{name}: {counted(unsized, 'attention')} not counted, whose lengths do not follow the tokens.")
     to.print()

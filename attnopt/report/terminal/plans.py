@@ -39,7 +39,7 @@ def print_plan(plan: Plan | Mapping[str, Any], to: Console | None = None) -> Non
     listed = table(["choice", *right], right)
     for span in found["spans"]:
         window = "none" if span["far"] == "gone" else "all" if span["dense"] else str(span["window"])
-        listed.add_row(span["choice"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
+        listed.add_row(span["label"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
     print_titled(to, f"Spans at {length} tokens", listed)
 
 
