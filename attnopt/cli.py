@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` without one) and return its exit code; `--help` and `--version` raise
     SystemExit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
     # What stands after "--" is a command line of somebody else's.
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     with interruptible():

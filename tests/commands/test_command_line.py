@@ -261,3 +261,14 @@ def test_a_mistake_of_attnopt_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(commands.COMMANDS, "show", Failing(RuntimeError("a shape is wrong")))
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         main(["show", "x"])
+
+
+@pytest.mark.parametrize("command", [[], ["show"]])
+def test_help_is_a_command_too(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for line in (["help", *command], [*command, "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(line)
+        told.append(capsys.readouterr().out)
+        assert ended.value.code == 0
+    assert told[0] == told[1] and " ".join(["attnopt", *command]) in told[0]
