@@ -42,6 +42,7 @@ WORDS = {
     "MODEL": "./my-model",
     "model.layers.3.self_attn.5": "model.layers.0.self_attn.3",
     "model.layers.1.self_attn.3": "model.layers.0.self_attn.3",
+    "layers.3.5": "layers.0.3",
 }
 # The same in Python.
 TEXTS = (
