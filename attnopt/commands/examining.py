@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from attnopt import hf
-from attnopt.commands.common import check_device, emit, load, stages, writable
+from attnopt.commands.common import check_device, emit, load, note, stages, writable
 from attnopt.errors import OptionError
 from attnopt.examine import examine as examine_calls
 from attnopt.examine import examine_model
@@ -59,10 +59,13 @@ def from_config(args: argparse.Namespace, length: int) -> hf.Loaded:
     transformers = hf.transformers()
     transformers.logging.set_verbosity_error()
     changes = dict(change_of(text) for text in args.set)
-    return from_config(
+    made = from_config(
         args.config, tiny=args.tiny, attention=args.attention, dtype=hf.dtype_of(args.dtype), device=args.device,
         changes=changes, positions=length + 16,
     )  # fmt: skip
+    if made.note:
+        note(made.note)
+    return made
 
 
 def fitting(loaded: hf.Loaded, length: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def from_config(
     """A model in evaluation mode, with random weights and without a tokenizer.
 
     tiny: a few small layers of every type the model has; `positions` are the tokens they then serve at least, unless
-    the model serves fewer. changes: fields of the configuration, dotted into nested ones, in place of what they were.
+    the model serves fewer. attention: of transformers; where a class has no "sdpa", it is "eager", which
+    the model's note says. changes: fields of the configuration, dotted into nested ones, in place of what they were.
     ModelError where nothing has this name, or where it does not build.
     """
     cls, config = configured(name)
@@ -53,6 +55,12 @@ def from_config(
         raise
     except Exception as error:
         if "attn_implementation" in str(error) or "does not support" in str(error):
+            if attention == "sdpa":
+                made = from_config(
+                    name, tiny=tiny, attention="eager", dtype=dtype, device=device, changes=changes,
+                    positions=positions, seed=seed,
+                )  # fmt: skip
+                return replace(made, note=f"{cls.__name__} has no SDPA path: its attention is the eager one.")
             said = f"{cls.__name__} cannot be built with --attention {attention}: {summary(error)}"
             raise OptionError(said, "Use --attention eager.") from error
         remedy = "Change its configuration with --set KEY=VALUE, for example --set num_hidden_layers=4."

@@ -71,7 +71,6 @@ def test_more_positions_are_made_for_longer_inputs() -> None:
     ("llama", {"num_hidden_layer": 3}, "Did you mean num_hidden_layers?"),
     ("llama", {"no.such": 3}, "has no field 'no.such'"),
     ("llama", {"hidden_act": "no-such"}, "LlamaForCausalLM cannot be built"),
-    ("mamba", {}, "Use --attention eager"),
 ])  # fmt: skip
 def test_a_mistake_is_named(name: str, changes: dict[str, object], said: str) -> None:
     with pytest.raises((ModelError, OptionError)) as raised:
@@ -131,3 +130,10 @@ def test_code_that_lies_with_a_model_is_not_run(with_own_code: Path, monkeypatch
     tokenizer, note = tokenizer_of(name)
     assert tokenizer is None and "needs Python code of its own" in note
     assert not (with_own_code / "was_run").exists()
+
+
+def test_a_class_without_an_sdpa_path_is_built_eager_and_says_so() -> None:
+    made = from_config("gemma2", tiny=True)
+    assert made.model.config._attn_implementation == "eager"
+    assert made.note == "Gemma2ForCausalLM has no SDPA path: its attention is the eager one."
+    assert from_config("llama", tiny=True).note == ""
