@@ -51,6 +51,12 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is proved elsewhere on a smaller scale, or is a program of `benchmarks/`, waits for FULL_MATRIX=1."""
+    if item.get_closest_marker("full") and os.environ.get("FULL_MATRIX") != "1":
+        pytest.skip("runs with FULL_MATRIX=1 in the environment")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ATTNOPT_CACHE of the whole run, so that no kernel or cost table of the user's is read or written."""

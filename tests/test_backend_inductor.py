@@ -94,8 +94,7 @@ def test_a_pass_of_the_users_own_still_runs():
     assert seen
 
 
-@pytest.mark.slow
-def test_activation_checkpointing():
+def test_activation_checkpointing(eagerly):
     from torch.utils.checkpoint import checkpoint
 
     model = NanoGPT(flash=False)

@@ -38,7 +38,10 @@ SILENT = "no site and no reason"
 KNOWN: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("name", FAST)
+# One of two by default, so that each kind of model, in its turn eager or SDPA, is among them.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (at % 4 in (1, 2))) for at, n in enumerate(FAST)]
+)
 def test_fast_subset(name: str) -> None:
     """Each class in the cell with most in it that it has: padded where it takes tokens, eager and SDPA by turns."""
     turn = ("eager padded", "sdpa padded")[FAST.index(name) % 2]
@@ -54,6 +57,7 @@ def test_fast_subset(name: str) -> None:
         assert name not in KNOWN, "it is recognised now: take it off the list"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_shipped_backend() -> None:
     record = run_cell("LlamaForCausalLM", "eager padded", inductor=True)

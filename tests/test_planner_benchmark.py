@@ -20,6 +20,7 @@ def run(module, monkeypatch, out, *line):
     return json.loads(out.read_text())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_planners_are_compared_at_one_cost(tmp_path, monkeypatch, capsys):
     names = ["attnopt", "uniform"]
@@ -61,6 +62,7 @@ def test_plans_are_timed_side_by_side():
     assert 0 < narrow < dense
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_scores_are_compared_with_what_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prediction, "PASSES", 1)
