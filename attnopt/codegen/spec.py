@@ -11,6 +11,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+# Rows of queries, and keys, of a block that selection at run time keeps or drops: 16 is the least a matrix unit takes.
+BLOCKS = (16, 32, 64, 128)
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -177,3 +180,28 @@ class LinearDecode(Linear):
     """
 
     kernel: ClassVar[str] = "linear_decode"
+
+
+@dataclass(frozen=True)
+class BlockPrefill(KernelSpec):
+    """A causal prefill of some query heads, each block of whose rows visits the blocks of keys that a list names.
+
+    N queries are the last of M >= N keys. Row block r holds the queries from r * block on, column block c the keys from
+    c * block on. Which blocks are listed is decided at run time and is no part of it; within a listed block query i, at
+    position p = i + M - N, keeps key j where ``j <= p`` and, within a model's own window w > 0, ``p - j < w`` and, if
+    padded, ``pad[b, j]``.
+    """
+
+    kernel: ClassVar[str] = "block_prefill"
+
+    block: int
+    padded: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block not in BLOCKS:
+            raise ValueError(f"blocks of {self.block} keys, expected one of {BLOCKS}")
+
+    @property
+    def flags(self) -> str:
+        return f"blocks of {self.block}" + (", padded" if self.padded else "")
