@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 # call(target, *args) computes, or inserts a node that will.
 Call = Callable[..., Any]
-# A window no length reaches.
+# A window no length reaches; and the span of a head that another operator serves.
 UNBOUNDED = 2**30
+NARROWEST = (0, 1, 0.0)
 
 
 def tables(choices: Sequence[Choice] | None, heads: int) -> dict[str, Tensor]:
     """sinks, alphas (int32) and betas (float64) of a site's choices; None means every head is dense."""
     rules = [(0, UNBOUNDED, 0.0)] * heads
     if choices is not None:
-        rules = [CANDIDATES[c.candidate].rule(dict(c.params)) for c in choices]
+        rules = [NARROWEST if far_of(c)[0] == "selected" else _rule(c) for c in choices]
     sinks, alphas, betas = zip(*rules, strict=True)
     return {
         "sinks": torch.tensor(sinks, dtype=torch.int32),
@@ -47,10 +48,16 @@ def tables(choices: Sequence[Choice] | None, heads: int) -> dict[str, Tensor]:
     }
 
 
+def _rule(choice: Choice) -> tuple[int, int, float]:
+    rule: tuple[int, int, float] = CANDIDATES[choice.candidate].rule(dict(choice.params))
+    return rule
+
+
 def far_of(choice: Choice) -> tuple[str, str]:
-    """What stands in for a head's far keys, and the name of the maps it needs: ("", ""), ("linear", "linear/64")."""
-    candidate = CANDIDATES[choice.candidate]
-    return candidate.far, candidate.map_name(dict(choice.params))
+    """What stands in for a head's far keys, and the name of the maps it needs: ("", ""), ("linear", "linear/64"). Of a
+    head whose keys are selected, the method and the size of its blocks: ("selected", "pooled/64")."""
+    candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
+    return candidate.far, candidate.method(params) if candidate.far == "selected" else candidate.map_name(params)
 
 
 def gone(choices: Sequence[Choice]) -> tuple[int, ...]:
@@ -60,13 +67,17 @@ def gone(choices: Sequence[Choice]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class FarPart:
-    """Heads whose far keys one operator stands in for: `far` and `map_name` as in Candidate, `heads` ascending."""
+    """Heads that one operator serves beside their spans: `far` and `map_name` as `far_of` gives them, `heads`
+    ascending; settings: of each head, where its keys are selected."""
 
     far: str
     map_name: str
     heads: tuple[int, ...]
+    settings: tuple[tuple[float, ...], ...] = ()
 
     def __str__(self) -> str:
+        if self.far == "selected":
+            return f"{self.map_name.partition('/')[0]} selection on {len(self.heads)} head{'s' * (len(self.heads) > 1)}"
         return f"{self.far} tail on {len(self.heads)} head{'s' * (len(self.heads) > 1)}"
 
 
@@ -77,19 +88,30 @@ def far_parts(choices: Sequence[Choice]) -> tuple[FarPart, ...]:
         far, map_name = far_of(choice)
         if far not in ("", "gone"):
             found.setdefault((far, map_name), []).append(head)
-    return tuple(FarPart(far, name, tuple(heads)) for (far, name), heads in found.items())
+    return tuple(
+        FarPart(far, name, tuple(heads), tuple(settings_of(choices[h]) for h in heads) if far == "selected" else ())
+        for (far, name), heads in found.items()
+    )
+
+
+def settings_of(choice: Choice) -> tuple[float, ...]:
+    """The parameters of a head whose keys are selected, as a row of its operator's table."""
+    row: tuple[float, ...] = CANDIDATES[choice.candidate].settings(dict(choice.params))
+    return row
 
 
 @dataclass(frozen=True)
 class HeldPart:
     """What the calls of a far part read: tensors, or nodes that stand for them. heads: int32 on the CPU; index: int64
-    beside q, None where the part has every head; maps: those of a FeatureMap of `kind`, in its order."""
+    beside q, None where the part has every head; maps: those of a FeatureMap of `kind`, in its order. Where keys are
+    selected `kind` is the method, and settings float64 (h, P) on the CPU."""
 
     far: str
     heads: Any
     index: Any
     maps: tuple[Any, ...] = ()
     kind: str = ""
+    settings: Any = None
 
 
 def hold(
@@ -99,6 +121,9 @@ def hold(
     were never fitted."""
     heads = torch.tensor(part.heads, dtype=torch.int32)
     index = None if len(part.heads) == total else torch.tensor(part.heads, device=device)
+    if part.far == "selected":
+        table = torch.tensor(part.settings, dtype=torch.float64)
+        return HeldPart(part.far, heads, index, kind=part.map_name, settings=table)
     if not part.map_name:
         return HeldPart(part.far, heads, index)
     if fitted is None:
@@ -113,15 +138,32 @@ def hold(
 
 def compose(
     call: Call, q: Any, k: Any, v: Any, rules: Sequence[Any], parts: Sequence[HeldPart], pad: Any,
-    scale: float, model_window: int = 0, min_length: int = 0, grad: bool = False,
+    scale: float, model_window: int = 0, min_length: int = 0, grad: bool = False, site: str = "",
 ) -> Any:  # fmt: skip
     """The calls for q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv): (B, H, N, Dv). rules: sinks, alphas, betas of all
-    heads; grad: whether the result must have gradients."""
+    heads; grad: whether the result must have gradients, which heads whose keys are selected have not; site: what their
+    blocks are counted under."""
+    chosen = [part for part in parts if part.far == "selected"]
+    out = compose_near(call, q, k, v, rules, parts, pad, scale, model_window, min_length, grad)
+    for part in chosen:
+        given = q, k, v, out, part.heads, part.kind, part.settings, pad, scale, model_window, min_length, site
+        out = call(torch.ops.attnopt.selected_attention.default, *given)
+    return out
+
+
+def compose_near(
+    call: Call, q: Any, k: Any, v: Any, rules: Sequence[Any], parts: Sequence[HeldPart], pad: Any,
+    scale: float, model_window: int, min_length: int, grad: bool,
+) -> Any:  # fmt: skip
+    """`compose` of all heads but those whose keys are selected; None where these are all."""
+    fixed = [part for part in parts if part.far != "selected"]
+    if any(part.far == "selected" and part.index is None for part in parts):
+        return None
     arguments = q, k, v, *rules, pad, scale, model_window, min_length
-    if not parts and not grad:
+    if not fixed and not grad:
         return call(torch.ops.attnopt.span_attention.default, *arguments)
     out, lse = both(call, torch.ops.attnopt.span_attention_lse.default, *arguments)
-    for part in parts:
+    for part in fixed:
         far = both(call, *far_call(q, k, v, rules, part, pad, scale, min_length))
         if part.index is None:
             return ops.merge(out, lse, *far, call=call)
@@ -168,7 +210,7 @@ class Mixture:
     def __post_init__(self) -> None:
         self.rules = tuple(tables(self.choices, len(self.choices)).values())
         self.parts, self.gone = far_parts(self.choices), gone(self.choices)
-        if self.parts and self.site.mask.window is not None:
+        if any(part.far != "selected" for part in self.parts) and self.site.mask.window is not None:
             said = f"{self.site.name} has a window of its own, outside of which there are no keys to stand in for."
             raise PlanError(said, "Choose spans there.")
         if self.gone and self.fitted is None:
@@ -194,7 +236,7 @@ class Mixture:
             said = f"There are {len(self.choices)} choices for the {q.shape[1]} heads of {self.site.name}."
             raise PlanError(said, "Give every query head one.")
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        numbers = self.site.scale, self.site.mask.window or 0, self.min_length, grad
+        numbers = self.site.scale, self.site.mask.window or 0, self.min_length, grad, self.site.name
         return self.constants(compose(ops.compute, q, k, v, self.rules, self.held(q.device), pad, *numbers))
 
     def constants(self, out: Tensor) -> Tensor:

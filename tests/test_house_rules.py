@@ -22,7 +22,18 @@ LINKS = ("passes", "patterns", "codegen")
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "escapes", "reasons", "settings", "registry", "corpus", "strict_json", "arguments", "parsing"),
-    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "fitting", "statistics", "profile_file"),
+    1: (
+        "masks",
+        "plan",
+        "codegen",
+        "feature_maps",
+        "fingerprint",
+        "fitted",
+        "fitting",
+        "statistics",
+        "profile_file",
+        "selection",
+    ),
     2: ("patterns",),
     3: ("candidates", "ops", "capture", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),

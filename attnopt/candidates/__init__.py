@@ -62,7 +62,7 @@ class Candidate(ABC):
 
     family: what `--allow` calls it; candidates without one are always weighed. far: what stands in for the keys outside
     its span, under one normaliser with them: "" nothing, "mean" one token, "linear" a fitted feature map; "gone" says
-    that no attention is left at all and the head is a constant.
+    that no attention is left at all and the head is a constant, "selected" that its keys are chosen while running.
     """
 
     name: ClassVar[str]
@@ -125,6 +125,14 @@ class Candidate(ABC):
     def map_name(self, params: Params) -> str:
         """The fitted maps it needs, as `Fitted.maps` calls them, e.g. "linear/64"; "" where it needs none."""
         return ""
+
+    def method(self, params: Params) -> str:
+        """Where keys are selected: the candidate and the size of its blocks, as its operator knows them."""
+        return ""
+
+    def settings(self, params: Params) -> tuple[float, ...]:
+        """Where keys are selected: the parameters as numbers, in the order of `params`."""
+        return ()
 
     def state_bytes(self, params: Params, site: Site) -> int:
         """What a cache keeps of one query head beyond its span's keys."""

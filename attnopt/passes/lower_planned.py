@@ -73,7 +73,16 @@ def unserved(program: Program, region: Region, choices: Sequence[Choice], heads:
     does."""
     # A Refusal is falsy: it is asked for by identity.
     asked = [switched_off(choices), refusal(region), *(CANDIDATES[c.candidate].refuse(region.site) for c in choices)]
+    asked += [without_gradient(program, choices)]
     return next((no for no in asked if no is not None), too_wide(program, region.site.name, choices, heads))
+
+
+def without_gradient(program: Program, choices: Sequence[Choice]) -> Refusal | None:
+    """Why heads whose keys are selected cannot stand in this graph; None where they can."""
+    chosen = [part for part in far_parts(choices) if part.far == "selected"]
+    if not program.needs_grad or not chosen:
+        return None
+    return Refusal(f"{chosen[0]} has no gradient, and one is asked for", code="selection-has-no-gradient")
 
 
 def too_wide(program: Program, site: str, choices: Sequence[Choice], heads: Sequence[int]) -> Refusal | None:
@@ -82,7 +91,8 @@ def too_wide(program: Program, site: str, choices: Sequence[Choice], heads: Sequ
     if fitted is None or settings.target(program.device) != "triton":
         return None
     for part in far_parts(choices):
-        width = fitted.map_of(site, part.map_name, [heads[h] for h in part.heads]).width if part.map_name else 0
+        mapped = part.map_name and part.far != "selected"
+        width = fitted.map_of(site, part.map_name, [heads[h] for h in part.heads]).width if mapped else 0
         if width > MAX_FEATURES:
             said = f"{part.map_name} has {width} features, and Triton kernels hold {MAX_FEATURES} at most"
             return Refusal(said, code="far-too-wide")

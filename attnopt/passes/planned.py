@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.ir import Region
-from attnopt.mixed import FarPart, HeldPart, compose, far_parts, gone, hold, tables
+from attnopt.mixed import FarPart, HeldPart, compose, far_of, far_parts, gone, hold, tables
 from attnopt.passes.program import Builder, Program
 from attnopt.passes.span import held, key_padding
 from attnopt.registry import CANDIDATES
@@ -51,7 +51,7 @@ def insert_planned(
         ]
         pad = key_padding(builder, region) if region.loads else None
         site = region.site
-        numbers = site.scale, site.mask.window or 0, plan.min_length, program.needs_grad
+        numbers = site.scale, site.mask.window or 0, plan.min_length, program.needs_grad, name
         made_of: Node = compose(builder.call, region.q, region.k, region.v, rules, parts, pad, *numbers)
         return made_of
 
@@ -65,15 +65,18 @@ def nodes_of(program: Program, region: Region, part: HeldPart) -> HeldPart:
         return held(program, region, f"attnopt_{part.far}_{name}", tensor) if isinstance(tensor, Tensor) else tensor
 
     maps = tuple(node("map", tensor) for tensor in part.maps)
-    return replace(part, heads=node("heads", part.heads), index=node("index", part.index), maps=maps)
+    made = {name: node(name, getattr(part, name)) for name in ("heads", "index", "settings")}
+    return replace(part, maps=maps, **made)
 
 
 def described(choices: Sequence[Choice]) -> str:
     """What reports call it: ``span kernel, 3 spans; linear tail on 2 heads``."""
-    spans = len({CANDIDATES[c.candidate].rule(dict(c.params)) for c in choices})
-    tails: dict[str, int] = {}
+    near = [c for c in choices if far_of(c)[0] != "selected"]
+    spans = len({CANDIDATES[c.candidate].rule(dict(c.params)) for c in near})
+    tails: dict[tuple[str, str], int] = {}
     for part in far_parts(choices):
-        tails[part.far] = tails.get(part.far, 0) + len(part.heads)
-    said = [f"span kernel, {spans} span{'s' * (spans > 1)}"]
-    said += [str(FarPart(far, "", tuple(range(count)))) for far, count in tails.items()]
+        kind = part.far, part.map_name if part.far == "selected" else ""
+        tails[kind] = tails.get(kind, 0) + len(part.heads)
+    said = [f"span kernel, {spans} span{'s' * (spans > 1)}"] if near else []
+    said += [str(FarPart(*kind, tuple(range(count)))) for kind, count in tails.items()]
     return "; ".join(said)

@@ -58,7 +58,12 @@ def tried_at(fitted: Fitted | None, site: Site, allow: Sequence[str], length: in
     if fitted is None:
         return []
     kinds = [kind for _, kind in CANDIDATES if kind.family in allow and kind.refuse(site) is None]
-    return [c for kind in kinds for c in kind.tried(fitted, site.name) if kind.span(dict(c.params), length)[1] < length]
+    return [
+        c
+        for kind in kinds
+        for c in kind.tried(fitted, site.name)
+        if kind.far == "selected" or kind.span(dict(c.params), length)[1] < length
+    ]
 
 
 def damage_of(

@@ -1,0 +1,112 @@
+"""Shared by the candidates whose blocks of keys are selected while running: where they stand, from scores to lists,
+their reference.
+
+A candidate says `keep`: which blocks of keys each block of queries visits. Added to that always: the first keys that
+count, where sinks are, and the diagonal. Taken away always: what no query of the block may see. Within a block that is
+visited, every key that causality, the model's own window and padding leave is kept, unless `skip` is given: then blocks
+whose scores all lie ln(skip / M) under the largest met before are left out while walking (M keys; Yuan et al.,
+"BLASST", arXiv:2512.12087), whatever selected them.
+
+Of decoding nothing changes: the cache keeps every key, and one query attends to them all.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attnopt.candidates import Candidate, Param, Params, SpanCosts, refuse_span
+from attnopt.candidates._tried import Tried
+from attnopt.candidates.dense import UNBOUNDED
+from attnopt.codegen.reference_blocks import prefill
+from attnopt.codegen.spec import BLOCKS
+from attnopt.ir import Refusal, Site
+from attnopt.selection import Asked, Lists, lists_of
+
+if TYPE_CHECKING:
+    from attnopt.feature_maps import FeatureMap
+
+# Of every selecting candidate: rows and keys of a block, and the threshold below which a block is skipped, times M.
+BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1])
+SKIP = Param("skip", float, 0.0, 65536.0, 1 / 64)
+
+
+class Selected(Tried):
+    """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them."""
+
+    far = "selected"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.params = (*(p for p in cls.params if p not in (BLOCK, SKIP)), BLOCK, SKIP)
+
+    @abstractmethod
+    def keep(self, asked: Asked) -> Tensor:
+        """The blocks worth visiting, bool and broadcastable to (B, h, R, C). Tensor operations alone, of shapes known
+        beforehand; settings are there for each head, as `asked.setting(name)` (h, 1, 1)."""
+
+    def select(self, asked: Asked) -> Lists:
+        """What the kernel walks. A row block that may see anything visits at least that of `asked.always`."""
+        shape = asked.q.shape[0], len(asked.heads), asked.rows, asked.columns
+        kept = (self.keep(asked) | asked.always) & asked.possible
+        return lists_of(kept.expand(shape))
+
+    def problem(self, params: Params) -> str:
+        wrong = super().problem(params)
+        if not wrong and params["block"] not in BLOCKS:
+            return f"block must be one of {', '.join(map(str, BLOCKS))}, not {params['block']!r}"
+        return wrong
+
+    def refuse(self, site: Site) -> Refusal | None:
+        return refuse_span(site)
+
+    def rule(self, params: Params) -> tuple[int, int, float]:
+        """Of the cache: every key."""
+        return 0, UNBOUNDED, 0.0
+
+    def method(self, params: Params) -> str:
+        """Heads of one method and block size are served by one call: "pooled/64"."""
+        return f"{self.name}/{params['block']}"
+
+    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
+        """Of every block, before anything is known of what is kept."""
+        return table.cost(length, *self.span(params, length, own_window))
+
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, params: Params, scale: float, own_window: int | None = None,
+        given: FeatureMap | Tensor | None = None, pad: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """k and v may be longer than q, whose queries then are the last; pad bool (B, M)."""
+        heads = torch.arange(q.shape[1], device=q.device)
+        table = torch.tensor([self.settings(params)] * len(heads), dtype=torch.float64)
+        asked = asked_of(self, q, k, heads, table.to(q.device), scale, pad, own_window or 0)
+        out = torch.empty_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]).clone()
+        bounds = bounds_of(asked)
+        prefill(
+            q, k, v, heads.int(), *self.select(asked), bounds, scale, pad, own_window or 0, asked.block, out
+        )  # fmt: skip
+        return out
+
+    def settings(self, params: Params) -> tuple[float, ...]:
+        """The parameters in their order, as a row of the operator's table."""
+        return tuple(float(params[p.name]) for p in self.params)
+
+
+def asked_of(
+    candidate: Candidate, q: Tensor, k: Tensor, heads: Tensor, table: Tensor, scale: float, pad: Tensor | None,
+    window: int, block: int | None = None,
+) -> Asked:  # fmt: skip
+    """What a candidate selects from: heads int64 (h,), table (h, P) of settings in the order of its params, all beside
+    q. block: that of the table, where reading it would wait for the device."""
+    names = [p.name for p in candidate.params]
+    settings = {name: table[:, n].float() for n, name in enumerate(names)}
+    block = int(settings["block"][0]) if block is None else block
+    return Asked(q, k, heads, heads // (q.shape[1] // k.shape[1]), settings, scale, block, pad, window)
+
+
+def bounds_of(asked: Asked) -> Tensor:
+    """ln(skip / M) of every head, float32 (h,), at most 0; -inf where `skip` is 0."""
+    return (asked.settings["skip"] / max(asked.k.shape[2], 1)).clamp(max=1.0).log().to(torch.float32)

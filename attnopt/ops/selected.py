@@ -1,0 +1,149 @@
+"""`attnopt::selected_attention`: heads whose blocks of keys are selected from the input, beside others' outputs.
+
+The selection is the candidate's own (attnopt/candidates), the walk over its lists an emitted kernel of `BlockPrefill`.
+Both run within this one opaque call, so that no list is a value of the graph, and nothing waits for the device. It has
+no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt import settings as switches
+from attnopt.codegen.emit import load
+from attnopt.codegen.spec import BlockPrefill
+from attnopt.ops.span import empty_tokens_first, launches, prefill, tokens_first
+from attnopt.registry import CANDIDATES, TARGETS
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """What a call did, by head: int32 (B, h, R) each. counts: blocks listed; skipped: of these by their bound."""
+
+    counts: Tensor
+    skipped: Tensor
+
+
+# Site -> int64 (H, 4): blocks that causality leaves, listed, skipped, and calls, since `forget`; on the device of the
+# site, added to without waiting for it.
+tally: dict[str, Tensor] = {}
+
+
+def forget() -> None:
+    tally.clear()
+
+
+@lru_cache(maxsize=4096)
+def _beside(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """A table on its device, sent there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float64, device=device)
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor, method: str, settings: Tensor, pad: Tensor | None, scale: float,
+    window: int, out: Tensor, lse: Tensor | None = None,
+) -> Visits:  # fmt: skip
+    """Write the heads `heads`, int32 (h,), of out (B, H, N, Dv), and lse (B, h, N) where it is wanted.
+
+    q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), M >= N; method: candidate and size of blocks, "pooled/64"; settings
+    float64 (h, P): the candidate's parameters in their order; heads and settings on the CPU. pad bool (B, M) true where
+    a key counts; window: the model's own, 0 for none.
+    """
+    from attnopt.candidates._selected import asked_of, bounds_of
+
+    name, _, block = method.rpartition("/")
+    candidate = CANDIDATES[name]
+    table = _beside(tuple(map(tuple, settings.tolist())), q.device)
+    served = _beside(tuple((float(head),) for head in heads.tolist()), q.device)[:, 0].long()
+    asked = asked_of(candidate, q, k, served, table, scale, pad, window, int(block))
+    lists = candidate.select(asked)
+    spec = BlockPrefill(
+        target_of(q), str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3],
+        v.shape[3], int(block), pad is not None,
+    )  # fmt: skip
+    launches[spec.key()] += 1
+    skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds_of(asked), scale, pad, window, out, lse)
+    return Visits(lists.counts, skipped)
+
+
+def target_of(q: Tensor) -> str:
+    """The target of this device, or the reference where it has no such kernel."""
+    target = switches.target(q.device.type)
+    return target if f"{target} {BlockPrefill.kernel}" in TARGETS else "reference"
+
+
+@torch.library.custom_op("attnopt::selected_attention", mutates_args=())
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    near: Tensor | None,
+    heads: Tensor,
+    method: str,
+    settings: Tensor,
+    pad: Tensor | None,
+    scale: float,
+    model_window: int,
+    min_length: int,
+    site: str,
+) -> Tensor:
+    """Causal attention whose query heads `heads` visit selected blocks; the other heads are those of `near`.
+
+    Arguments as in `attend_selected`; near (B, H, N, Dv): None where `heads` are all there are. Below `min_length` keys
+    nothing is selected, and `near` holds these heads too. site: what the blocks visited are counted under in `tally`,
+    "" for not at all. Returns (B, H, N, Dv), physically (B, N, H, Dv).
+    """
+    short = k.shape[2] < min_length or not q.numel()
+    if short and near is not None:
+        return tokens_first(near.clone())
+    if short:
+        whole = torch.full((q.shape[1],), max(k.shape[2], 1), dtype=torch.int32)
+        if model_window:
+            whole.clamp_(max=model_window)
+        return tokens_first(prefill(q, k, v, torch.zeros_like(whole), whole, scale, pad))
+    out = empty_tokens_first(q, v.shape[3])
+    if near is not None:
+        out.copy_(near)
+    visits = attend_selected(q, k, v, heads, method, settings, pad, scale, model_window, out)
+    if site:
+        count(site, q, k, heads, visits, int(method.rpartition("/")[2]))
+    return out
+
+
+def count(site: str, q: Tensor, k: Tensor, heads: Tensor, visits: Visits, block: int) -> None:
+    """Add a call to `tally`."""
+    total, keys, offset = q.shape[1], k.shape[2], k.shape[2] - q.shape[2]
+    held = tally.get(site)
+    if held is None or held.device != visits.counts.device or held.shape[0] != total:
+        held = tally[site] = torch.zeros(total, 4, dtype=torch.int64, device=visits.counts.device)
+    batch, _, rows = visits.counts.shape
+    last = (min(offset + (r + 1) * block, keys) - 1 for r in range(rows))
+    causal = batch * sum(at // block + 1 for at in last)
+    served = _beside(tuple((float(head),) for head in heads.tolist()), held.device)[:, 0].long()
+    found = [
+        torch.full_like(served, causal),
+        visits.counts.sum((0, 2)),
+        visits.skipped.sum((0, 2)),
+        torch.ones_like(served),
+    ]
+    held.index_add_(0, served, torch.stack(found, 1))
+
+
+@selected_attention.register_fake
+def _(q, k, v, near, heads, method, settings, pad, scale, model_window, min_length, site):  # type: ignore[no-untyped-def]
+    return empty_tokens_first(q, v.shape[3])
+
+
+def _no_gradient(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "attnopt::selected_attention has no gradient. Train with a plan of spans, or with the model as it was."
+    )
+
+
+selected_attention.register_autograd(_no_gradient)

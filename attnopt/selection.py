@@ -1,0 +1,197 @@
+"""Blocks of keys that blocks of queries visit, chosen while running: geometry, what always lives, scores to lists.
+
+N queries are the last of M >= N keys, as in a prefill (M = N) or a chunk of one. Row block r holds the queries from
+r * block on, column block c the keys from c * block on; R and C count them. All tensors have shapes known beforehand
+and nothing here waits for a device. Shapes: B batch, H query heads, G KV heads, h the query heads served, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """counts int32 (B, h, R), blocks int32 (B, h, R, C): row block r visits ``blocks[..., r, :counts[..., r]]``."""
+
+    counts: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a selection is made from. q (B, H, N, D), k (B, G, M, D); heads and kv int64 (h,): the query heads served
+    and the KV heads they read; settings: parameter name -> (h,) in float32, one value for each head; pad bool (B, M)
+    true where a key counts; window: the model's own, 0 for none. Tensors lie on one device."""
+
+    q: Tensor
+    k: Tensor
+    heads: Tensor
+    kv: Tensor
+    settings: dict[str, Tensor]
+    scale: float
+    block: int
+    pad: Tensor | None = None
+    window: int = 0
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of scores: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.q.shape[2] // self.block)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.k.shape[2] // self.block)
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    def setting(self, name: str) -> Tensor:
+        """One parameter of every head, (h, 1, 1)."""
+        return self.settings[name][:, None, None]
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """(B, h, N, D), wide."""
+        return self.q.index_select(1, self.heads).to(self.wide)
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """What each served head reads of x (B, G, ...), which is one for each KV head: (B, h, ...)."""
+        return x.index_select(1, self.kv)
+
+    @cached_property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """First and last column block that a row block may see of causal attention, int64 (R,) each; the last is where
+        its last query stands."""
+        start = torch.arange(self.rows, device=self.q.device) * self.block + self.offset
+        end = (start + self.block - 1).clamp(max=self.k.shape[2] - 1)
+        first = (start - self.window + 1).clamp(min=0) if self.window else torch.zeros_like(start)
+        return first // self.block, end // self.block
+
+    @cached_property
+    def real(self) -> Tensor:
+        """bool (B | 1, C): column blocks that hold a key that counts."""
+        if self.pad is None:
+            return torch.ones(1, self.columns, dtype=torch.bool, device=self.q.device)
+        return blocks_of(self.pad[:, None, :, None], self.block, False)[0][:, 0, :, :, 0].any(-1)
+
+    @cached_property
+    def possible(self) -> Tensor:
+        """bool (B | 1, 1, R, C): blocks that hold a key some query of the row block may see."""
+        c = torch.arange(self.columns, device=self.q.device)
+        first, last = self.reach
+        seen = (c >= first[:, None]) & (c <= last[:, None])
+        return seen & self.real[:, None, None, :]
+
+    @cached_property
+    def always(self) -> Tensor:
+        """bool (B | 1, 1, R, C): the first block with a key that counts, where sinks are, and the diagonal: every block
+        in which a query of the row block stands."""
+        c = torch.arange(self.columns, device=self.q.device)
+        start = (torch.arange(self.rows, device=self.q.device) * self.block + self.offset) // self.block
+        own = (c >= start[:, None]) & (c <= self.reach[1][:, None])
+        sinks = c == self.real.to(torch.int8).argmax(-1, keepdim=True)
+        return own | sinks[:, None, None, :]
+
+    @cached_property
+    def pooled_keys(self) -> Tensor:
+        """Mean key of each block, over the keys that count: (B, h, C, D), wide."""
+        return self.of_heads(pooled(self.k.to(self.wide), self.block, self.pad))
+
+    @cached_property
+    def pooled_queries(self) -> Tensor:
+        """Mean query of each row block, (B, h, R, D), wide; padding as in `pooled_keys`."""
+        return pooled(self.queries, self.block, self.of_queries)
+
+    @property
+    def of_queries(self) -> Tensor | None:
+        """The padding at the queries, (B, N)."""
+        return None if self.pad is None else self.pad[:, self.offset :]
+
+    def last_weights(self, count: int) -> Tensor:
+        """Soft-max weights of the last `count` queries (fewer where there are not so many) over all keys, exactly as
+        attention has them: (B, h, count, M), wide; 0 in a row that keeps no key."""
+        count = min(count, self.q.shape[2])
+        taken = self.queries[:, :, self.q.shape[2] - count :]
+        scores = taken @ self.of_heads(self.k).to(self.wide).mT * self.scale
+        i = torch.arange(self.k.shape[2] - count, self.k.shape[2], device=self.q.device)[:, None]
+        j = torch.arange(self.k.shape[2], device=self.q.device)
+        keep = (j <= i) & (i - j < self.window) if self.window else j <= i
+        keep = keep[None, None]
+        if self.pad is not None:
+            keep = keep & self.pad[:, None, None, :]
+        return masked_softmax(scores, keep)
+
+
+def blocks_of(x: Tensor, block: int, fill: float | bool = 0.0) -> tuple[Tensor, int]:
+    """x (B, h, N, D) cut into blocks, the last one filled up: (B, h, blocks, block, D); and how many were filled in."""
+    missing = -x.shape[2] % block
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing), value=fill)
+    return x.unflatten(2, (-1, block)), missing
+
+
+def pooled(x: Tensor, block: int, pad: Tensor | None = None) -> Tensor:
+    """Mean of each block of x (B, h, N, D) over what pad (B, N) counts: (B, h, blocks, D), 0 where that is nothing."""
+    counted = x.new_ones(1, 1, x.shape[2], 1) if pad is None else pad[:, None, :, None].to(x.dtype)
+    # Filled and not multiplied: what stands at padding may be no number.
+    x = x if pad is None else x.masked_fill(~pad[:, None, :, None], 0.0)
+    return blocks_of(x, block)[0].sum(3) / blocks_of(counted, block)[0].sum(3).clamp(min=1)
+
+
+def alikeness(x: Tensor, block: int, pad: Tensor | None = None) -> Tensor:
+    """Mean cosine between the vectors of each block of x (B, h, N, D), each with each and itself: (B, h, blocks). Where
+    it is small, a block's mean says little of it (Zhang et al., "SpargeAttn", arXiv:2502.18137)."""
+    return pooled(F.normalize(x, dim=-1), block, pad).square().sum(-1)
+
+
+def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Soft-max over the last dimension where `keep`; 0 in a row that keeps nothing."""
+    weights = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+    return weights.masked_fill(~keep, 0.0)
+
+
+def reaching(weights: Tensor, mass: Tensor) -> Tensor:
+    """The fewest entries along the last dimension whose sum reaches the share `mass` of the sum of all of them: bool,
+    as weights (..., n); mass broadcasts against (..., 1). All of them at a mass of 1; nothing of what is 0."""
+    largest, order = weights.sort(dim=-1, descending=True, stable=True)
+    before = largest.cumsum(-1) - largest
+    taken = (before < mass * largest.sum(-1, keepdim=True)) | (mass >= 1.0)
+    return torch.zeros_like(taken).scatter_(-1, order, taken & (largest > 0))
+
+
+def most(weights: Tensor, count: Tensor) -> Tensor:
+    """The `count` largest entries along the last dimension, of those above 0: bool, as weights (..., n); count
+    broadcasts against (..., 1)."""
+    largest, order = weights.sort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(weights.shape[-1], device=weights.device) < count
+    return torch.zeros_like(taken.expand(weights.shape)).scatter_(-1, order, taken & (largest > 0))
+
+
+def lists_of(keep: Tensor) -> Lists:
+    """The lists of bool (B, h, R, C), ascending."""
+    columns = keep.shape[-1]
+    counts = keep.sum(-1, dtype=torch.int32)
+    place = torch.where(keep, keep.cumsum(-1) - 1, columns)
+    numbers = torch.arange(columns, dtype=torch.int32, device=keep.device).expand(keep.shape)
+    blocks = torch.zeros(*keep.shape[:-1], columns + 1, dtype=torch.int32, device=keep.device)
+    return Lists(counts, blocks.scatter_(-1, place, numbers)[..., :columns])
+
+
+def keep_of(lists: Lists, columns: int) -> Tensor:
+    """What `lists_of` was given: bool (B, h, R, columns)."""
+    listed = torch.arange(lists.blocks.shape[-1], device=lists.counts.device) < lists.counts[..., None]
+    place = torch.where(listed, lists.blocks.long(), columns)
+    keep = torch.zeros(*lists.counts.shape, columns + 1, dtype=torch.bool, device=lists.counts.device)
+    return keep.scatter_(-1, place, True)[..., :columns]
