@@ -88,6 +88,11 @@ class Candidate(ABC):
         damage a profile tells."""
         return []
 
+    def menu(self, length: int) -> list[Choice]:
+        """What `attnopt distill` tries of it on texts of `length` tokens: few settings, from careful to bold. None for a
+        candidate whose damage a profile tells."""
+        return []
+
     @abstractmethod
     def refuse(self, site: Site) -> Refusal | None:
         """Why this candidate cannot stand at `site`, or None if it can."""

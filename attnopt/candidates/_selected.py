@@ -13,17 +13,18 @@ Of decoding nothing changes: the cache keeps every key, and one query attends to
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnopt.candidates import Candidate, Param, Params, SpanCosts, refuse_span
+from attnopt.candidates import Candidate, Number, Param, Params, SpanCosts, refuse_span
 from attnopt.candidates._tried import Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_blocks import prefill
 from attnopt.codegen.spec import BLOCKS
-from attnopt.ir import Refusal, Site
+from attnopt.ir import Choice, Refusal, Site
 from attnopt.selection import Asked, Lists, lists_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Of every selecting candidate: rows and keys of a block, and the threshold below which a block is skipped, times M.
 BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1])
 SKIP = Param("skip", float, 0.0, 65536.0, 1 / 64)
+# Sizes of blocks that are tried: larger ones hold more keys that nobody asked for, smaller ones cost more to select.
+OFFERED = (64,)
 
 
 class Selected(Tried):
@@ -89,6 +92,11 @@ class Selected(Tried):
             q, k, v, heads.int(), *self.select(asked), bounds, scale, pad, own_window or 0, asked.block, out
         )  # fmt: skip
         return out
+
+    def offered(self, own: Mapping[str, Number], length: int) -> list[Choice]:
+        """A choice of these parameters for each size of blocks that cuts `length` tokens into eight or more."""
+        sizes = [block for block in OFFERED if 8 * block <= length] or [BLOCKS[0]]
+        return [Choice.of(self.name, {**own, "block": block, "skip": own.get("skip", 0.0)}) for block in sizes]
 
     def settings(self, params: Params) -> tuple[float, ...]:
         """The parameters in their order, as a row of the operator's table."""

@@ -13,6 +13,7 @@ import torch
 
 from attnopt.candidates import Param
 from attnopt.candidates._selected import Selected
+from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Asked, alikeness, masked_softmax, most, reaching
 
@@ -27,6 +28,13 @@ class Pooled(Selected):
         Param("count", int, 1, MOST_BLOCKS),
         Param("alike", float, -1.0, 1.0, 1 / 64),
     )
+
+    def menu(self, length: int) -> list[Choice]:
+        every = {"count": MOST_BLOCKS, "alike": -1.0}
+        by_mass = [{**every, "mass": mass} for mass in (31 / 32, 7 / 8, 3 / 4)]
+        tested = {**every, "mass": 7 / 8, "alike": 1 / 4}
+        eighth = {**every, "mass": 1.0, "count": max(length // 512, 1)}
+        return [choice for own in (*by_mass, tested, eighth) for choice in self.offered(own, length)]
 
     def keep(self, asked: Asked) -> torch.Tensor:
         scores = asked.pooled_queries @ asked.pooled_keys.mT * asked.scale

@@ -16,6 +16,7 @@ import torch
 from attnopt.candidates import Param
 from attnopt.candidates._selected import Selected
 from attnopt.candidates._tried import MOST_TOKENS
+from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Asked
 
@@ -24,6 +25,10 @@ class Threshold(Selected):
     name = "threshold"
     family = "threshold"
     params = (Param("sink", int, 0, MOST_TOKENS), Param("window", int, 1, MOST_TOKENS))
+
+    def menu(self, length: int) -> list[Choice]:
+        whole = {"sink": 0, "window": MOST_TOKENS}
+        return [c for skip in (1 / 4, 1.0, 4.0, 16.0, 64.0) for c in self.offered({**whole, "skip": skip}, length)]
 
     def keep(self, asked: Asked) -> torch.Tensor:
         """Every block that holds a key of the span of some of its rows."""
