@@ -192,7 +192,7 @@ def distill(made: Parser) -> None:
 def with_constraints(made: Parser) -> None:
     made.add_argument("--min-speedup", type=speedup, metavar="X", help="of what the objective weighs, at --length")
     made.add_argument(
-        "--max-kv-memory", type=memory, metavar="SHARE|BYTES", help="for example 40%% of dense, or 512MB a sequence"
+        "--max-kv-memory", type=memory, metavar="SHARE|BYTES", help="for example 40%% of dense, or 512MiB a sequence"
     )
     made.add_argument("--max-rules", type=count, metavar="R", help="distinct spans of one layer (prefill: default 4)")
     made.add_argument(

@@ -41,14 +41,6 @@ def scaled(number: float) -> str:
     return f"{number:.3g}"
 
 
-def bytes_text(size: int) -> str:
-    """Bytes in binary units to three digits: 64 MiB."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.3g} {unit}"
-    return f"{size} B"
-
-
 def short_source(source: str) -> str:
     """A source line from its package on, or the last two parts of its path: enough to find it on any machine."""
     for root in ("site-packages/", "dist-packages/"):

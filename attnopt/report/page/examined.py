@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from attnopt.report.cells import bytes_text, otherwise, scaled
+from attnopt.report.cells import otherwise, scaled
 from attnopt.report.page.pieces import Part, soft, table
+from attnopt.units import bytes_text
 
 SAVING_COLUMNS = [
     ("phase", "phase"), ("length", "tokens"), ("before", "pairs before"), ("after", "pairs after"),

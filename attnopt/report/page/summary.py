@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from attnopt.report.cells import bytes_text, cell_text, scaled
+from attnopt.report.cells import cell_text, scaled
 from attnopt.report.data.plans import costs_text, timed
 from attnopt.report.page.examined import phase_of
 from attnopt.report.page.pieces import Part, facts
+from attnopt.units import bytes_text
 
 MARKS = {"good": "✓", "bad": "✕", "open": "?", "plain": ""}
 

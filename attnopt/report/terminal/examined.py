@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from attnopt.report.cells import bytes_text, otherwise, scaled
+from attnopt.report.cells import otherwise, scaled
 from attnopt.report.terminal.console import console, counted, print_titled, table
 from attnopt.report.terminal.graphs import dtypes, print_passes, print_reason, print_rows, totals
+from attnopt.units import bytes_text
 
 Record = Mapping[str, Any]
 
