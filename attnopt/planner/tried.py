@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnopt.errors import OptionError
-from attnopt.fitted import plain_window
+from attnopt.fitted import families, plain_window
 from attnopt.ir import Choice, Site
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.knapsack import Array
@@ -32,11 +32,6 @@ FAMILIES = ("linear", "taylor", "compensation")
 # model's 48 heads, profiled at 256 and 512 tokens, that leaves 12 to prune, none of them in the first layer.
 MOST_REMOVED = 0.01
 MOST_FORGOTTEN = 0.1
-
-
-def families() -> tuple[str, ...]:
-    """Every family there is, by the candidates."""
-    return tuple(dict.fromkeys(kind.family for _, kind in CANDIDATES if kind.family))
 
 
 def allowed_families(asked: Sequence[str] | None, fitted: Fitted | None) -> tuple[str, ...]:
