@@ -89,8 +89,8 @@ class Candidate(ABC):
         return []
 
     def menu(self, length: int) -> list[Choice]:
-        """What `attnopt distill` tries of it on texts of `length` tokens: few settings, from careful to bold. None for a
-        candidate whose damage a profile tells."""
+        """What `attnopt distill` tries of it on texts of `length` tokens: few settings, from careful to bold. None for
+        a candidate whose damage a profile tells."""
         return []
 
     @abstractmethod
