@@ -26,6 +26,7 @@ from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Choice, Site
 from attnopt.mixed import attend
 from attnopt.profile_file import Profile
+from attnopt.progress import Progress
 from attnopt.registry import CANDIDATES
 from attnopt.statistics import attention
 from attnopt.statistics.trials import Trials, Try
@@ -33,7 +34,6 @@ from attnopt.supervision import Sample, loss_and_gradient
 
 # As `attnopt plan --allow` calls them.
 FAMILIES = ("linear", "taylor", "compensation", "prune")
-Progress = Callable[[str, int, int], None]
 # Rows of queries kept of a sequence and head, fewer where their scores would be more than so many of a site.
 ROWS, FEWEST_ROWS = 256, 32
 SCORES = 1 << 26

@@ -24,6 +24,7 @@ from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, co
 from attnopt.planner.tried import FAMILIES, damage_of, tried_at
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
+from attnopt.units import MIB
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -233,12 +234,12 @@ def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Si
     per_kv = [table_of(tables, s).key_time for s in sites for _ in range(s.kv_heads)]
     times = np.array([t for t in per_kv if t is not None])
     timed = objective != "memory" and len(times) == len(per_kv)
-    keys = times if timed else problem.key_bytes / 1e6
+    keys = times if timed else problem.key_bytes / MIB
     # A state costs as many bytes of keys do; decoding reads it and writes it, every token.
     passes = 1 if objective == "memory" else 2
     states = passes * problem.states * (keys / problem.key_bytes)[problem.kv][:, None]
     if objective != "mixed":
-        unit = "ms a token" if timed else "MB read a token" if objective == "decode" else "MB of cache"
+        unit = "ms a token" if timed else "MiB read a token" if objective == "decode" else "MiB of cache"
         return replace(
             problem, cost=states, group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
             kind="roofline" if timed else "bytes", unit=unit,
