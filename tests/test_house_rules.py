@@ -20,11 +20,11 @@ LINKS = ("passes", "patterns", "codegen")
 
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
 READING = ("strict_json", "arguments", "parsing")
-SUMS = ("statistics", "selection")
+FITS = ("fitted", "fitting")
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
     0: ("ir", "errors", "escapes", "reasons", "settings", "registry", "corpus", *READING, "progress", "units"),
-    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", "fitted", "fitting", "profile_file", *SUMS),
+    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", *FITS, "statistics", "profile_file", "selection"),
     2: ("patterns",),
     3: ("candidates", "ops", "capture", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
