@@ -94,7 +94,7 @@ def named(choice: Choice) -> str:
 def asked_at(choice: Choice, q: Tensor, k: Tensor, scale: float, window: int) -> Asked:
     kind, heads = CANDIDATES[choice.candidate], torch.arange(q.shape[1])
     table = torch.tensor([kind.settings(dict(choice.params))] * len(heads), dtype=torch.float64)
-    return asked_of(kind, q, k, heads, table, scale, None, window, int(choice["block"]))
+    return asked_of(kind, q, k, heads, table, scale, None, window)
 
 
 def run_operator(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> tuple[Tensor, ...]:
@@ -337,7 +337,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument(
-        "--keep", action="store_true", help="write benchmarks/results, docs/figures and docs/dynamic.md"
+        "--keep", action="store_true", help="write benchmarks/results, docs/figures and docs/selection.md"
     )
     args = parser.parse_args()
     if args.quick:
@@ -360,7 +360,7 @@ def main() -> None:
         write_atomically(path, json.dumps(data, indent=1) + "\n")
     if args.keep:
         figure(rows, root / f"docs/figures/{stem}.svg")
-        fill(root / "docs/dynamic.md", stem, described(found, rows))
+        fill(root / "docs/selection.md", stem, described(found, rows))
 
 
 if __name__ == "__main__":
