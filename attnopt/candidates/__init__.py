@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
     from attnopt.fitted import Fitted
     from attnopt.statistics import Grid, Observation
+    from attnopt.statistics.trials import Share
 
 Number = int | float
 Params = Mapping[str, Number]
@@ -28,11 +29,17 @@ Params = Mapping[str, Number]
 
 class SpanCosts(Protocol):
     """A table of prefill costs, in milliseconds per head. far_cost: of what stands in for the keys outside a span, a
-    feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0)."""
+    feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0). block_cost: of a walk over the share
+    `visited` of all causal blocks of that size, of which `skipped` are skipped by their scores; selection_cost: of what
+    candidate `name` selects them by, with settings `timed`, or, where nothing is timed, as so many `pairs` cost."""
 
     def cost(self, length: int, sink: int, window: int) -> float: ...
 
     def far_cost(self, length: int, kind: str, rank: int) -> float: ...
+
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float: ...
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,11 @@ class Candidate(ABC):
         """What a cache keeps of one query head beyond its span's keys."""
         return 0
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
-        """Milliseconds of one head's prefill at `length`."""
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
+        """Milliseconds of one head's prefill at `length`. share: what the head visits of the blocks it could, where
+        keys are selected; None where that is not known."""
         span = table.cost(length, *self.span(params, length, own_window))
         kind, rank = self.far_part(params)
         return span + table.far_cost(length, kind, rank) if kind else span

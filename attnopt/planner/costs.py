@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from attnopt import settings
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import Costs, CostTable, WithFar, load_or_measure, load_or_measure_far
+from attnopt.cost import (
+    Costs,
+    CostTable,
+    Joined,
+    Selection,
+    load_or_measure,
+    load_or_measure_blocks,
+    load_or_measure_far,
+)
 from attnopt.ir import Site
 from attnopt.planner.problem import Tables, table_of
 from attnopt.planner.tried import tried_at
@@ -31,7 +39,7 @@ def costs_of(
         target = settings.target(device)
         given = timed = cost_tables(sites, profile, target, device, lengths, progress)
         if fitted is not None:
-            given = with_far_parts(timed, sites, fitted, families, target, device, lengths, progress)
+            given = with_parts(timed, sites, fitted, families, target, device, lengths, progress)
     return {s.name: table_of(given, s) for s in sites}
 
 
@@ -58,22 +66,35 @@ def spec_of(site: Site, target: str) -> SpanPrefill:
     return SpanPrefill(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
 
 
-def with_far_parts(
+def with_parts(
     tables: Mapping[str, CostTable], sites: Sequence[Site], fitted: Fitted, allow: Sequence[str], target: str,
     device: str, lengths: Sequence[int], progress: Progress | None,
 ) -> dict[str, Costs]:  # fmt: skip
-    """The tables with the times of the far parts that were tried anywhere, of sites where one may stand."""
+    """The tables with the times of the far parts and selections that were tried anywhere, of sites where one may
+    stand."""
     tried = {s.name: tried_at(fitted, s, allow, max(lengths)) for s in sites}
-    every = {CANDIDATES[c.candidate].far_part(dict(c.params)) for found in tried.values() for c in found}
-    parts = sorted(part for part in every if part[0])
+    every = [(CANDIDATES[c.candidate], dict(c.params)) for found in tried.values() for c in found]
+    parts = sorted({kind.far_part(params) for kind, params in every} - {("", 0)})
+    selections = [
+        Selection(kind.name, kind.timing(params), kind.settings(params))
+        for kind, params in every
+        if kind.far == "selected"
+    ]
     found: dict[str, Costs] = dict(tables)
     for site in sites:
+        far = blocks = None
         if parts and tried[site.name]:
             far = load_or_measure_far(
                 spec_of(site, target), lengths, parts, device=device, rounds=5,
                 progress=lambda done, of, what: progress(f"timing far parts at {what}", done, of) if progress else None,
             )  # fmt: skip
-            found[site.name] = WithFar(tables[site.name], far)
+        if selections and tried[site.name]:
+            blocks = load_or_measure_blocks(
+                spec_of(site, target), lengths, selections, device=device, rounds=5,
+                progress=lambda done, of, at: progress(f"timing selections at {at}", done, of) if progress else None,
+            )  # fmt: skip
+        if far is not None or blocks is not None:
+            found[site.name] = Joined(tables[site.name], far, blocks)
     return found
 
 

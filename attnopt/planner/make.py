@@ -99,7 +99,7 @@ class Case:
         # A cache asked to be small is so at every length, whether or not that saves time.
         small_cache = asked.max_kv_memory is not None or asked.max_kv_bytes is not None
         saves_time = self.objective in ("prefill", "mixed") and not small_cache
-        min_length = min_length_of(choices, self.sites, self.tables) if saves_time else 0
+        min_length = min_length_of(choices, self.sites, self.tables, fitted) if saves_time else 0
         return Plan(
             model=name,
             fingerprint=self.fingerprint,
