@@ -63,12 +63,14 @@ class Candidate(ABC):
     family: what `--allow` calls it; candidates without one are always weighed. far: what stands in for the keys outside
     its span, under one normaliser with them: "" nothing, "mean" one token, "linear" a fitted feature map; "gone" says
     that no attention is left at all and the head is a constant, "selected" that its keys are chosen while running.
+    decoded: only steps of decoding differ from dense; a prompt, and every compiled prefill, runs as it is.
     """
 
     name: ClassVar[str]
     params: ClassVar[tuple[Param, ...]] = ()
     family: ClassVar[str] = ""
     far: ClassVar[str] = ""
+    decoded: ClassVar[bool] = False
 
     def problem(self, params: Params) -> str:
         """What is wrong with `params`, or an empty string."""
@@ -122,6 +124,13 @@ class Candidate(ABC):
         sink, alpha, beta = self.rule(params)
         window = min(max(math.floor(alpha + beta * length), 1), length)
         return (sink, window) if own_window is None else (0, min(window, own_window))
+
+    def reads(
+        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None
+    ) -> tuple[int, int]:
+        """What a step of decoding reads of the cache on average, in keys with their values, as a sink and a window:
+        the span itself where nothing is selected. head_dim: the site's, where that matters."""
+        return self.span(params, length, own_window)
 
     def far_part(self, params: Params) -> tuple[str, int]:
         """Kind and rank of what stands in for far keys, as cost tables know it; ("", 0) for nothing."""
