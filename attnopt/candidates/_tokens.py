@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,14 @@ from attnopt.candidates import Param, Params
 from attnopt.candidates._tried import MOST_TOKENS, Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_tokens import TokenRule, rows
-from attnopt.ir import Choice
+from attnopt.errors import PlanError
+from attnopt.ir import DENSE, Choice
+from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
 
+PLAN = "Make a plan of this model: `attnopt profile`, `attnopt distill`, then `attnopt plan`."
 # Steps that a selection may serve at most.
 MOST_STEPS = 1 << 16
 
@@ -71,3 +75,29 @@ class Tokens(Tried):
         if self.behind(params):
             raise ValueError("these heads read what another layer selected: attnopt.codegen.reference_tokens.rows")
         return rows(q, k, v, self.token_rule(params), scale)
+
+
+def source_of(site: str, head: int, choice: Choice, earlier: Sequence[Sequence[Choice] | None]) -> Choice | None:
+    """What the head selects by whose tokens a head with this choice reads; None for one that selects itself.
+
+    earlier: the choices of the attentions before this one, in their order, None for one that is dense. PlanError where
+    there is no such head: the layer is not there, or its head of this number selects nothing itself, or other than as
+    many tokens.
+    """
+    candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
+    back = candidate.behind(params) if isinstance(candidate, Tokens) else 0
+    if not back:
+        return None
+    said = f"Head {head} of {site} reads the tokens that the attention {back} before it selected"
+    if params["every"] != 1 or params["similar"]:
+        raise PlanError(f"{said}, and is to select some itself.", 'Give it "every" 1 and "similar" 0.')
+    if back > len(earlier):
+        raise PlanError(f"{said}, and there are {len(earlier)} before it.", PLAN)
+    choices = earlier[-back] or ()
+    source = choices[head] if head < len(choices) else DENSE
+    selects = CANDIDATES[source.candidate]
+    if not isinstance(selects, Tokens) or selects.behind(dict(source.params)):
+        raise PlanError(f"{said}, where that head selects none.", PLAN)
+    if source["k"] != choice["k"]:
+        raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", PLAN)
+    return source

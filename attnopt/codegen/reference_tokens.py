@@ -58,21 +58,30 @@ def best(scores: Tensor, count: int) -> Tensor:
     return (above | (equal & (equal.cumsum(-1) <= room))) & allowed
 
 
-def channels_of(q: Tensor, k: Tensor, count: int, valid: Tensor | None = None, old: Tensor | None = None) -> Tensor:
-    """The `count` features of each KV head that weigh most in its scores: int64 (B, G, count), the heaviest first.
-
-    q (B, H, T, D) and k (B, G, T, D) of the tokens of a prompt, or of a chunk of it; valid bool (B, T): which of them
-    count; old (B, G, D): sums of |k| over the tokens before the chunk. A feature weighs the sum of |q| over the last
-    LAST queries that count, of all query heads of a KV head, times the sum of |k| over all keys.
-    """
-    batch, groups, length, dim = k.shape
-    counts = k.new_ones(batch, length, dtype=torch.bool) if valid is None else valid
+def asking(q: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How much the last LAST queries that count ask of each feature: q (B, H, T, D), valid bool (B, T) -> the sums of
+    |q|, (B, H, D)."""
+    counts = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if valid is None else valid
     last = counts & (counts.flip(1).cumsum(1).flip(1) <= LAST)
-    of_q = wide(q).abs().masked_fill(~last[:, None, :, None], 0.0).sum(2)
-    of_k = wide(k).abs().masked_fill(~counts[:, None, :, None], 0.0).sum(2)
-    weight = of_q.view(batch, groups, -1, dim).sum(2) * (of_k if old is None else of_k + old)
-    # The order of equal ones is kept, whatever the device.
+    return wide(q).abs().masked_fill(~last[:, None, :, None], 0.0).sum(2)
+
+
+def heaviest(of_q: Tensor, of_k: Tensor, count: int) -> Tensor:
+    """The features of most weight, sums of |q| (B, H, D) of the query heads of a KV head times sums of |k| (B, G, D):
+    int64 (B, G, count), the heaviest first and of equal ones the first."""
+    batch, groups, dim = of_k.shape
+    weight = of_q.view(batch, groups, -1, dim).sum(2) * of_k
     return weight.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def channels_of(q: Tensor, k: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
+    """The `count` features of each KV head that weigh most in the scores of a prompt: int64 (B, G, count).
+
+    q (B, H, T, D), k (B, G, T, D), valid bool (B, T): the tokens that count. A feature weighs the sum of |q| over the
+    last LAST queries and the query heads of the KV head, times the sum of |k| over all keys.
+    """
+    of_k = wide(k).abs()
+    return heaviest(asking(q, valid), (of_k if valid is None else of_k * valid[:, None, :, None]).sum(2), count)
 
 
 def of_channels(x: Tensor, channels: Tensor) -> Tensor:
