@@ -63,7 +63,8 @@ def attention(
             state: dict[str, Any] = {}
             if "r" in head:
                 group = q[b, h // share * share : (h // share + 1) * share][:, at]
-                head = {**head, "features": features_of(group, keys, prompt, int(head["r"]))}
+                # Without a prompt, the text stands for it.
+                head = {**head, "features": features_of(group, keys, prompt or len(at), int(head["r"]))}
             for i in range(len(at)):
                 source = config.oracle_held.get((layer - int(head.get("behind", 0)), b, h, i))
                 if dense[i] or int(at[i]) in config.oracle_anew:
@@ -86,19 +87,26 @@ def following(
 ) -> Tensor:  # fmt: skip
     """Logits (rows, new tokens, V) along `sequences`, which begin with the prompt ids, mask (B, L); float64. dense:
     later columns that came several at once; anew: columns at which nothing is selected yet."""
+    mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - ids.shape[1])], 1)
+    return logits(model, sequences, mask, heads, ids.shape[1], dense, anew)[:, ids.shape[1] - 1 : -1]
+
+
+def logits(
+    model: Any, sequences: Tensor, mask: Tensor, heads: Sequence[Sequence[Head]], prompt: int = 0,
+    dense: Sequence[int] = (), anew: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
+    """Logits (rows, N, V) of sequences, mask (rows, N), of which the first `prompt` columns came at once."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
     with torch.random.fork_rng():
         twin = type(model)(config)
     twin.load_state_dict(model.state_dict())
     twin = twin.double().eval()
-    columns = torch.arange(sequences.shape[1])
-    config = twin.config
-    config.oracle_heads, config.oracle_prompt, config.oracle_held, config.oracle_anew = heads, ids.shape[1], {}, anew
-    config.oracle_dense = (columns < ids.shape[1]) | torch.isin(columns, torch.tensor(list(dense), dtype=torch.int64))
-    mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
-    mask = torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - ids.shape[1])], 1)
+    columns, config = torch.arange(sequences.shape[1]), twin.config
+    config.oracle_heads, config.oracle_prompt, config.oracle_held, config.oracle_anew = heads, prompt, {}, anew
+    config.oracle_dense = (columns < prompt) | torch.isin(columns, torch.tensor(list(dense), dtype=torch.int64))
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        found = twin(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    return found[:, ids.shape[1] - 1 : -1]
+        found: Tensor = twin(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return found
