@@ -252,7 +252,8 @@ def pick(
         0 if valid is None else valid.stride(0), batch, heads, table.shape[0], keys.shape[1], dim, values.shape[2],
         picked.shape[2], chosen.shape[2],
     )  # fmt: skip
-    _entry("pick", q.dtype)(call, scale)
+    if _entry("pick", q.dtype)(call, scale):
+        raise ValueError(f"a head that selects has fewer slots than there are tokens: {n.tolist()}, {table.tolist()}")
 
 
 def _table(x: Tensor) -> Tensor:

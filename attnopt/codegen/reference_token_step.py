@@ -95,7 +95,7 @@ def step(
             tokens = sources[source][:, mine, :count]
         else:
             due = _due(queries[:, :, 0], part, similar[mine], asked[:, mine], age[:, mine]) & counts[:, None]
-            if q.device.type != "cpu" or bool(due.any()):
+            if not may_ask(q.device) or bool(due.any()):
                 scored = _scored(queries, held[0], part, chosen, labels)
                 taken = select(*scored, n, count)
                 tokens = torch.where(due[..., None], taken, picked[:, mine, :count])
@@ -106,6 +106,11 @@ def step(
             age[:, mine] = torch.where(due, 0, age[:, mine] + counts[:, None]).to(age.dtype)
         found = attend(queries, *held, tokens, n, part.rule[SINK], part.rule[RECENT], scale)
         out[:, mine] = found.masked_fill(~counts[:, None, None, None], 0.0)
+
+
+def may_ask(device: torch.device) -> bool:
+    """Whether the host may look at what a tensor holds."""
+    return device.type == "cpu"
 
 
 def label(keys: Tensor, n: Tensor, counts: Tensor, table: Tensor, chosen: Tensor, labels: Tensor) -> None:

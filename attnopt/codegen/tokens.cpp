@@ -318,6 +318,18 @@ void label(const Picking<T>& call, int64_t b, int64_t g) {
   for (int64_t f = 0; f < call.features; f++) call.labels[(b * call.features + f) * call.slots + slot] = key[chosen[f]];
 }
 
+// Whether all heads that select have a slot for every token there is.
+template <typename T>
+bool whole(const Picking<T>& call) {
+  int most = *std::max_element(call.n, call.n + call.batch);
+  for (int64_t h = 0; h < call.heads; h++) {
+    const Segment& segment = call.table[h / call.share()];
+    bool inside = segment.start >= 0 && segment.start + segment.capacity <= call.slots && most <= segment.capacity;
+    if (call.rules[h].count && !inside) return false;
+  }
+  return true;
+}
+
 template <typename T>
 void pick(Picking<T>& call) {
   at::parallel_for(0, call.batch * call.kv_heads, 1, [&](int64_t from, int64_t to) {
@@ -356,6 +368,7 @@ int unpacked_pick(const int64_t* x, float scale) {
   call.similar = reinterpret_cast<const float*>(x[10]);
   call.picked = reinterpret_cast<int*>(x[11]), call.age = reinterpret_cast<int*>(x[12]);
   call.sources = reinterpret_cast<const int64_t*>(x[13]), call.chosen = reinterpret_cast<const int64_t*>(x[14]);
+  if (!whole(call)) return 1;
   pick(call);
   return 0;
 }
@@ -364,7 +377,7 @@ int unpacked_pick(const int64_t* x, float scale) {
 
 extern "C" {
 
-// 0, or FAILED.
+// 0; 1, with nothing written, where a head that selects has not a slot for every token; or FAILED.
 int pick_bfloat16(const int64_t* packed, float scale) {
   return guarded([&] { return unpacked_pick<BFloat16>(packed, scale); });
 }
