@@ -20,10 +20,10 @@ from attnopt.codegen.emit import write_atomically
 from attnopt.errors import FittedError
 from attnopt.feature_maps import NAMES, FeatureMap
 from attnopt.fingerprint import Fingerprint, mismatch
-from attnopt.ir import Choice
+from attnopt.ir import WHOLE, Choice, Share
 from attnopt.profile_file import versions_here
 from attnopt.registry import CANDIDATES
-from attnopt.statistics.trials import HELD, WHOLE, Share, Trials
+from attnopt.statistics.trials import HELD, Trials
 
 SCHEMA = 2
 KEY = "attnopt_fitted"  # the one metadata key: several would be written in random order

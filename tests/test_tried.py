@@ -27,6 +27,7 @@ from attnopt.planner.tried import allowed_families, not_pruned
 from attnopt.profile_file import Profile
 from attnopt.registry import CANDIDATES
 from attnopt.statistics.trials import Trials
+from attnopt.units import MIB
 
 PLAIN = Choice.of("sink_window", {"sink": 4, "alpha": 64, "beta": 0.0})
 LINEAR = Choice.of("linear", {"sink": 4, "window": 64, "features": 8})
@@ -145,11 +146,13 @@ def test_far_parts_cost_and_keep_something_and_what_is_gone_does_not() -> None:
     assert prefill.groups[0, pruned] == GONE
     # A state of 8 features x (8 + 1) float32 a head; a decoded token reads and writes it.
     assert memory.state[0, linear] == 288
-    assert memory.cost[0, linear] == pytest.approx(288e-6) and of["decode"].cost[0, linear] == pytest.approx(2 * 288e-6)
+    assert memory.cost[0, linear] == pytest.approx(288 / MIB) and of["decode"].cost[0, linear] == pytest.approx(
+        2 * 288 / MIB
+    )
     assert of["mixed"].cost[0, linear] > of["mixed"].cost[0, plain]
     every_plain, every_linear = (memory.of(np.array([c] * 4 + [0] * 4)) for c in (plain, linear))
     assert every_linear.memory == every_plain.memory + 4 * 288
-    assert every_linear.cost == pytest.approx(every_linear.memory / 1e6)
+    assert every_linear.cost == pytest.approx(every_linear.memory / MIB)
     # Two query heads share a KV head's 64 bytes a token: its keys go with the last of them.
     one, both = (memory.of(np.array(heads + [0] * 6)).memory for heads in ([pruned, 0], [pruned, pruned]))
     assert one == memory.dense.memory and both == one - 512 * 64

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
     from attnopt.fitted import Fitted
     from attnopt.statistics import Grid, Observation
-    from attnopt.statistics.trials import Share
 
 Number = int | float
 Params = Mapping[str, Number]

@@ -24,12 +24,11 @@ from attnopt.candidates._tried import Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_blocks import prefill
 from attnopt.codegen.spec import BLOCKS
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 from attnopt.selection import Asked, Lists, lists_of
 
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
-    from attnopt.statistics.trials import Share
 
 # Of every selecting candidate: rows and keys of a block, and the threshold below which a block is skipped, times M.
 BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1])

@@ -14,13 +14,12 @@ import torch
 
 from attnopt.candidates import Params, SpanCosts
 from attnopt.candidates._tried import Tried
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
     from attnopt.statistics import Observation
-    from attnopt.statistics.trials import Share
 
 
 class Pruned(Tried):

@@ -26,7 +26,7 @@ from attnopt.plan import Constraints, Plan
 from attnopt.planner.constraints import limits_of, protected
 from attnopt.planner.frontier import Front, front
 from attnopt.planner.knapsack import Limits, Problem, Solution
-from attnopt.planner.problem import RETRIEVAL, closed, kept_dense, make_problem
+from attnopt.planner.problem import RETRIEVAL, Tables, closed, kept_dense, make_problem
 from attnopt.planner.tried import not_pruned
 from attnopt.registry import CANDIDATES
 
@@ -45,8 +45,8 @@ Stored = CostTable | FarTable | BlockTable
 class Posed:
     """free: every head may be replaced; problem: without what was asked to stay; solution: the plan's own choices, of
     infinite damage where that is in a file of fits which was not given. sites: those of the model where `known`, else
-    as far as they could be told; own_costs: whether costs are those that the plan was made with. notes: what was
-    assumed."""
+    as far as they could be told; own_costs: whether costs are those that the plan was made with; tables: these costs.
+    notes: what was assumed."""
 
     free: Problem
     problem: Problem
@@ -55,6 +55,7 @@ class Posed:
     sites: tuple[Site, ...]
     known: bool
     own_costs: bool
+    tables: Tables
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -95,7 +96,7 @@ def pose(
     weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
     free = make_problem(
         profile, costs, found, plan.lengths.planned, objective=plan.objective, retrieval=weight, fitted=fitted,
-        allow=asked.allow, own=plan.choices,
+        allow=asked.allow, own=plan.choices, visits=plan.visits,
     )  # fmt: skip
     problem, limits = _kept(free, found, asked, profile, plan.objective)
     if not len(front(problem, limits)):
@@ -104,7 +105,7 @@ def pose(
     index = np.array([free.choices.index(c) for s in found for c in plan.choices[s.name]], dtype=np.int64)
     if not np.isfinite(free.damage[np.arange(len(index)), index]).all():
         notes.append("What some of its choices lose stands in the file of fits: give --fitted.")
-    return Posed(free, problem, limits, free.of(index), found, known, own_costs, tuple(notes))
+    return Posed(free, problem, limits, free.of(index), found, known, own_costs, costs, tuple(notes))
 
 
 def _kept(

@@ -31,7 +31,7 @@ from attnopt.planner.problem import (
     min_length_of,
     predicted_of,
 )
-from attnopt.planner.tried import allowed_families, not_pruned
+from attnopt.planner.tried import allowed_families, not_pruned, visits_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
@@ -115,6 +115,7 @@ class Case:
             calibration=calibration_of(self.profile),
             seed=seed,
             versions=dict(versions_here()),
+            visits=visits_of(choices, fitted, lengths.planned),
             fitted=fitted.part_of(choices) if fitted is not None and sidecar.needed(choices) else None,
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
 from attnopt.errors import ModelError, OptionError, ProfileError
-from attnopt.ir import DENSE, Choice, Site
+from attnopt.ir import DENSE, Choice, Share, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.interaction import correlations
@@ -44,6 +44,7 @@ def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
     lengths: Sequence[int] | None = None, objective: str = "prefill", retrieval: float = RETRIEVAL,
     fitted: Fitted | None = None, allow: Sequence[str] = FAMILIES, own: Mapping[str, Sequence[Choice]] | None = None,
+    visits: Mapping[str, Mapping[int, Share]] | None = None,
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
@@ -53,6 +54,7 @@ def make_problem(
     nats per token of text, where the profile holds one. fitted: what was tried besides spans, of which the families of
     `allow` are weighed; without it spans alone are. own: the choices that heads have in a plan, by site name: among
     the problem's, whether or not they are weighed, and allowed to their heads as far as the profile tells their damage.
+    visits: what heads of that plan visit whose keys are selected, by site and head, for where `fitted` does not tell.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -80,7 +82,9 @@ def make_problem(
         damage.append(of_text)
         lost = _forgotten(site, choices, allowed, tried[site.name], seen, fitted, target_length) if retrieval else 0.0
         forgotten.append(np.where(np.isfinite(of_text), retrieval * lost, 0.0))
-        of_site = _costs(table_of(tables, site), site, choices, target_length, fitted)
+        of_site = _costs(
+            table_of(tables, site), site, choices, target_length, fitted, (visits or {}).get(site.name, {})
+        )
         for of_kind, values in zip((cost, span, state), of_site, strict=True):
             of_kind.append(values)
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
@@ -214,7 +218,12 @@ def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
 
 
 def _costs(
-    table: Costs, site: Site, choices: Sequence[Choice], length: int, fitted: Fitted | None
+    table: Costs,
+    site: Site,
+    choices: Sequence[Choice],
+    length: int,
+    fitted: Fitted | None,
+    visits: Mapping[int, Share],
 ) -> tuple[Array, Array, Array]:
     """Cost, span code and state bytes of every choice, each (heads, C): heads differ where they select keys."""
     shape = site.heads, len(choices)
@@ -224,7 +233,8 @@ def _costs(
         if candidate.far == "selected":
             if candidate.refuse(site) is None:
                 shares = shares_at(fitted, site.name, choice, length, site.heads)
-                cost[:, c] = [candidate.cost(table, params, length, own, share) for share in shares]
+                known = [visits.get(head) if share is None else share for head, share in enumerate(shares)]
+                cost[:, c] = [candidate.cost(table, params, length, own, share) for share in known]
         else:
             cost[:, c] = candidate.cost(table, params, length, own)
         sink, window = candidate.span(params, length, own)

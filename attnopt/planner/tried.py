@@ -11,14 +11,14 @@ it would that it does not recall of its mass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnopt.errors import OptionError
 from attnopt.fitted import MOST_SKIPPED, families, plain_window
-from attnopt.ir import Choice, Site
+from attnopt.ir import Choice, Share, Site
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.knapsack import Array
 from attnopt.registry import CANDIDATES
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
     from attnopt.statistics import Observation
-    from attnopt.statistics.trials import Share
 
 # Weighed where there are fits and nothing else is asked for, as far as they were tried: all but pruning, which takes
 # weights away.
@@ -143,6 +142,19 @@ def shares_at(fitted: Fitted | None, site: str, choice: Choice, length: int, hea
     more = max(at / length, 1.0)
     found = fitted.shares(site, at, choice)
     return tuple(replace(share, visited=min(share.visited * more, 1.0)) for share in found)
+
+
+def visits_of(
+    choices: Mapping[str, Sequence[Choice]], fitted: Fitted | None, length: int
+) -> dict[str, dict[int, Share]]:
+    """By site and head, what those visit whose keys are selected, to four digits, as a plan file holds it."""
+    found: dict[str, dict[int, Share]] = {}
+    for site, heads in choices.items():
+        for head, choice in enumerate(heads):
+            if (share := shares_at(fitted, site, choice, length, len(heads))[head]) is not None:
+                rounded = {name: round(value, 4) for name, value in asdict(share).items()}
+                found.setdefault(site, {})[head] = Share(**rounded)
+    return found
 
 
 def refused(fitted: Fitted, site: str, head: int, choice: Choice) -> str:

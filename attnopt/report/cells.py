@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
+
+from attnopt.registry import CANDIDATES
 
 Row = TypeVar("Row")
 
@@ -158,9 +161,21 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
 
 
+@cache
+def signs() -> dict[str, str]:
+    """The letter of every candidate whose heads are more, or less, than a span: L, T, C; x where they are gone. Of
+    those that select keys, which came later, the first letter of the name that is free."""
+    kinds = sorted((kind.far == "selected", name, kind.far) for name, kind in CANDIDATES if kind.far)
+    found: dict[str, str] = {}
+    for _, name, far in kinds:
+        free = (c for c in name.upper() if c.isalpha() and c not in found.values())
+        found[name] = "x" if far == "gone" else next(free, "?")
+    return found
+
+
 def far_sign(head: Mapping[str, Any]) -> str:
-    """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
-    return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()
+    """The letter of a head that is more, or less, than a span, of the data of `plan_json`."""
+    return signs()[str(head["candidate"])]
 
 
 def otherwise(saving: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.ir import Choice
+from attnopt.ir import WHOLE, Choice, Share
 from attnopt.statistics.observe import attention
 
 SUMS = ("t2", "t1", "sample_sq")
@@ -38,21 +38,6 @@ class Kept:
 # (choice, q, k, v, pad) -> output (B, H, N, Dv) of all heads of a site under one choice; and what was kept, where keys
 # are selected.
 Replaced = Callable[[Choice, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, "Kept | None"]]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of one head under one choice, as the trials saw it. visited: of the blocks that were possible, those listed;
-    skipped: of these, those left out by their scores; recalled: of the dense soft-max mass, what was attended to, the
-    mean over rows."""
-
-    visited: float = 1.0
-    skipped: float = 0.0
-    recalled: float = 1.0
-
-
-# Of a head about which nothing is known: it visits everything.
-WHOLE = Share()
 
 
 @dataclass(eq=False)

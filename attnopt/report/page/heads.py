@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from attnopt.report.cells import at_longest, bucket, counted, far_sign, letter, rounded, short_labels
+from attnopt.report.data.plans import visited_text
 from attnopt.report.page.pieces import Part, soft
 
 SHADES = 8  # of the ramp in page.css
@@ -227,9 +228,9 @@ def head_facts(data: Mapping[str, Any], site: str, head: int) -> list[str]:
     if (span := _at(plan.get("sites", {}).get(site), head, None)) is not None:
         said = next(known["label"] for known in plan["spans"] if known["choice"] == span["choice"])
         here = f"window {span['window']}" + (f", sink {span['sink']}" if span["sink"] else "")
-        told = span["far"] == "gone" or span["dense"] or here in said
+        told = span["far"] in ("gone", "selected") or span["dense"] or here in said
         lines.append(said if told else f"{said}; {here}")
-        lines.append(f"{100 * span['kept']:.1f} % of the dense pairs kept")
+        lines.append(visited_text(span) or f"{100 * span['kept']:.1f} % of the dense pairs kept")
     if profile := data.get("profile"):
         seen = _at(at_longest(profile["sites"])[site] if site in profile["sites"] else None, head, None)
         if seen is not None:
