@@ -54,6 +54,19 @@ class Board:
         return [self.posted[name] for name in names[: names.index(site)]]
 
 
+def selections(choice: Choice, q: Tensor, k: Tensor, pad: Tensor | None) -> Tensor:
+    """How many rows of a text every head selects at, int64 (H,), where all have this choice; 0 of those that read what
+    another attention selected. Arguments as those of `write_rows`."""
+    kind, params = CANDIDATES[choice.candidate], dict(choice.params)
+    length, rule = q.shape[2], kind.token_rule(params)
+    if kind.behind(params):
+        return torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
+    row = torch.arange(length, device=q.device)
+    last = Selection.of(q, k, rule, pad).last if rule.similar else (row - row % rule.every).expand(q.shape[:3])
+    counts = torch.full((q.shape[0], 1, 1), length, device=q.device) if pad is None else pad.sum(1)[:, None, None]
+    return ((last == row) & (row < counts)).sum((0, 2))
+
+
 def reach_of(choices: Iterator[Choice]) -> int:
     """How far back any of these asks."""
     kinds = ((CANDIDATES[c.candidate], dict(c.params)) for c in choices)
@@ -72,12 +85,13 @@ def as_prompt(choices: Sequence[Choice]) -> tuple[Choice, ...]:
 
 def write_rows(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, choices: Sequence[Choice], site: Site, pad: Tensor | None,
-    board: Board | None = None,
+    board: Board | None = None, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write into out (B, H, N, Dv) the heads that select tokens, every row as its step of decoding would be.
 
     q (B, H, N, D), k (B, G, N, D), v (B, G, N, Dv), pad bool (B, N) true where a token counts. board: on which the site
-    stands; needed where a head reads what an earlier attention selected, and PlanError without.
+    stands; needed where a head reads what an earlier attention selected, and PlanError without. lse (B, H, N), where it
+    is wanted: written as well, the logsumexp of what each row attends to.
     """
     alike: dict[tuple[Choice, Choice | None], list[int]] = {}
     for head in selecting(choices):
@@ -95,7 +109,10 @@ def write_rows(
             held = Selection.of(queries, keys, selects, earlier.pad, _weighed(heads, earlier, selects))
         features = _weighed(heads, Posted(q, k, pad, None), rule)
         queries, keys, values = _of(heads, q, k, v)
-        out[:, heads] = rows(queries, keys, values, rule, site.scale, pad, held, features)
+        sums = None if lse is None else lse.new_empty(lse.shape[0], len(heads), lse.shape[2])
+        out[:, heads] = rows(queries, keys, values, rule, site.scale, pad, held, features, sums)
+        if lse is not None and sums is not None:
+            lse[:, heads] = sums
 
 
 def _source(choice: Choice, head: int, site: Site, board: Board | None) -> Choice | None:
