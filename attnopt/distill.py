@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from attnopt.board import Board, selections, write_rows
 from attnopt.errors import FittedError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.fitted import Fitted, Header, HeadFit
@@ -127,6 +128,7 @@ class _Recorder:
     at: Tensor | None = None
     trials: dict[str, Trials] = field(default_factory=dict)
     fitted: Fitted | None = None
+    board: Board = field(default_factory=Board)
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
@@ -135,6 +137,7 @@ class _Recorder:
                 return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 self.tell(site.name)
+                self.board.post(site.name, q.detach(), k.detach(), pad, None)
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
 
@@ -146,6 +149,8 @@ class _Recorder:
                 return self.fitted.means[site.name].to(v)[None, :, None].expand(*q.shape[:3], -1), None
             if far == "selected":
                 return selected(choice, site, q, k, v, pad)
+            if CANDIDATES[choice.candidate].decoded:
+                return decoded(choice, site, q, k, v, pad, self.board)
             return attend(q, k, v, [choice] * site.heads, site, self.fitted, pad), None
 
         return run
@@ -160,10 +165,29 @@ def selected(choice: Choice, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: T
     window = site.mask.window or 0
     heads = torch.tensor(every, dtype=torch.int32)
     visits = attend_selected(q, k, v, heads, far_of(choice)[1], table, pad, site.scale, window, out, lse)
-    whole = tables(None, len(every)).values()
-    _, dense = torch.ops.attnopt.span_attention_lse(q, k, v, *whole, pad, site.scale, window, 0)
-    # A row that keeps no key, of padding, has no mass to recall.
-    return out, Kept(visits.sums, torch.where(dense == -torch.inf, 0.0, (lse - dense).exp()))
+    return out, Kept(visits.sums, recalled(lse, site, q, k, v, pad))
+
+
+def decoded(
+    choice: Choice, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, board: Board
+) -> tuple[Tensor, Kept]:  # fmt: skip
+    """The same under a choice that selects tokens while decoding, every row as its step would be; of steps those that
+    select."""
+    out = torch.empty_like(q[..., : v.shape[3]])
+    lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    write_rows(out, q, k, v, [choice] * site.heads, site, pad, board, lse)
+    found = selections(choice, q, k, pad)
+    steps = torch.full_like(found, q.shape[0] * q.shape[2] if pad is None else int(pad.sum()))
+    sums = torch.stack((steps, found, torch.zeros_like(found)), 1)
+    return out, Kept(sums, recalled(lse, site, q, k, v, pad))
+
+
+def recalled(lse: Tensor, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+    """The share of every row's dense mass (B, H, N) that keys with the logsumexp `lse` hold; a row that keeps no key,
+    of padding, has none to recall."""
+    whole = tables(None, site.heads).values()
+    _, dense = torch.ops.attnopt.span_attention_lse(q, k, v, *whole, pad, site.scale, site.mask.window or 0, 0)
+    return torch.where(dense == -torch.inf, 0.0, (lse - dense).exp())
 
 
 class _Run:
@@ -175,6 +199,8 @@ class _Run:
         self.instrumented = Instrumented(model, self.recorder)
         self.sites: dict[str, Site] = {}
         self.longest = self.remaining = 0
+        # Of all attentions, in which they run.
+        self.order: list[str] = []
 
     def begin(self, fit: list[Sample], tried: list[Sample], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
@@ -186,6 +212,7 @@ class _Run:
             self.instrumented.logits([*fit, *tried][0].ids)
         self.instrumented.need_sites()
         every = list(self.instrumented.sites.values())
+        self.order = [site.name for site in every]
         fingerprint = fingerprint_of(self.model, every)
         if profile is not None:
             profile.check_model(fingerprint)
@@ -277,14 +304,14 @@ class _Run:
             self.recorder.tell = functools.partial(self._trying, n, len(left))
             self.progress("trying", n, len(left))
             part = {
-                name: Trials.zeros(site.heads, self.menu.choices(site, self.longest))
+                name: Trials.zeros(site.heads, self.menu.choices(site, self.longest, self.order.index(name)))
                 for name, site in self.sites.items()
             }
             self.recorder.trials = part
             try:
                 self._backward(sample, "try")
             finally:
-                self.recorder.trials = {}
+                self.recorder.trials, self.recorder.board = {}, Board()
             for name, trials in part.items():
                 trials.tokens = float(sample.row_weights("model").sum())
                 settle(fitted, name, trials)

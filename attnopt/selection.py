@@ -7,7 +7,8 @@ and nothing here waits for a device. Shapes: B batch, H query heads, G KV heads,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ class Lists(NamedTuple):
 class Asked:
     """What a selection is made from. q (B, H, N, D), k (B, G, M, D); heads and kv int64 (h,): the query heads served
     and the KV heads they read; settings: parameter name -> (h,) in float32, one value for each head; pad bool (B, M)
-    true where a key counts; window: the model's own, 0 for none. Tensors lie on one device."""
+    true where a key counts; window: the model's own, 0 for none; fixed: parameters that all heads share because shapes
+    depend on them. Tensors lie on one device."""
 
     q: Tensor
     k: Tensor
@@ -38,6 +40,7 @@ class Asked:
     block: int
     pad: Tensor | None = None
     window: int = 0
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def wide(self) -> torch.dtype:
@@ -84,7 +87,7 @@ class Asked:
         """bool (B | 1, C): column blocks that hold a key that counts."""
         if self.pad is None:
             return torch.ones(1, self.columns, dtype=torch.bool, device=self.q.device)
-        return blocks_of(self.pad[:, None, :, None], self.block, False)[0][:, 0, :, :, 0].any(-1)
+        return any_of(self.pad, self.block)
 
     @cached_property
     def possible(self) -> Tensor:
@@ -119,19 +122,45 @@ class Asked:
         """The padding at the queries, (B, N)."""
         return None if self.pad is None else self.pad[:, self.offset :]
 
-    def last_weights(self, count: int) -> Tensor:
-        """Soft-max weights of the last `count` queries (fewer where there are not so many) over all keys, exactly as
-        attention has them: (B, h, count, M), wide; 0 in a row that keeps no key."""
-        count = min(count, self.q.shape[2])
-        taken = self.queries[:, :, self.q.shape[2] - count :]
-        scores = taken @ self.of_heads(self.k).to(self.wide).mT * self.scale
-        i = torch.arange(self.k.shape[2] - count, self.k.shape[2], device=self.q.device)[:, None]
-        j = torch.arange(self.k.shape[2], device=self.q.device)
-        keep = (j <= i) & (i - j < self.window) if self.window else j <= i
-        keep = keep[None, None]
+    @cached_property
+    def pooled_weights(self) -> Tensor:
+        """Soft-max of each row block's mean query over the mean keys of the blocks it may see, (B, h, R, C), wide; 0
+        in a row block of padding alone."""
+        weights = masked_softmax(self.pooled_queries @ self.pooled_keys.mT * self.scale, self.possible)
+        if self.of_queries is None:
+            return weights
+        return weights.masked_fill(~any_of(self.of_queries, self.block)[:, None, :, None], 0.0)
+
+    def last(self, count: int) -> Last:
+        """The last `count` queries that count, fewer where there are not so many."""
+        count, device = min(count, self.q.shape[2]), self.q.device
+        place = torch.arange(1, self.q.shape[2] + 1, device=device)[None]
+        if self.of_queries is not None:
+            place = place * self.of_queries
+        # The largest are the last; 0 is a query that does not count, of which the first then stands in.
+        place = place.topk(count).values.flip(-1)
+        counted, at = place > 0, (place - 1).clamp(min=0)
+        taken = at.expand(self.q.shape[0], -1)[:, None, :, None].expand(-1, len(self.heads), -1, self.q.shape[3])
+        queries = self.queries.gather(2, taken).masked_fill(~counted[:, None, :, None], 0.0)
+        at = at + self.offset
+        apart = at[..., None] - torch.arange(self.k.shape[2], device=device)
+        may = (apart >= 0) & (apart < self.window) if self.window else apart >= 0
+        may = may & counted[..., None]
         if self.pad is not None:
-            keep = keep & self.pad[:, None, None, :]
-        return masked_softmax(scores, keep)
+            may = may & self.pad[:, None, :]
+        scores = queries @ self.of_heads(self.k).to(self.wide).mT * self.scale
+        return Last(at, may, queries, masked_softmax(scores, may[:, None]))
+
+
+class Last(NamedTuple):
+    """The last queries that count, in their order. at int64 (B | 1, n): where they stand among the keys; may bool
+    (B | 1, n, M): the keys each may see, none where a prompt has fewer than n; queries (B, h, n, D) and weights
+    (B, h, n, M), soft-max over all keys as attention has it, both wide and 0 where a prompt has fewer."""
+
+    at: Tensor
+    may: Tensor
+    queries: Tensor
+    weights: Tensor
 
 
 def blocks_of(x: Tensor, block: int, fill: float | bool = 0.0) -> tuple[Tensor, int]:
@@ -140,6 +169,11 @@ def blocks_of(x: Tensor, block: int, fill: float | bool = 0.0) -> tuple[Tensor, 
     if missing:
         x = F.pad(x, (0, 0, 0, missing), value=fill)
     return x.unflatten(2, (-1, block)), missing
+
+
+def any_of(x: Tensor, block: int) -> Tensor:
+    """Whether a block of x bool (..., N) holds any: (..., blocks)."""
+    return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).any(-1)
 
 
 def pooled(x: Tensor, block: int, pad: Tensor | None = None) -> Tensor:

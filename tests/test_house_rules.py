@@ -26,7 +26,7 @@ FLOORS = {
     0: ("ir", "errors", "escapes", "reasons", "settings", "registry", "corpus", *READING, "progress", "units"),
     1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", *FITS, "statistics", "profile_file", "selection"),
     2: ("patterns",),
-    3: ("candidates", "ops", "capture", "mixed"),
+    3: ("candidates", "ops", "capture", "board", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "examine", "report", "commands", "demo"),

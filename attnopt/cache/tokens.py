@@ -87,8 +87,8 @@ class TokenTable:
         return rules, similar
 
     def quick(self, layout: Layout, device: torch.device | str) -> Tensor:
-        """A layout's table, int32 (G, 4), with which a single token's spans are looked at: a KV head none of whose query
-        heads has a span is not read."""
+        """A layout's table, int32 (G, 4), with which a single token's spans are looked at: a KV head none of whose
+        query heads has a span is not read."""
         share = len(self.rules) // len(layout.starts)
         windows = [
             1 if all(self.rules[group * share : (group + 1) * share]) else window

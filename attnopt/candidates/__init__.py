@@ -132,10 +132,12 @@ class Candidate(ABC):
         return (sink, window) if own_window is None else (0, min(window, own_window))
 
     def reads(
-        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None
-    ) -> tuple[int, int]:
+        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
+        share: Share | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
         """What a step of decoding reads of the cache on average, in keys with their values, as a sink and a window:
-        the span itself where nothing is selected. head_dim: the site's, where that matters."""
+        the span itself where nothing is selected. head_dim: the site's, where that matters; share: as in `cost`, of
+        steps of decoding those that select."""
         return self.span(params, length, own_window)
 
     def far_part(self, params: Params) -> tuple[str, int]:

@@ -13,13 +13,13 @@ Of decoding nothing changes: the cache keeps every key, and one query attends to
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from attnopt.candidates import Candidate, Number, Param, Params, SpanCosts, refuse_span
+from attnopt.candidates import Number, Param, Params, SpanCosts, refuse_span
 from attnopt.candidates._tried import Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_blocks import prefill
@@ -38,10 +38,12 @@ OFFERED = (64,)
 
 
 class Selected(Tried):
-    """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them. timed: the parameters that
-    its selection's time depends on; None for all but `skip`."""
+    """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them. fixed: those of its own,
+    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`. timed: the
+    parameters that its selection's time depends on; None for all but `skip`."""
 
     far = "selected"
+    fixed: ClassVar[tuple[str, ...]] = ()
     timed: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
@@ -73,8 +75,8 @@ class Selected(Tried):
         return 0, UNBOUNDED, 0.0
 
     def method(self, params: Params) -> str:
-        """Heads of one method and block size are served by one call: "pooled/64"."""
-        return f"{self.name}/{params['block']}"
+        """Heads of one method are served by one call: its name, what is fixed, the size of its blocks: "pooled/64"."""
+        return "/".join([self.name, *(str(int(params[name])) for name in (*self.fixed, "block"))])
 
     def cost(
         self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
@@ -126,15 +128,16 @@ class Selected(Tried):
 
 
 def asked_of(
-    candidate: Candidate, q: Tensor, k: Tensor, heads: Tensor, table: Tensor, scale: float, pad: Tensor | None,
-    window: int, block: int | None = None,
+    candidate: Selected, q: Tensor, k: Tensor, heads: Tensor, table: Tensor, scale: float, pad: Tensor | None,
+    window: int, fixed: Sequence[int] | None = None,
 ) -> Asked:  # fmt: skip
     """What a candidate selects from: heads int64 (h,), table (h, P) of settings in the order of its params, all beside
-    q. block: that of the table, where reading it would wait for the device."""
-    names = [p.name for p in candidate.params]
-    settings = {name: table[:, n].float() for n, name in enumerate(names)}
-    block = int(settings["block"][0]) if block is None else block
-    return Asked(q, k, heads, heads // (q.shape[1] // k.shape[1]), settings, scale, block, pad, window)
+    q. fixed: the numbers of its method, where reading them from the table would wait for the device."""
+    settings = {p.name: table[:, n].float() for n, p in enumerate(candidate.params)}
+    names = (*candidate.fixed, "block")
+    shared = dict(zip(names, fixed or [int(settings[name][0]) for name in names], strict=True))
+    kv = heads // (q.shape[1] // k.shape[1])
+    return Asked(q, k, heads, kv, settings, scale, shared["block"], pad, window, shared)
 
 
 def bounds_of(asked: Asked) -> Tensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnopt.candidates import Param, Params
+from attnopt.candidates import Number, Param, Params
 from attnopt.candidates._tried import MOST_TOKENS, Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_tokens import TokenRule, rows
@@ -23,8 +23,12 @@ from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
+    from attnopt.statistics.trials import Share
 
 PLAN = "Make a plan of this model: `attnopt profile`, `attnopt distill`, then `attnopt plan`."
+# What is tried: shares of a text, and beside them the first tokens and the last.
+OFFERED_SHARES = (32, 8)
+OFFERED_SINK, OFFERED_RECENT = 4, 32
 # Steps that a selection may serve at most.
 MOST_STEPS = 1 << 16
 
@@ -35,6 +39,13 @@ class Tokens(Tried):
     family = "tokens"
     decoded = True
     kept = (Param("k", int, 1, MOST_TOKENS), Param("sink", int, 0, MOST_TOKENS), Param("recent", int, 0, MOST_TOKENS))
+
+    def offered(self, own: Mapping[str, Number], length: int) -> list[Choice]:
+        """Choices of these parameters for texts of `length` tokens: with a 32nd and an eighth of them, beside the first
+        few and the last."""
+        near = {"sink": OFFERED_SINK, "recent": OFFERED_RECENT}
+        counts = dict.fromkeys(max(length // share, 1) for share in OFFERED_SHARES)
+        return [Choice.of(self.name, {"k": count, **near, **own}) for count in counts]
 
     @abstractmethod
     def token_rule(self, params: Params) -> TokenRule:
@@ -54,15 +65,17 @@ class Tokens(Tried):
         return Choice.of("sink_window", {"sink": rule.sink, "alpha": max(1, rule.recent), "beta": 0.0})
 
     def scanned(self, params: Params, head_dim: int | None = None) -> float:
-        """Keys, in whole keys and values, that selecting reads of each token of the cache and step, on average, where
-        queries are never dissimilar: keys alone are half."""
-        return 0.5 / self.token_rule(params).every
+        """Keys, in whole keys and values, that selecting once reads of each token of the cache: keys alone are half."""
+        return 0.5
 
     def reads(
-        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None
-    ) -> tuple[int, int]:
+        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
+        share: Share | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Where it was not tried, how often queries are dissimilar is not known, and taken for every step."""
         rule = self.token_rule(params)
-        scan = 0.0 if self.behind(params) else self.scanned(params, head_dim) * length
+        often = share.visited if share is not None else 1.0 if rule.similar else 1 / rule.every
+        scan = 0.0 if self.behind(params) else often * self.scanned(params, head_dim) * length
         sink = min(rule.sink, length)
         return sink, min(max(1, rule.recent + rule.count + math.ceil(scan)), length - sink or 1)
 

@@ -13,14 +13,20 @@ from __future__ import annotations
 from attnopt.candidates import Param, Params
 from attnopt.candidates._tokens import MOST_STEPS, Tokens
 from attnopt.codegen.reference_tokens import TokenRule
+from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
 
 MOST_FEATURES = 1024
+# Features that are tried.
+OFFERED_FEATURES = (4, 8)
 
 
 class Channels(Tokens):
     name = "channels"
     params = (*Tokens.kept, Param("r", int, 1, MOST_FEATURES), Param("every", int, 1, MOST_STEPS))
+
+    def menu(self, length: int) -> list[Choice]:
+        return [choice for features in OFFERED_FEATURES for choice in self.offered({"r": features, "every": 1}, length)]
 
     def token_rule(self, params: Params) -> TokenRule:
         count, sink, recent, every, channels = (int(params[name]) for name in ("k", "sink", "recent", "every", "r"))

@@ -15,7 +15,7 @@ from attnopt.candidates import Param
 from attnopt.candidates._selected import Selected
 from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
-from attnopt.selection import Asked, alikeness, masked_softmax, most, reaching
+from attnopt.selection import Asked, alikeness, most, reaching
 
 MOST_BLOCKS = 1 << 20
 
@@ -38,9 +38,8 @@ class Pooled(Selected):
         return [choice for own in (*by_mass, tested, eighth) for choice in self.offered(own, length)]
 
     def keep(self, asked: Asked) -> torch.Tensor:
-        scores = asked.pooled_queries @ asked.pooled_keys.mT * asked.scale
-        weights = masked_softmax(scores, asked.possible)
-        kept = reaching(weights, asked.setting("mass")) & most(weights, asked.setting("count"))
+        kept = reaching(asked.pooled_weights, asked.setting("mass"))
+        kept = kept & most(asked.pooled_weights, asked.setting("count"))
         least = asked.setting("alike")[..., 0]
         rows = alikeness(asked.queries, asked.block, asked.of_queries) < least
         columns = alikeness(asked.of_heads(asked.k).to(asked.wide), asked.block, asked.pad) < least

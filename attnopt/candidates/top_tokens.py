@@ -15,9 +15,12 @@ from __future__ import annotations
 from attnopt.candidates import Param, Params
 from attnopt.candidates._tokens import MOST_STEPS, Tokens
 from attnopt.codegen.reference_tokens import TokenRule
+from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
 
 MOST_LAYERS = 1 << 10
+# Layers between one that selects and those that read it, where distilling tries it.
+OFFERED_BEHIND = (1, 2, 3, 4, 6, 8)
 
 
 class TopTokens(Tokens):
@@ -28,6 +31,13 @@ class TopTokens(Tokens):
         Param("similar", float, 0.0, 1.0, 1 / 64),
         Param("behind", int, 0, MOST_LAYERS),
     )
+
+    def menu(self, length: int) -> list[Choice]:
+        """Found in each step, or in some, or by a guard; and read from layers before, as far as there are some."""
+        alone = {"every": 1, "similar": 0.0, "behind": 0}
+        ways = [alone, {**alone, "every": 8}, {**alone, "every": 64, "similar": 7 / 8}]
+        ways += [{**alone, "behind": behind} for behind in OFFERED_BEHIND]
+        return [choice for own in ways for choice in self.offered(own, length)]
 
     def token_rule(self, params: Params) -> TokenRule:
         count, sink, recent, every = (int(params[name]) for name in ("k", "sink", "recent", "every"))

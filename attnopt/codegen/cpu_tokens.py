@@ -1,4 +1,4 @@
-"""The CPU target for a step of heads that select tokens: a module that binds the function of `tokens_cpu` to the spec."""
+"""The CPU target for a step of heads that select tokens: a module that binds `tokens_cpu.step` to the spec."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("guarded", "spans", "rows", "decode", "cache", "live", "blocks", "dispatch")
+    for name in ("guarded", "spans", "rows", "decode", "cache", "live", "blocks", "tokens", "dispatch")
 )
 # What the kernel's vector loops step by.
 FEATURES = 32
@@ -104,6 +105,8 @@ _PACKED = struct.Struct("28q").pack
 # What cache.cpp unpacks: ten addresses, seventeen strides, seven sizes; live.cpp: five, fourteen, what the mask is,
 # seven; and blocks.cpp: eleven, twelve, eleven.
 _STEP, _LOOK, _LISTS = struct.Struct("34q").pack, struct.Struct("27q").pack, struct.Struct("34q").pack
+# And tokens.cpp: fifteen, nine, eight.
+_PICK = struct.Struct("32q").pack
 
 
 def decode(
@@ -229,6 +232,30 @@ def blocks(
     return None if _entry("blocks", q.dtype)(call, scale) else skipped
 
 
+def pick(
+    q: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor, rules: Tensor,
+    similar: Tensor, picked: Tensor, asked: Tensor, age: Tensor, sources: Sequence[Tensor], chosen: Tensor,
+    labels: Tensor, scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """The contract of attnopt/codegen/reference_token_step.py, for a positive scale and a dtype and sizes that `takes`
+    has. Features of keys, values and out one after the other; all else that is written, and the sources, contiguous."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    valid = valid if valid is None or valid.stride(-1) == 1 else valid.contiguous()
+    batch, heads, _, dim = q.shape
+    # Named, so that what it holds is there until the call ends.
+    places = (ctypes.c_int64 * (2 * len(sources)))(*(x for s in sources for x in (s.data_ptr(), s.shape[2])))
+    addresses = (x.data_ptr() for x in (table, rules, similar, picked, age))
+    call = _PICK(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), labels.data_ptr(), asked.data_ptr(),
+        n.data_ptr(), 0 if valid is None else valid.data_ptr(), *addresses, ctypes.addressof(places),
+        chosen.data_ptr(), *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *out.stride()[:2],
+        0 if valid is None else valid.stride(0), batch, heads, table.shape[0], keys.shape[1], dim, values.shape[2],
+        picked.shape[2], chosen.shape[2],
+    )  # fmt: skip
+    if _entry("pick", q.dtype)(call, scale):
+        raise ValueError(f"a head that selects has fewer slots than there are tokens: {n.tolist()}, {table.tolist()}")
+
+
 def _table(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
@@ -283,7 +310,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library.failure.restype = ctypes.c_char_p
         for dtype in ("float32", "bfloat16"):
             answering(library, f"prefill_{dtype}")
-            for entry in ("decode", "step", "look", "blocks"):
+            for entry in ("decode", "step", "look", "blocks", "pick"):
                 answering(library, f"{entry}_{dtype}", ctypes.c_char_p, ctypes.c_float)
         if hasattr(library, "serve_operators"):
             answering(library, "serve_operators")

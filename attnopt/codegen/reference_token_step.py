@@ -1,7 +1,7 @@
 """A step of decoding of heads that select tokens, out of torch's operators: what every kernel is compared with.
 
-One product for query heads that select alike and whose KV heads lie side by side. On a GPU nothing waits for the device:
-there every step looks at all keys and what was selected before is put back where it still serves.
+One product for query heads that select alike and whose KV heads lie side by side. On a GPU nothing waits for the
+device: there every step looks at all keys, and what was selected before is put back where it still serves.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def step(
     similar: Tensor, picked: Tensor, asked: Tensor, age: Tensor, sources: Sequence[Tensor], chosen: Tensor,
     labels: Tensor, scale: float, out: Tensor,
 ) -> None:  # fmt: skip
-    """q (B, H, 1, D): the query of the newest token, which keys (B, S, D) and values (B, S, Dv) hold already and n int32
-    (B,) counts; valid bool (B, 1), false where there is no such token, None where there is one in every row. Written to
-    the rows of out (B, H, 1, Dv) of the heads that select; 0 where there is no token.
+    """q (B, H, 1, D): the query of the newest token, which keys (B, S, D) and values (B, S, Dv) hold already and n
+    int32 (B,) counts; valid bool (B, 1), false where there is no such token, None where there is one in every row.
+    Written to the rows of out (B, H, 1, Dv) of the heads that select; 0 where there is no token.
 
     table int32 (G, 4): start and capacity of each KV head's slots; those of these heads hold the token at position p in
     slot p. rules int32 (H, 6) and similar float32 (H,): how each head selects. The state is written: picked int32 (B,
@@ -95,7 +95,7 @@ def step(
             tokens = sources[source][:, mine, :count]
         else:
             due = _due(queries[:, :, 0], part, similar[mine], asked[:, mine], age[:, mine]) & counts[:, None]
-            if q.device.type != "cpu" or bool(due.any()):
+            if not may_ask(q.device) or bool(due.any()):
                 scored = _scored(queries, held[0], part, chosen, labels)
                 taken = select(*scored, n, count)
                 tokens = torch.where(due[..., None], taken, picked[:, mine, :count])
@@ -106,6 +106,11 @@ def step(
             age[:, mine] = torch.where(due, 0, age[:, mine] + counts[:, None]).to(age.dtype)
         found = attend(queries, *held, tokens, n, part.rule[SINK], part.rule[RECENT], scale)
         out[:, mine] = found.masked_fill(~counts[:, None, None, None], 0.0)
+
+
+def may_ask(device: torch.device) -> bool:
+    """Whether the host may look at what a tensor holds."""
+    return device.type == "cpu"
 
 
 def label(keys: Tensor, n: Tensor, counts: Tensor, table: Tensor, chosen: Tensor, labels: Tensor) -> None:

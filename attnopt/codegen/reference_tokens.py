@@ -199,7 +199,7 @@ def _packed(x: Tensor, pad: Tensor) -> Tensor:
 
 def rows(
     q: Tensor, k: Tensor, v: Tensor, rule: TokenRule, scale: float, pad: Tensor | None = None,
-    source: Selection | None = None, channels: Tensor | None = None,
+    source: Selection | None = None, channels: Tensor | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Every row of a text as the step of decoding it would be, counted from the first: (B, H, N, Dv).
 
@@ -207,13 +207,15 @@ def rows(
     positions, and rows of the others are 0. source: what an earlier layer's same heads selected along this text; then
     only the sink and the recent keys of `rule` say anything. channels int64 (B, G, r): features that scores are made
     of; None weighs them over the whole text, which stands for the prompt. Nothing of N x N is formed; scores and
-    soft-max in float32, or in float64 for float64 inputs.
+    soft-max in float32, or in float64 for float64 inputs. lse (B, H, N), where it is wanted: written, the logsumexp of
+    the scores of each row's keys, -inf in a row that does not count.
     """
     selection = Selection.of(q, k, rule, pad, channels) if source is None else source
     if pad is not None:
         q, k, v = (_packed(x, pad) for x in (q, k, v))
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, heads, length, v.shape[3])
+    sums = wide(q).new_empty(batch, heads, length)
     keys, values = wide(k), wide(v)
     size = chunk_of(batch * heads, length)
     for first in range(0, length, size):
@@ -221,9 +223,14 @@ def rows(
         i, j = torch.arange(first, last, device=q.device)[:, None], torch.arange(last, device=q.device)
         keep = selection.at(first, last) | (j < rule.sink) | (i - j < rule.recent)
         scores = grouped(wide(q[:, :, first:last]), keys[:, :, :last]) * scale
-        weights = scores.masked_fill(~(keep & (j <= i)), -torch.inf).softmax(-1)
+        scores.masked_fill_(~(keep & (j <= i)), -torch.inf)
+        sums[:, :, first:last] = scores.logsumexp(-1)
+        weights = scores.softmax(-1)
         here = weights.view(batch, k.shape[1], -1, last) @ values[:, :, :last]
         out[:, :, first:last] = here.view(batch, heads, last - first, -1).to(q.dtype)
+    if lse is not None:
+        at = sums if pad is None else taken(sums[..., None], together(pad)[0])[..., 0]
+        lse.copy_(at if pad is None else at.masked_fill_(~pad[:, None], -torch.inf))
     if pad is None:
         return out
     return taken(out, together(pad)[0]).masked_fill_(~pad[:, None, :, None], 0.0)

@@ -1,4 +1,4 @@
-"""The Triton target for a step of heads that select tokens: torch's own operators on the device, none of them waited for.
+"""The Triton target for a step of heads that select tokens: torch's own operators, and nobody waits for the device.
 
 Selecting is a product and torch.topk, attending a gather of the rows that are kept. What a reuse step saves there is
 the bytes of the values, not those of the keys: whether a head selects is not known to the host.

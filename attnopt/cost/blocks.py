@@ -193,9 +193,15 @@ def load_or_measure_blocks(
     return table
 
 
+def fixed_of(wanted: Selection) -> tuple[int, ...]:
+    """The numbers of its method, the size of its blocks last."""
+    kind = CANDIDATES[wanted.name]
+    names = [p.name for p in kind.params]
+    return tuple(int(wanted.settings[names.index(name)]) for name in (*kind.fixed, "block"))
+
+
 def block_of(wanted: Selection) -> int:
-    names = [p.name for p in CANDIDATES[wanted.name].params]
-    return int(wanted.settings[names.index("block")])
+    return fixed_of(wanted)[-1]
 
 
 def _times(
@@ -210,8 +216,8 @@ def _times(
     heads, scale = max(spec.heads // 2, 1), spec.head_dim**-0.5
     served = torch.arange(heads, device=device)
 
-    def select(name: str, table: Tensor, block: int) -> Lists:
-        found: Lists = CANDIDATES[name].select(asked_of(CANDIDATES[name], q, k, served, table, scale, None, 0, block))
+    def select(name: str, table: Tensor, fixed: Sequence[int]) -> Lists:
+        found: Lists = CANDIDATES[name].select(asked_of(CANDIDATES[name], q, k, served, table, scale, None, 0, fixed))
         return found
 
     walks: list[tuple[Walk, Callable[[], Any]]] = []
@@ -220,7 +226,7 @@ def _times(
     calls = [call for _, call in walks]
     for w in wanted:
         table = torch.tensor([w.settings] * heads, dtype=torch.float64, device=device)
-        calls.append(partial(select, w.name, table, block_of(w)))
+        calls.append(partial(select, w.name, table, fixed_of(w)))
     times = [ms / heads for ms in interleaved(calls, rounds, device)]
     chosen = [((length, w.name, w.timed), ms) for w, ms in zip(wanted, times[len(walks) :], strict=True)]
     return [(what, ms) for (what, _), ms in zip(walks, times, strict=False)], chosen

@@ -49,9 +49,10 @@ class Menu:
         listed = [f"{name} {','.join(map(str, values))}" for name, values in numbers.items()]
         return " ".join([*listed, f"steps {self.steps}", families])
 
-    def choices(self, site: Site, length: int) -> tuple[Choice, ...]:
+    def choices(self, site: Site, length: int, before: int = 0) -> tuple[Choice, ...]:
         """What is tried at a site; plain windows too, which the others have to be better than. length: the longest
-        text, for which candidates choose their settings: every length tries the same, or none could be compared."""
+        text, for which candidates choose their settings: every length tries the same, or none could be compared.
+        before: the attentions that run before it, which may be read from."""
         found: list[Choice] = []
         for sink in self.sinks if self.far else ():
             for window in self.windows:
@@ -61,7 +62,8 @@ class Menu:
                 found += [Choice.of("linear", {**near, "features": n}) for n in self.features]
                 found += [Choice.of("taylor", {**near, "rank": n}) for n in self.ranks]
         found.append(Choice.of("pruned"))
-        found += [choice for _, kind in CANDIDATES for choice in kind.menu(length)]
+        offered = [choice for _, kind in CANDIDATES for choice in kind.menu(length)]
+        found += [choice for choice in offered if dict(choice.params).get("behind", 0) <= before]
         return tuple(
             c
             for c in found

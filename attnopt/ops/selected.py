@@ -59,21 +59,21 @@ def attend_selected(
 ) -> Visits:  # fmt: skip
     """Write the heads `heads`, int32 (h,), of out (B, H, N, Dv), and lse (B, h, N) where it is wanted.
 
-    q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), M >= N; method: candidate and size of blocks, "pooled/64"; settings
-    float64 (h, P): the candidate's parameters in their order; heads and settings on the CPU. pad bool (B, M) true where
-    a key counts; window: the model's own, 0 for none.
+    q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), M >= N; method: the candidate, its fixed parameters and the size of
+    its blocks, "pooled/64" or "hierarchical/16/64"; settings float64 (h, P): all its parameters in their order; heads
+    and settings on the CPU. pad bool (B, M) true where a key counts; window: the model's own, 0 for none.
     """
     from attnopt.candidates._selected import asked_of, bounds_of
 
-    name, _, block = method.rpartition("/")
+    name, *fixed = method.split("/")
     candidate = CANDIDATES[name]
     table = _beside(tuple(map(tuple, settings.tolist())), q.device)
     served = _beside(tuple((float(head),) for head in heads.tolist()), q.device)[:, 0].long()
-    asked = asked_of(candidate, q, k, served, table, scale, pad, window, int(block))
+    asked = asked_of(candidate, q, k, served, table, scale, pad, window, tuple(map(int, fixed)))
     lists = candidate.select(asked)
     spec = BlockPrefill(
         target_of(q), str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3],
-        v.shape[3], int(block), pad is not None,
+        v.shape[3], asked.block, pad is not None,
     )  # fmt: skip
     launches[spec.key()] += 1
     skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds_of(asked), scale, pad, window, out, lse)

@@ -43,6 +43,10 @@ class Budget:
     def unit(self) -> str:
         return UNITS[self.kind]
 
+    def nats(self, dense_loss: float) -> float:
+        """The limit in nats per token, where the dense model loses so many."""
+        return self.limit if self.kind == "kl" else self.limit / 100 * dense_loss
+
     def __str__(self) -> str:
         return f"{self.limit:g} {self.unit}"
 

@@ -27,7 +27,9 @@ from attnopt.planner.constraints import limits_of, protected
 from attnopt.planner.frontier import Front, front
 from attnopt.planner.knapsack import Limits, Problem, Solution
 from attnopt.planner.problem import RETRIEVAL, Tables, closed, kept_dense, make_problem
+from attnopt.planner.reuse import settled, within_memory
 from attnopt.planner.tried import not_pruned
+from attnopt.planner.verify import TYPICAL_LOSS
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
@@ -99,6 +101,8 @@ def pose(
         allow=asked.allow, own=plan.choices, visits=plan.visits,
     )  # fmt: skip
     problem, limits = _kept(free, found, asked, profile, plan.objective)
+    dense_loss = next((at.dense_loss for at in plan.measured), TYPICAL_LOSS)
+    problem = settled(within_memory(problem, limits), plan.budget.nats(dense_loss))
     if not len(front(problem, limits)):
         notes.append("The limits that the plan was asked for cannot be met at these costs; the front is without them.")
         limits = Limits(spans=limits.spans)

@@ -31,6 +31,7 @@ from attnopt.planner.problem import (
     min_length_of,
     predicted_of,
 )
+from attnopt.planner.reuse import settled, within_memory
 from attnopt.planner.tried import allowed_families, not_pruned, visits_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
@@ -203,6 +204,7 @@ def make_plan(
     kept = Kept.begin(inputs, partial, tell or (lambda line: None))
     evaluate = Evaluator(case.spans, verify, budget.kind == "kl", progress, "verifying", kept)
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
+    case = replace(case, problem=settled(case.problem, budget.nats(dense_loss)))
     refuse_contradiction(case.problem, case.limits, budget, dense_loss)
     found = verify_loop(
         case.problem, evaluate, budget, share=share, seed=seed, limits=case.limits, exact=exact, dense_loss=dense_loss,
@@ -239,6 +241,7 @@ def posed(
         free = closed(free, kept, [c for c in free.choices if CANDIDATES[c.candidate].far == "gone"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
+    problem = within_memory(problem, limits)
     refuse_impossible(problem, limits, free)
     return problem, limits
 

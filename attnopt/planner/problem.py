@@ -64,7 +64,7 @@ def make_problem(
     candidates = [item for _, item in CANDIDATES]
     own_windows = {s.mask.window for s in sites}
     spaces = {own: [c for k in candidates for c in k.space(grid, wanted, own)] for own in own_windows}
-    tried = {s.name: tried_at(fitted, s, allow, target_length) for s in sites}
+    tried = {s.name: weighed_at(fitted, s, allow, target_length, objective) for s in sites}
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
     choices = (*choices, *dict.fromkeys(c for found in tried.values() for c in found if c not in choices))
     held = {s.name: (own or {}).get(s.name, ()) for s in sites}
@@ -73,6 +73,7 @@ def make_problem(
     cost: list[Array] = []
     span: list[Array] = []
     state: list[Array] = []
+    reads: list[Array] = []
     for site in sites:
         seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
         of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
@@ -85,7 +86,7 @@ def make_problem(
         of_site = _costs(
             table_of(tables, site), site, choices, target_length, fitted, (visits or {}).get(site.name, {})
         )
-        for of_kind, values in zip((cost, span, state), of_site, strict=True):
+        for of_kind, values in zip((cost, span, state, reads), of_site, strict=True):
             of_kind.append(values)
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
     problem = Problem(
@@ -104,9 +105,18 @@ def make_problem(
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
         retrieval=np.concatenate(forgotten),
-        **(_beside_spans(choices, np.concatenate(span), np.concatenate(state)) if any(tried.values()) else {}),
+        **(_beside_spans(choices, *map(np.concatenate, (span, state, reads))) if any(tried.values()) else {}),
     )
     return weighed(problem, objective, tables, sites)
+
+
+def weighed_at(
+    fitted: Fitted | None, site: Site, allow: Sequence[str], length: int, objective: str
+) -> list[Choice]:  # fmt: skip
+    """What was tried at a site and may be worth something by an objective: what differs in decoding alone is not, where
+    decoding does not count, and keeps the whole cache."""
+    decoding = objective in ("decode", "mixed")
+    return [c for c in tried_at(fitted, site, allow, length) if decoding or not CANDIDATES[c.candidate].decoded]
 
 
 def left_dense(sites: Sequence[Site], allow: Sequence[str] = ()) -> tuple[str, ...]:
@@ -218,40 +228,41 @@ def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
 
 
 def _costs(
-    table: Costs,
-    site: Site,
-    choices: Sequence[Choice],
-    length: int,
-    fitted: Fitted | None,
+    table: Costs, site: Site, choices: Sequence[Choice], length: int, fitted: Fitted | None,
     visits: Mapping[int, Share],
-) -> tuple[Array, Array, Array]:
-    """Cost, span code and state bytes of every choice, each (heads, C): heads differ where they select keys."""
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Cost, span code, state bytes and the code of what decoding reads, of every choice, each (heads, C): heads differ
+    where they select keys."""
     shape = site.heads, len(choices)
-    cost, span, state = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape)
+    cost, state = np.zeros(shape), np.zeros(shape)
+    span, reads = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for c, choice in enumerate(choices):
         candidate, params, own = CANDIDATES[choice.candidate], dict(choice.params), site.mask.window
-        if candidate.far == "selected":
-            if candidate.refuse(site) is None:
-                shares = shares_at(fitted, site.name, choice, length, site.heads)
-                known = [visits.get(head) if share is None else share for head, share in enumerate(shares)]
-                cost[:, c] = [candidate.cost(table, params, length, own, share) for share in known]
-        else:
-            cost[:, c] = candidate.cost(table, params, length, own)
+        found = shares_at(fitted, site.name, choice, length, site.heads)
+        shares = [visits.get(head) if share is None else share for head, share in enumerate(found)]
+        if candidate.far != "selected" or candidate.refuse(site) is None:
+            of_share = {share: candidate.cost(table, params, length, own, share) for share in set(shares)}
+            cost[:, c] = [of_share[share] for share in shares]
         sink, window = candidate.span(params, length, own)
         span[:, c] = code_of(sink, window, length)
+        for head, share in enumerate(shares):
+            most_sinks, widest = candidate.reads(params, length, own, site.head_dim, share)
+            reads[head, c] = code_of(most_sinks, widest, length)
         state[:, c] = candidate.state_bytes(params, site)
-    return cost, span, state
+    return cost, span, state, reads
 
 
-def _beside_spans(choices: Sequence[Choice], span: Array, state: Array) -> dict[str, Array]:
+def _beside_spans(choices: Sequence[Choice], span: Array, state: Array, reads: Array) -> dict[str, Array]:
     """What a Problem holds where choices are more than spans: two of one span are apart where their far parts are, or
     what selects their keys."""
     kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
     parts = [(kind.method(params), 0) if kind.far == "selected" else kind.far_part(params) for kind, params in kinds]
     number = {part: n for n, part in enumerate(dict.fromkeys(parts))}
-    of_span = np.unique(span, return_inverse=True)[1].reshape(span.shape)
+    pairs = np.stack([span.ravel(), reads.ravel()])
+    of_span = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(span.shape)
     group = of_span * len(number) + np.array([number[part] for part in parts])
-    return {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
+    found = {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
+    return found | ({"reads": reads} if any(kind.decoded for kind, _ in kinds) else {})
 
 
 def kind_of(tables: Tables) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attnopt.planner.knapsack import Array, Problem, kept_keys
+from attnopt.planner.knapsack import Array, Limits, Problem, kept_keys
+from attnopt.planner.problem import closed
 from attnopt.registry import CANDIDATES
 
 # Nats for a unit of cost, wider than any problem's, and how often the span between is halved: to a thousandth.
@@ -153,3 +154,13 @@ def allowed(rows: Array, links: Links, roles: Roles, heads: int) -> Array:
             fits[row] = (links.count == provides) & (links.behind == 0)
             fits[row, 0] = True
     return fits
+
+
+def within_memory(problem: Problem, limits: Limits) -> Problem:
+    """Without heads that select tokens, where the cache's memory is limited: they keep every key."""
+    if limits.memory is None:
+        return problem
+    heads: dict[str, list[int]] = {}
+    for site, head in problem.heads:
+        heads.setdefault(site, []).append(head)
+    return closed(problem, heads, [c for c in problem.choices if CANDIDATES[c.candidate].decoded])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Weighed where there are fits and nothing else is asked for, as far as they were tried: all but pruning, which takes
 # weights away.
-FAMILIES = ("linear", "taylor", "compensation", "blocks", "threshold")
+FAMILIES = ("linear", "taylor", "compensation", "blocks", "threshold", "tokens")
 # Heads whose removal is predicted to lose more than this are not pruned, whatever their mean does. Of the shipped
 # model's 48 heads, profiled at 256 and 512 tokens, that leaves 12 to prune, none of them in the first layer.
 MOST_REMOVED = 0.01
@@ -71,7 +71,7 @@ def tried_at(fitted: Fitted | None, site: Site, allow: Sequence[str], length: in
         c
         for kind in kinds
         for c in kind.tried(fitted, site.name)
-        if kind.far == "selected" or kind.span(dict(c.params), length)[1] < length
+        if kind.far == "selected" or kind.decoded or kind.span(dict(c.params), length)[1] < length
     ]
 
 
@@ -85,7 +85,7 @@ def damage_of(
     damage = np.max(list(tried.values()), axis=0)
     longest = max(seen, key=lambda o: o.length)
     kind, params = CANDIDATES[choice.candidate], dict(choice.params)
-    if target > longest.length and kind.far == "selected":
+    if target > longest.length and (kind.far == "selected" or kind.decoded):
         damage = np.maximum(damage, grown_on(tried, target))
     elif target > longest.length:
         here, there = (
@@ -131,15 +131,22 @@ def forgotten_of(
     return np.asarray(np.max(lost, axis=0))
 
 
+def selects(choice: Choice) -> bool:
+    """Whether what a head reads is decided while running."""
+    kind = CANDIDATES[choice.candidate]
+    return bool(kind.far == "selected" or kind.decoded)
+
+
 def shares_at(fitted: Fitted | None, site: str, choice: Choice, length: int, heads: int) -> tuple[Share | None, ...]:
     """What every head visits at a length: as at the longest that was tried and is no longer, since the share of blocks
     that a method needs falls with the length; below all that were tried, as many blocks as at the shortest. None where
     it was not tried, as of every choice that selects no keys."""
     lengths = sorted(n for name, n in (fitted.trials if fitted is not None else ()) if name == site)
-    if fitted is None or CANDIDATES[choice.candidate].far != "selected" or choice not in fitted.choices(site):
+    if fitted is None or not selects(choice) or choice not in fitted.choices(site):
         return (None,) * heads
     at = max((n for n in lengths if n <= length), default=lengths[0])
-    more = max(at / length, 1.0)
+    # Steps that select are counted of steps, whose share has nothing to do with the length.
+    more = 1.0 if CANDIDATES[choice.candidate].decoded else max(at / length, 1.0)
     found = fitted.shares(site, at, choice)
     return tuple(replace(share, visited=min(share.visited * more, 1.0)) for share in found)
 
