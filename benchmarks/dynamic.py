@@ -171,7 +171,9 @@ class Trying:
 
         return run
 
-    def _replaced(self, site: Site, column: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+    def _replaced(
+        self, site: Site, column: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
+    ) -> tuple[Tensor, None]:
         n, way = int(column["setting"]), column.candidate
         choice, window = self.settings[n], site.mask.window or 0
         asked = asked_at(choice, q, k, site.scale, window)
@@ -189,7 +191,7 @@ class Trying:
             out, lse = run_blocks(as_many(way, self._counts, asked, mass), asked, v)
         share = (lse - dense).exp().clamp(max=1.0)
         self.recalled[n * len(WAYS) + WAYS.index(way)] += (share.double() * self.weights).sum()
-        return out
+        return out, None
 
     def rows_of(self, text: str) -> list[Row]:
         damage = sum(t.t2.sum(0) / 2 / t.tokens for t in self.trials.values()).tolist()  # type: ignore[union-attr]

@@ -73,9 +73,9 @@ def test_what_was_visited_and_kept_is_what_the_operator_did(evidence: tuple[Prof
     assert whole and any((trials.visited < 10).flatten())
     for choice in trials.choices:
         shares, lost = fitted.shares("h.0", LENGTH, choice), fitted.forgotten("h.0", LENGTH, choice)
-        assert all(0 < share.recalled <= 1 and 0 < share.visited <= 1 for share in shares) and lost is not None
+        assert all(0 < share.recalled <= 1 and 0 < share.visited <= 1 for share in shares) and (lost >= 0).all()
         if choice in whole:
-            assert fitted.damage("h.0", LENGTH, choice).max() < 1e-9 and lost.max() < 1e-9
+            assert fitted.damage("h.0", LENGTH, choice).max() < 1e-9
             assert min(share.recalled for share in shares) == pytest.approx(1, abs=1e-5)
 
 

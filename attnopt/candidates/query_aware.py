@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnopt.candidates import Param
+from attnopt.candidates import Param, Params
 from attnopt.candidates._lines import blocks_on, slashes, verticals
 from attnopt.candidates._selected import Selected
 from attnopt.ir import Choice
@@ -41,6 +41,10 @@ class QueryAware(Selected):
         published = {"trust": 3 / 32, "least": 2}
         own = [{**published, "mass": mass} for mass in (31 / 32, 29 / 32, 3 / 4, 1 / 2)]
         return [choice for params in own for choice in self.offered(params, length)]
+
+    def scored(self, params: Params, length: int) -> int:
+        """The last queries with every key besides."""
+        return int(params["block"]) * length + super().scored(params, length)
 
     def keep(self, asked: Asked) -> Tensor:
         last = asked.last(asked.block)
