@@ -18,8 +18,8 @@ from attnopt.report.terminal.console import console, table
 
 def fitted_json(fitted: Fitted) -> dict[str, Any]:
     """All of it by site and choice. Damages in nats per token of every head, by length: of the choice and, where it has
-    one, of its own plain window; offered: the heads to which it may be; visits: of a choice that selects keys, what every head visited
-    and recalled, by length."""
+    one, of its own plain window; offered: the heads to which it may be; visits: of a choice that selects keys, what
+    every head visited and recalled, by length."""
     header = fitted.header
     return {
         "fingerprint": header.fingerprint.structure,
