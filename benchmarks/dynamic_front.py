@@ -180,8 +180,8 @@ def described(found: dict[str, Any], lines: Sequence[Line]) -> str:
     about = (
         f"`{found['model']}`, profiled at {', '.join(map(str, found['profiled']))} tokens, planned for and measured at "
         f"{found['length']}, where dense recalls {100 * found['dense_recalls']:.0f} % of the answers. Left the least "
-        "share of the dense time at which the predicted damage is within so many nats per token, right what the plan of "
-        "such a share loses on other text: divergence in nats per token; answers recalled."
+        "share of the dense time at which the predicted damage is within so many nats per token, right what the plan "
+        "of such a share loses on other text: divergence in nats per token; answers recalled."
     )
     return "\n\n".join([about, *parts])
 
