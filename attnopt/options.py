@@ -185,7 +185,7 @@ def distill(made: Parser) -> None:
         "--families",
         type=names,
         metavar="FAMILIES",
-        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold)",
+        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold,tokens)",
     )
 
 
