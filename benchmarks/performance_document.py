@@ -16,6 +16,7 @@ FIGURES = PAGE.parent / "figures"
 # Benchmark -> what its section is called and says. The order is that of the page.
 TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
+    "cpu_blocks": "CPU: prefill over lists of blocks",
     "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
     "generate": "CPU: generation under a plan, end to end",
