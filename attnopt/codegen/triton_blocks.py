@@ -29,9 +29,9 @@ LAUNCHES_HALF: dict[str, dict[int, Launch]] = {
     "hip": {16: (16, 1, 1), 32: (32, 2, 1), 64: (64, 4, 1), 128: (128, 4, 1)},
 }
 LAUNCHES_HALF_256: dict[str, dict[int, Launch]] = {
-    "descriptors": {16: (16, 1, 2), 32: (32, 4, 2), 64: (64, 8, 2), 128: (64, 8, 2)},
-    "pointers": {16: (16, 1, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 2)},
-    "hip": {16: (16, 1, 1), 32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 4, 1)},
+    "descriptors": {16: (16, 2, 2), 32: (32, 4, 2), 64: (64, 8, 2), 128: (64, 8, 2)},
+    "pointers": {16: (16, 2, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 2)},
+    "hip": {16: (16, 2, 1), 32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 4, 1)},
 }
 # float32 goes without tensor cores, which would round to tf32, and so needs small tiles and no descriptors.
 LAUNCHES_FLOAT: dict[int, Launch] = {16: (16, 2, 1), 32: (32, 8, 1), 64: (32, 8, 1), 128: (32, 8, 1)}
