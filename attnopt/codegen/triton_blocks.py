@@ -153,11 +153,8 @@ def _kernel_docstring(spec: BlockPrefill) -> str:
     lse: float32 (batch, served, queries), or None where it is not wanted.{needs}    """
 
 
-def _row_text(spec: BlockPrefill) -> str:
-    """From the program's number to its queries, its list, and where that is read first."""
-    dim, dim_v = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
-    q_load = load_text("q + q_tile", "rows[:, None] < queries", dim_mask(spec.head_dim, "dims[None, :]"))
-    pad_rows = "\n    pad += batch * keys\n    whole += batch * ((keys + BLOCK - 1) // BLOCK)" if spec.padded else ""
+def _program_text(spec: BlockPrefill) -> str:
+    """From the program's number to its rows and its list."""
     tile = """    pairs = tl.num_programs(0) // row_blocks
     row_block = row_blocks - 1 - tl.program_id(0) // pairs
     first = row_block * BLOCK"""
@@ -183,7 +180,15 @@ def _row_text(spec: BlockPrefill) -> str:
     count = tl.load(counts + batch * counts_batch + place.to(tl.int64) * counts_head + row_block * counts_row)
     listed = blocks + batch * blocks_batch + place.to(tl.int64) * blocks_head + row_block.to(tl.int64) * blocks_row
     bound = tl.load(bounds + place) * LOG2E{needs}
+"""
 
+
+def _row_text(spec: BlockPrefill) -> str:
+    """Its queries, sums of its rows, and where its list begins."""
+    dim, dim_v = padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
+    q_load = load_text("q + q_tile", "rows[:, None] < queries", dim_mask(spec.head_dim, "dims[None, :]"))
+    pad_rows = "\n    pad += batch * keys\n    whole += batch * ((keys + BLOCK - 1) // BLOCK)" if spec.padded else ""
+    return f"""
     inner = tl.arange(0, TILE)
     dims = tl.arange(0, {dim})
     dims_v = tl.arange(0, {dim_v})
@@ -347,7 +352,7 @@ def _kernel_end(spec: BlockPrefill) -> str:
 def source(spec: BlockPrefill) -> str:
     """The emitted file; needs no Triton. ValueError where no kernel can be emitted for `spec`."""
     check(spec)
-    kernel = _kernel_start(spec) + _row_text(spec) + _loops(spec) + _kernel_end(spec)
+    kernel = _kernel_start(spec) + _program_text(spec) + _row_text(spec) + _loops(spec) + _kernel_end(spec)
     return _header(spec) + kernel + host_text(spec, splits(spec)) + footer(spec, "self_check_blocks", "prefill")
 
 

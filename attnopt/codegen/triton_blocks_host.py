@@ -59,8 +59,7 @@ def _inputs(q, k, v, tile, loads):
 
 
 def _prefill(spec: BlockPrefill, split: bool) -> str:
-    pad_arguments = "\n        pad,\n        whole," if spec.padded else ""
-    block = spec.block
+    heads, kv_heads, dim, dim_v, block = spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v, spec.block
     whole = (
         f"""
     # Of which column blocks every key is real; behind the last key there is none.
@@ -69,33 +68,13 @@ def _prefill(spec: BlockPrefill, split: bool) -> str:
         if spec.padded
         else ""
     )
-    needs = (
-        f"""
-    divided = config["TILE"] < {block}
-    needs = torch.zeros(blocks.shape, dtype=torch.int32, device=q.device) if divided else None"""
-        if split
-        else ""
-    )
-    needs_argument, capacity = ("\n        needs,", "\n        blocks.shape[3],") if split else ("", "")
-    launch = (
-        """
-        for find in (True, False) if divided else (False,):
-            block_prefill[grid](*arguments, **options, FIND=find)"""
-        if split
-        else """
-        block_prefill[grid](*arguments, **options)"""
-    )
     return f'''
 
 def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse=None):
-    """q (B, {spec.heads}, N, {spec.head_dim}), k (B, {spec.kv_heads}, M, {spec.head_dim}), v (B, {spec.kv_heads}, M, {
-        spec.head_dim_v
-    }), all {spec.dtype}; M >= N.
+    """q (B, {heads}, N, {dim}), k (B, {kv_heads}, M, {dim}), v (B, {kv_heads}, M, {dim_v}), all {spec.dtype}; M >= N.
 
-    Writes the heads `heads`, int32 (h,), of out (B, {spec.heads}, N, {
-        spec.head_dim_v
-    }), and lse float32 (B, h, N) where
-    it is given. counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each block of rows visits.
+    Writes the heads `heads`, int32 (h,), of out (B, {heads}, N, {dim_v}), and lse float32 (B, h, N) where it is given.
+    counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each of R blocks of rows visits.
     bounds float32 (h,), at most 0: a block is skipped where every score is less than its row's largest so far plus the
     head's bound; -inf for none. pad {"bool (B, M)" if spec.padded else "None"}; window: of every head, 0 for none.
     Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
@@ -115,7 +94,25 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
     elif scale < 0:
         q, scale = -q, -scale
     q, k, v, blocks = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, blocks))
-    loads = _loads(q, k, v)
+{_call(spec, split)}    if written is not out:
+        out.copy_(written)
+    return skipped
+'''
+
+
+def _call(spec: BlockPrefill, split: bool) -> str:
+    """The lines of `prefill` that launch the kernel: once, or twice where a block is larger than the tile chosen."""
+    pad = "\n        pad,\n        whole," if spec.padded else ""
+    needs, needs_argument, capacity = "", "", ""
+    launch = "block_prefill[grid](*arguments, **options)"
+    if split:
+        needs = f"""
+    divided = config["TILE"] < {spec.block}
+    needs = torch.zeros(blocks.shape, dtype=torch.int32, device=q.device) if divided else None"""
+        needs_argument, capacity = "\n        needs,", "\n        blocks.shape[3],"
+        launch = """for find in (True, False) if divided else (False,):
+            block_prefill[grid](*arguments, **options, FIND=find)"""
+    return f"""    loads = _loads(q, k, v)
     config = LAUNCHES[loads]
     inputs, strides = _inputs(q, k, v, config["TILE"], loads){needs}
     arguments = (
@@ -126,7 +123,7 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
         heads.contiguous(),
         counts,
         blocks,
-        bounds.contiguous(),{pad_arguments}{needs_argument}
+        bounds.contiguous(),{pad}{needs_argument}
         queries,
         keys,
         row_blocks,
@@ -141,28 +138,20 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
     )
     options = {{**config, "DESCRIPTORS": loads == "descriptors", "enable_fp_fusion": True}}
     grid = (batch * served * triton.cdiv(queries, config["TILE"]),)
-    with torch.cuda.device_of(q):{launch}
-    if written is not out:
-        out.copy_(written)
-    return skipped
-'''
+    with torch.cuda.device_of(q):
+        {launch}
+"""
 
 
 def _aot(spec: BlockPrefill, split: bool) -> str:
     dtype, dim, dim_v = TRITON_DTYPES[spec.dtype], padded_dim(spec.head_dim), padded_dim(spec.head_dim_v)
     pad_line = '\n        **dict.fromkeys(("pad", "whole"), "*u8"),' if spec.padded else ""
-    find, needs_line, capacity, find_line, fixed = (
-        (
-            ", find=False",
-            '\n        "needs": "*i32" if divided else "constexpr",',
-            '\n        "capacity": "i32",',
-            '\n        "FIND": "constexpr",',
-            '\n    constexprs |= {"FIND": find} if divided else {"FIND": False, "needs": None}',
-        )
-        if split
-        else ("",) * 5
-    )
-    divided = f'\n    divided = LAUNCHES[loads]["TILE"] < {spec.block}' if split else ""
+    find = divided = needs = capacity = find_line = fixed = ""
+    if split:
+        find, divided = ", find=False", f'\n    divided = LAUNCHES[loads]["TILE"] < {spec.block}'
+        needs = '\n        "needs": "*i32" if divided else "constexpr",'
+        capacity, find_line = '\n        "capacity": "i32",', '\n        "FIND": "constexpr",'
+        fixed = '\n    constexprs |= {"FIND": find} if divided else {"FIND": False, "needs": None}'
     return f'''
 
 def aot_signature(loads, lse=False{find}):
@@ -173,7 +162,7 @@ def aot_signature(loads, lse=False{find}):
         **dict.fromkeys(("q", "k", "v", "out"), "*{dtype}"),
         "lse": "*fp32" if lse else "constexpr",
         **dict.fromkeys(("skipped", "heads", "counts", "blocks"), "*i32"),
-        "bounds": "*fp32",{pad_line}{needs_line}
+        "bounds": "*fp32",{pad_line}{needs}
         **dict.fromkeys(("queries", "keys", "row_blocks", "served", "window"), "i32"),{capacity}
         "scale_log2": "fp32",
         **dict.fromkeys(steps, "i32"),

@@ -237,8 +237,8 @@ def _inputs(q, k, v, tile, loads):
 def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse=None):
     """q (B, 32, N, 128), k (B, 8, M, 128), v (B, 8, M, 128), all bfloat16; M >= N.
 
-    Writes the heads `heads`, int32 (h,), of out (B, 32, N, 128), and lse float32 (B, h, N) where
-    it is given. counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each block of rows visits.
+    Writes the heads `heads`, int32 (h,), of out (B, 32, N, 128), and lse float32 (B, h, N) where it is given.
+    counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each of R blocks of rows visits.
     bounds float32 (h,), at most 0: a block is skipped where every score is less than its row's largest so far plus the
     head's bound; -inf for none. pad None; window: of every head, 0 for none.
     Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
