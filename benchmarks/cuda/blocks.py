@@ -30,7 +30,7 @@ from benchmarks.spans import ROWS, Sizes, dense, inputs
 
 PER_WORK, UNBOUNDED = "best SDPA / blocks saved", "the same without thresholds"
 # Query heads of a check: it visits one block after the other.
-CHECKED = 3
+CHECKED = 2
 # Of LOUD blocks one has scores that are larger by APART, so that a threshold of exp(-APART / 2) skips the others.
 LOUD, APART = 4, 16.0
 # The speed-up that the authors of BLASST (arXiv:2512.12087) give for thresholds that skip three quarters.

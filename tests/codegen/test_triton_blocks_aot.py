@@ -16,8 +16,8 @@ Compiled by triton 3.9 for bfloat16 (registers / shared KiB; nothing is spilled;
     hip          gfx942   32     32, 2 warps      129 / 4    192 / 8    224 / 16
     hip          gfx942   16     16, 1 warp        87 / 2    136 / 4    156 / 8
 
-At D = 256 tiles are at most 64 by descriptors and at most 32 otherwise. FULL_MATRIX=1 compiles them all; what is compiled
-always takes 5 s of CPU time where nothing is in Triton's cache.
+At D = 256 tiles are at most 64 by descriptors and at most 32 otherwise. FULL_MATRIX=1 compiles them all; what is
+compiled always takes 5 s of CPU time where nothing is in Triton's cache.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ ALWAYS = [
     (spec_of(64, padded=True), "pointers", "sm_80"),
     (spec_of(64), "hip", "gfx942"),
 ]
-BLOCKS, WAYS = (
-    (16, 32, 64, 128),
-    (("descriptors", "sm_90"), ("pointers", "sm_80"), ("pointers", "sm_90"), ("hip", "gfx942")),
-)
+BLOCKS = (16, 32, 64, 128)
+WAYS = (("descriptors", "sm_90"), ("pointers", "sm_80"), ("pointers", "sm_90"), ("hip", "gfx942"))
 REST = [
     *((spec_of(block, dim), *way) for block in BLOCKS for dim in (64, 128, 256) for way in WAYS),
     *((spec_of(block, 128, "float16", True), *way) for block in BLOCKS for way in WAYS),
