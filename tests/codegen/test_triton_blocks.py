@@ -19,10 +19,11 @@ import torch
 from emitting import check_clean, check_golden, interpreted_rows
 from torch import Tensor
 
-from attnopt.codegen import emit
+from attnopt.codegen import emit, self_check_blocks
 from attnopt.codegen.emit import write_atomically
 from attnopt.codegen.reference_blocks import prefill as reference
 from attnopt.codegen.self_check import TOLERANCE, error
+from attnopt.codegen.self_check_prefill import SCALE
 from attnopt.codegen.spec import BlockPrefill
 from attnopt.codegen.triton_blocks import source
 from attnopt.errors import DependencyError
@@ -191,6 +192,8 @@ def run(case: Case, near_misses: bool) -> dict[str, Any]:
 
     out = torch.full((case.batch, case.queries, 4, case.dims[1]), UNTOUCHED, dtype=q.dtype).transpose(1, 2)
     out[:, served] = float("nan")
+    if case.layout == "strided":
+        out = out.mT.contiguous().mT
     lse = torch.full((case.batch, len(served), case.queries), float("nan"))
     if case.lse == "strided":
         lse = lse.mT.contiguous().mT
@@ -328,6 +331,35 @@ def test_wrong_arguments_are_named() -> None:
         padded.prefill(q, k, k, *lists, 1.0, None, 0, q)
     with pytest.raises(ValueError, match="needs a GPU"):
         module.prefill(q, k, k, *lists, 1.0, None, 0, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("layout", ["transposed", "unaligned"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_agrees_on_a_gpu(dtype: str, layout: str, dim: int, block: int, padded: bool) -> None:
+    device = torch.device("cuda")
+    spec = BlockPrefill("triton", dtype, 4, 2, dim, dim, block, padded)
+    inputs = self_check_blocks.inputs_of(spec, 2, 500, 700, device)
+    if layout == "unaligned":
+        inputs = tuple(torch.nn.functional.pad(t, (1, 0))[..., 1:] for t in inputs)
+    counts, blocks = self_check_blocks.lists_of(block, (2, 3), 500, 700, device)
+    heads = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    bounds = torch.tensor([self_check_blocks.BOUND, NEVER, self_check_blocks.BOUND], device=device)
+    pad = torch.rand(2, 700, device=device) > 0.1 if padded else None
+    given = heads, counts, blocks, bounds, SCALE, pad, 400 if padded else 0
+    out, exact = (
+        torch.full((2, 4, 500, dim), torch.nan, dtype=t, device=device) for t in (inputs[0].dtype, torch.double)
+    )
+    lse, exact_lse = (torch.full((2, 3, 500), torch.nan, dtype=t, device=device) for t in (torch.float, torch.double))
+    skipped = emit.load(spec).prefill(*inputs, *given, out, lse)
+    expected = reference(*(t.double() for t in inputs), *given, block, exact, exact_lse)
+    assert torch.equal(skipped, expected)
+    assert error(out[:, [0, 1, 3]], exact[:, [0, 1, 3]]) <= TOLERANCE[dtype] and bool(out[:, 2].isnan().all())
+    assert largest_difference(lse, exact_lse) <= 1e-3
 
 
 def test_is_a_registered_target() -> None:
