@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnopt.selection import Asked, masked_softmax
 
-# Numbers held at once: on the CPU few enough to stay in its caches, elsewhere enough for each kernel to fill the device.
+# Numbers held at once: on the CPU few enough to stay in its caches, elsewhere enough for kernels that fill the device.
 HELD = 1 << 18
 HELD_BY_OTHERS = 1 << 25
 
