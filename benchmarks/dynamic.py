@@ -1,6 +1,6 @@
 """Blocks selected while running: what each method recalls and loses at its density, and what selecting costs.
 
-    python -m benchmarks.dynamic                       # the shipped model, 4096 tokens
+    python -m benchmarks.dynamic                       # the shipped model, 2048 tokens
     python -m benchmarks.dynamic ./my-llama --length 8192 --methods pooled vertical_slash
     python -m benchmarks.dynamic --quick               # few and short, to check the script
     python -m benchmarks.dynamic --keep                # also benchmarks/results and docs/figures
@@ -54,7 +54,7 @@ from benchmarks.planners.subject import Subject
 from benchmarks.record import environment
 from benchmarks.timing import interleaved, ratio
 
-TAKES = "30 min"
+TAKES = "10 min"
 QUICK = ("--quick",)
 
 WAYS = ("method", "window", "oracle")
@@ -329,9 +329,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--text", nargs="*", default=[], help="files; by default the library's own source")
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--block", type=int, default=64, choices=BLOCKS)
-    parser.add_argument("--samples", type=int, default=4, help="sequences of each kind of text")
+    parser.add_argument("--samples", type=int, default=2, help="sequences of each kind of text")
     parser.add_argument("--methods", nargs="*", default=[], help="candidates; by default all that select blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
