@@ -7,7 +7,8 @@ and nothing here waits for a device. Shapes: B batch, H query heads, G KV heads,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ class Lists(NamedTuple):
 class Asked:
     """What a selection is made from. q (B, H, N, D), k (B, G, M, D); heads and kv int64 (h,): the query heads served
     and the KV heads they read; settings: parameter name -> (h,) in float32, one value for each head; pad bool (B, M)
-    true where a key counts; window: the model's own, 0 for none. Tensors lie on one device."""
+    true where a key counts; window: the model's own, 0 for none; fixed: parameters that all heads share because shapes
+    depend on them. Tensors lie on one device."""
 
     q: Tensor
     k: Tensor
@@ -38,6 +40,7 @@ class Asked:
     block: int
     pad: Tensor | None = None
     window: int = 0
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def wide(self) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from test_problem import small_profile
 
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import CostTable, FarTable, Roofline, WithFar, device, load_or_measure_far
+from attnopt.cost import CostTable, FarTable, Joined, Roofline, device, load_or_measure_far
 from attnopt.errors import AttnoptError, FittedError, OptionError
 from attnopt.fitted import Fitted, Header
 from attnopt.ir import DENSE, Choice
@@ -232,8 +232,8 @@ def test_a_plan_says_what_it_expects_and_from_where_on_it_pays() -> None:
     spans = CostTable((), tuple(((n, s, w), ms) for n in (256, 512) for s, w, ms in ((0, n, n / 64), (4, 64, 1.0))))
     far = FarTable((), (((256, "exp", 8), 4.0), ((512, "exp", 8), 5.0)))
     choices = choices_from(problem, problem.of(np.array([linear] * 4 + [0] * 4)))
-    assert min_length_of(choices, sites, WithFar(spans, far)) == 512
-    assert min_length_of(choices, sites, WithFar(spans, replace(far, entries=(((256, "exp", 8), 1.0),)))) == 256
+    assert min_length_of(choices, sites, Joined(spans, far)) == 512
+    assert min_length_of(choices, sites, Joined(spans, replace(far, entries=(((256, "exp", 8), 1.0),)))) == 256
     gone_choices = {"a": (PRUNED,) * 4, "b": (DENSE,) * 4}
     assert min_length_of(gone_choices, sites, spans) == 256
 
@@ -266,7 +266,7 @@ def test_times_of_far_parts_grow_with_the_length_and_the_rank() -> None:
     with pytest.raises(AttnoptError, match="spans only"):
         CostTable((), (((64, 0, 64), 1.0),)).far_cost(64, "mean", 0)
     assert (
-        CANDIDATES["taylor"].cost(WithFar(DENSITY, FarTable((), (((64, "taylor", 2), 3.0),))), dict(TAYLOR.params), 64)
+        CANDIDATES["taylor"].cost(Joined(DENSITY, FarTable((), (((64, "taylor", 2), 3.0),))), dict(TAYLOR.params), 64)
         > 3
     )
 

@@ -13,13 +13,13 @@ Of decoding nothing changes: the cache keeps every key, and one query attends to
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from attnopt.candidates import Candidate, Number, Param, Params, SpanCosts, refuse_span
+from attnopt.candidates import Number, Param, Params, SpanCosts, refuse_span
 from attnopt.candidates._tried import Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_blocks import prefill
@@ -29,6 +29,7 @@ from attnopt.selection import Asked, Lists, lists_of
 
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
+    from attnopt.statistics.trials import Share
 
 # Of every selecting candidate: rows and keys of a block, and the threshold below which a block is skipped, times M.
 BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1])
@@ -38,9 +39,13 @@ OFFERED = (64,)
 
 
 class Selected(Tried):
-    """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them."""
+    """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them. fixed: those of its own,
+    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`. timed: the
+    parameters that its selection's time depends on; None for all but `skip`."""
 
     far = "selected"
+    fixed: ClassVar[tuple[str, ...]] = ()
+    timed: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -71,12 +76,32 @@ class Selected(Tried):
         return 0, UNBOUNDED, 0.0
 
     def method(self, params: Params) -> str:
-        """Heads of one method and block size are served by one call: "pooled/64"."""
-        return f"{self.name}/{params['block']}"
+        """Heads of one method are served by one call: its name, what is fixed, the size of its blocks: "pooled/64"."""
+        return "/".join([self.name, *(str(int(params[name])) for name in (*self.fixed, "block"))])
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
-        """Of every block, before anything is known of what is kept."""
-        return table.cost(length, *self.span(params, length, own_window))
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
+        """Of the selection, the walk over what it keeps, and the kernel of spans beside it, to which the head is one of
+        a window of one key. Where nothing is known of what is kept, of every block."""
+        visited, skipped = (1.0, 0.0) if share is None else (share.visited, share.skipped)
+        # Blocks were counted among those within the model's own window: its share of all causal pairs.
+        own = length if own_window is None else min(own_window, length)
+        within = own * (2 * length - own + 1) / (length * (length + 1))
+        walk = table.block_cost(length, int(params["block"]), visited * within, skipped)
+        selection = table.selection_cost(length, self.name, self.timing(params), self.scored(params, length))
+        return walk + selection + table.cost(length, 0, 1)
+
+    def timing(self, params: Params) -> tuple[float, ...]:
+        """What the time of its selection depends on, as numbers."""
+        names = [p.name for p in self.params if p != SKIP] if self.timed is None else self.timed
+        return tuple(float(params[name]) for name in names)
+
+    def scored(self, params: Params, length: int) -> int:
+        """Query-key pairs that do the work of one head's selection, for where nothing is timed: by default each pair of
+        blocks is scored and sorted, and each query and key read once."""
+        blocks = -(-length // int(params["block"]))
+        return 2 * blocks**2 + 2 * length
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, params: Params, scale: float, own_window: int | None = None,
@@ -104,15 +129,16 @@ class Selected(Tried):
 
 
 def asked_of(
-    candidate: Candidate, q: Tensor, k: Tensor, heads: Tensor, table: Tensor, scale: float, pad: Tensor | None,
-    window: int, block: int | None = None,
+    candidate: Selected, q: Tensor, k: Tensor, heads: Tensor, table: Tensor, scale: float, pad: Tensor | None,
+    window: int, fixed: Sequence[int] | None = None,
 ) -> Asked:  # fmt: skip
     """What a candidate selects from: heads int64 (h,), table (h, P) of settings in the order of its params, all beside
-    q. block: that of the table, where reading it would wait for the device."""
-    names = [p.name for p in candidate.params]
-    settings = {name: table[:, n].float() for n, name in enumerate(names)}
-    block = int(settings["block"][0]) if block is None else block
-    return Asked(q, k, heads, heads // (q.shape[1] // k.shape[1]), settings, scale, block, pad, window)
+    q. fixed: the numbers of its method, where reading them from the table would wait for the device."""
+    settings = {p.name: table[:, n].float() for n, p in enumerate(candidate.params)}
+    names = (*candidate.fixed, "block")
+    shared = dict(zip(names, fixed or [int(settings[name][0]) for name in names], strict=True))
+    kv = heads // (q.shape[1] // k.shape[1])
+    return Asked(q, k, heads, kv, settings, scale, shared["block"], pad, window, shared)
 
 
 def bounds_of(asked: Asked) -> Tensor:

@@ -20,6 +20,7 @@ from attnopt.registry import CANDIDATES
 if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
     from attnopt.statistics import Observation
+    from attnopt.statistics.trials import Share
 
 
 class Pruned(Tried):
@@ -49,7 +50,9 @@ class Pruned(Tried):
         """No keys at all."""
         return 0, 0
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
         """Nothing of its attention is left. What its projections no longer cost is not counted."""
         return 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -22,6 +23,39 @@ def cell_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def rounded(value: float | None) -> float | None:
+    """To four significant digits, as the page's own figures are; None where it is not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 graph", "2 graphs"."""
+    return f"{n} {noun}" + ("s" if n != 1 else "")
+
+
+def outcomes(counts: Mapping[str, int]) -> str:
+    """The counts of `graphs_json` in a line."""
+    return (
+        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: {counts['rewritten']} "
+        f"rewritten, {counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
+    )
+
+
+def folded_name(name: str, times: int) -> str:
+    """ "layers.0-5.attn ×6": a name under which rows were folded, and how many."""
+    return name + (f" ×{times}" if times > 1 else "")
+
+
+def phase_of(record: Mapping[str, Any]) -> str:
+    """ "decode, StaticCache"; empty where the graphs were not traced phase by phase."""
+    return ", ".join(text for text in (record.get("phase"), record.get("cache")) if text)
+
+
+def at_longest(sites: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
+    """Of the sites of `profile_json`, what was seen at each one's longest length."""
+    return {site: by_length[max(by_length, key=int)] for site, by_length in sites.items()}
+
+
 # What a formula's ASCII stands for.
 SIGNS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠", "-": "−", "*": "·"}
 
@@ -39,14 +73,6 @@ def scaled(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
-
-
-def bytes_text(size: int) -> str:
-    """Bytes in binary units to three digits: 64 MiB."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.3g} {unit}"
-    return f"{size} B"
 
 
 def short_source(source: str) -> str:
@@ -141,7 +167,7 @@ def otherwise(saving: Mapping[str, Any]) -> list[str]:
     """Of a record of savings: the attentions that another length makes something else of than the traced one."""
     found = []
     for lowering, count in saving.get("otherwise", {}).items():
-        who = f"{count} attention{'s' if count > 1 else ''}"
+        who = counted(count, "attention")
         verb, negated = ("is", "it is not") if count == 1 else ("are", "they are not")
         if lowering:
             verb, negated = ("becomes", "it does not") if count == 1 else ("become", "they do not")

@@ -32,7 +32,8 @@ def asked_by(
 ) -> Asked:  # fmt: skip
     heads = torch.arange(q.shape[1])
     table = torch.tensor([kind.settings(params)] * len(heads), dtype=torch.float64)
-    return asked_of(kind, q, k, heads, table, SCALE, pad, window, 16)
+    fixed = [int(params[name]) for name in (*kind.fixed, "block")]
+    return asked_of(kind, q, k, heads, table, SCALE, pad, window, fixed)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

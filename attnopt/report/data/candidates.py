@@ -10,15 +10,11 @@ from attnopt.ir import Choice
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose
 from attnopt.registry import CANDIDATES
+from attnopt.report.cells import rounded
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
-
-
-def rounded(value: float) -> float | None:
-    """Four significant digits, which is more than any prediction here is worth; None where it is not finite."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def label(choice: Choice) -> str:

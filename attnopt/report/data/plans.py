@@ -15,6 +15,7 @@ from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
 from attnopt.report.data.candidates import label
+from attnopt.units import MIB, bytes_text
 
 # Of all questions: so many fewer answers are worth a warning beside a budget that was kept.
 FORGOTTEN = 0.05
@@ -135,8 +136,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
                             f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}"),
     ]  # fmt: skip
     if totals["kv_memory"] < 1:
-        sizes = "" if totals["kv_bytes"] is None else f", {_bytes(totals['kv_bytes'])} of "
-        sizes += "" if totals["kv_bytes"] is None else f"{_bytes(totals['dense_kv_bytes'])} a sequence"
+        sizes = "" if totals["kv_bytes"] is None else f", {bytes_text(totals['kv_bytes'])} of "
+        sizes += "" if totals["kv_bytes"] is None else f"{bytes_text(totals['dense_kv_bytes'])} a sequence"
         facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}"))
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
     # What decided first: the split that the search never saw.
@@ -187,15 +188,6 @@ def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     )
 
 
-def _bytes(count: float) -> str:
-    """As disks and transformers count: 12.6 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    raise AssertionError
-
-
 def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
     """split, length, increase, upper_95: of the last check, the length with the largest bound, in the budget's unit;
     margin: what of the budget it leaves. None where nothing was measured, or something else was. lost: what the budget
@@ -237,7 +229,7 @@ def _dense_kv_bytes(plan: Plan, sites: Sequence[Site] | None) -> int | None:
     """Of one sequence at the planned length; None where sizes are not known."""
     if sites is not None:
         return sum(s.kv_heads * key_bytes(s) for s in sites) * plan.lengths.planned
-    return round(plan.predicted.dense_cost * 1e6) if plan.predicted.unit == "MB of cache" else None
+    return round(plan.predicted.dense_cost * MIB) if plan.predicted.unit == "MiB of cache" else None
 
 
 def _list(values: Iterable[int]) -> str:

@@ -12,8 +12,8 @@ from rich.text import Text
 from attnopt.plan import Plan
 from attnopt.planner.verify import Record
 from attnopt.report import data
-from attnopt.report.cells import bucket, far_sign, letter
-from attnopt.report.terminal.console import console, counted, print_titled, table
+from attnopt.report.cells import bucket, counted, far_sign, letter
+from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
 # Styles of cells that no window tells apart.
