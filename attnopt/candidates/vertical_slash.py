@@ -44,6 +44,10 @@ class VerticalSlash(Selected):
         kept = [{"vertical": v, "slash": s} for v, s in lines if max(2 * s, 4 * v) <= length]
         return [choice for own in kept for choice in self.offered(own, length)]
 
+    def scored(self, params: Params, length: int) -> int:
+        """The last queries with every key, and their lines."""
+        return LAST * length + super().scored(params, length)
+
     def keep(self, asked: Asked) -> torch.Tensor:
         last = asked.last(LAST)
         keys = most(verticals(last), asked.setting("vertical")[..., 0])
