@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from attnopt import backend, hf
 from attnopt.benchmark import TOLERANCE
 from attnopt.commands.benching import check_plan
-from attnopt.commands.common import emit, load, stages, token_ids
+from attnopt.commands.common import any_ids, emit, load, stages
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.instrument import logits_of
 from attnopt.plan import Plan
@@ -168,7 +168,7 @@ def of_model(
 ) -> Bisection:
     """Find the rewrite that makes a model's logits differ from eager's by more than `tolerance`, relative."""
     model = loaded.model
-    ids = token_ids(loaded, length).to(next(model.parameters()).device)
+    ids = any_ids(loaded, length)
     progress("eager", 0, 1)
     reference, called = reference_of(model, ids)
     with torch.no_grad():

@@ -31,5 +31,5 @@ def explain(args: argparse.Namespace) -> None:
         found["notes"].append(
             f"Taken from {file.name}; {' and '.join(others)} may be meant as well: --profile says which."
         )
-    found = {"plan": args.plan, "profile": str(file), **found}
+    found = {"plan_file": args.plan, "profile_file": str(file), **found}
     emit(args, found, lambda: terminal.print_head(found, args.all))

@@ -19,21 +19,22 @@ from attnopt.commands.common import (
     load,
     note,
     say,
+    sites_of,
     stages,
-    token_ids,
     writable,
 )
-from attnopt.commands.reporting import Known, page_of, plan_report, traced
+from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import AttnoptError, BudgetError, OptionError
 from attnopt.fitted import Fitted
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
+from attnopt.planner.costs import spec_of
 from attnopt.planner.make import Made
 from attnopt.profile_file import Profile
 from attnopt.progress import Progress
 from attnopt.report import terminal
-from attnopt.report.data import plan_json, records_json
+from attnopt.report.data import page_data, plan_json, records_json
 from attnopt.report.page import write_page
 
 # Verified beyond the profiled lengths: the planned one, or twice the longest where that is farther than this.
@@ -89,15 +90,16 @@ def plan(args: argparse.Namespace) -> None:
     made.plan.save(out)
     partial.unlink(missing_ok=True)
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
-    search = records_json(made.verified.records)
+    report: dict[str, Any] = {"plan": plan_json(made.plan, made.sites)}
     if page is not None:
         report = plan_report(made.plan, known_of(made, held, fitted, loaded, notes))
-        write_page(page, page_of(f"attnopt plan {args.model}", report))
-    data = {"plan": str(out), **plan_json(made.plan), "search": search, "notes": notes}
+        write_page(page, page_data(f"attnopt plan {args.model}", report))
+    search = records_json(made.verified.records)
+    data = {"plan_file": str(out), "plan": report["plan"], "search": search, "notes": notes}
 
     def show() -> None:
-        terminal.print_records(made.verified.records)
-        terminal.print_plan(made.plan)
+        terminal.print_records(search)
+        terminal.print_plan(report["plan"])
         for line in notes:
             say(line)
         say(f"wrote {out}")
@@ -107,13 +109,9 @@ def plan(args: argparse.Namespace) -> None:
 
 def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loaded, notes: Sequence[str]) -> Known:
     """What a plan's page can say where it was just made."""
-    from attnopt.profiler import discover
-
-    device = next(loaded.model.parameters()).device
-    sites = list(discover(loaded.model, token_ids(loaded, 64).to(device)).sites.values())
     graphs, untraced = traced(loaded, made.plan)
-    said = [*notes, *untraced]
-    return Known(profile, fitted, sites, made.tables, made.verified.records, graphs, said, device.type)
+    device, said = next(loaded.model.parameters()).device.type, [*notes, *untraced]
+    return Known(profile, fitted, made.sites, made.tables, made.verified.records, graphs, said, device)
 
 
 def constraints_of(args: argparse.Namespace) -> Constraints:
@@ -236,10 +234,6 @@ def specs_of(args: argparse.Namespace) -> list[SpanPrefill]:
 
 
 def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[SpanPrefill]:
-    from attnopt.profiler import discover
-
     loaded = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
     check_forward(loaded)
-    ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
-    sites = discover(loaded.model, ids).sites.values()
-    return [SpanPrefill(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]
+    return [spec_of(site, target) for site in sites_of(loaded)]

@@ -21,13 +21,13 @@ from attnopt import backend
 from attnopt.errors import ModelError, OptionError
 from attnopt.ir import GraphReport
 from attnopt.plan import Plan
+from attnopt.planner.again import told_sites
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import environment, graphs_json, launched_sources, plan_facts, plan_json, profile_json
+from attnopt.report.data import launched_sources, of_graphs, page_data, plan_json, profile_json
 from attnopt.report.fragment import fragment
 from attnopt.report.history import History
 from attnopt.report.page import write_page
-from attnopt.report.pictures import pictures_json
 from attnopt.report.terminal.console import Printer
 
 if TYPE_CHECKING:
@@ -93,19 +93,21 @@ class Explanation:
 
     def page_data(self) -> dict[str, Any]:
         """What `report.page.write_page` takes."""
-        data: dict[str, Any] = {"title": f"attnopt: {self.name}", "notes": list(self.notes)}
+        data: dict[str, Any] = {"notes": list(self.notes)}
         if self._generates:
             data["notes"] += str(self.generation).splitlines()
         if self.graphs:
-            data["graphs"] = graphs_json(self.graphs)
-            data["pictures"] = pictures_json(self.graphs)
-            data["kernels"] = launched_sources()
+            data |= {**of_graphs(self.graphs), "kernels": launched_sources()}
+        return page_data(f"attnopt: {self.name}", data | self.planned())
+
+    def planned(self) -> dict[str, Any]:
+        """The data of the plan and of the profile that there are."""
+        found = {}
         if self.plan is not None:
-            data["plan"] = plan_json(self.plan)
-            data["summary"] = plan_facts(data["plan"])
+            found["plan"] = plan_json(self.plan, told_sites(self.plan))
         if self.profile is not None:
-            data["profile"] = profile_json(self.profile)
-        return {**data, "environment": environment()}
+            found["profile"] = profile_json(self.profile)
+        return found
 
     def write(self, path: Path | str) -> Path:
         """Write the page, one HTML file that loads nothing from elsewhere."""
@@ -165,7 +167,8 @@ def printed(explained: Explanation, to: Console) -> str:
 
 
 def print_planned(explained: Explanation, to: Console) -> None:
-    if explained.plan is not None:
-        terminal.print_plan(explained.plan, to=to)
-    if explained.profile is not None:
-        terminal.print_profile(explained.profile, to=to)
+    found = explained.planned()
+    if "plan" in found:
+        terminal.print_plan(found["plan"], to=to)
+    if "profile" in found:
+        terminal.print_profile(found["profile"], to=to)

@@ -32,9 +32,9 @@ def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.Cap
     model, words = str(planned / "shallow"), str(planned / "text.py")
     made = answer("profile", model, "--lengths", LENGTHS, "--samples", "1", "--text", words,
                   "--out", str(profile))  # fmt: skip
-    assert made["profile"] == str(profile) and profile.exists()
+    assert made["profile_file"] == str(profile) and profile.exists()
     found = answer(*plan_command(planned, plan, model=model, profile=str(profile)))
-    assert found["plan"] == str(plan) and found["search"]
+    assert found["plan_file"] == str(plan) and found["search"]
     assert answer("show", str(plan))["plan"] and answer("show", str(profile))["profile"]
     explained = answer("explain", str(plan), f"{SITE}.3", "--profile", str(profile))
     rows = explained["candidates"]

@@ -134,7 +134,7 @@ def _graph(index: int, report: GraphReport) -> dict[str, Any]:
         "cache": "",
         "savings": [],
         "timings": [],
-        "plan": report.plan,
+        "plan_id": report.plan,
         "fallback": report.fallback,
         "fallback_code": report.fallback_code,
         "notes": list(report.notes),
