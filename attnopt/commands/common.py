@@ -19,6 +19,7 @@ from attnopt.escapes import visible
 from attnopt.examine.calls import placed, token_ids
 from attnopt.hf.loading import told
 from attnopt.ir import Site
+from attnopt.plan import Plan
 from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import finite
@@ -98,6 +99,16 @@ def sites_of(loaded: hf.Loaded) -> list[Site]:
     from attnopt.profiler import discover
 
     return list(discover(loaded.model, any_ids(loaded, 64)).sites.values())
+
+
+def checked_sites(plan: Plan, loaded: hf.Loaded) -> list[Site]:
+    """The attentions of a plan's model; PlanError where it is of another, which a backend, that sees no weights, could
+    not tell."""
+    from attnopt.fingerprint import fingerprint_of
+
+    sites = sites_of(loaded)
+    plan.check(sites, fingerprint_of(loaded.model, sites))
+    return sites
 
 
 def say(line: str) -> None:

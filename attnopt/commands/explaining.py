@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attnopt.commands.common import emit
+from attnopt.commands.common import checked_sites, emit, load
 from attnopt.commands.given import named_head, plan_at, profile_at, profile_beside
 from attnopt.fitted import Fitted
 from attnopt.planner.again import pose
@@ -24,7 +24,8 @@ def explain(args: argparse.Namespace) -> None:
     fitted = Fitted.load(args.fitted) if args.fitted else None
     if fitted is not None:
         fitted.check_model(plan.fingerprint)
-    found = head_json(plan, profile, pose(plan, profile, fitted=fitted), site, head, fitted)
+    sites = checked_sites(plan, load(args)) if args.model else None
+    found = head_json(plan, profile, pose(plan, profile, sites, fitted), site, head, fitted)
     if (digest := calibration_of(profile)) != plan.calibration:
         found["notes"].append(f"The plan was made from another profile, {plan.calibration}; this one is {digest}.")
     if others:

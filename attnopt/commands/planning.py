@@ -31,6 +31,7 @@ from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
 from attnopt.planner.costs import spec_of
 from attnopt.planner.make import Made
+from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.progress import Progress
 from attnopt.report import terminal
@@ -70,6 +71,7 @@ def plan(args: argparse.Namespace) -> None:
     begun = partial.exists()
     budget = Budget("loss", args.max_loss_increase) if args.max_kl is None else Budget("kl", args.max_kl)
     probe = Probe(loaded.tokenizer, split="final") if args.probe and loaded.tokenizer is not None else None
+    tried: list[Record] = []
     with stages(args.progress) as progress:
         progress("reading text", 0, 0)
         try:
@@ -77,9 +79,13 @@ def plan(args: argparse.Namespace) -> None:
                 loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
                 objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
                 exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
-                partial=partial, tell=note,
+                report=tried.append, partial=partial, tell=note,
             )  # fmt: skip
         except BudgetError as error:
+            if page is not None:
+                refused = [("no plan", error.problem), ("remedy", error.remedy)]
+                told = {"summary": refused, "records": records_json(tried)}
+                write_page(page, page_data(f"attnopt plan {args.model}", told))
             kept = f"What was measured is kept in {partial}, for another budget."
             raise BudgetError(error.problem, f"{error.remedy} {kept}".strip()) from None
         except AttnoptError:

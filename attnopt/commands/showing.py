@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attnopt.commands.common import emit, load, sites_of, stages, writable
+from attnopt.commands.common import checked_sites, emit, load, stages, writable
 from attnopt.commands.given import is_plan, profile_at
 from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.errors import OptionError
-from attnopt.fingerprint import fingerprint_of
 from attnopt.fitted import Fitted
 from attnopt.plan import Plan
 from attnopt.planner.again import told_sites
@@ -83,8 +82,7 @@ def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:
     loaded = load(args)
     with stages() as progress:
         progress("tracing", 0, 1)
-        sites = sites_of(loaded)
-        plan.check(sites, fingerprint_of(loaded.model, sites))
+        sites = checked_sites(plan, loaded)
         graphs, notes = traced(loaded, plan)
         progress("tracing", 1, 1)
     return Known(profile, fitted, sites, graphs=graphs, notes=notes, device=args.device)

@@ -158,6 +158,14 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
 
 
+def search_title(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of the data of `records_json`: by what a point holds or misses, which is less than the budget."""
+    if not records:
+        return "Search on the verify split"
+    limit = f"{records[0]['limit']:.4g}"
+    return f"Search on the verify split: a point holds up to {limit}, the part of the budget that it keeps to"
+
+
 def far_sign(head: Mapping[str, Any]) -> str:
     """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
     return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()

@@ -198,6 +198,10 @@ def test_the_whole_report_of_a_plan(work: Path, files: Path, capsys: pytest.Capt
     assert all(item["before"] and item["after"] for item in found["pictures"]) and found["pictures"]
     dense = sum(s.kv_heads * 2 * s.head_dim * 4 for s in sites) * LENGTHS[-1]
     assert found["plan"]["totals"]["dense_kv_bytes"] == dense and [s.kv_heads for s in sites] == [2, 2]
+    # The model tells how heads share keys, which the plan does not; without it they are said to share none.
+    notes = [answer(capsys, "explain", "plan.json", "0.1", "--profile", "own.safetensors", *more)["notes"]
+             for more in (["--model", str(work / "model")], [])]  # fmt: skip
+    assert not any("KV heads" in note for note in notes[0]) and any("--model MODEL tells" in note for note in notes[1])
     (source,) = found["kernels"].values()
     assert "def prefill(" in source
     page = Path("page.html").read_text(encoding="utf-8")

@@ -65,8 +65,8 @@ def profile() -> Profile:
 def records() -> list[Record]:
     one = Measured("verify", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, "abc")
     return [
-        Record("point 4 of 9", 0.01, 5.0, (one,), True),
-        Record("point 8 of 9", 0.1, 2.0, (replace(one, increase=2.0, upper_95=float("inf")),), False),
+        Record("point 4 of 9", 0.01, 5.0, (one,), True, 0.85),
+        Record("point 8 of 9", 0.1, 2.0, (replace(one, increase=2.0, upper_95=float("inf")),), False, 0.85),
     ]
 
 
@@ -161,6 +161,7 @@ def test_a_profile_is_shown() -> None:
 def test_searches_and_benchmarks_are_shown() -> None:
     text = shown(terminal.print_records, data.records_json(records()))
     assert "point 4 of 9" in text and "holds" in text and "misses" in text and "no bound" in text
+    assert "a point holds up to 0.85, the part of the budget" in text
     bench = [{"case": "a", "dense_ms": 1.23456, "ok": True}, {"case": "b", "ratio": 2}]
     text = shown(terminal.print_bench, bench)
     assert "dense ms" in text and "1.235" in text and "yes" in text and "ratio" in text

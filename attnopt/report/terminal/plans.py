@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnopt.report import data
-from attnopt.report.cells import bucket, cell_text, counted, far_sign, letter
+from attnopt.report.cells import bucket, cell_text, counted, far_sign, letter, search_title
 from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
@@ -81,13 +81,13 @@ def print_records(records: Sequence[Mapping[str, Any]], to: Console | None = Non
     """The verify search, of the data of `records_json`: one line per evaluation."""
     to = to or console()
     numeric = ("predicted", "cost", "increase", "at most", "length")
-    listed = table(["step", *numeric, "budget"], numeric)
+    listed = table(["step", *numeric, "verdict"], numeric)
     for record in records:
         verdict = Text("holds", style="green") if record["holds"] else Text("misses", style="red")
         bound = "no bound" if record["upper_95"] is None else f"{record['upper_95']:.4g}"
         figures = (f"{record['predicted']:.3g}", f"{record['cost']:.4g}", cell_text(record["increase"]), bound)
         listed.add_row(record["step"], *figures, str(record["length"]), verdict)
-    print_titled(to, "Search on the verify split", listed)
+    print_titled(to, search_title(records), listed)
 
 
 def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None = None) -> None:
