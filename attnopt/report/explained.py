@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +64,7 @@ class Explanation:
         return self.generation is not None and (self.generation.enabled or not self.graphs)
 
     def __str__(self) -> str:
-        width = terminal.console().width
-        return printed(self, Printer(file=io.StringIO(), width=width))
+        return printed(self, terminal.console().width)
 
     __repr__ = __str__
 
@@ -153,8 +151,10 @@ def generation_if_any(model: Any) -> Generation | None:
         return None
 
 
-def printed(explained: Explanation, to: Console) -> str:
-    """The text of an explanation, by a console that writes into memory."""
+def printed(explained: Explanation, width: int) -> str:
+    """The text of an explanation, as a terminal of so many columns shows it."""
+    held = io.StringIO()
+    to = Printer(file=held, width=width)
     if explained.graphs or explained.notes:
         to.print(f"{explained.name}: {'; '.join(explained.notes) or 'compiled by attnopt'}", soft_wrap=True)
     if explained.graphs:
@@ -162,8 +162,7 @@ def printed(explained: Explanation, to: Console) -> str:
     if explained._generates:
         to.print(str(explained.generation), soft_wrap=True)
     print_planned(explained, to)
-    held: Callable[[], str] = to.file.getvalue  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in held().splitlines())
+    return "\n".join(line.rstrip() for line in held.getvalue().splitlines())
 
 
 def print_planned(explained: Explanation, to: Console) -> None:
