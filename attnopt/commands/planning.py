@@ -43,9 +43,7 @@ FARTHEST = 4
 
 
 def plan(args: argparse.Namespace) -> None:
-    from attnopt.planner.make import make_plan
     from attnopt.planner.tried import allowed_families
-    from attnopt.probe import Probe
 
     out = writable(args.out)
     page = writable(args.html) if args.html else None
@@ -60,44 +58,19 @@ def plan(args: argparse.Namespace) -> None:
     allowed_families(args.allow, fitted)
     loaded = load(args)
     check_forward(loaded)
-    target = next(loaded.model.parameters()).device
-    lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
-
-    def split(which: str) -> dict[int, torch.Tensor]:
-        tokens = text.stream(args.text, loaded.tokenizer, which, 2 * args.samples * max(lengths))
-        return {n: text.sequences(tokens, n, args.samples, which).to(target) for n in lengths}
-
-    partial = out.with_name(out.name + ".partial")
-    begun = partial.exists()
-    budget = Budget("loss", args.max_loss_increase) if args.max_kl is None else Budget("kl", args.max_kl)
-    probe = Probe(loaded.tokenizer, split="final") if args.probe and loaded.tokenizer is not None else None
     tried: list[Record] = []
-    with stages(args.progress) as progress:
-        progress("reading text", 0, 0)
-        try:
-            made = make_plan(
-                loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
-                objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
-                exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
-                report=tried.append, partial=partial, tell=note,
-            )  # fmt: skip
-        except BudgetError as error:
-            if page is not None:
-                refused = [("no plan", error.problem), ("remedy", error.remedy)]
-                told = {"summary": refused, "records": records_json(tried)}
-                write_page(page, page_data(f"attnopt plan {args.model}", told))
-            kept = f"What was measured is kept in {partial}, for another budget."
-            raise BudgetError(error.problem, f"{error.remedy} {kept}".strip()) from None
-        except AttnoptError:
-            # What an earlier run left is for a later one.
-            if not begun:
-                partial.unlink(missing_ok=True)
-            raise
-    made.plan.save(out)
-    partial.unlink(missing_ok=True)
+    try:
+        made = searched(args, loaded, held, fitted, rooflines, out, tried)
+    except BudgetError as error:
+        if page is not None:
+            refused = [("no plan", error.problem), ("remedy", error.remedy)]
+            told = {"summary": refused, "records": records_json(tried)}
+            write_page(page, page_data(f"attnopt plan {args.model}", told))
+        raise
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
-    report: dict[str, Any] = {"plan": plan_json(made.plan, made.sites)}
-    if page is not None:
+    if page is None:
+        report: dict[str, Any] = {"plan": plan_json(made.plan, made.sites)}
+    else:
         report = plan_report(made.plan, known_of(made, held, fitted, loaded, notes))
         write_page(page, page_data(f"attnopt plan {args.model}", report))
     search = records_json(made.verified.records)
@@ -111,6 +84,48 @@ def plan(args: argparse.Namespace) -> None:
         say(f"wrote {out}")
 
     emit(args, data, show)
+
+
+def searched(
+    args: argparse.Namespace, loaded: hf.Loaded, held: Profile, fitted: Fitted | None, tables: Any, out: Path,
+    tried: list[Record],
+) -> Made:  # fmt: skip
+    """The plan, written to `out`; each point is added to `tried` as it is measured. What was measured lies beside it
+    until then, and stays where no plan keeps the budget."""
+    from attnopt.planner.make import make_plan
+    from attnopt.probe import Probe
+
+    target = next(loaded.model.parameters()).device
+    lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
+
+    def split(which: str) -> dict[int, torch.Tensor]:
+        tokens = text.stream(args.text, loaded.tokenizer, which, 2 * args.samples * max(lengths))
+        return {n: text.sequences(tokens, n, args.samples, which).to(target) for n in lengths}
+
+    partial = out.with_name(out.name + ".partial")
+    begun = partial.exists()
+    budget = Budget("loss", args.max_loss_increase) if args.max_kl is None else Budget("kl", args.max_kl)
+    probe = Probe(loaded.tokenizer, split="final") if args.probe and loaded.tokenizer is not None else None
+    with stages(args.progress) as progress:
+        progress("reading text", 0, 0)
+        try:
+            made = make_plan(
+                loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=tables,
+                objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
+                exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
+                report=tried.append, partial=partial, tell=note,
+            )  # fmt: skip
+        except BudgetError as error:
+            kept = f"What was measured is kept in {partial}, for another budget."
+            raise BudgetError(error.problem, f"{error.remedy} {kept}".strip()) from None
+        except AttnoptError:
+            # What an earlier run left is for a later one.
+            if not begun:
+                partial.unlink(missing_ok=True)
+            raise
+    made.plan.save(out)
+    partial.unlink(missing_ok=True)
+    return made
 
 
 def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loaded, notes: Sequence[str]) -> Known:
