@@ -55,6 +55,7 @@ WRONG_LINES = {
     "plan demo --profile p --out x --progress loud": "invalid choice: 'loud'",
     "examine demo --lenght 3": "Did you mean --length?",
     "examine demo --dtype fp8": "fp8",
+    "examine demo --length 512,4096": "several go to --lengths",
     "examine demo --length 1": "--length must be at least 2",
     "examine demo --device nowhere": "nowhere",
     "profile demo --out x --lengths 64,many": "64,many",
@@ -89,6 +90,15 @@ def test_models_that_are_not_there(fails: Fails, tmp_path: Path) -> None:
     assert "could not be loaded" in fails(["examine", "no-such-model"])
     assert "no config.json" in fails(["examine", str(tmp_path)])
     assert "could not be called" in fails(["examine", "no_such_module:model"])
+
+
+def test_the_hub_is_asked_once(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    said = fails(["examine", "no-such-model"])
+    assert "There is no folder no-such-model, and the hub does not give it: " in said and "Retrying" not in said
 
 
 def without_weights(model: Path) -> None:

@@ -30,7 +30,7 @@ def test_profiles_are_merged(work: Path, fails: Fails, tmp_path: Path, capsys: p
     one, two, other = profiled("model", 0), profiled("model", 1), profiled("weights", 2)
     capsys.readouterr()
     assert main(["merge", one, two, "--out", str(tmp_path / "both"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["profile"] == str(tmp_path / "both")
+    assert json.loads(capsys.readouterr().out)["profile_file"] == str(tmp_path / "both")
     assert Profile.load(tmp_path / "both").samples == {128: 2}
     before = snapshot(tmp_path)
     assert "observed the same text" in fails(["merge", one, two, one, "--out", str(tmp_path / "both")])
@@ -67,7 +67,7 @@ def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: P
     def header(name: str, *options: str) -> Any:
         capsys.readouterr()
         assert main([*base, *options, "--out", str(tmp_path / name)]) == 0
-        found = json.loads(capsys.readouterr().out)
+        found = json.loads(capsys.readouterr().out)["profile"]
         return found["supervision"], found["lengths"][0]["tokens"]
 
     words = ["--text", str(work / "text.py")]
