@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
@@ -29,6 +30,8 @@ import numpy as np
 import pytest
 import torch
 
+# pytest listens to every logger that does not propagate: for this one torch would write down each graph that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count() or 1))
 hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attnopt")

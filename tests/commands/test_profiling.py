@@ -24,7 +24,7 @@ def test_profiles_are_merged(work: Path, fails: Fails, tmp_path: Path, capsys: p
     def profiled(model: str, seed: int) -> str:
         out = str(tmp_path / f"{model}-{seed}")
         command = ["profile", str(work / model), "--lengths", "128", "--samples", "1", "--seed", str(seed)]
-        assert main([*command, "--text", str(work / "text.py"), "--out", out]) == 0
+        assert main([*command, "--probe", "0", "--text", str(work / "text.py"), "--out", out]) == 0
         return out
 
     one, two, other = profiled("model", 0), profiled("model", 1), profiled("weights", 2)
