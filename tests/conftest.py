@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 
-# pytest listens to every logger that does not propagate: for this one torch would write down each graph that it compiles.
+# pytest listens to loggers that do not propagate; for a listener of this one torch writes down all that it compiles.
 logging.getLogger("torch.__trace").propagate = True
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count() or 1))
 hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
