@@ -12,6 +12,8 @@ from problems import LENGTH, SPANS, profile_like, spans_problem
 from attnopt.planner import Limits, Problem, compare, front, make_problem, solve
 from benchmarks.planner_front import synthetic_profile, synthetic_table
 
+pytestmark = pytest.mark.slow
+
 FEW = [SPANS[0], (0, 64), (4, 64), (0, 1024)]
 
 

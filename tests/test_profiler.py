@@ -14,6 +14,8 @@ from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
 from attnopt.supervision import Sample, loss_and_gradient
 
+pytestmark = pytest.mark.slow
+
 GRID = Grid((0, 2), (4, 8))
 SEQUENCES = [tokens(1, 24, seed=n) for n in range(3)]
 

@@ -25,8 +25,6 @@ def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.Cap
         assert main([*command, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    examined = json.dumps(answer("examine", str(planned / "model"), "--length", "64", "--prompt-only"))
-    assert "model.layers.0.self_attn" in examined and "model.layers.1.self_attn" in examined
     # One layer from here on: inductor compiles the model five times.
     profile, plan = tmp_path / "profile", tmp_path / "plan.json"
     model, words = str(planned / "shallow"), str(planned / "text.py")

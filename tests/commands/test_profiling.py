@@ -122,7 +122,7 @@ def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) ->
 def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     samples, draws, out = 4, 5, tmp_path / "profile"
     partial = tmp_path / "profile.partial"
-    command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
+    command = ["profile", str(work / "shallow"), "--lengths", "256", "--samples", str(samples), "--text",
                str(work / "text.py"), "--draws", str(draws), "--probe", "0", "--out", str(out)]  # fmt: skip
     # A shell runs its background jobs with SIGINT ignored, and children inherit that; a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
