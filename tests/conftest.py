@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("attnopt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that are slow first, then those with many tests: of files dealt out to processes, the last is waited for."""
+    """Slow files first, then those with many tests: of files dealt out to processes, the last is waited for."""
     slow, tests = {item.path for item in items if item.get_closest_marker("slow")}, Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 
