@@ -25,8 +25,6 @@ def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.Cap
         assert main([*command, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    examined = json.dumps(answer("examine", str(planned / "model"), "--length", "64", "--prompt-only"))
-    assert "model.layers.0.self_attn" in examined and "model.layers.1.self_attn" in examined
     # One layer from here on: inductor compiles the model five times.
     profile, plan = tmp_path / "profile", tmp_path / "plan.json"
     model, words = str(planned / "shallow"), str(planned / "text.py")
@@ -63,6 +61,8 @@ def test_generation_is_timed_with_every_cache(planned: Path, capsys: pytest.Capt
 def test_the_plan_that_was_written_runs(planned: Path) -> None:
     from attnopt import backend, hf
 
+    (final,) = [m for m in json.loads((planned / "plan.json").read_text())["measured"] if m["split"] == "final"]
+    assert 0 <= final["planned_retrieval"] <= 1
     model = hf.load(str(planned / "model")).model
     backend.clear_reports()
     call = torch.compile(model, backend="attnopt", options={"plan": str(planned / "plan.json")})
@@ -208,7 +208,7 @@ def test_a_plan_for_a_device_that_is_not_at_hand_says_so(
     assert found["predicted"]["cost"] == "roofline" and found["cost_table"].startswith("roofline-h100-tp2-")
     assert found["constraints"]["protect"] == ["0.1"] and found["sites"][SITE][1]["dense"]
     final = next(m for m in found["measured"] if m["split"] == "final")
-    assert final["kl"] >= 0 and 0 < final["top1"] <= 1 and 0 <= final["planned_retrieval"] <= 1
+    assert final["kl"] >= 0 and 0 < final["top1"] <= 1
     assert main(["show", str(tmp_path / "plan.json")]) == 0
     assert "predicted (by a roofline, nothing timed)" in " ".join(capsys.readouterr().out.split())
 
@@ -253,10 +253,11 @@ def test_verified_lengths_are_those_profiled_and_one_beyond() -> None:
     assert verified_lengths((1024, 4096), 8192, SimpleNamespace()) == [1024, 4096, 8192]  # type: ignore[arg-type]
 
 
-def test_missing_triton_is_one_message(planned: Path, tmp_path: Path) -> None:
+def test_missing_triton_is_one_message(tmp_path: Path) -> None:
     code = "import sys; sys.modules['triton'] = None; from attnopt.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *plan_command(planned, tmp_path / "plan.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ATTNOPT_TARGET": "triton"})
+    command = [sys.executable, "-c", code, "calibrate", "--heads", "2", "--head-dim", "8", "--lengths", "64"]
+    settings = os.environ | {"ATTNOPT_TARGET": "triton", "ATTNOPT_CACHE": str(tmp_path)}
+    ended = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "needs the package triton" in ended.stderr and "pip install triton" in ended.stderr
     assert not list(tmp_path.iterdir())
