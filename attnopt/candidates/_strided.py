@@ -16,8 +16,9 @@ from torch import Tensor
 
 from attnopt.selection import Asked, masked_softmax
 
-# Weights held at once.
-HELD = 1 << 24
+# Numbers held at once: on the CPU few enough to stay in its caches, elsewhere enough for kernels that fill the device.
+HELD = 1 << 18
+HELD_BY_OTHERS = 1 << 25
 
 
 class Cells(NamedTuple):
@@ -35,7 +36,8 @@ def counting(pad: Tensor | None, length: int, device: torch.device) -> Tensor:
 
 def rows_at_once(asked: Asked, each: int) -> int:
     """Rows of blocks whose tensors of `each` numbers a row are held at once."""
-    return max(HELD // max(each * asked.q.shape[0], 1), 1)
+    held = HELD if asked.q.device.type == "cpu" else HELD_BY_OTHERS
+    return max(held // max(each * asked.q.shape[0], 1), 1)
 
 
 def block_weights(
@@ -57,12 +59,12 @@ def block_weights(
         seen = slice(0, (last + 1) * per)
         scores = queries.vectors[:, :, rows] @ keys.vectors[:, :, seen].mT
         pairs = queries.counts[:, :, rows].to(scores.dtype) @ keys.counts[:, :, seen].to(scores.dtype).mT
-        a = torch.arange(scores.shape[2], device=scores.device)[:, None] + rows.start
-        distance = (a - torch.arange(scores.shape[3], device=scores.device)) * stride + asked.offset
-        live = (distance + apart >= 0) & (pairs > 0)
+        a = (torch.arange(scores.shape[2], device=scores.device)[:, None] + rows.start) * stride + asked.offset
+        b = torch.arange(scores.shape[3], device=scores.device) * stride
+        live = (b <= a + apart) & (pairs > 0)
         if asked.window:
-            live = live & (distance - apart < asked.window)
-        weights = masked_softmax(scores.to(asked.wide) / pairs.clamp(min=1), live)
+            live = live & (b > a - apart - asked.window)
+        weights = masked_softmax(scores.to(asked.wide).div_(pairs.clamp(min=1)), live)
         cells = weights.unflatten(3, (-1, per)).unflatten(2, (-1, per))
         found.append(F.pad(reduce(cells), (0, columns - last - 1)))
     return torch.cat(found, 2)

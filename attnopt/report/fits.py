@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -55,10 +56,10 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     }
 
 
-def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
-    """A line for every replacement at the narrowest window of each site, and how many heads each family is offered."""
+def print_fitted(found: Mapping[str, Any], to: Console | None = None) -> None:
+    """Of the data of `fitted_json`: a line for every replacement at the narrowest window of each site, and how many
+    heads each family is offered."""
     to = to or console()
-    found = fitted_json(fitted)
     longest = str(max(found["lengths"]))
     to.print(Text(f"fits of model {found['fingerprint']}", style="bold"))
     to.print(f"{found['settings']}; tried at {', '.join(map(str, found['lengths']))} tokens")

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from candidates.degenerate import SCALE, Degenerate
+from candidates.degenerate import DIM, SCALE, Degenerate
 from candidates.lines import recalled, sink_window_of, striped
-from candidates.selecting import asked_for, kept_by, padded
+from candidates.selecting import asked_for, in_topics, kept_by, padded
 
 from attnopt.candidates import Number, _strided
+from attnopt.ir import Choice, Mask, Site
+from attnopt.mixed import attend
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Asked, keep_of
 
@@ -87,6 +89,18 @@ def test_lines_are_found_that_a_sink_and_a_window_miss(keys: tuple[int, ...], di
 def test_a_slash_at_an_even_distance_is_not_seen() -> None:
     """No antidiagonal of a cell holds a pair at an even distance: blocks are then as good as drawn."""
     assert shares((), (70,))[0] < 0.6
+
+
+def test_heads_of_different_strides_are_served_by_calls_of_their_own() -> None:
+    """Shapes depend on the stride, so it is part of the method; each head still gets what it would get alone."""
+    q, k, v = (x.float() for x in in_topics())
+    params = [{**EVERY, "mass": 0.5, "stride": stride} for stride in (4, 16, 4, 8)]
+    site = Site("a", 0, "sdpa", 4, 2, DIM, DIM, SCALE, "float32", Mask(causal=True))
+    found = attend(q, k, v, [Choice.of("antidiagonal", each) for each in params], site)
+    for head, each in enumerate(params):
+        alone = ANTIDIAGONAL.reference(q, k, v, each, SCALE)[:, head]
+        torch.testing.assert_close(found[:, head], alone, rtol=1e-5, atol=1e-5)
+    assert [ANTIDIAGONAL.method(each) for each in params[:2]] == ["antidiagonal/4/16", "antidiagonal/16/16"]
 
 
 @pytest.mark.parametrize("changed, said", [
