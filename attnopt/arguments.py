@@ -70,7 +70,7 @@ UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**
 
 
 def memory(text: str) -> tuple[str, float]:
-    """("share", of dense), from 40% or 0.4; or ("bytes", of one sequence), from 512MB or a whole number."""
+    """("share", of dense), from 40% or 0.4; or ("bytes", of one sequence), from 512MiB or a whole number."""
     lower = text.strip().lower()
     unit = next((u for u in UNITS if lower.endswith(u)), "")
     if unit or (lower.isdecimal() and int(lower) > 1):
@@ -80,7 +80,7 @@ def memory(text: str) -> tuple[str, float]:
     share = number(lower.removesuffix("%")) / (100 if lower.endswith("%") else 1)
     if not unit and 0 < share <= 1:
         return "share", share
-    raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 40% nor an amount such as 512MB")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 40% nor an amount such as 512MiB")
 
 
 def positive(text: str) -> float:

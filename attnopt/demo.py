@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from attnopt import backend, hf, settings, text
-from attnopt.commands import Progress, bench_rows, emit, examine_model, say, stages, writable
+from attnopt.commands import bench_rows, emit, examine_model, say, stages, writable
 from attnopt.commands.reporting import Known, plan_report
 from attnopt.errors import BudgetError
 from attnopt.ir import GraphReport, Site
@@ -24,6 +24,7 @@ from attnopt.planner.make import SEARCH_SHARE, Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
 from attnopt.profile_file import Profile
 from attnopt.profiler import discover, profile_model
+from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import environment, launched_sources, plan_facts
 from attnopt.report.page import write_page

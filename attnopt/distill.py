@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from attnopt.errors import FittedError, OptionError
+from attnopt.board import Board, selections, write_rows
+from attnopt.errors import FittedError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.fitted import Fitted, Header, HeadFit
+from attnopt.fitting.menu import Menu
 from attnopt.fitting.rows import Collect, Collected, drawn_rows
 from attnopt.fitting.site import SiteFit
 from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Choice, Site
-from attnopt.mixed import attend
+from attnopt.mixed import attend, far_of, settings_of, tables
+from attnopt.ops.selected import attend_selected
 from attnopt.profile_file import Profile
+from attnopt.progress import Progress
 from attnopt.registry import CANDIDATES
 from attnopt.statistics import attention
-from attnopt.statistics.trials import Trials, Try
+from attnopt.statistics.trials import Kept, Trials, Try
 from attnopt.supervision import Sample, loss_and_gradient
 
-# As `attnopt plan --allow` calls them.
-FAMILIES = ("linear", "taylor", "compensation", "prune")
-Progress = Callable[[str, int, int], None]
 # Rows of queries kept of a sequence and head, fewer where their scores would be more than so many of a site.
 ROWS, FEWEST_ROWS = 256, 32
 SCORES = 1 << 26
@@ -41,66 +42,6 @@ SCORES = 1 << 26
 KEPT = 1 << 30
 # A name's place among 2^31 seeds.
 SEEDS = 1 << 31
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What is fitted and tried: features of exponential maps, ranks of expansions, windows and sinks beside them, steps
-    of training. families: some of FAMILIES."""
-
-    features: tuple[int, ...] = (32, 64)
-    ranks: tuple[int, ...] = (8,)
-    windows: tuple[int, ...] = (64, 128, 256)
-    sinks: tuple[int, ...] = (4,)
-    steps: int = 200
-    families: tuple[str, ...] = FAMILIES
-
-    def __post_init__(self) -> None:
-        for name, least in (("features", 1), ("ranks", 1), ("windows", 1), ("sinks", 0)):
-            values = getattr(self, name)
-            if list(values) != sorted(set(values)) or (values and values[0] < least):
-                raise OptionError(f"{name} {values} are not ascending numbers of at least {least}.", "Correct them.")
-        unknown = [name for name in self.families if name not in FAMILIES]
-        if unknown or not self.families:
-            raise OptionError(
-                f"There is no family {', '.join(unknown) or 'to fit'}.", f"Name some of {', '.join(FAMILIES)}."
-            )
-        if not self.windows or not self.sinks:
-            raise OptionError("Without a window and a sink there is no hybrid head.", "Name one of each at least.")
-
-    @property
-    def line(self) -> str:
-        """In one line, for the header."""
-        numbers = {name: getattr(self, name) for name in ("features", "ranks", "windows", "sinks")}
-        listed = [f"{name} {','.join(map(str, values))}" for name, values in numbers.items()]
-        return " ".join([*listed, f"steps {self.steps}", "families", ",".join(self.families)])
-
-    def choices(self, site: Site) -> tuple[Choice, ...]:
-        """What is tried at a site; plain windows too, which the others have to be better than."""
-        found: list[Choice] = []
-        for sink in self.sinks:
-            for window in self.windows:
-                span = {"sink": sink, "alpha": window, "beta": 0.0}
-                near = {"sink": sink, "window": window}
-                found += [Choice.of("sink_window", span), Choice.of("compensation", span)]
-                found += [Choice.of("linear", {**near, "features": n}) for n in self.features]
-                found += [Choice.of("taylor", {**near, "rank": n}) for n in self.ranks]
-        found.append(Choice.of("pruned"))
-        return tuple(
-            c
-            for c in found
-            if CANDIDATES[c.candidate].family in ("", *self.families) and CANDIDATES[c.candidate].refuse(site) is None
-        )
-
-    def serves(self, site: Site) -> bool:
-        """Whether anything but a window may stand there."""
-        return any(c.candidate != "sink_window" for c in self.choices(site))
-
-    def maps(self, site: Site) -> Iterator[tuple[str, int]]:
-        """(family, features or rank) of every map that the choices of a site need."""
-        for family, sizes in (("linear", self.features), ("taylor", self.ranks)):
-            if any(c.candidate == family for c in self.choices(site)):
-                yield from ((family, size) for size in sizes)
 
 
 def distill_model(
@@ -114,8 +55,9 @@ def distill_model(
     profile: Profile | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Fitted:
-    """Fit on sequences `fit`, each int64 (1, N), at least two, of which the last is held out; try on sequences `tried`,
-    whose lengths are those of the trials.
+    """Fit on sequences `fit`, each int64 (1, N), at least two, of which the last is held out, or none where the menu
+    fits nothing; try on sequences `tried`, whose lengths are those of the trials. Those of a retrieval probe are summed
+    apart.
 
     partial: a file that holds what is done so far and is taken up again by the next call with equal arguments. profile:
     refused if it is of another model. tell: given a line that says whether the partial file was taken up.
@@ -125,11 +67,12 @@ def distill_model(
     check_text([Sample(ids) for ids in fit], samples, menu)
     model.eval()
     run = _Run(model, menu, seed, progress or (lambda *_: None))
-    fresh = run.begin([Sample(ids) for ids in fit], sorted({s.length for s in samples}), profile)
+    fresh = run.begin([Sample(ids) for ids in fit], samples, profile)
     asked = {f"{s.mark}-{seed}" for s in samples}
     fitted = fresh if partial is None else resumed(fresh, partial, asked, tell)
     keep = (lambda: None) if partial is None else (lambda: fitted.save(partial))
-    run.fit(fitted, list(fit), keep)
+    if menu.fits:
+        run.fit(fitted, list(fit), keep)
     run.try_all(fitted, samples, keep)
     order = {name: n for n, name in enumerate(run.sites)}
     fitted.trials = dict(sorted(fitted.trials.items(), key=lambda item: (item[0][1], order[item[0][0]])))
@@ -138,15 +81,16 @@ def distill_model(
 
 def check_text(fit: Sequence[Sample], tried: Sequence[Sample], menu: Menu) -> None:
     """FittedError unless there is text for both parts, none of it in both, and some of it far."""
-    if len(fit) < 2 or not tried:
+    if (menu.fits and len(fit) < 2) or not any(s.kind != "probe" for s in tried):
         raise FittedError(
             f"{len(fit)} sequences to fit on and {len(tried)} to try on are too few.",
             "Give two to fit on, one of which is held out, and one to try on.",
         )
     if {s.mark for s in fit} & {s.mark for s in tried}:
         raise FittedError("A sequence would be fitted and tried on.", "Keep the two parts of the text apart.")
-    longest, reach = min(max(s.length for s in part) for part in (fit, tried)), menu.sinks[0] + menu.windows[0]
-    if longest <= reach:
+    parts = [part for part in (fit, tried) if part]
+    longest, reach = min(max(s.length for s in part) for part in parts), menu.sinks[0] + menu.windows[0]
+    if menu.far and longest <= reach:
         raise FittedError(
             f"No key of {longest} tokens lies beyond {reach} of them.", "Use longer text, or smaller --windows."
         )
@@ -169,7 +113,8 @@ def resumed(fresh: Fitted, partial: Path, asked: set[str], tell: Callable[[str],
     if not same or not fitted_on <= done <= fitted_on | asked:
         tell(f"{partial} is not taken up: it is of other text, another seed or other options.")
         return fresh
-    tell(f"Going on from {partial}: {len(left.means)} attentions are fitted, {len(done - fitted_on)} sequences tried.")
+    begun = f"{len(left.means)} attentions are fitted, " if fitted_on else ""
+    tell(f"Going on from {partial}: {begun}{len(done - fitted_on)} sequences tried.")
     return left
 
 
@@ -183,6 +128,7 @@ class _Recorder:
     at: Tensor | None = None
     trials: dict[str, Trials] = field(default_factory=dict)
     fitted: Fitted | None = None
+    board: Board = field(default_factory=Board)
 
     def __call__(self, site: Site) -> Attention:
         def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
@@ -191,15 +137,57 @@ class _Recorder:
                 return Collect.apply(q, k, v, site.scale, pad, self.collected[site.name], self.at, window, softcap)
             if torch.is_grad_enabled() and site.name in self.trials:
                 self.tell(site.name)
+                self.board.post(site.name, q.detach(), k.detach(), pad, None)
                 return Try.apply(q, k, v, site.scale, pad, self.trials[site.name], replaced, window, softcap)
             return attention(q, k, v, site.scale, pad, window, softcap)
 
-        def replaced(choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-            if CANDIDATES[choice.candidate].far == "gone" and self.fitted is not None:
-                return self.fitted.means[site.name].to(v)[None, :, None].expand(*q.shape[:3], -1)
-            return attend(q, k, v, [choice] * site.heads, site, self.fitted, pad)
+        def replaced(
+            choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
+        ) -> tuple[Tensor, Kept | None]:  # fmt: skip
+            far = CANDIDATES[choice.candidate].far
+            if far == "gone" and self.fitted is not None:
+                return self.fitted.means[site.name].to(v)[None, :, None].expand(*q.shape[:3], -1), None
+            if far == "selected":
+                return selected(choice, site, q, k, v, pad)
+            if CANDIDATES[choice.candidate].decoded:
+                return decoded(choice, site, q, k, v, pad, self.board)
+            return attend(q, k, v, [choice] * site.heads, site, self.fitted, pad), None
 
         return run
+
+
+def selected(choice: Choice, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> tuple[Tensor, Kept]:
+    """The output (B, H, N, Dv) of all heads of a site under a choice that selects keys, computed as
+    `attnopt::selected_attention` does, and what that kept of dense attention."""
+    every, out = range(site.heads), torch.empty_like(q[..., : v.shape[3]])
+    lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    table = torch.tensor([settings_of(choice)] * len(every), dtype=torch.float64)
+    window = site.mask.window or 0
+    heads = torch.tensor(every, dtype=torch.int32)
+    visits = attend_selected(q, k, v, heads, far_of(choice)[1], table, pad, site.scale, window, out, lse)
+    return out, Kept(visits.sums, recalled(lse, site, q, k, v, pad))
+
+
+def decoded(
+    choice: Choice, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, board: Board
+) -> tuple[Tensor, Kept]:  # fmt: skip
+    """The same under a choice that selects tokens while decoding, every row as its step would be; of steps those that
+    select."""
+    out = torch.empty_like(q[..., : v.shape[3]])
+    lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    write_rows(out, q, k, v, [choice] * site.heads, site, pad, board, lse)
+    found = selections(choice, q, k, pad)
+    steps = torch.full_like(found, q.shape[0] * q.shape[2] if pad is None else int(pad.sum()))
+    sums = torch.stack((steps, found, torch.zeros_like(found)), 1)
+    return out, Kept(sums, recalled(lse, site, q, k, v, pad))
+
+
+def recalled(lse: Tensor, site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+    """The share of every row's dense mass (B, H, N) that keys with the logsumexp `lse` hold; a row that keeps no key,
+    of padding, has none to recall."""
+    whole = tables(None, site.heads).values()
+    _, dense = torch.ops.attnopt.span_attention_lse(q, k, v, *whole, pad, site.scale, site.mask.window or 0, 0)
+    return torch.where(dense == -torch.inf, 0.0, (lse - dense).exp())
 
 
 class _Run:
@@ -210,23 +198,29 @@ class _Run:
         self.recorder = _Recorder()
         self.instrumented = Instrumented(model, self.recorder)
         self.sites: dict[str, Site] = {}
-        self.remaining = 0
+        self.longest = self.remaining = 0
+        # Of all attentions, in which they run.
+        self.order: list[str] = []
 
-    def begin(self, fit: list[Sample], lengths: list[int], profile: Profile | None) -> Fitted:
+    def begin(self, fit: list[Sample], tried: list[Sample], profile: Profile | None) -> Fitted:
         """Find the sites, and an empty file of fits of this model."""
         self.progress("tracing", 0, 0)
+        lengths = sorted({s.length for s in tried})
+        self.longest = lengths[-1]
         # The graph that rows are collected in: with gradients, of the length that is fitted on.
         with gradients_through(self.model):
-            self.instrumented.logits(fit[0].ids)
+            self.instrumented.logits([*fit, *tried][0].ids)
         self.instrumented.need_sites()
         every = list(self.instrumented.sites.values())
+        self.order = [site.name for site in every]
         fingerprint = fingerprint_of(self.model, every)
         if profile is not None:
             profile.check_model(fingerprint)
-        self.sites = {site.name: site for site in every if self.menu.serves(site)}
+        self.sites = {site.name: site for site in every if self.menu.serves(site, self.longest)}
         if not self.sites:
+            what = ", ".join(self.menu.families)
             raise FittedError(
-                f"Nothing may stand in for far keys at any of the {len(every)} attentions of this model.",
+                f"Nothing of {what} may stand at any of the {len(every)} attentions of this model.",
                 "`attnopt examine` lists them with their masks; causal ones without further terms can be fitted.",
             )
         marks = tuple(sorted(f"{s.mark}-fit" for s in fit))
@@ -309,15 +303,19 @@ class _Run:
         for n, (mark, sample) in enumerate(left.items()):
             self.recorder.tell = functools.partial(self._trying, n, len(left))
             self.progress("trying", n, len(left))
-            part = {name: Trials.zeros(site.heads, self.menu.choices(site)) for name, site in self.sites.items()}
+            part = {
+                name: Trials.zeros(site.heads, self.menu.choices(site, self.longest, self.order.index(name)))
+                for name, site in self.sites.items()
+            }
             self.recorder.trials = part
             try:
                 self._backward(sample, "try")
             finally:
-                self.recorder.trials = {}
+                self.recorder.trials, self.recorder.board = {}, Board()
             for name, trials in part.items():
                 trials.tokens = float(sample.row_weights("model").sum())
                 settle(fitted, name, trials)
+                trials = trials.as_probe() if sample.kind == "probe" else trials
                 held = fitted.trials.setdefault((name, sample.length), Trials.zeros(trials.heads, trials.choices))
                 held += trials
             fitted.header = replace(fitted.header, data=tuple(sorted((*fitted.header.data, mark))))
@@ -354,3 +352,6 @@ def settle(fitted: Fitted, site: str, trials: Trials) -> None:
             for sums in (trials.t2, trials.t1, trials.sample_sq):
                 sums[head, column] = 0.0
         fitted.fits[site, name] = tuple(fits)
+
+
+__all__ = ["Menu", "check_text", "distill_model", "resumed", "settle"]

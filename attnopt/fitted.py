@@ -20,14 +20,25 @@ from attnopt.codegen.emit import write_atomically
 from attnopt.errors import FittedError
 from attnopt.feature_maps import NAMES, FeatureMap
 from attnopt.fingerprint import Fingerprint, mismatch
-from attnopt.ir import Choice
+from attnopt.ir import WHOLE, Choice, Share
 from attnopt.profile_file import versions_here
 from attnopt.registry import CANDIDATES
-from attnopt.statistics.trials import SUMS, Trials
+from attnopt.statistics.trials import HELD, Trials
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "attnopt_fitted"  # the one metadata key: several would be written in random order
 AGAIN = "write it again with `attnopt distill`"
+# Of trials, what is counted once for all heads and choices.
+COUNTED = ("tokens", "rows", "asked")
+# A threshold is offered to a head where what it skips holds no more than this share of the mass of its rows. What is
+# skipped is decided by a head's scores anew on every text, and a bound of nats does not see what no row of the text
+# tried needed; a head that gives up more than a twentieth of its mass does not skip what is negligible.
+MOST_SKIPPED = 0.05
+
+
+def families() -> tuple[str, ...]:
+    """Every family of candidates there is, as `attnopt plan --allow` calls them."""
+    return tuple(dict.fromkeys(kind.family for _, kind in CANDIDATES if kind.family))
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,18 @@ class Fitted:
 
     def damage(self, site: str, length: int, choice: Choice) -> Tensor:
         """Nats per token of every head under `choice`, float64 (H,); FittedError where that was not tried."""
+        return self._tried(site, length, choice).damage(choice)
+
+    def forgotten(self, site: str, length: int, choice: Choice) -> Tensor | None:
+        """Nats per token of a retrieval probe's answers, float64 (H,), or None where none was tried; FittedError as
+        `damage`."""
+        return self._tried(site, length, choice).forgotten(choice)
+
+    def shares(self, site: str, length: int, choice: Choice) -> tuple[Share, ...]:
+        """What every head visited and kept where `choice` selects keys; FittedError as `damage`."""
+        return self._tried(site, length, choice).shares(choice)
+
+    def _tried(self, site: str, length: int, choice: Choice) -> Trials:
         trials = self.trials.get((site, length))
         if trials is None or choice not in trials.choices:
             lengths = ", ".join(str(n) for n in self.header.lengths) or "none"
@@ -117,11 +140,28 @@ class Fitted:
                 f"{choice} was not tried at {site} with {length} tokens; tried are the lengths {lengths}.",
                 "Fit again with `attnopt distill` and the profile that you plan from.",
             )
-        return trials.damage(choice)
+        return trials
+
+    def skips(self, site: str, choice: Choice) -> tuple[Tensor, Tensor] | None:
+        """Of a choice with a threshold, for every head, float64 (H,): the largest share of visited blocks that it skips
+        at any length, and the largest share of mass that is lost by that. None of any other choice."""
+        params = dict(choice.params)
+        if not params.get("skip"):
+            return None
+        without = Choice.of(choice.candidate, {**params, "skip": 0.0})
+        found = [trials for (name, _), trials in self.trials.items() if name == site and choice in trials.choices]
+        skipped, lost = [], []
+        for trials in found:
+            shares = trials.shares(choice)
+            before = trials.shares(without) if without in trials.choices else (WHOLE,) * len(shares)
+            skipped.append([own.skipped for own in shares])
+            lost.append([whole.recalled - own.recalled for own, whole in zip(shares, before, strict=True)])
+        return tuple(torch.tensor(x, dtype=torch.float64).amax(0) for x in (skipped, lost))  # type: ignore[return-value]
 
     def offered(self, site: str, choice: Choice) -> Tensor:
         """bool (H,): the heads to which `choice` may be offered. One with a part for far keys must be better than its
-        own plain window at some length, worse at none, and its map must not be refused."""
+        own plain window at some length, worse at none, and its map must not be refused. One with a threshold must skip
+        something at some length, and MOST_SKIPPED of the mass at most at any."""
         found = [trials for (name, _), trials in self.trials.items() if name == site and choice in trials.choices]
         if not found:
             return torch.zeros(self._heads_of(site), dtype=torch.bool)
@@ -133,6 +173,9 @@ class Fitted:
                 return torch.zeros_like(allowed)
             windows = torch.stack([trials.damage(plain) for trials in found])
             allowed &= (damages <= windows).all(0) & (damages < windows).any(0)
+        skips = self.skips(site, choice)
+        if skips is not None:
+            allowed &= (skips[0] > 0) & (skips[1] <= MOST_SKIPPED)
         name = CANDIDATES[choice.candidate].map_name(dict(choice.params))
         if name:
             fits, held = self.fits.get((site, name), ()), self.held.get((site, name), ())
@@ -183,7 +226,7 @@ class Fitted:
             tensors |= {f"map.{n}.{name}": getattr(found, name) for name in NAMES}
         tensors |= {f"mean.{n}": mean for n, mean in enumerate(self.means.values())}
         for n, trials in enumerate(self.trials.values()):
-            tensors |= {f"trial.{n}.{name}": getattr(trials, name) for name in SUMS}
+            tensors |= {f"trial.{n}.{name}": getattr(trials, name) for name in HELD}
         content: bytes = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             {KEY: json.dumps(self._json(), sort_keys=True, allow_nan=False)},
@@ -210,7 +253,8 @@ class Fitted:
             "means": list(self.means),
             "trials": [
                 {
-                    "site": site, "length": length, "tokens": trials.tokens,
+                    "site": site, "length": length,
+                    **{name: getattr(trials, name) for name in COUNTED},
                     "choices": [{"candidate": c.candidate, **dict(c.params)} for c in trials.choices],
                 }
                 for (site, length), trials in self.trials.items()
@@ -233,7 +277,7 @@ class Fitted:
                 raise FittedError(f"The mean outputs of {site} are no finite float32 (heads, features).", AGAIN)
         for (site, length), trials in self.trials.items():
             shape = (trials.heads, len(trials.choices))
-            for name in SUMS:
+            for name in HELD:
                 held = getattr(trials, name)
                 wrong = tuple(held.shape) != shape or held.dtype != torch.float64 or not bool(held.isfinite().all())
                 if wrong or (name != "t1" and bool((held < 0).any())):
@@ -322,11 +366,12 @@ def _from_json(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fitted:
         choices = tuple(_choice(record) for record in entry["choices"])
         if len(set(choices)) != len(choices) or (entry["site"], entry["length"]) in fitted.trials:
             raise ValueError(f"trials of {entry['site']} are there twice")
-        tokens = entry["tokens"]
-        if not isinstance(tokens, float) or not 0 < tokens < float("inf"):
-            raise ValueError(f"{tokens!r} is no number of tokens")
-        t2, t1, sample_sq = (tensors.pop(f"trial.{n}.{name}") for name in SUMS)
-        fitted.trials[str(entry["site"]), _whole(entry["length"], 1)] = Trials(choices, t2, t1, sample_sq, tokens)
+        tokens, rows, asked = (_amount(entry[name]) for name in COUNTED)
+        if not max(tokens, asked):
+            raise ValueError("nothing was tried")
+        sums = {name: tensors.pop(f"trial.{n}.{name}") for name in HELD}
+        trials = Trials(choices, **sums, tokens=tokens, rows=rows, asked=asked)
+        fitted.trials[str(entry["site"]), _whole(entry["length"], 1)] = trials
     return fitted
 
 
@@ -337,6 +382,12 @@ def _choice(record: Mapping[str, Any]) -> Choice:
     if problem or set(params) != {p.name for p in kind.params}:
         raise ValueError(f"{record} is no choice of this attnopt" + (f": {problem}" if problem else ""))
     return Choice.of(kind.name, {p.name: p.kind(params[p.name]) for p in kind.params})
+
+
+def _amount(value: Any) -> float:
+    if not isinstance(value, float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{value!r} is no amount of tokens or rows")
+    return value
 
 
 def _whole(value: Any, least: int | None) -> int:

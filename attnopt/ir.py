@@ -231,6 +231,21 @@ class Choice:
 DENSE = Choice("dense")
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a head whose keys are selected visited and kept. visited: of the blocks it could, those listed; skipped: of
+    these, those left out by their scores; recalled: of the dense soft-max mass what was attended to, the mean over
+    rows."""
+
+    visited: float = 1.0
+    skipped: float = 0.0
+    recalled: float = 1.0
+
+
+# Of a head about which nothing is known: it visits everything.
+WHOLE = Share()
+
+
 def page(code: str) -> str:
     """The section of the documentation that explains a code."""
     return f"docs/reasons.md#{code}" if code else ""

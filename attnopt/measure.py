@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnopt.board import Board, reach_of
 from attnopt.errors import PlanError
 from attnopt.instrument import Attention, Instrumented
 from attnopt.ir import DENSE, Choice, Site
@@ -58,6 +59,7 @@ class Spans:
         self.instrumented = Instrumented(model, self._attention)
         self._choices: dict[str, tuple[Choice, ...]] = {}
         self._mixtures: dict[str, Mixture] = {}
+        self._board = Board(0)
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -72,10 +74,11 @@ class Spans:
         given = {name: tuple(of_site) for name, of_site in (choices or {}).items()}
         self._choices = {name: of_site for name, of_site in given.items() if any(c != DENSE for c in of_site)}
         self._mixtures = {}
+        self._board = Board(reach_of(choice for of_site in self._choices.values() for choice in of_site))
 
     def _mixture(self, site: Site) -> Mixture | None:
         if site.name not in self._mixtures and site.name in self._choices:
-            self._mixtures[site.name] = Mixture(self._choices[site.name], site, self.fitted)
+            self._mixtures[site.name] = Mixture(self._choices[site.name], site, self.fitted, board=self._board)
         return self._mixtures.get(site.name)
 
     def _attention(self, site: Site) -> Attention:
@@ -83,6 +86,7 @@ class Spans:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
             mixture = self._mixture(site)
+            self._board.post(site.name, q, k, pad, self._choices.get(site.name, (DENSE,) * site.heads))
             if mixture is None:
                 return attention(q, k, v, site.scale, pad, window, site.softcap)
             if not mixture.spanned:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnopt import ops
+from attnopt.board import Board, selecting, write_rows
 from attnopt.errors import FittedError, PlanError
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.registry import CANDIDATES
@@ -199,17 +200,20 @@ def far_call(
 
 @dataclass(eq=False)
 class Mixture:
-    """A site's attention under `choices`, one for every query head; call it with (q, k, v, pad)."""
+    """A site's attention under `choices`, one for every query head; call it with (q, k, v, pad). board: of heads that
+    select tokens while decoding, whose every row is computed as its step would be."""
 
     choices: tuple[Choice, ...]
     site: Site
     fitted: Fitted | None = None
     min_length: int = 0
+    board: Board | None = None
     _held: dict[torch.device, tuple[HeldPart, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.rules = tuple(tables(self.choices, len(self.choices)).values())
         self.parts, self.gone = far_parts(self.choices), gone(self.choices)
+        self.selecting = selecting(self.choices)
         if any(part.far != "selected" for part in self.parts) and self.site.mask.window is not None:
             said = f"{self.site.name} has a window of its own, outside of which there are no keys to stand in for."
             raise PlanError(said, "Choose spans there.")
@@ -237,7 +241,11 @@ class Mixture:
             raise PlanError(said, "Give every query head one.")
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         numbers = self.site.scale, self.site.mask.window or 0, self.min_length, grad, self.site.name
-        return self.constants(compose(ops.compute, q, k, v, self.rules, self.held(q.device), pad, *numbers))
+        out = compose(ops.compute, q, k, v, self.rules, self.held(q.device), pad, *numbers)
+        if self.selecting and q.shape[2] >= self.min_length:
+            out = out.clone() if grad else out
+            write_rows(out, q, k, v, self.choices, self.site, pad, self.board)
+        return self.constants(out)
 
     def constants(self, out: Tensor) -> Tensor:
         """`out` (B, H, N, Dv) with the heads that are gone in the place of whatever stands there: their means, at
@@ -252,11 +260,11 @@ class Mixture:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, choices: Sequence[Choice], site: Site, fitted: Fitted | None = None,
-    pad: Tensor | None = None, min_length: int = 0,
+    pad: Tensor | None = None, min_length: int = 0, board: Board | None = None,
 ) -> Tensor:  # fmt: skip
     """The attention of a site whose query heads have these choices, computed by the operators that graphs call.
 
     Shapes as in `Mixture`; fitted: maps and means, where a choice needs them; below `min_length` every head that is not
-    gone is dense. Differentiable at q, k and v.
+    gone is dense; board: where a head reads what an earlier attention selected. Differentiable at q, k and v.
     """
-    return Mixture(tuple(choices), site, fitted, min_length)(q, k, v, pad)
+    return Mixture(tuple(choices), site, fitted, min_length, board)(q, k, v, pad)

@@ -69,13 +69,18 @@ def with_progress(made: Parser) -> None:
     )
 
 
+def with_settings(made: Parser, of: str = "") -> None:
+    """In what dtype, where and with which attention a model is loaded."""
+    made.add_argument("--dtype", default="fp32", help=f"{of}fp32, bf16 or fp16 (default fp32)")
+    made.add_argument("--device", default="cpu", help=f"{of}cpu or cuda (default cpu)")
+    made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
+
+
 def with_model(made: Parser, optional: bool = False) -> None:
     with_progress(made)
     help = "demo, a directory, a hub name, or module:callable"
     made.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=help)
-    made.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (default fp32)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
+    with_settings(made)
 
 
 def with_text(made: Parser) -> None:
@@ -180,8 +185,25 @@ def distill(made: Parser) -> None:
         "--families",
         type=names,
         metavar="FAMILIES",
-        help="what is fitted and tried (default: linear,taylor,compensation,prune)",
+        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold)",
     )
+
+
+def with_constraints(made: Parser) -> None:
+    made.add_argument("--min-speedup", type=speedup, metavar="X", help="of what the objective weighs, at --length")
+    made.add_argument(
+        "--max-kv-memory", type=memory, metavar="SHARE|BYTES", help="for example 40%% of dense, or 512MiB a sequence"
+    )
+    made.add_argument("--max-rules", type=count, metavar="R", help="distinct spans of one layer (prefill: default 4)")
+    made.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="LAYER[.HEAD]",
+        help="leave dense; by name or number, may be repeated",
+    )
+    made.add_argument("--protect-top", type=count, metavar="K", help="leave dense the K heads whose removal hurts most")
+    made.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
 
 
 def plan(made: Parser) -> None:
@@ -199,20 +221,7 @@ def plan(made: Parser) -> None:
         choices=("prefill", "decode", "memory", "mixed"),
         help="what costs are weighed: prefill (default), decoding or memory by what the cache keeps, or half of both",
     )
-    made.add_argument("--min-speedup", type=speedup, metavar="X", help="of what the objective weighs, at --length")
-    made.add_argument(
-        "--max-kv-memory", type=memory, metavar="SHARE|BYTES", help="for example 40%% of dense, or 512MB a sequence"
-    )
-    made.add_argument("--max-rules", type=count, metavar="R", help="distinct spans of one layer (prefill: default 4)")
-    made.add_argument(
-        "--protect",
-        action="append",
-        default=[],
-        metavar="LAYER[.HEAD]",
-        help="leave dense; by name or number, may be repeated",
-    )
-    made.add_argument("--protect-top", type=count, metavar="K", help="leave dense the K heads whose removal hurts most")
-    made.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
+    with_constraints(made)
     made.add_argument(
         "--exact",
         type=positive,
@@ -276,9 +285,7 @@ def show(made: Parser) -> None:
     made.add_argument("--profile", metavar="FILE", help="of a plan: with it the page has candidates and the front")
     made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted for the plan")
     made.add_argument("--model", metavar="MODEL", help="of a plan: with it the page has graphs and kernels")
-    made.add_argument("--dtype", default="fp32", help="of the model: fp32, bf16 or fp16 (default fp32)")
-    made.add_argument("--device", default="cpu", help="of the model: cpu or cuda (default cpu)")
-    made.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default sdpa)")
+    with_settings(made, "of the model: ")
 
 
 def explain(made: Parser) -> None:

@@ -21,6 +21,7 @@ from attnopt.fingerprint import fingerprint_of
 from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Site
 from attnopt.profile_file import Profile
+from attnopt.progress import Progress
 from attnopt.statistics import Grid, Observation, Observe, attention, factor_of, measure_forward
 from attnopt.supervision import Sample, check_labels, loss_and_gradient, not_finite
 
@@ -29,7 +30,6 @@ DEFAULT_GRID = Grid((0, 4, 16), (32, 64, 128, 256, 512, 1024, 2048))
 # Of so many blocks of rows one is looked at without a backward pass, which then costs less than half a forward pass.
 SHARE = 24
 FORWARD = "no loss: forward passes only"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -126,44 +126,63 @@ def profile_model(
     report = progress or (lambda what, done, of: None)
     report("tracing", 0, 0)
     instrumented = discover(model, samples[0].ids[:, :64], recompute)
-    recorder = instrumented.observer
-    assert isinstance(recorder, _Recorder)
-    sites = list(instrumented.sites.values())
-    supervision = [s.supervision(labels) for s in samples]
-    if forward_only:
-        recorder.factors = factors_of(instrumented)
-        supervision = [
-            FORWARD if recorder.factors else f"{FORWARD}, outputs as they are: not every projection was found"
-        ]
-    profile = Profile.empty(
-        fingerprint_of(model, sites), grid, [], [s.dtype for s in sites], forward_only, not forward_only, supervision
-    )
+    profile = nothing_seen(instrumented, samples, grid, method)
     # Each is taken up by one process; nobody writes before all have looked.
     asked = {mark for sample in samples for mark in method.marks(sample)}
     for left in [] if partial is None else ranks.leftovers(partial)[ranks.rank() :: ranks.size()]:
         profile = resumed(profile, left, asked, tell or (lambda line: None))
-    done = {mark for marks in ranks.gathered_json(list(profile.header.data)) for mark in marks}
-    # What one process has done already none does again; the rest is dealt out.
-    left_to_do = {s.mark: s for s in samples if not set(method.marks(s)) <= done}
-    own = list(left_to_do.values())[ranks.rank() :: ranks.size()]
-
-    def observe_own() -> Profile:
-        into = None if partial is None else ranks.partial_of(partial)
-        for n, sample in enumerate(own):
-            what = f"profiling: {sample.length} tokens"
-            report(what, n, len(own))
-            recorder.tell = lambda site, what=what, n=n: report(f"{what}, {site}", n, len(own))
-            observe = moved_outputs if forward_only else one_sequence
-            profile.add(observe(instrumented, recorder, profile, sample, method))
-            if into is not None:
-                profile.save(into)
-            report(what, n + 1, len(own))
-        return profile
-
-    made = ranks.together(observe_own)
-    order = {site.name: n for n, site in enumerate(sites)}
+    own, into = dealt_out(samples, profile, method), None if partial is None else ranks.partial_of(partial)
+    made = ranks.together(lambda: observed(instrumented, profile, own, method, report, into))
+    order = {name: n for n, name in enumerate(instrumented.sites)}
     made.observations = dict(sorted(made.observations.items(), key=lambda item: (item[0][1], order[item[0][0]])))
     return made
+
+
+def nothing_seen(instrumented: Instrumented, samples: Sequence[Sample], grid: Grid, method: Method) -> Profile:
+    """The profile before the first sequence; without a backward pass the observers know the sites' projections."""
+    sites = list(instrumented.sites.values())
+    supervision = [s.supervision(method.labels) for s in samples]
+    if method.forward_only:
+        recorder = recorder_of(instrumented)
+        recorder.factors = factors_of(instrumented)
+        supervision = [
+            FORWARD if recorder.factors else f"{FORWARD}, outputs as they are: not every projection was found"
+        ]
+    return Profile.empty(
+        fingerprint_of(instrumented.model, sites), grid, [], [s.dtype for s in sites], method.forward_only,
+        not method.forward_only, supervision,
+    )  # fmt: skip
+
+
+def recorder_of(instrumented: Instrumented) -> _Recorder:
+    recorder = instrumented.observer
+    assert isinstance(recorder, _Recorder)
+    return recorder
+
+
+def dealt_out(samples: Sequence[Sample], profile: Profile, method: Method) -> list[Sample]:
+    """What is left to this process: what one of them has done already, none does again."""
+    done = {mark for marks in ranks.gathered_json(list(profile.header.data)) for mark in marks}
+    left = {s.mark: s for s in samples if not set(method.marks(s)) <= done}
+    return list(left.values())[ranks.rank() :: ranks.size()]
+
+
+def observed(
+    instrumented: Instrumented, profile: Profile, samples: Sequence[Sample], method: Method, report: Progress,
+    into: Path | None,
+) -> Profile:  # fmt: skip
+    """`profile` with one sequence after the other added to it, and written to `into` after each."""
+    recorder = recorder_of(instrumented)
+    observe = moved_outputs if method.forward_only else one_sequence
+    for n, sample in enumerate(samples):
+        what = f"profiling: {sample.length} tokens"
+        report(what, n, len(samples))
+        recorder.tell = lambda site, what=what, n=n: report(f"{what}, {site}", n, len(samples))
+        profile.add(observe(instrumented, recorder, profile, sample, method))
+        if into is not None:
+            profile.save(into)
+        report(what, n + 1, len(samples))
+    return profile
 
 
 def resumed(fresh: Profile, partial: Path, asked: set[str], tell: Callable[[str], None]) -> Profile:

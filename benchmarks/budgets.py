@@ -29,7 +29,8 @@ from attnopt.errors import BudgetError
 from attnopt.measure import Spans
 from attnopt.plan import Budget
 from attnopt.planner import judge
-from attnopt.planner.make import Evaluator, make_plan
+from attnopt.planner.evaluate import Evaluator
+from attnopt.planner.make import make_plan
 from attnopt.probe import Probe
 from attnopt.profiler import profile_model
 from benchmarks.planners.page import fill, markdown

@@ -26,7 +26,8 @@ from attnopt.fingerprint import fingerprint_of
 from attnopt.measure import Spans
 from attnopt.plan import Budget, Plan
 from attnopt.planner import judge
-from attnopt.planner.make import Evaluator, Made, make_plan, uniform_at_cost
+from attnopt.planner.evaluate import Evaluator
+from attnopt.planner.make import Made, make_plan, uniform_at_cost
 from attnopt.profiler import profile_model
 from attnopt.report import terminal
 from attnopt.report.data import environment, plan_json

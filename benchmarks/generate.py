@@ -29,7 +29,7 @@ import torch
 
 import attnopt
 from attnopt.fingerprint import fingerprint_of
-from attnopt.hf.benchmark import DYNAMIC, EXACT, PLANNED, STATIC, Clock, decode, megabytes, running, timed_decoding
+from attnopt.hf.benchmark import DYNAMIC, EXACT, PLANNED, STATIC, Clock, decode, mib_of, running, timed_decoding
 from attnopt.ir import DENSE, Choice
 from attnopt.plan import Budget, Lengths, Plan, Predicted
 from attnopt.profiler import discover
@@ -110,7 +110,7 @@ def measure(case: Case, rounds: int) -> Row:
     }
     ratios, lower = ({name: pair[side] for name, pair in found.items()} for side in (0, 1))
     held = by_name[PLANNED].cache
-    ratios["memory"] = megabytes(by_name[STATIC].cache) / megabytes(held)
+    ratios["memory"] = mib_of(by_name[STATIC].cache) / mib_of(held)
     ratios["ideal"] = held.nbytes / held.ideal_nbytes
     ratios["python"] = own_python(model, ids, by_name[PLANNED])
     medians = {name: 1e3 * float(torch.tensor(t).median()) for name, t in seconds.items()}

@@ -170,11 +170,19 @@ def ratio(dense: tuple[GraphModule, list[Any]], cut: tuple[GraphModule, list[Any
 
 
 def row(name: str, now: Counted, base: Counted, took: float) -> str:
-    megabytes = " | ".join(f"{size / 2**20:.1f}" for size in (now.alive, now.peak, now.keys, now.constants))
-    return f"| {name} | {now.flops / 1e9:.1f} G ({now.flops / base.flops:.2f}) | {megabytes} | {took:.2f} |"
+    mib = " | ".join(f"{size / 2**20:.1f}" for size in (now.alive, now.peak, now.keys, now.constants))
+    return f"| {name} | {now.flops / 1e9:.1f} G ({now.flops / base.flops:.2f}) | {mib} | {took:.2f} |"
 
 
-HEADER = "heads removed", "operations", "MB alive at attentions", "MB at most", "keys, values", "constants", "CPU time"
+HEADER = (
+    "heads removed",
+    "operations",
+    "MiB alive at attentions",
+    "MiB at most",
+    "keys, values",
+    "constants",
+    "CPU time",
+)
 
 
 def main() -> None:

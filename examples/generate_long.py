@@ -56,7 +56,7 @@ def main() -> None:
     for which, text in said.items():
         print(f"{which}: {question}{text}  ({'right' if text == answer.strip() else 'wrong'})")
     for row in compare_decoding(model, ids, plan=plan, new_tokens=TIMED, rounds=ROUNDS):
-        print(f"{row.variant:16} {row.tokens_per_second:6.1f} tokens/s  {row.cache_megabytes:6.2f} MB of cache")
+        print(f"{row.variant:16} {row.tokens_per_second:6.1f} tokens/s  {row.cache_mib:6.2f} MiB of cache")
 
 
 if __name__ == "__main__":

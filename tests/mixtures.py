@@ -34,6 +34,13 @@ def mean(sink: int, alpha: int, beta: float = 0.0) -> Choice:
     return Choice.of("compensation", {"sink": sink, "alpha": alpha, "beta": beta})
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+    """The mask written out, as models do; a graph in which it stands for causal and padding."""
+    keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    keep = keep if pad is None else keep & pad[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=q.shape[1] != k.shape[1])
+
+
 # Eight heads over two KV heads, of every family; equal maps apart from each other, and under different windows.
 CHOICES = (DENSE, linear(2, 5), window(2, 5), mean(1, 4), linear(0, 9), taylor(2, 5), mean(0, 0, 0.25), linear(2, 5))
 

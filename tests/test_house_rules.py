@@ -19,23 +19,14 @@ PACKAGE = ROOT / "attnopt"
 LINKS = ("passes", "patterns", "codegen")
 
 # Floors, bottom up. A module imports from its own floor and from below; `attnopt` itself is `__init__`.
+READING = ("strict_json", "arguments", "parsing")
+FITS = ("fitted", "fitting")
 PROFILING = ("ranks", "profiler", "supervision", "probe", "conversations")
 FLOORS = {
-    0: ("ir", "errors", "escapes", "reasons", "settings", "registry", "corpus", "strict_json", "arguments", "parsing"),
-    1: (
-        "masks",
-        "plan",
-        "codegen",
-        "feature_maps",
-        "fingerprint",
-        "fitted",
-        "fitting",
-        "statistics",
-        "profile_file",
-        "selection",
-    ),
+    0: ("ir", "errors", "escapes", "reasons", "settings", "registry", "corpus", *READING, "progress", "units"),
+    1: ("masks", "plan", "codegen", "feature_maps", "fingerprint", *FITS, "statistics", "profile_file", "selection"),
     2: ("patterns",),
-    3: ("candidates", "ops", "capture", "mixed"),
+    3: ("candidates", "ops", "capture", "board", "mixed"),
     4: ("passes", "instrument", "projection", "recompute", "measure", "cost", "cache", "distill", *PROFILING),
     5: ("planner", "backend", "benchmark", "text"),
     6: ("hf", "examine", "report", "commands", "demo"),

@@ -43,7 +43,7 @@ def fits(fingerprint: Fingerprint = MODEL) -> Fitted:
 def plan_of(choices: dict[str, tuple[Choice, ...]], fingerprint: Fingerprint = MODEL) -> Plan:
     return Plan(
         "demo", fingerprint, Budget("kl", 0.1), Lengths((64,), 64), choices,
-        Predicted(0.0, "bytes", "MB of cache", 1.0, 0.5, 2.0, 0.5),
+        Predicted(0.0, "bytes", "MiB of cache", 1.0, 0.5, 2.0, 0.5),
         constraints=Constraints(allow=("linear", "prune")), min_length=32, fitted=fits(fingerprint).part_of(choices),
     )  # fmt: skip
 

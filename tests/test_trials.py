@@ -22,15 +22,15 @@ def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def replaced(choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+def replaced(choice: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> tuple[Tensor, None]:
     """A window by its N x N mask, or nothing at all."""
     if choice == ZERO:
-        return torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+        return torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), None
     i, j = torch.arange(N)[:, None], torch.arange(N)
     keep = (j <= i) & ((j < choice["sink"]) | (i - j < choice["alpha"]))
     scores = SCALE * q @ k.repeat_interleave(H // G, 1).mT
     masked = scores.masked_fill(~(keep if pad is None else keep & pad[:, None, None]), -torch.inf)
-    return masked.softmax(-1).nan_to_num() @ v.repeat_interleave(H // G, 1)
+    return masked.softmax(-1).nan_to_num() @ v.repeat_interleave(H // G, 1), None
 
 
 def tried(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, grad: Tensor) -> tuple[Trials, Tensor]:
@@ -69,7 +69,7 @@ def test_a_naive_twin() -> None:
     grad = torch.randn(B, H, N, DV, dtype=torch.float64)
     trials, _ = tried(q, k, v, None, grad)
     with torch.no_grad():
-        moved = replaced(WINDOWS[1], q, k, v, None) - attention(q, k, v, SCALE, None, None)
+        moved = replaced(WINDOWS[1], q, k, v, None)[0] - attention(q, k, v, SCALE, None, None)
         for head in range(H):
             t = [[float(grad[b, head, i] @ moved[b, head, i]) for i in range(N)] for b in range(B)]
             assert float(trials.t2[head, 1]) == pytest.approx(sum(x * x for row in t for x in row))

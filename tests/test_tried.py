@@ -12,7 +12,7 @@ import torch
 from test_problem import small_profile
 
 from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import CostTable, FarTable, Roofline, WithFar, device, load_or_measure_far
+from attnopt.cost import CostTable, FarTable, Joined, Roofline, device, load_or_measure_far
 from attnopt.errors import AttnoptError, FittedError, OptionError
 from attnopt.fitted import Fitted, Header
 from attnopt.ir import DENSE, Choice
@@ -27,6 +27,7 @@ from attnopt.planner.tried import allowed_families, not_pruned
 from attnopt.profile_file import Profile
 from attnopt.registry import CANDIDATES
 from attnopt.statistics.trials import Trials
+from attnopt.units import MIB
 
 PLAIN = Choice.of("sink_window", {"sink": 4, "alpha": 64, "beta": 0.0})
 LINEAR = Choice.of("linear", {"sink": 4, "window": 64, "features": 8})
@@ -145,11 +146,13 @@ def test_far_parts_cost_and_keep_something_and_what_is_gone_does_not() -> None:
     assert prefill.groups[0, pruned] == GONE
     # A state of 8 features x (8 + 1) float32 a head; a decoded token reads and writes it.
     assert memory.state[0, linear] == 288
-    assert memory.cost[0, linear] == pytest.approx(288e-6) and of["decode"].cost[0, linear] == pytest.approx(2 * 288e-6)
+    assert memory.cost[0, linear] == pytest.approx(288 / MIB) and of["decode"].cost[0, linear] == pytest.approx(
+        2 * 288 / MIB
+    )
     assert of["mixed"].cost[0, linear] > of["mixed"].cost[0, plain]
     every_plain, every_linear = (memory.of(np.array([c] * 4 + [0] * 4)) for c in (plain, linear))
     assert every_linear.memory == every_plain.memory + 4 * 288
-    assert every_linear.cost == pytest.approx(every_linear.memory / 1e6)
+    assert every_linear.cost == pytest.approx(every_linear.memory / MIB)
     # Two query heads share a KV head's 64 bytes a token: its keys go with the last of them.
     one, both = (memory.of(np.array(heads + [0] * 6)).memory for heads in ([pruned, 0], [pruned, pruned]))
     assert one == memory.dense.memory and both == one - 512 * 64
@@ -232,8 +235,8 @@ def test_a_plan_says_what_it_expects_and_from_where_on_it_pays() -> None:
     spans = CostTable((), tuple(((n, s, w), ms) for n in (256, 512) for s, w, ms in ((0, n, n / 64), (4, 64, 1.0))))
     far = FarTable((), (((256, "exp", 8), 4.0), ((512, "exp", 8), 5.0)))
     choices = choices_from(problem, problem.of(np.array([linear] * 4 + [0] * 4)))
-    assert min_length_of(choices, sites, WithFar(spans, far)) == 512
-    assert min_length_of(choices, sites, WithFar(spans, replace(far, entries=(((256, "exp", 8), 1.0),)))) == 256
+    assert min_length_of(choices, sites, Joined(spans, far)) == 512
+    assert min_length_of(choices, sites, Joined(spans, replace(far, entries=(((256, "exp", 8), 1.0),)))) == 256
     gone_choices = {"a": (PRUNED,) * 4, "b": (DENSE,) * 4}
     assert min_length_of(gone_choices, sites, spans) == 256
 
@@ -266,7 +269,7 @@ def test_times_of_far_parts_grow_with_the_length_and_the_rank() -> None:
     with pytest.raises(AttnoptError, match="spans only"):
         CostTable((), (((64, 0, 64), 1.0),)).far_cost(64, "mean", 0)
     assert (
-        CANDIDATES["taylor"].cost(WithFar(DENSITY, FarTable((), (((64, "taylor", 2), 3.0),))), dict(TAYLOR.params), 64)
+        CANDIDATES["taylor"].cost(Joined(DENSITY, FarTable((), (((64, "taylor", 2), 3.0),))), dict(TAYLOR.params), 64)
         > 3
     )
 

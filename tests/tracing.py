@@ -79,3 +79,10 @@ def qkv(
         return (2 * torch.randn(shape, generator=generator)).to(dtype)
 
     return normal(batch, heads, length, dim), normal(batch, groups, keys, dim), normal(batch, groups, keys, dim_v)
+
+
+def operators(traced: Traced) -> list[str]:
+    """The operators of attnopt that the graph calls, in order."""
+    graph = traced.program.gm.graph
+    names = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+    return [name.removeprefix("attnopt.").removesuffix(".default") for name in names if name.startswith("attnopt.")]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +28,17 @@ Params = Mapping[str, Number]
 
 class SpanCosts(Protocol):
     """A table of prefill costs, in milliseconds per head. far_cost: of what stands in for the keys outside a span, a
-    feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0)."""
+    feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0). block_cost: of a walk over the share
+    `visited` of all causal blocks of that size, of which `skipped` are skipped by their scores; selection_cost: of what
+    candidate `name` selects them by, with settings `timed`, or, where nothing is timed, as so many `pairs` cost."""
 
     def cost(self, length: int, sink: int, window: int) -> float: ...
 
     def far_cost(self, length: int, kind: str, rank: int) -> float: ...
+
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float: ...
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,14 @@ class Candidate(ABC):
     family: what `--allow` calls it; candidates without one are always weighed. far: what stands in for the keys outside
     its span, under one normaliser with them: "" nothing, "mean" one token, "linear" a fitted feature map; "gone" says
     that no attention is left at all and the head is a constant, "selected" that its keys are chosen while running.
+    decoded: only steps of decoding differ from dense; a prompt, and every compiled prefill, runs as it is.
     """
 
     name: ClassVar[str]
     params: ClassVar[tuple[Param, ...]] = ()
     family: ClassVar[str] = ""
     far: ClassVar[str] = ""
+    decoded: ClassVar[bool] = False
 
     def problem(self, params: Params) -> str:
         """What is wrong with `params`, or an empty string."""
@@ -89,8 +97,8 @@ class Candidate(ABC):
         return []
 
     def menu(self, length: int) -> list[Choice]:
-        """What `attnopt distill` tries of it on texts of `length` tokens: few settings, from careful to bold. None for a
-        candidate whose damage a profile tells."""
+        """What `attnopt distill` tries of it on texts of `length` tokens: few settings, from careful to bold. None for
+        a candidate whose damage a profile tells."""
         return []
 
     @abstractmethod
@@ -123,6 +131,15 @@ class Candidate(ABC):
         window = min(max(math.floor(alpha + beta * length), 1), length)
         return (sink, window) if own_window is None else (0, min(window, own_window))
 
+    def reads(
+        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
+        share: Share | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
+        """What a step of decoding reads of the cache on average, in keys with their values, as a sink and a window:
+        the span itself where nothing is selected. head_dim: the site's, where that matters; share: as in `cost`, of
+        steps of decoding those that select."""
+        return self.span(params, length, own_window)
+
     def far_part(self, params: Params) -> tuple[str, int]:
         """Kind and rank of what stands in for far keys, as cost tables know it; ("", 0) for nothing."""
         return "", 0
@@ -143,8 +160,11 @@ class Candidate(ABC):
         """What a cache keeps of one query head beyond its span's keys."""
         return 0
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
-        """Milliseconds of one head's prefill at `length`."""
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
+        """Milliseconds of one head's prefill at `length`. share: what the head visits of the blocks it could, where
+        keys are selected; None where that is not known."""
         span = table.cost(length, *self.span(params, length, own_window))
         kind, rank = self.far_part(params)
         return span + table.far_cost(length, kind, rank) if kind else span

@@ -24,7 +24,7 @@ from attnopt.candidates._tried import Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_blocks import prefill
 from attnopt.codegen.spec import BLOCKS
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 from attnopt.selection import Asked, Lists, lists_of
 
 if TYPE_CHECKING:
@@ -39,10 +39,12 @@ OFFERED = (64,)
 
 class Selected(Tried):
     """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them. fixed: those of its own,
-    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`."""
+    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`. timed: the
+    parameters that its selection's time depends on; None for all but `skip`."""
 
     far = "selected"
     fixed: ClassVar[tuple[str, ...]] = ()
+    timed: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,9 +78,29 @@ class Selected(Tried):
         """Heads of one method are served by one call: its name, what is fixed, the size of its blocks: "pooled/64"."""
         return "/".join([self.name, *(str(int(params[name])) for name in (*self.fixed, "block"))])
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
-        """Of every block, before anything is known of what is kept."""
-        return table.cost(length, *self.span(params, length, own_window))
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
+        """Of the selection, the walk over what it keeps, and the kernel of spans beside it, to which the head is one of
+        a window of one key. Where nothing is known of what is kept, of every block."""
+        visited, skipped = (1.0, 0.0) if share is None else (share.visited, share.skipped)
+        # Blocks were counted among those within the model's own window: its share of all causal pairs.
+        own = length if own_window is None else min(own_window, length)
+        within = own * (2 * length - own + 1) / (length * (length + 1))
+        walk = table.block_cost(length, int(params["block"]), visited * within, skipped)
+        selection = table.selection_cost(length, self.name, self.timing(params), self.scored(params, length))
+        return walk + selection + table.cost(length, 0, 1)
+
+    def timing(self, params: Params) -> tuple[float, ...]:
+        """What the time of its selection depends on, as numbers."""
+        names = [p.name for p in self.params if p != SKIP] if self.timed is None else self.timed
+        return tuple(float(params[name]) for name in names)
+
+    def scored(self, params: Params, length: int) -> int:
+        """Query-key pairs that do the work of one head's selection, for where nothing is timed: by default each pair of
+        blocks is scored and sorted, and each query and key read once."""
+        blocks = -(-length // int(params["block"]))
+        return 2 * blocks**2 + 2 * length
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, params: Params, scale: float, own_window: int | None = None,

@@ -14,7 +14,7 @@ import torch
 
 from attnopt.candidates import Params, SpanCosts
 from attnopt.candidates._tried import Tried
-from attnopt.ir import Choice, Refusal, Site
+from attnopt.ir import Choice, Refusal, Share, Site
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class Pruned(Tried):
         """No keys at all."""
         return 0, 0
 
-    def cost(self, table: SpanCosts, params: Params, length: int, own_window: int | None = None) -> float:
+    def cost(
+        self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
+    ) -> float:  # fmt: skip
         """Nothing of its attention is left. What its projections no longer cost is not counted."""
         return 0.0
 

@@ -29,12 +29,7 @@ def step(
     token has no slot left; ValueError where n is negative, RuntimeError for a cache of inference tensors outside of
     inference mode.
     """
-    if not torch.is_inference_mode_enabled() and (keys.is_inference() or values.is_inference() or n.is_inference()):
-        # As torch says it. Its own operators would say so at n, when keys and values had been written.
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed: the cache was made under "
-            "torch.inference_mode(), and is continued under it alone."
-        )
+    _refuse_inference(keys, values, n)
     batch, heads, tokens, dim = q.shape
     width = v.shape[3]
     if not (batch and tokens and dim and width):
@@ -56,6 +51,27 @@ def step(
     out = chunk(q, k, v, keys, values, n, valid, table, spans, scale)
     write(k, v, keys, values, n, valid, table)
     return out
+
+
+def store(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor, spans: Tensor
+) -> None:
+    """The new tokens of `step` are written, and nobody attends; errors as there."""
+    _refuse_inference(keys, values, n)
+    if native.takes(k.dtype, k.shape[3], v.shape[3]) and keys.stride(2) == values.stride(2) == 1:
+        native.step(None, k, v, keys, values, n, valid, table, spans, 1.0)
+    else:
+        refuse_overflow(k.shape[2], keys.shape[1], n, valid, table)
+        write(k, v, keys, values, n, valid, table)
+
+
+def _refuse_inference(keys: Tensor, values: Tensor, n: Tensor) -> None:
+    if not torch.is_inference_mode_enabled() and (keys.is_inference() or values.is_inference() or n.is_inference()):
+        # As torch says it. Its own operators would say so at n, when keys and values had been written.
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: the cache was made under "
+            "torch.inference_mode(), and is continued under it alone."
+        )
 
 
 def _token(

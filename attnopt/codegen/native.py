@@ -1,6 +1,7 @@
 """The CPU's own kernels, guarded.cpp to dispatch.cpp: compiled once by inductor's C++ machinery, kept in its cache.
 
-They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it. Where they cannot be had, no
+They serve float32 on CPUs with AVX-512, and bfloat16 on those with a matrix unit for it; blocks.cpp, bfloat16 on those
+with products of it in vectors too. Where they cannot be had, no
 compiler above all, attention runs out of torch's own operators (span_cpu.py, decode_cpu.py): slower, the same within
 rounding, and `unusable` says why.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,28 +28,33 @@ log = logging.getLogger(__name__)
 # Compiled as one text, in this order.
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("guarded", "spans", "rows", "decode", "cache", "live", "dispatch")
+    for name in ("guarded", "spans", "rows", "decode", "cache", "live", "blocks", "tokens", "dispatch")
 )
 # What the kernel's vector loops step by.
 FEATURES = 32
 
 
-def unusable(dtype: torch.dtype = torch.float32) -> str:
-    """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them."""
-    return _cannot(dtype) if settings.native() else "ATTNOPT_NATIVE is 0"
+def unusable(dtype: torch.dtype = torch.float32, kernel: str = "") -> str:
+    """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them.
+
+    kernel: "blocks" for `blocks`, which asks less of the CPU than the others do.
+    """
+    return _cannot(dtype, kernel) if settings.native() else "ATTNOPT_NATIVE is 0"
 
 
 # Kept: asked before every call, and from a cold cache the answer took as long as reading half a megabyte.
 @cache
-def _cannot(dtype: torch.dtype) -> str:
+def _cannot(dtype: torch.dtype, kernel: str) -> str:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {str(dtype).removeprefix('torch.')}"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "this CPU has no AVX-512"
     library, reason = _loaded()
-    if library is not None and dtype == torch.bfloat16 and not library.has_matrix_unit():
-        return "this CPU has no matrix unit for bfloat16"
-    return reason
+    if library is None or dtype != torch.bfloat16:
+        return reason
+    if kernel == "blocks":
+        return "" if library.multiplies_pairs() else "this CPU does not multiply bfloat16"
+    return "" if library.has_matrix_unit() else "this CPU has no matrix unit for bfloat16"
 
 
 def told() -> dict[str, str]:
@@ -55,9 +62,9 @@ def told() -> dict[str, str]:
     return {str(d).removeprefix("torch."): unusable(d) or "compiled" for d in (torch.float32, torch.bfloat16)}
 
 
-def takes(dtype: torch.dtype, dim: int, dim_v: int) -> bool:
+def takes(dtype: torch.dtype, dim: int, dim_v: int, kernel: str = "") -> bool:
     """Whether the kernels serve CPU tensors of a dtype, with `dim` features in q and k and `dim_v` in v."""
-    return dim % FEATURES == 0 and dim_v % FEATURES == 0 and not unusable(dtype)
+    return dim % FEATURES == 0 and dim_v % FEATURES == 0 and not unusable(dtype, kernel)
 
 
 def prefill(
@@ -95,9 +102,11 @@ PROMPT = 1024
 # What decode.cpp unpacks: ten addresses, ten strides, one more, seven sizes. Packed at once: a call is made for every
 # layer and token, and eleven ctypes objects took longer than reading two hundred slots.
 _PACKED = struct.Struct("28q").pack
-# What cache.cpp unpacks: ten addresses, seventeen strides, seven sizes; and live.cpp: five, fourteen, what the mask is,
-# seven.
-_STEP, _LOOK = struct.Struct("34q").pack, struct.Struct("27q").pack
+# What cache.cpp unpacks: ten addresses, seventeen strides, seven sizes; live.cpp: five, fourteen, what the mask is,
+# seven; and blocks.cpp: eleven, twelve, eleven.
+_STEP, _LOOK, _LISTS = struct.Struct("34q").pack, struct.Struct("27q").pack, struct.Struct("34q").pack
+# And tokens.cpp: fifteen, nine, eight.
+_PICK = struct.Struct("32q").pack
 
 
 def decode(
@@ -198,6 +207,55 @@ def live(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     return None if _entry("look", dtype)(call, scale) else out.transpose(1, 2)
 
 
+def blocks(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor, counts: Tensor, lists: Tensor, bounds: Tensor, scale: float,
+    pad: Tensor | None, window: int, block: int, out: Tensor, lse: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The contract of attnopt/codegen/reference_blocks.py, for a positive scale and what `takes` has for "blocks".
+
+    q, k, v and out of one dtype, or ValueError; out with its features one after the other, lse contiguous. None, with
+    nothing written, where heads or lists name what is not there.
+    """
+    if not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(f"q, k, v and out are {q.dtype}, {k.dtype}, {v.dtype} and {out.dtype}, expected one dtype")
+    q, k, v = map(_readable, (q, k, v))
+    # Named, so that what a conversion makes is there until the call ends.
+    tables = heads, counts, lists = _table(heads), _table(counts), _table(lists)
+    bounds, pad = bounds.to(torch.float32).contiguous(), None if pad is None else pad.contiguous()
+    skipped = torch.empty_like(counts)
+    (batch, count, length, dim), (_, groups, keys, width) = q.shape, v.shape
+    held = (q, k, v, out, lse, *tables, bounds, pad, skipped)
+    call = _LISTS(
+        *(0 if x is None else x.data_ptr() for x in held), *(step for x in held[:4] for step in x.stride()[:3]),
+        batch, groups, count // groups, length, keys, dim, width, len(heads), block, lists.shape[3], window,
+    )  # fmt: skip
+    return None if _entry("blocks", q.dtype)(call, scale) else skipped
+
+
+def pick(
+    q: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor, rules: Tensor,
+    similar: Tensor, picked: Tensor, asked: Tensor, age: Tensor, sources: Sequence[Tensor], chosen: Tensor,
+    labels: Tensor, scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """The contract of attnopt/codegen/reference_token_step.py, for a positive scale and a dtype and sizes that `takes`
+    has. Features of keys, values and out one after the other; all else that is written, and the sources, contiguous."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    valid = valid if valid is None or valid.stride(-1) == 1 else valid.contiguous()
+    batch, heads, _, dim = q.shape
+    # Named, so that what it holds is there until the call ends.
+    places = (ctypes.c_int64 * (2 * len(sources)))(*(x for s in sources for x in (s.data_ptr(), s.shape[2])))
+    addresses = (x.data_ptr() for x in (table, rules, similar, picked, age))
+    call = _PICK(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), labels.data_ptr(), asked.data_ptr(),
+        n.data_ptr(), 0 if valid is None else valid.data_ptr(), *addresses, ctypes.addressof(places),
+        chosen.data_ptr(), *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *out.stride()[:2],
+        0 if valid is None else valid.stride(0), batch, heads, table.shape[0], keys.shape[1], dim, values.shape[2],
+        picked.shape[2], chosen.shape[2],
+    )  # fmt: skip
+    if _entry("pick", q.dtype)(call, scale):
+        raise ValueError(f"a head that selects has fewer slots than there are tokens: {n.tolist()}, {table.tolist()}")
+
+
 def _table(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
@@ -252,7 +310,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library.failure.restype = ctypes.c_char_p
         for dtype in ("float32", "bfloat16"):
             answering(library, f"prefill_{dtype}")
-            for entry in ("decode", "step", "look"):
+            for entry in ("decode", "step", "look", "blocks", "pick"):
                 answering(library, f"{entry}_{dtype}", ctypes.c_char_p, ctypes.c_float)
         if hasattr(library, "serve_operators"):
             answering(library, "serve_operators")

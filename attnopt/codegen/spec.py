@@ -121,6 +121,15 @@ class CacheStep(KernelSpec):
 
 
 @dataclass(frozen=True)
+class TokenStep(KernelSpec):
+    """One new token of each row against a cache that already holds it, for query heads that attend to tokens they
+    select (attnopt/codegen/reference_tokens.py). How each selects is a table, no part of it.
+    """
+
+    kernel: ClassVar[str] = "token_step"
+
+
+@dataclass(frozen=True)
 class MaskedPrefill(KernelSpec):
     """A prefill under any recovered mask and score modifiers, query and key lengths at will.
 

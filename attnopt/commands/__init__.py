@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from attnopt.commands.benching import bench, bench_rows
 from attnopt.commands.bisecting import bisect
-from attnopt.commands.common import Progress, emit, say, stages, writable
+from attnopt.commands.common import emit, say, stages, writable
 from attnopt.commands.diffing import diff
 from attnopt.commands.distilling import distill
 from attnopt.commands.examining import examine, examine_model
@@ -17,7 +17,7 @@ from attnopt.commands.planning import calibrate, plan
 from attnopt.commands.profiling import merge, profile
 from attnopt.commands.showing import show
 
-__all__ = ["COMMANDS", "Progress", "bench_rows", "emit", "examine_model", "run", "say", "stages", "writable"]
+__all__ = ["COMMANDS", "bench_rows", "emit", "examine_model", "run", "say", "stages", "writable"]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from attnopt import hf, text
-from attnopt.commands.common import Progress, check_forward, emit, load, stages, token_ids
+from attnopt.commands.common import check_forward, emit, load, stages, token_ids
 from attnopt.errors import OptionError
 from attnopt.plan import Plan
+from attnopt.progress import Progress
 from attnopt.report import terminal
 
 

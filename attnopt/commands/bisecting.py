@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from attnopt import backend, hf
 from attnopt.benchmark import TOLERANCE
 from attnopt.commands.benching import check_plan
-from attnopt.commands.common import Progress, emit, load, stages, token_ids
+from attnopt.commands.common import emit, load, stages, token_ids
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.instrument import logits_of
 from attnopt.plan import Plan
+from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import finite
 

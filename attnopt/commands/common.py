@@ -17,9 +17,9 @@ from attnopt import hf
 from attnopt.errors import AttnoptError, ModelError, OptionError, first_line
 from attnopt.escapes import visible
 from attnopt.hf.loading import told
+from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import finite
-from attnopt.report.terminal import Progress
 
 
 def emit(args: argparse.Namespace, data: Any, show: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from attnopt.codegen import native
 from attnopt.commands.common import emit
 from attnopt.errors import OptionError
 from attnopt.report.data import cached, environment
+from attnopt.units import bytes_text
 
 
 def env(args: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def block(data: dict[str, Any]) -> Iterator[str]:
     for key, value in data.items():
         if key == "caches":
             yield "caches:"
-            yield from (f"  {c['of']}: {c['files']} files, {c['bytes'] / 1e6:.1f} MB, {c['path']}" for c in value)
+            yield from (f"  {c['of']}: {c['files']} files, {bytes_text(c['bytes'])}, {c['path']}" for c in value)
         elif isinstance(value, dict):
             yield f"{key}:"
             yield from (f"  {name}: {held}" for name, held in value.items())

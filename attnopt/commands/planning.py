@@ -13,7 +13,6 @@ import torch
 from attnopt import hf, settings, text
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.commands.common import (
-    Progress,
     check_device,
     check_forward,
     emit,
@@ -32,6 +31,7 @@ from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
 from attnopt.planner.make import Made
 from attnopt.profile_file import Profile
+from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import plan_json, records_json
 from attnopt.report.page import write_page
@@ -160,7 +160,7 @@ def rooflines_of(args: argparse.Namespace) -> Any:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    from attnopt.planner.make import windows_at
+    from attnopt.planner.costs import windows_at
     from attnopt.profiler import DEFAULT_GRID
 
     check_device(args.device)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 
 from attnopt import hf, ranks, text
-from attnopt.commands.common import Progress, check_forward, emit, load, note, stages, writable
+from attnopt.commands.common import check_forward, emit, load, note, stages, writable
 from attnopt.errors import OptionError, TextError
 from attnopt.profile_file import Profile, merged
+from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import profile_json
 from attnopt.supervision import Sample, check_labels, continued

@@ -14,7 +14,7 @@ from attnopt.hf import Loaded
 from attnopt.ir import GraphReport, Site
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose, told_sites
-from attnopt.planner.make import spec_of
+from attnopt.planner.costs import spec_of
 from attnopt.planner.verify import Record
 from attnopt.registry import TARGETS
 from attnopt.report.data import (

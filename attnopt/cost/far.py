@@ -2,7 +2,7 @@
 
     far = load_or_measure_far(spec, lengths, [("exp", 64), ("taylor", 8), ("mean", 0)])
     far.cost(4096, "exp", 64)            # ms of one head's prefill, beside what its span costs
-    WithFar(table, far)                  # both, as a planner asks for them
+    Joined(table, far)                   # both, as a planner asks for them (joined.py)
 
 A far part visits every chunk of the text once, so its time grows with the length and hardly with the window.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnopt import settings
-from attnopt.cost.table import Costs, log_log, positive
+from attnopt.cost.table import log_log, positive
 from attnopt.cost.timing import device_key, interleaved
 from attnopt.errors import AttnoptError
 
@@ -106,39 +106,6 @@ def _along(points: Sequence[tuple[int, float]], x: int) -> float:
     if at == 0 or points[at][0] == x:
         return points[at][1]
     return log_log(x, points[at - 1], points[at])
-
-
-@dataclass(frozen=True)
-class WithFar:
-    """A table of spans and one of far parts, as one."""
-
-    spans: Costs
-    far: FarTable
-
-    @property
-    def kind(self) -> str:
-        return self.spans.kind
-
-    @property
-    def id(self) -> str:
-        return f"{self.spans.id}+{self.far.id}"
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self.spans.lengths
-
-    @property
-    def key_time(self) -> float | None:
-        return self.spans.key_time
-
-    def cost(self, length: int, sink: int, window: int) -> float:
-        return self.spans.cost(length, sink, window)
-
-    def group_cost(self, length: int) -> float:
-        return self.spans.group_cost(length)
-
-    def far_cost(self, length: int, kind: str, rank: int) -> float:
-        return self.far.cost(length, kind, rank)
 
 
 def far_path(key: tuple[tuple[str, str], ...]) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from attnopt.cost.table import far_pairs, itemsize, kept_pairs
+from attnopt.cost.table import block_pairs, far_pairs, itemsize, kept_pairs
 from attnopt.errors import OptionError
 from attnopt.strict_json import Place, nearest
 
@@ -116,14 +116,28 @@ class Roofline:
         dims = self.head_dim + self.head_dim_v
         operations = 2.0 * dims * kept_pairs(length, sink, window)
         traffic = dims * length * itemsize(self.dtype) * (1 + self.kv_heads / self.heads)
-        seconds = max(operations / self.device.flops(self.dtype), traffic / self.device.bandwidth)
-        return 1e3 * seconds / self.tensor_parallel
+        return self._bound(operations, traffic)
 
     def far_cost(self, length: int, kind: str, rank: int) -> float:
         """One head's far part beside its span: the products of `far_pairs`; q, k, v and both outputs once more."""
         dims = self.head_dim + self.head_dim_v
         operations = 2.0 * dims * far_pairs(length, kind, rank)
         traffic = (dims * (1 + self.kv_heads / self.heads) + 2 * self.head_dim_v) * length * itemsize(self.dtype)
+        return self._bound(operations, traffic)
+
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float:
+        """One head's walk over selected blocks: two products over the pairs visited; q, k, v and the output once."""
+        dims = self.head_dim + self.head_dim_v
+        traffic = dims * length * itemsize(self.dtype) * (1 + self.kv_heads / self.heads)
+        return self._bound(2.0 * dims * block_pairs(length, visited, skipped), traffic)
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float:
+        """One head's selection: as much arithmetic as `pairs` of attention; q and k once through memory."""
+        traffic = self.head_dim * length * itemsize(self.dtype) * (1 + self.kv_heads / self.heads)
+        return self._bound(2.0 * (self.head_dim + self.head_dim_v) * pairs, traffic)
+
+    def _bound(self, operations: float, traffic: float) -> float:
+        """ms of so many operations and so many bytes through memory, whichever take longer, on the devices' heads."""
         seconds = max(operations / self.device.flops(self.dtype), traffic / self.device.bandwidth)
         return 1e3 * seconds / self.tensor_parallel
 

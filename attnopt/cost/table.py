@@ -43,6 +43,10 @@ class Costs(Protocol):
 
     def far_cost(self, length: int, kind: str, rank: int) -> float: ...
 
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float: ...
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float: ...
+
 
 def itemsize(dtype: str) -> int:
     """Bytes of a number, by torch's name of its type."""
@@ -59,6 +63,12 @@ def far_pairs(length: int, kind: str, rank: int) -> int:
         return 2 * length
     features = {"exp": rank, "taylor": 1 + rank + rank**2}[kind]
     return length * (rank + features + CHUNK)
+
+
+def block_pairs(length: int, visited: float, skipped: float) -> float:
+    """Query-key pairs that a walk over the share `visited` of a causal head's blocks does the work of: of a skipped one
+    its scores alone, which is half."""
+    return kept_pairs(length, 0, length) * visited * (1 - skipped / 2)
 
 
 def kept_pairs(length: int, sink: int, window: int) -> int:
@@ -145,10 +155,20 @@ class CostTable:
     def far_cost(self, length: int, kind: str, rank: int) -> float:
         """What stands in for one head's far keys, by density; a measured table of spans holds no times of it."""
         if self.measured:
-            raise AttnoptError(
-                "This table holds times of spans only.", "Give one with far parts: attnopt.cost.WithFar."
-            )
+            raise AttnoptError("This table holds times of spans only.", "Give one with far parts: attnopt.cost.Joined.")
         return far_pairs(length, kind, rank) / 1e6
+
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float:
+        """One head's walk over selected blocks, by density; a measured table of spans holds no times of it."""
+        if self.measured:
+            raise AttnoptError("This table holds times of spans only.", "Give one with blocks: attnopt.cost.Joined.")
+        return block_pairs(length, visited, skipped) / 1e6
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float:
+        """One head's selection, by density: the `pairs` that do its work."""
+        if self.measured:
+            raise AttnoptError("This table holds times of spans only.", "Give one with blocks: attnopt.cost.Joined.")
+        return pairs / 1e6
 
     def group_cost(self, length: int) -> float:
         """What every distinct span of a layer after the first costs at `length`, in `unit`; nearest measured length."""

@@ -26,8 +26,8 @@ from attnopt.hf.tiny import summary
 from attnopt.ir import GraphReport
 from attnopt.passes import LOWER, PIPELINE, RECOGNISE, remove_dead_code
 from attnopt.plan import Plan
+from attnopt.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 # Passes of examining alone, by the names that a report's history has for them.
 OWN = ("savings", "timing")
 

@@ -26,6 +26,7 @@ from attnopt.errors import ModelError
 from attnopt.hf.cache import SpanCache
 from attnopt.hf.generation import MARK, disable, enable
 from attnopt.plan import Plan
+from attnopt.units import MIB
 
 DYNAMIC, STATIC, EXACT, PLANNED = "DynamicCache", "StaticCache", "attnopt exact", "attnopt planned"
 
@@ -33,7 +34,7 @@ DYNAMIC, STATIC, EXACT, PLANNED = "DynamicCache", "StaticCache", "attnopt exact"
 @dataclass(frozen=True)
 class Decoded:
     """One variant at one prompt length: median milliseconds and tokens per second of a decode step of the whole batch,
-    megabytes (10^6 bytes) of KV cache, and the relative error of the first new token's logits against DynamicCache."""
+    MiB of KV cache, and the relative error of the first new token's logits against DynamicCache."""
 
     variant: str
     length: int
@@ -42,7 +43,7 @@ class Decoded:
     dtype: str
     milliseconds: float
     tokens_per_second: float
-    cache_megabytes: float
+    cache_mib: float
     error: float
 
 
@@ -103,11 +104,11 @@ def empty_cache(model: Any, prefix: Prefix, length: int) -> Any:
     return transformers.DynamicCache(config=config)
 
 
-def megabytes(cache: Any) -> float:
-    """What the keys and values of a cache take, in 10^6 bytes."""
+def mib_of(cache: Any) -> float:
+    """What the keys and values of a cache take, in MiB."""
     if isinstance(cache, SpanCache):
-        return float(cache.nbytes) / 1e6
-    return float(sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))) / 1e6
+        return float(cache.nbytes) / MIB
+    return float(sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))) / MIB
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def compare_decoding(
     for prefix in prefixes:
         median = statistics.median(seconds[prefix.variant])
         facts = prefix.variant, ids.shape[1], new_tokens, batch, dtype
-        rows.append(Decoded(*facts, median * 1e3, batch / median, megabytes(prefix.cache), prefix.error))
+        rows.append(Decoded(*facts, median * 1e3, batch / median, mib_of(prefix.cache), prefix.error))
     return rows
 
 

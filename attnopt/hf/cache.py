@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from attnopt.cache import layouts_of
+from attnopt.cache import TokenTable, layouts_of, tokens_of
 from attnopt.errors import CacheFull, ModelError, PlanError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.hf import sites
 from attnopt.hf.span_layer import ANOTHER, SpanLayer, autocast
+from attnopt.hf.token_state import TokenState
 from attnopt.plan import Plan
 
 # transformers, by way of span_layer.py, is there.
@@ -80,9 +81,21 @@ class SpanCache(Cache):
 
     @classmethod
     def of(cls, found: list[sites.Attention], plan: Plan | None, length: int, slack: int = 0) -> SpanCache:
-        layouts = layouts_of(plan, [a.site for a in found], length, slack)
-        rows = enumerate(a.site for a in found)
-        return cls([SpanLayer(layouts[site.name], site.mask.window, at == 0) for at, site in rows], length)
+        here = [a.site for a in found]
+        layouts, states = layouts_of(plan, here, length, slack), cls.states_of(tokens_of(plan, here, length))
+        rows = enumerate(zip(here, states, strict=True))
+        return cls(
+            [SpanLayer(layouts[site.name], site.mask.window, at == 0, state) for at, (site, state) in rows], length
+        )
+
+    @staticmethod
+    def states_of(tables: list[TokenTable | None]) -> list[TokenState | None]:
+        """A state for each layer whose heads select tokens, which knows those it reads from."""
+        states: list[TokenState | None] = []
+        for at, table in enumerate(tables):
+            sources = [] if table is None else [states[at - back] for back in table.sources]
+            states.append(None if table is None else TokenState(table, [s for s in sources if s is not None]))
+        return states
 
     def allocate(self, model: Any, found: list[sites.Attention], rows: int) -> None:
         """Allocate all layers for so many rows, in the model's dtype, each on the device of its module."""

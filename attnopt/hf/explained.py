@@ -10,6 +10,7 @@ from attnopt.hf import sites
 from attnopt.hf.generation import MARK, Installed, bucket
 from attnopt.ir import DENSE
 from attnopt.plan import Plan
+from attnopt.units import bytes_text
 
 # The length that caches are described at where neither the plan nor the model was given one.
 TYPICAL = 4096
@@ -29,7 +30,7 @@ class LayerFacts:
     def __str__(self) -> str:
         own = f", own window {self.window}" if self.window else ""
         how = "" if self.planned else ", not in the plan: exact"
-        return f"{self.name}: {self.layout}, {megabytes(self.nbytes)} of {megabytes(self.dense)}{own}{how}"
+        return f"{self.name}: {self.layout}, {bytes_text(self.nbytes)} of {bytes_text(self.dense)}{own}{how}"
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,12 @@ class Generation:
             return "\n".join([f"{self.model}: cannot be enabled", *(f"  {reason}" for reason in self.refused)])
         if not self.enabled:
             return f"{self.model}: not enabled\n  attnopt.enable(model, plan) would serve it"
-        share = f"{megabytes(self.nbytes)} of {megabytes(self.dense)}"
+        share = f"{bytes_text(self.nbytes)} of {bytes_text(self.dense)}"
         return "\n".join(
             [f"{self.model}: enabled", *(f"  {change}" for change in self.changes)]
             + [f"  cache of one row at {self.length} tokens: {share}"]
             + [f"    {layer}" for layer in self.layers]
         )
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.3g} MB"
 
 
 def generation_of(model: Any) -> Generation:
@@ -114,7 +111,7 @@ def changes(model: Any, installed: Installed) -> list[str]:
         said.append(f"compiled by attnopt: {how}")
     if installed.pool:
         ((key, held),) = installed.pool
-        size = megabytes(sum(layer.nbytes for layer in held))
+        size = bytes_text(sum(layer.nbytes for layer in held))
         said.append(f"a cache of {size} is kept for the next call: {key.rows} rows of {key.length} tokens")
     if installed.plan is not None and installed.plan.min_length:
         said.append(f"every head dense in caches shorter than {installed.plan.min_length} tokens")

@@ -244,8 +244,12 @@ def accept(installed: Installed, given: Any, generation_config: Any, model_kwarg
 
 def same_windows(a: SpanCache, b: SpanCache) -> bool:
     """Whether two caches keep the same of every head; a model may have been enabled with another plan since."""
-    layouts = zip((x.layout for x in a.layers), (y.layout for y in b.layers), strict=True)
-    return all((x.head_sinks, x.head_windows) == (y.head_sinks, y.head_windows) for x, y in layouts)
+
+    def of(layer: SpanLayer) -> tuple[Any, ...]:
+        tokens = None if layer.tokens is None else layer.tokens.table
+        return layer.layout.head_sinks, layer.layout.head_windows, tokens
+
+    return all(of(x) == of(y) for x, y in zip(a.layers, b.layers, strict=True))
 
 
 def take(model: Any, installed: Installed, rows: int, length: int, slack: int) -> SpanCache:

@@ -11,6 +11,7 @@ from attnopt import ops, settings  # noqa: F401  ops registers attnopt::attend_u
 from attnopt.cache import Layout
 from attnopt.errors import AttnoptError, CacheFull, OptionError
 from attnopt.hf import loading
+from attnopt.hf.token_state import TokenState
 
 loading.transformers()
 from transformers.cache_utils import CacheLayerMixin  # noqa: E402
@@ -68,9 +69,12 @@ class SpanLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, layout: Layout, window: int | None = None, leads: bool = False) -> None:
-        """window: the model's own at this layer. leads: it is the first, which checks a call for all of them."""
-        self.layout, self.window, self.leads = layout, window, leads
+    def __init__(
+        self, layout: Layout, window: int | None = None, leads: bool = False, tokens: TokenState | None = None
+    ) -> None:
+        """window: the model's own at this layer. leads: it is the first, which checks a call for all of them. tokens:
+        of heads that select what they read, None where none do."""
+        self.layout, self.window, self.leads, self.tokens = layout, window, leads, tokens
         self.is_initialized = False
         self.fresh = True
 
@@ -100,10 +104,13 @@ class SpanLayer(CacheLayerMixin):
         self.n, self.pads, self.highest = (torch.zeros(rows, dtype=torch.int32, **own) for _ in range(3))
         self.marks = torch.zeros(rows, REMEMBERED if self.leads else 0, dtype=torch.int32, **own)
         self.table, self.spans = self.layout.tables(self.device)
+        if self.tokens is not None:
+            self.tokens.allocate(self.layout, self.slots_k)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held, the tables too."""
-        return [self.slots_k, self.slots_v, *self.counts(), self.table, self.spans]
+        beside = [] if self.tokens is None else self.tokens.tensors()
+        return [self.slots_k, self.slots_v, *self.counts(), self.table, self.spans, *beside]
 
     def counts(self) -> list[Tensor]:
         return [self.n, self.pads, self.highest, self.marks]
@@ -132,7 +139,8 @@ class SpanLayer(CacheLayerMixin):
         valid bool (B, T) is true for those that count, None for all of them."""
         before = self.n + self.pads if valid is not None and self.leads else None
         q = autocast(query)
-        out: Tensor = attend(
+        step: Any = attend if self.tokens is None else self.tokens.attend
+        out: Tensor = step(
             q, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, self.spans, scale, self.fresh
         )
         if valid is not None:
@@ -163,6 +171,8 @@ class SpanLayer(CacheLayerMixin):
             to = layout.slot_of(positions[row, slot], head)
             self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
         self.table, self.spans = layout.tables(self.device)
+        if self.tokens is not None:
+            self.tokens.move(before, layout)
 
     def check(self, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """Raise, with nothing written, where `tokens` new ones cannot follow what the cache holds.
@@ -224,6 +234,8 @@ class SpanLayer(CacheLayerMixin):
         if self.is_initialized:
             for count in self.counts():
                 count.zero_()
+            if self.tokens is not None:
+                self.tokens.forget()
         self.fresh = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -231,6 +243,8 @@ class SpanLayer(CacheLayerMixin):
         if self.is_initialized:
             for x in (self.slots_k, self.slots_v, *self.counts()):
                 x.copy_(x.index_select(0, beam_idx.to(x.device)))
+            if self.tokens is not None:
+                self.tokens.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -244,6 +258,8 @@ class SpanLayer(CacheLayerMixin):
         if self.is_initialized:
             for name in ("slots_k", "slots_v", "n", "pads", "highest", "marks"):
                 setattr(self, name, rows(getattr(self, name)))
+            if self.tokens is not None:
+                self.tokens.rebatch(rows)
             self.batch_size = self.n.shape[0]
 
     def activate_past_recording(self) -> None:
@@ -304,6 +320,8 @@ class SpanLayer(CacheLayerMixin):
         self.n.sub_(columns - padding)
         self.pads.sub_(padding)
         self.marks.masked_fill_(self.marks > (self.n + self.pads)[:, None], 0)
+        if self.tokens is not None:
+            self.tokens.forget()
 
     def asked(self, tokens_to_remove: Any) -> int:
         """Columns to take back, of transformers' argument: a negative number of them, an int or a tensor ().

@@ -21,6 +21,7 @@ from attnopt.errors import ModelError, OptionError
 from attnopt.hf.classes import KINDS, entries
 from attnopt.hf.loading import OWN_CODE, Loaded, needs_own_code, transformers
 from attnopt.hf.shrink import POSITION_COUNT, POSITIONS, shrink
+from attnopt.units import bytes_text
 
 # Bytes of random weights that are made without being asked twice: a model of two billion parameters in float32.
 MOST_BYTES = 8 * 2**30
@@ -155,7 +156,7 @@ def check_size(name: str, cls: Any, config: Any, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(config).parameters())
     if count * dtype.itemsize > MOST_BYTES:
-        said = f"{name} has {count / 1e9:.1f} billion parameters, {count * dtype.itemsize / 2**30:.0f} GiB of them"
+        said = f"{name} has {count / 1e9:.1f} billion parameters, {bytes_text(count * dtype.itemsize)} of them"
         raise ModelError(f"{said}.", "Add --tiny for small random ones, or --set num_hidden_layers=2 for fewer layers.")
 
 

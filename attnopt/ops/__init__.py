@@ -17,8 +17,10 @@ from attnopt.ops.span import (
     span_attention_lse,
     windows_at,
 )
+from attnopt.ops.tokens import attend_tokens
 
 __all__ = [
+    "attend_tokens",
     "attend_update",
     "compute",
     "document_attention",

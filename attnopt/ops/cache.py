@@ -54,7 +54,18 @@ def attend_update(
     CacheFull, with nothing written, where a KV head that holds every token has no slot left; on a GPU, which would
     have to be waited for, such tokens are not written. ValueError for sizes, dtypes or devices that do not fit.
     """
-    _refuse_gradient(q, k, v, keys, values)
+    module, key = check(q, k, v, keys, values, n, valid, table, spans)
+    launches[key] += 1
+    out: Tensor = module.step(q, k, v, keys, values, n, valid, table, spans, scale, fresh)
+    return out
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, n: Tensor, valid: Tensor | None, table: Tensor,
+    spans: Tensor,
+) -> tuple[ModuleType, str]:  # fmt: skip
+    """The kernel for these arguments, and its key; an error where they do not fit."""
+    refuse_gradient(q, k, v, keys, values)
     # One look-up for all checks that need no values: they took a third of a call.
     tensors = (
         (q, k, v, keys, values, n, table, spans) if valid is None else (q, k, v, keys, values, n, table, spans, valid)
@@ -63,12 +74,10 @@ def attend_update(
     module, key = _kernel(settings.target(q.device.type), *given)
     if not (n.is_contiguous() and table.is_contiguous() and spans.is_contiguous()):
         raise ValueError("n, table and spans must be contiguous: kernels read and write them as they lie")
-    launches[key] += 1
-    out: Tensor = module.step(q, k, v, keys, values, n, valid, table, spans, scale, fresh)
-    return out
+    return module, key
 
 
-def _refuse_gradient(*tensors: Tensor) -> None:
+def refuse_gradient(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("attnopt::attend_update has no gradient: decode under torch.no_grad()")
 
@@ -116,7 +125,7 @@ def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int, int]:
 
 
 def _fake(q, k, v, keys, values, n, valid, table, spans, scale, fresh):  # type: ignore[no-untyped-def]
-    _refuse_gradient(q, k, v, keys, values)
+    refuse_gradient(q, k, v, keys, values)
     return empty_tokens_first(q, v.shape[3])
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt import settings as switches
@@ -23,13 +24,20 @@ from attnopt.registry import CANDIDATES, TARGETS
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """What a call did, by head: int32 (B, h, R) each. counts: blocks listed; skipped: of these by their bound."""
+    """What a call did, by head: int32 (B, h, R) each. counts: blocks listed; skipped: of these by their bound;
+    possible: those that hold a key which causality, padding and the model's own window leave."""
 
     counts: Tensor
     skipped: Tensor
+    possible: Tensor
+
+    @property
+    def sums(self) -> Tensor:
+        """Blocks possible, listed and skipped of every head, int64 (h, 3)."""
+        return torch.stack([x.sum((0, 2)) for x in (self.possible, self.counts, self.skipped)], -1)
 
 
-# Site -> int64 (H, 4): blocks that causality leaves, listed, skipped, and calls, since `forget`; on the device of the
+# Site -> int64 (H, 4): blocks possible, listed, skipped, and calls, since `forget`; on the device of the
 # site, added to without waiting for it.
 tally: dict[str, Tensor] = {}
 
@@ -69,7 +77,8 @@ def attend_selected(
     )  # fmt: skip
     launches[spec.key()] += 1
     skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds_of(asked), scale, pad, window, out, lse)
-    return Visits(lists.counts, skipped)
+    possible = asked.possible.sum(-1, dtype=torch.int32).expand_as(lists.counts)
+    return Visits(lists.counts, skipped, possible)
 
 
 def target_of(q: Tensor) -> str:
@@ -112,27 +121,17 @@ def selected_attention(
         out.copy_(near)
     visits = attend_selected(q, k, v, heads, method, settings, pad, scale, model_window, out)
     if site:
-        count(site, q, k, heads, visits, int(method.rpartition("/")[2]))
+        count(site, q, heads, visits)
     return out
 
 
-def count(site: str, q: Tensor, k: Tensor, heads: Tensor, visits: Visits, block: int) -> None:
+def count(site: str, q: Tensor, heads: Tensor, visits: Visits) -> None:
     """Add a call to `tally`."""
-    total, keys, offset = q.shape[1], k.shape[2], k.shape[2] - q.shape[2]
     held = tally.get(site)
-    if held is None or held.device != visits.counts.device or held.shape[0] != total:
-        held = tally[site] = torch.zeros(total, 4, dtype=torch.int64, device=visits.counts.device)
-    batch, _, rows = visits.counts.shape
-    last = (min(offset + (r + 1) * block, keys) - 1 for r in range(rows))
-    causal = batch * sum(at // block + 1 for at in last)
-    served = _beside(tuple((float(head),) for head in heads.tolist()), held.device)[:, 0].long()
-    found = [
-        torch.full_like(served, causal),
-        visits.counts.sum((0, 2)),
-        visits.skipped.sum((0, 2)),
-        torch.ones_like(served),
-    ]
-    held.index_add_(0, served, torch.stack(found, 1))
+    if held is None or held.device != q.device or held.shape[0] != q.shape[1]:
+        held = tally[site] = torch.zeros(q.shape[1], 4, dtype=torch.int64, device=q.device)
+    served = _beside(tuple((float(head),) for head in heads.tolist()), q.device)[:, 0].long()
+    held.index_add_(0, served, F.pad(visits.sums, (0, 1), value=1))
 
 
 @selected_attention.register_fake

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnopt import settings
+from attnopt.board import as_prompt
 from attnopt.codegen.triton_linear_text import MAX_FEATURES
 from attnopt.ir import DENSE, Choice, Refusal, Region
 from attnopt.mixed import far_parts, hold
@@ -115,6 +116,17 @@ def check_plan(program: Program, plan: Plan) -> None:
             hold(part, len(choices), plan.fitted, site.name, range(len(choices)), torch.device("cpu"))
 
 
+def in_prompt(program: Program, region: Region, choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The choices as they are in a prefill, with a note where some change nothing there."""
+    dense = as_prompt(choices)
+    heads = sum(a != b for a, b in zip(dense, choices, strict=True))
+    if heads:
+        said = f"{heads} of its {len(choices)} heads select tokens while decoding; this graph computes them dense"
+        note = Refusal(said, region.site.name, region.site.source, code="selects-while-decoding")
+        program.notes.append(located(note, region.anchor))
+    return dense
+
+
 def run(program: Program) -> None:
     plan = program.plan
     if plan is None:
@@ -129,6 +141,7 @@ def run(program: Program) -> None:
             unplanned = Refusal(said, region.site.name, region.site.source, code="not-in-the-plan")
             program.notes.append(located(unplanned, region.anchor))
             continue
+        choices = in_prompt(program, region, choices)
         if all(c == DENSE for c in choices):
             continue
         no = unserved(program, region, choices, range(len(choices)))

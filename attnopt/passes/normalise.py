@@ -18,8 +18,8 @@ from torch.fx import Node
 from attnopt.passes import remove_dead_code
 from attnopt.passes.program import Builder, Program
 from attnopt.patterns import inactive_dropout, number, value
+from attnopt.patterns.constants import zero_or_one
 from attnopt.patterns.layout import VIEWS, order_of, same, shape_of
-from attnopt.patterns.scores import zero_or_one
 
 aten = torch.ops.aten
 Rule = Callable[[Program, Node], "Node | None"]

@@ -25,8 +25,6 @@ from attnopt.reasons import described, located
 aten = torch.ops.aten
 # Operations between a product and the soft-max it feeds; the longest chain in transformers is 11 long.
 REACH = 16
-
-
 HIDES = f"{MASKED:g} or less"
 
 
@@ -94,18 +92,6 @@ def elementwise(node: Node) -> bool:
 def carries(node: Node) -> bool:
     """Whether the entries of an operand, or what is computed from them one by one, are in the node's result."""
     return node.target in MOVES or elementwise(node)
-
-
-def zero_or_one(node: Node) -> bool:
-    """Whether every entry is proved to be 0 or 1: a boolean, one made a number, or a triangle of ones."""
-    held = value(node)
-    if held is None:
-        return False
-    if held.dtype == torch.bool or node.target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
-        return True
-    views = node.target in BACK or node.target in CASTS or node.target in COPIES
-    simple = views or node.target in (aten.tril.default, aten.triu.default, aten.slice.Tensor)
-    return simple and isinstance(node.args[0], Node) and zero_or_one(node.args[0])
 
 
 class Walk:
@@ -399,4 +385,4 @@ class Walk:
     }
 
 
-__all__ = ["Walk", "activations", "carries", "leads_back", "obstacle", "product_behind", "zero_or_one"]
+__all__ = ["Walk", "activations", "carries", "leads_back", "obstacle", "product_behind"]

@@ -14,10 +14,11 @@ from torch.fx import Node
 
 from attnopt.ir import Miss
 from attnopt.patterns import Match, Operand, RawTerm, inactive_dropout, scalar, shape_of, value
+from attnopt.patterns.constants import zero_or_one
 from attnopt.patterns.layout import CASTS, COPIES, Atom, Dims, Space, same
 from attnopt.patterns.product import Product, operands_of, product_of, result_of
 from attnopt.patterns.roles import assign, before_widening, term_atoms, tidy, unfoldable, unscaled
-from attnopt.patterns.scores import Walk, activations, carries, leads_back, obstacle, product_behind, zero_or_one
+from attnopt.patterns.scores import Walk, activations, carries, leads_back, obstacle, product_behind
 from attnopt.reasons import located
 from attnopt.registry import PATTERNS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from attnopt.errors import PlanError
-from attnopt.ir import DENSE, Choice, Site
+from attnopt.ir import DENSE, Choice, Share, Site
 from attnopt.plan.writing import fold, text_of
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import Place, parsed
@@ -42,6 +42,10 @@ class Budget:
     @property
     def unit(self) -> str:
         return UNITS[self.kind]
+
+    def nats(self, dense_loss: float) -> float:
+        """The limit in nats per token, where the dense model loses so many."""
+        return self.limit if self.kind == "kl" else self.limit / 100 * dense_loss
 
     def __str__(self) -> str:
         return f"{self.limit:g} {self.unit}"
@@ -120,8 +124,9 @@ class Measured:
 @dataclass(frozen=True)
 class Plan:
     """`choices` maps a site's name to one Choice per query head. `min_length`: under it every site runs dense, but for
-    heads that are gone. `calibration`: hash of the profiled text; `cost_table`: the CostTable's id. `fitted`: the maps
-    and means that its heads need, kept in a file beside the plan's; None where none does."""
+    heads that are gone. `visits`: by site and head, what heads whose keys are selected visited of the text tried, as
+    expected at the planned length. `calibration`: hash of the profiled text; `cost_table`: the CostTable's id.
+    `fitted`: the maps and means that its heads need, kept in a file beside the plan's; None where none does."""
 
     model: str
     fingerprint: Fingerprint
@@ -137,6 +142,7 @@ class Plan:
     calibration: str = ""
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    visits: Mapping[str, Mapping[int, Share]] = field(default_factory=dict)
     fitted: Fitted | None = field(default=None, compare=False)
     schema: int = SCHEMA
 
@@ -212,6 +218,8 @@ class Plan:
             "seed": self.seed,
             "sites": {n: {"heads": len(c), "choices": fold(c)} for n, c in self.choices.items()},
         }
+        if self.visits:
+            data["visits"] = {n: {str(h): asdict(share) for h, share in of.items()} for n, of in self.visits.items()}
         return text_of(data) + "\n"
 
     def save(self, path: Path | str) -> None:

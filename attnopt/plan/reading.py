@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from attnopt.ir import Choice
+from attnopt.ir import Choice, Share
 from attnopt.plan import OBJECTIVES, SCHEMA, UNITS, Budget, Constraints, Lengths, Measured, Plan, Predicted, sidecar
 from attnopt.plan.writing import ranges
 from attnopt.registry import CANDIDATES
@@ -37,10 +37,9 @@ def read_plan(root: Place, data: Any, fitted: bytes | None) -> Plan:
         root.at("schema").fail(
             f"this is schema {found}; this attnopt reads schema {SCHEMA}", "Write the plan again with `attnopt plan`."
         )
-    data = root.record(data, _KEYS)
+    data = root.record(data, _KEYS, ("visits",))
     place = root.at("versions")
-    if not isinstance(data["versions"], dict):
-        place.fail(f"a record is needed here, not {show(data['versions'])}")
+    versions = _of_names(place, data["versions"])
     model = root.at("model").record(data["model"], ("name", "fingerprint"))
     lengths = root.at("lengths").record(data["lengths"], [f.name for f in fields(Lengths)])
     many = {
@@ -50,6 +49,7 @@ def read_plan(root: Place, data: Any, fitted: bytes | None) -> Plan:
     planned = root.at("lengths").at("planned").number(lengths["planned"], int, 1)
     fingerprint = _read_fingerprint(root.at("model").at("fingerprint"), model["fingerprint"])
     choices = _read_sites(root.at("sites"), data["sites"])
+    visits = _read_visits(root.at("visits"), data.get("visits", {}), choices)
     held = _read_fitted(root.at("fitted"), data["fitted"], fitted, fingerprint)
     sidecar.check(root, held, choices)
     return Plan(
@@ -66,7 +66,8 @@ def read_plan(root: Place, data: Any, fitted: bytes | None) -> Plan:
         cost_table=root.at("cost_table").string(data["cost_table"]),
         calibration=root.at("calibration").string(data["calibration"]),
         seed=root.at("seed").number(data["seed"], int),
-        versions={k: place.at(k).string(v) for k, v in data["versions"].items()},
+        versions={k: place.at(k).string(v) for k, v in versions.items()},
+        visits=visits,
         fitted=held,
     )
 
@@ -143,6 +144,33 @@ def _read_sites(place: Place, value: Any) -> dict[str, tuple[Choice, ...]]:
             here.fail(f"no choice for head {ranges(missing)} of {heads}", 'Add it, e.g. as {"candidate": "dense"}.')
         sites[name] = tuple(taken[h] for h in range(heads))
     return sites
+
+
+def _read_visits(
+    place: Place, value: Any, choices: Mapping[str, Sequence[Choice]]
+) -> dict[str, dict[int, Share]]:  # fmt: skip
+    visits: dict[str, dict[int, Share]] = {}
+    for name, heads in _of_names(place, value).items():
+        here = place.at(name)
+        if name not in choices:
+            here.fail("there is no such site", "Name one of those under sites.")
+        for text, record in _of_names(here, heads).items():
+            if not re.fullmatch(r"\d{1,6}", text) or int(text) >= len(choices[name]):
+                here.fail(f"head {text!r} does not exist; there are 0-{len(choices[name]) - 1}", "Correct it.")
+            at = here.at(text)
+            held = at.record(record, [f.name for f in fields(Share)])
+            shares = {key: at.at(key).number(number, float, 0) for key, number in held.items()}
+            over = [key for key, number in shares.items() if number > 1]
+            if over:
+                at.at(over[0]).fail(f"{shares[over[0]]:g} is no share of 1")
+            visits.setdefault(name, {})[int(text)] = Share(**shares)
+    return visits
+
+
+def _of_names(place: Place, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        place.fail(f"a record is needed here, not {show(value)}")
+    return dict(value)
 
 
 def _read_heads(place: Place, text: str, heads: int) -> Iterator[int]:

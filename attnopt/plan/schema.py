@@ -81,7 +81,9 @@ def plan_schema() -> Schema:
         "seed": {"type": "integer", "description": "of everything random"},
         "sites": sites(),
     }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "attnopt plan", **closed(keys)}
+    found = closed(keys)
+    found["properties"]["visits"] = visits()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "attnopt plan", **found}
 
 
 def closed(properties: Schema, description: str = "") -> Schema:
@@ -131,6 +133,24 @@ def sites() -> Schema:
         "minProperties": 1,
         "additionalProperties": closed({"heads": heads, "choices": choices}),
         "description": "the attentions by their module path, each with its query heads and their choices",
+    }
+
+
+def visits() -> Schema:
+    """The one key that a plan may lack: where no head's keys are selected."""
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    meanings = {
+        "visited": "of the blocks of keys that it could visit",
+        "skipped": "of those visited, by their scores",
+        "recalled": "of the dense soft-max mass, mean over rows",
+    }
+    heads = closed({name: share | {"description": meaning} for name, meaning in meanings.items()})
+    of_site = {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,6}$"}, "additionalProperties": heads}
+    return {
+        "type": "object",
+        "additionalProperties": of_site,
+        "description": "by site and head, what heads whose keys are selected while running visited of the text tried, "
+        "as expected at the planned length; missing where no head's are",
     }
 
 

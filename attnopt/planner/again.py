@@ -13,12 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from attnopt import settings
-from attnopt.cost import Costs, CostTable, FarTable, Roofline, WithFar, devices
+from attnopt.cost import BlockTable, Costs, CostTable, FarTable, Joined, Roofline, devices
 from attnopt.errors import AttnoptError, OptionError, PlanError
 from attnopt.fingerprint import mismatch
 from attnopt.ir import Mask, Site
@@ -26,23 +26,29 @@ from attnopt.plan import Constraints, Plan
 from attnopt.planner.constraints import limits_of, protected
 from attnopt.planner.frontier import Front, front
 from attnopt.planner.knapsack import Limits, Problem, Solution
-from attnopt.planner.problem import RETRIEVAL, closed, kept_dense, make_problem
+from attnopt.planner.problem import RETRIEVAL, Tables, closed, kept_dense, make_problem
+from attnopt.planner.reuse import settled, within_memory
 from attnopt.planner.tried import not_pruned
+from attnopt.planner.verify import TYPICAL_LOSS
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
 
+T = TypeVar("T", CostTable, FarTable, BlockTable)
 UNKNOWN_DIM = 64
+# By what names of files begin with; any other is a table of spans.
+KINDS: dict[str, type[FarTable] | type[BlockTable]] = {"far": FarTable, "blocks": BlockTable}
+Stored = CostTable | FarTable | BlockTable
 
 
 @dataclass(frozen=True, eq=False)
 class Posed:
     """free: every head may be replaced; problem: without what was asked to stay; solution: the plan's own choices, of
     infinite damage where that is in a file of fits which was not given. sites: those of the model where `known`, else
-    as far as they could be told; own_costs: whether costs are those that the plan was made with. notes: what was
-    assumed."""
+    as far as they could be told; own_costs: whether costs are those that the plan was made with; tables: these costs.
+    notes: what was assumed."""
 
     free: Problem
     problem: Problem
@@ -51,6 +57,7 @@ class Posed:
     sites: tuple[Site, ...]
     known: bool
     own_costs: bool
+    tables: Tables
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -91,16 +98,18 @@ def pose(
     weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
     free = make_problem(
         profile, costs, found, plan.lengths.planned, objective=plan.objective, retrieval=weight, fitted=fitted,
-        allow=asked.allow, own=plan.choices,
+        allow=asked.allow, own=plan.choices, visits=plan.visits,
     )  # fmt: skip
     problem, limits = _kept(free, found, asked, profile, plan.objective)
+    dense_loss = next((at.dense_loss for at in plan.measured), TYPICAL_LOSS)
+    problem = settled(within_memory(problem, limits), plan.budget.nats(dense_loss))
     if not len(front(problem, limits)):
         notes.append("The limits that the plan was asked for cannot be met at these costs; the front is without them.")
         limits = Limits(spans=limits.spans)
     index = np.array([free.choices.index(c) for s in found for c in plan.choices[s.name]], dtype=np.int64)
     if not np.isfinite(free.damage[np.arange(len(index)), index]).all():
         notes.append("What some of its choices lose stands in the file of fits: give --fitted.")
-    return Posed(free, problem, limits, free.of(index), found, known, own_costs, tuple(notes))
+    return Posed(free, problem, limits, free.of(index), found, known, own_costs, costs, tuple(notes))
 
 
 def _kept(
@@ -123,13 +132,13 @@ def _other_costs(plan: Plan) -> str:
     )
 
 
-def stored_tables(ids: Sequence[str]) -> dict[str, CostTable | FarTable]:
+def stored_tables(ids: Sequence[str]) -> dict[str, Stored]:
     """Those of the cost tables in ATTNOPT_CACHE that have one of these ids; damaged ones are passed over."""
-    found: dict[str, CostTable | FarTable] = {}
+    found: dict[str, Stored] = {}
     folder = settings.cache_dir() / "costs"
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            table = FarTable.load(path) if path.name.startswith("far_") else CostTable.load(path)
+            table = KINDS.get(path.name.partition("_")[0], CostTable).load(path)
         except AttnoptError:
             continue
         if table.id in ids:
@@ -137,7 +146,7 @@ def stored_tables(ids: Sequence[str]) -> dict[str, CostTable | FarTable]:
     return found
 
 
-def _of_heads(stored: Mapping[str, CostTable | FarTable], heads: int, kind: type) -> CostTable | FarTable | None:
+def _of_heads(stored: Mapping[str, Stored], heads: int, kind: type[T]) -> T | None:
     """The one table of sites with so many heads; None where there is none, or two."""
     tables = [t for t in stored.values() if isinstance(t, kind) and dict(t.key).get("heads") == str(heads)]
     return tables[0] if len(tables) == 1 else None
@@ -151,7 +160,7 @@ def told_sites(plan: Plan) -> tuple[Site, ...] | None:
     return tuple(_site(plan, name, "float32", stored) for name in plan.choices)
 
 
-def _site(plan: Plan, name: str, dtype: str, stored: Mapping[str, CostTable | FarTable]) -> Site:
+def _site(plan: Plan, name: str, dtype: str, stored: Mapping[str, Stored]) -> Site:
     """What can be told of a site without its model."""
     heads = len(plan.choices[name])
     table = _of_heads(stored, heads, CostTable)
@@ -163,7 +172,7 @@ def _site(plan: Plan, name: str, dtype: str, stored: Mapping[str, CostTable | Fa
 
 
 def _costs(
-    plan: Plan, sites: Sequence[Site], known: bool, stored: Mapping[str, CostTable | FarTable]
+    plan: Plan, sites: Sequence[Site], known: bool, stored: Mapping[str, Stored]
 ) -> tuple[Mapping[str, Costs] | Costs, bool]:  # fmt: skip
     """The plan's own costs, or pairs counted; and whether they are its own."""
     by_density = CostTable.by_density()
@@ -183,10 +192,11 @@ def _costs(
             return peaks, True
     found: dict[str, Costs] = {}
     for site in sites:
-        table, far = (_of_heads(stored, site.heads, kind) for kind in (CostTable, FarTable))
-        if not isinstance(table, CostTable):
+        table, far = _of_heads(stored, site.heads, CostTable), _of_heads(stored, site.heads, FarTable)
+        blocks = _of_heads(stored, site.heads, BlockTable)
+        if table is None:
             return by_density, False
-        found[site.name] = WithFar(table, far) if isinstance(far, FarTable) else table
+        found[site.name] = Joined(table, far, blocks) if far is not None or blocks is not None else table
     # Every table that the plan names takes part, or times of far parts would be missing.
     used = {part for t in found.values() for part in t.id.split("+")}
     return (found, True) if used == set(plan.cost_table.split("+")) else (by_density, False)

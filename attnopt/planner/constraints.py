@@ -141,7 +141,7 @@ def _short_of(problem: Problem, limits: Limits, free: Problem, memory: bool) -> 
 
 def refuse_contradiction(problem: Problem, limits: Limits, budget: Budget, dense_loss: float) -> None:
     """OptionError where the budget is predicted to be missed hopelessly by all that is within the limits."""
-    most = budget.limit if budget.kind == "kl" else budget.limit / 100 * dense_loss
+    most = budget.nats(dense_loss)
     # What is forgotten of the probe is no part of the budget.
     problem = replace(problem, damage=problem.on_text, retrieval=np.zeros((0, 0)))
     sweep = front(problem, limits)

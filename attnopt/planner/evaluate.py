@@ -8,19 +8,26 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnopt import __version__, settings
+from attnopt.cost import device_name
 from attnopt.errors import ModelError
+from attnopt.fingerprint import Fingerprint, digest
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import choices_id
 from attnopt.planner.knapsack import Choices
 from attnopt.planner.verify import Evaluation
+from attnopt.profile_file import versions_here
+from attnopt.progress import Progress
 from attnopt.strict_json import unique
 
+if TYPE_CHECKING:
+    from attnopt.fitted import Fitted
+
 SCHEMA = 1
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
@@ -82,6 +89,26 @@ def digest_of(texts: Mapping[int, Tensor]) -> str:
     for length, ids in sorted(texts.items()):
         found.update(f"{length} {tuple(ids.shape)} ".encode() + ids.cpu().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def inputs_of(
+    model: nn.Module, fingerprint: Fingerprint, fitted: Fitted | None, verify: Mapping[int, Tensor],
+    final: Mapping[int, Tensor],
+) -> dict[str, str]:  # fmt: skip
+    """What a measured loss depends on, beside the choices and the sequence."""
+    weight = next(model.parameters())
+    device = weight.device.type
+    return {
+        "model": fingerprint.structure,
+        "weights": digest(model),
+        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
+        "dtype": str(weight.dtype),
+        "device": f"{device_name(str(weight.device))}, {settings.target(device)}",
+        "setting": f"native {settings.native()}, disabled {', '.join(sorted(settings.disabled()))}",
+        "text": f"{digest_of(verify)} {digest_of(final)}",
+        "file of fits": hashlib.sha256(fitted.to_bytes()).hexdigest()[:16] if fitted is not None else "",
+        "version": " ".join(f"{name} {version}" for name, version in (("attnopt", __version__), *versions_here())),
+    }
 
 
 class Evaluator:

@@ -103,7 +103,7 @@ def _site(problem: Problem, site: int, price: float) -> Problem:
         heads=tuple(problem.heads[h] for h in heads),
         damage=damage,
         cost=problem.cost[heads] + price * np.where(np.isfinite(damage), damage, 0.0),
-        span=problem.span[heads],
+        span=problem.read_spans[heads],
         site=np.zeros(len(heads), dtype=np.int64),
         group_cost=problem.group_cost[[site]],
         kv=np.searchsorted(of_kv, problem.kv[heads]) if len(problem.kv) else problem.kv,
@@ -126,7 +126,7 @@ class _Program:
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
         self.rows, self.columns = np.nonzero(np.isfinite(problem.damage))
-        codes = problem.span[self.rows, self.columns]
+        codes = problem.read_spans[self.rows, self.columns]
         groups = problem.groups[self.rows, self.columns]
         # The x that are run, and the group of each.
         self.run = np.flatnonzero(groups != GONE)
@@ -242,7 +242,7 @@ class _Program:
 
     def _inside(self) -> tuple[Array, Array]:
         """Every pair of a union and an x of the same KV head whose span lies inside it."""
-        codes, kv = self.problem.span[self.rows, self.columns], self.problem.kv[self.rows]
+        codes, kv = self.problem.read_spans[self.rows, self.columns], self.problem.kv[self.rows]
         found = []
         for g in range(int(kv[-1]) + 1):
             unions, own = np.flatnonzero(self.unions[0] == g), np.flatnonzero(kv == g)

@@ -72,7 +72,8 @@ class Problem:
     together, of one span and one far part, `GONE` where nothing is run; empty where spans alone tell that. site (H,):
     index of the head's site; group_cost (sites,): cost of every group of a site after the first. kv (H,): index of the
     head's KV head, ascending; key_cost, key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where
-    the cache counts; state (H, C): bytes it keeps of a head besides keys, empty for none. kind: where costs
+    the cache counts; reads (H, C): `code_of` what a step of decoding reads of the cache, empty where that is `span`,
+    all that is kept; state (H, C): bytes it keeps of a head besides keys, empty for none. kind: where costs
     come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. correlate() -> (H, H): how heads'
     losses are correlated (attnopt/planner/interaction.py), empty where that is not known; asked for when it is needed.
     retrieval (H, C): the part of `damage` that is no loss on text, but of the probe's answers, weighed; empty for none.
@@ -95,11 +96,17 @@ class Problem:
     retrieval: Array = field(default_factory=lambda: np.zeros((0, 0)))
     group: Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     state: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    reads: Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
 
     @property
     def groups(self) -> Array:
         """`group`, or what stands for it. (H, C)"""
         return self.group if self.group.size else self.span
+
+    @property
+    def read_spans(self) -> Array:
+        """`reads`, or what stands for it. (H, C)"""
+        return self.reads if self.reads.size else self.span
 
     @property
     def states(self) -> Array:
@@ -125,15 +132,17 @@ class Problem:
         """The solution that gives head h the choice ``index[h]``."""
         rows = np.arange(len(index))
         kept = self.kept(index)
-        cost = self._cost(index) + float((self.key_cost * kept).sum())
+        read = self.kept(index, self.reads) if self.reads.size else kept
+        cost = self._cost(index) + float((self.key_cost * read).sum())
         memory = float((self.key_bytes * kept).sum()) + float(self.states[rows, index].sum())
         return Solution(index, float(self.damage[rows, index].sum()), cost, memory)
 
-    def kept(self, index: Array) -> Array:
-        """Keys kept by each KV head's cache: the union over the query heads that share it. (KV heads,)"""
+    def kept(self, index: Array, of: Array | None = None) -> Array:
+        """Keys kept by each KV head's cache: the union over the query heads that share it. (KV heads,) of: other spans
+        than `span`, (H, C)."""
         if not len(self.kv):
             return np.zeros(0)
-        codes = self.span[np.arange(len(index)), index]
+        codes = (self.span if of is None else of)[np.arange(len(index)), index]
         first = np.flatnonzero(np.diff(self.kv, prepend=-1))
         sinks, windows = (np.maximum.reduceat(part, first) for part in (codes >> 32, codes & 0xFFFFFFFF))
         return kept_keys(sinks << 32 | windows, self.length)
@@ -238,4 +247,4 @@ def _shared(problem: Problem, index: Array) -> Array:
     if not problem.key_cost.any():
         return own
     heads_of = np.bincount(problem.kv)
-    return own + (problem.key_cost / heads_of)[problem.kv] * kept_keys(problem.span[rows, index], problem.length)
+    return own + (problem.key_cost / heads_of)[problem.kv] * kept_keys(problem.read_spans[rows, index], problem.length)

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from attnopt import __version__, settings
-from attnopt.codegen.spec import SpanPrefill
-from attnopt.cost import Costs, CostTable, WithFar, device_name, load_or_measure, load_or_measure_far
+from attnopt.cost import Costs
 from attnopt.errors import OptionError, TextError
-from attnopt.fingerprint import Fingerprint, digest, fingerprint_of
+from attnopt.fingerprint import Fingerprint, fingerprint_of
 from attnopt.ir import Site
 from attnopt.measure import Sequences, Spans
 from attnopt.plan import Budget, Constraints, Lengths, Measured, Plan, choices_id, sidecar
 from attnopt.planner.constraints import limits_of, protected, refuse_contradiction, refuse_impossible
+from attnopt.planner.costs import costs_of
 from attnopt.planner.cuttable import not_cuttable
-from attnopt.planner.evaluate import Evaluator, Kept, Progress, digest_of
+from attnopt.planner.evaluate import Evaluator, Kept, inputs_of
 from attnopt.planner.knapsack import Choices, Limits, Problem, choices_from, times_faster
 from attnopt.planner.problem import (
     RETRIEVAL,
@@ -31,12 +30,13 @@ from attnopt.planner.problem import (
     make_problem,
     min_length_of,
     predicted_of,
-    table_of,
 )
-from attnopt.planner.tried import allowed_families, not_pruned, tried_at
+from attnopt.planner.reuse import settled, within_memory
+from attnopt.planner.tried import allowed_families, not_pruned, visits_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
 from attnopt.profile_file import versions_here
+from attnopt.progress import Progress
 from attnopt.registry import CANDIDATES
 
 if TYPE_CHECKING:
@@ -64,53 +64,6 @@ class Made:
     notes: tuple[str, ...] = ()
 
 
-def cost_tables(
-    sites: Sequence[Site], profile: Profile, target: str, device: str, lengths: Sequence[int], progress: Progress | None
-) -> dict[str, CostTable]:
-    """One measured table per site; sites of equal shape share it. Stored on this machine, so measured once."""
-    made: dict[SpanPrefill, CostTable] = {}
-    grid = profile.header.grid
-    tables: dict[str, CostTable] = {}
-    for site in sites:
-        spec = spec_of(site, target)
-        if spec not in made:
-            made[spec] = load_or_measure(
-                spec, lengths, windows_at(grid.windows, lengths), [max(grid.sinks)], device=device, rounds=5,
-                progress=lambda done, of, what: progress(f"timing kernels at {what}", done, of) if progress else None,
-            )  # fmt: skip
-        tables[site.name] = made[spec]
-    return tables
-
-
-def spec_of(site: Site, target: str) -> SpanPrefill:
-    """What a site's times are of."""
-    return SpanPrefill(target, site.dtype, site.heads, site.kv_heads, site.head_dim, site.head_dim_v, False)
-
-
-def with_far_parts(
-    tables: Mapping[str, CostTable], sites: Sequence[Site], fitted: Fitted, allow: Sequence[str], target: str,
-    device: str, lengths: Sequence[int], progress: Progress | None,
-) -> dict[str, Costs]:  # fmt: skip
-    """The tables with the times of the far parts that were tried anywhere, of sites where one may stand."""
-    tried = {s.name: tried_at(fitted, s, allow, max(lengths)) for s in sites}
-    every = {CANDIDATES[c.candidate].far_part(dict(c.params)) for found in tried.values() for c in found}
-    parts = sorted(part for part in every if part[0])
-    found: dict[str, Costs] = dict(tables)
-    for site in sites:
-        if parts and tried[site.name]:
-            far = load_or_measure_far(
-                spec_of(site, target), lengths, parts, device=device, rounds=5,
-                progress=lambda done, of, what: progress(f"timing far parts at {what}", done, of) if progress else None,
-            )  # fmt: skip
-            found[site.name] = WithFar(tables[site.name], far)
-    return found
-
-
-def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Windows to time: those observed, and the larger shares of each length that a rule may ask for."""
-    return sorted({*windows} | {n // d for n in lengths for d in (2, 4, 8)})
-
-
 def check_text(texts: Mapping[int, Tensor], split: str) -> None:
     for length, ids in texts.items():
         if len(ids) < LEAST_SEQUENCES:
@@ -120,6 +73,91 @@ def check_text(texts: Mapping[int, Tensor], split: str) -> None:
                 f"Ask for {LEAST_SEQUENCES} samples or more of at least {LEAST_SEQUENCES * length} tokens a split, or "
                 "verify at a shorter length.",
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model and the problem that its plan solves: traced, checked against its profile, each site with its costs.
+    notes: what no candidate can replace."""
+
+    spans: Spans
+    sites: tuple[Site, ...]
+    fingerprint: Fingerprint
+    profile: Profile
+    fitted: Fitted | None
+    tables: dict[str, Costs]
+    asked: Constraints
+    objective: str
+    problem: Problem
+    limits: Limits
+    notes: tuple[str, ...]
+
+    def plan(
+        self, name: str, budget: Budget, lengths: Lengths, found: Verified, measured: Sequence[Measured], seed: int
+    ) -> Plan:
+        """The file of what the search found. measured: on the final split."""
+        choices, asked, fitted = choices_from(self.problem, found.solution), self.asked, self.fitted
+        # A cache asked to be small is so at every length, whether or not that saves time.
+        small_cache = asked.max_kv_memory is not None or asked.max_kv_bytes is not None
+        saves_time = self.objective in ("prefill", "mixed") and not small_cache
+        min_length = min_length_of(choices, self.sites, self.tables, fitted) if saves_time else 0
+        return Plan(
+            model=name,
+            fingerprint=self.fingerprint,
+            budget=budget,
+            lengths=lengths,
+            choices=choices,
+            predicted=predicted_of(self.problem, found.solution, found.gap),
+            measured=(*found.measured, *measured),
+            objective=self.objective,
+            constraints=asked,
+            min_length=max(min_length, asked.dense_below or 0),
+            cost_table="+".join(sorted({t.id for t in self.tables.values()})),
+            calibration=calibration_of(self.profile),
+            seed=seed,
+            versions=dict(versions_here()),
+            visits=visits_of(choices, fitted, lengths.planned),
+            fitted=fitted.part_of(choices) if fitted is not None and sidecar.needed(choices) else None,
+        )
+
+
+def case_of(
+    model: nn.Module, profile: Profile, ids: Tensor, target_length: int, asked: Constraints, objective: str,
+    tables: Tables | Callable[[Sequence[Site]], Tables] | None, fitted: Fitted | None, progress: Progress | None,
+) -> Case:  # fmt: skip
+    """The problem of `make_plan`. ids int64 (1, n): what the model is traced with; asked: with the families that are
+    weighed. ProfileError where the profile is of another model, OptionError where nothing is within the constraints."""
+    if "prune" in asked.allow and asked.dense_below is not None:
+        raise OptionError(
+            "A pruned head is gone at every length, and --dense-below wants it back under one.",
+            "Leave prune out of --allow, or --dense-below away.",
+        )
+    spans = traced(model, ids, fitted, progress)
+    sites = tuple(spans.sites.values())
+    fingerprint = fingerprint_of(model, sites)
+    profile.check_model(fingerprint)
+    if fitted is not None:
+        fitted.check_model(fingerprint)
+    of_site = costs_of(sites, tables, profile, target_length, fitted, asked.allow, spans.device.type, progress)
+    notes = left_dense(sites, asked.allow)
+    whole: dict[str, str] = {}
+    if "prune" in asked.allow:
+        assert fitted is not None
+        whole = not_cuttable(model, ids, sites, fingerprint, fitted)
+        notes += tuple(f"{name} keeps all heads: {reason}." for name, reason in whole.items())
+    problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted, tuple(whole))
+    return Case(spans, sites, fingerprint, profile, fitted, of_site, asked, objective, problem, limits, notes)
+
+
+def traced(model: nn.Module, ids: Tensor, fitted: Fitted | None, progress: Progress | None) -> Spans:
+    """The model, in evaluation, with spans that can be put in; its sites are known. ids int64 (1, n)."""
+    model.eval()
+    spans = Spans(model, fitted)
+    if progress is not None:
+        progress("tracing", 0, 0)
+    spans.losses(ids, None)
+    spans.instrumented.need_sites()
+    return spans
 
 
 def make_plan(
@@ -159,107 +197,31 @@ def make_plan(
     """
     check_text(verify, "verify")
     check_text(final, "final")
-    families = allowed_families(allow, fitted)
-    if "prune" in families and constraints is not None and constraints.dense_below is not None:
-        raise OptionError(
-            "A pruned head is gone at every length, and --dense-below wants it back under one.",
-            "Leave prune out of --allow, or --dense-below away.",
-        )
-    model.eval()
-    spans = Spans(model, fitted)
+    asked = replace(constraints or Constraints(), allow=allowed_families(allow, fitted))
     short = next(iter(verify.values()))[:1, :64]
-    if progress is not None:
-        progress("tracing", 0, 0)
-    spans.losses(short, None)
-    spans.instrumented.need_sites()
-    sites = list(spans.sites.values())
-    fingerprint = fingerprint_of(model, sites)
-    profile.check_model(fingerprint)
-    if fitted is not None:
-        fitted.check_model(fingerprint)
-    device = next(model.parameters()).device.type
-    if callable(tables):
-        tables = tables(sites)
-    if tables is None:
-        lengths = [n for n in sorted({1024, 2048, 4096, target_length}) if n <= target_length]
-        target = settings.target(device)
-        tables = timed = cost_tables(sites, profile, target, device, lengths, progress)
-        if fitted is not None:
-            tables = with_far_parts(timed, sites, fitted, families, target, device, lengths, progress)
-    of_site = {s.name: table_of(tables, s) for s in sites}
-    asked = replace(constraints or Constraints(), allow=families)
-    notes = left_dense(sites, families)
-    whole: dict[str, str] = {}
-    if "prune" in families:
-        assert fitted is not None
-        whole = not_cuttable(model, short, sites, fingerprint, fitted)
-        notes += tuple(f"{name} keeps all heads: {reason}." for name, reason in whole.items())
-    problem, limits = posed(profile, of_site, sites, target_length, asked, objective, fitted, tuple(whole))
-    inputs = inputs_of(model, fingerprint, fitted, verify, final) if partial is not None else {}
+    case = case_of(model, profile, short, target_length, asked, objective, tables, fitted, progress)
+    inputs = inputs_of(model, case.fingerprint, fitted, verify, final) if partial is not None else {}
     kept = Kept.begin(inputs, partial, tell or (lambda line: None))
-    evaluate = Evaluator(spans, verify, budget.kind == "kl", progress, "verifying", kept)
+    evaluate = Evaluator(case.spans, verify, budget.kind == "kl", progress, "verifying", kept)
     dense_loss = max((s.mean_loss for s in evaluate.dense.values()), default=TYPICAL_LOSS)
-    refuse_contradiction(problem, limits, budget, dense_loss)
+    case = replace(case, problem=settled(case.problem, budget.nats(dense_loss)))
+    refuse_contradiction(case.problem, case.limits, budget, dense_loss)
     found = verify_loop(
-        problem,
-        evaluate,
-        budget,
-        share=share,
-        seed=seed,
-        limits=limits,
-        exact=exact,
-        dense_loss=dense_loss,
+        case.problem, evaluate, budget, share=share, seed=seed, limits=case.limits, exact=exact, dense_loss=dense_loss,
         report=report,
-    )
-    choices = choices_from(problem, found.solution)
-    last = Evaluator(spans, final, True, progress, "final check", kept)
-    # A cache asked to be small is so at every length, whether or not that saves time.
-    saves_time = objective in ("prefill", "mixed") and asked.max_kv_memory is None and asked.max_kv_bytes is None
-    min_length = min_length_of(choices, sites, of_site) if saves_time else 0
-    faster = times_faster(problem.dense.cost, found.solution.cost)
+    )  # fmt: skip
+    choices = choices_from(case.problem, found.solution)
+    last = Evaluator(case.spans, final, True, progress, "final check", kept)
+    faster = times_faster(case.problem.dense.cost, found.solution.cost)
     described = f"The plan, {faster:.2f} times as fast as dense by its costs,"
     measured = final_check(last(choices), budget, choices_id(choices), seed, described)
+    notes = case.notes
     if probe is not None:
-        measured, unasked = retrieved(spans, choices, probe, measured, probe_documents, seed, progress)
+        measured, unasked = retrieved(case.spans, choices, probe, measured, probe_documents, seed, progress)
         notes += unasked
-    plan = Plan(
-        model=name,
-        fingerprint=fingerprint,
-        budget=budget,
-        lengths=Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final}))),
-        choices=choices,
-        predicted=predicted_of(problem, found.solution, found.gap),
-        measured=(*found.measured, *measured),
-        objective=objective,
-        constraints=asked,
-        min_length=max(min_length, asked.dense_below or 0),
-        cost_table="+".join(sorted({t.id for t in of_site.values()})),
-        calibration=calibration_of(profile),
-        seed=seed,
-        versions=dict(versions_here()),
-        fitted=fitted.part_of(choices) if fitted is not None and sidecar.needed(choices) else None,
-    )
-    return Made(plan, problem, found, of_site, last.dense, last.planned, notes)
-
-
-def inputs_of(
-    model: nn.Module, fingerprint: Fingerprint, fitted: Fitted | None, verify: Mapping[int, Tensor],
-    final: Mapping[int, Tensor],
-) -> dict[str, str]:  # fmt: skip
-    """What a measured loss depends on, beside the choices and the sequence."""
-    weight = next(model.parameters())
-    device = weight.device.type
-    return {
-        "model": fingerprint.structure,
-        "weights": digest(model),
-        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
-        "dtype": str(weight.dtype),
-        "device": f"{device_name(str(weight.device))}, {settings.target(device)}",
-        "setting": f"native {settings.native()}, disabled {', '.join(sorted(settings.disabled()))}",
-        "text": f"{digest_of(verify)} {digest_of(final)}",
-        "file of fits": hashlib.sha256(fitted.to_bytes()).hexdigest()[:16] if fitted is not None else "",
-        "version": " ".join(f"{name} {version}" for name, version in (("attnopt", __version__), *versions_here())),
-    }
+    lengths = Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final})))
+    plan = case.plan(name, budget, lengths, found, measured, seed)
+    return Made(plan, case.problem, found, case.tables, last.dense, last.planned, notes)
 
 
 def posed(
@@ -279,6 +241,7 @@ def posed(
         free = closed(free, kept, [c for c in free.choices if CANDIDATES[c.candidate].far == "gone"])
     problem = kept_dense(free, protect)
     limits = limits_of(problem, asked, objective)
+    problem = within_memory(problem, limits)
     refuse_impossible(problem, limits, free)
     return problem, limits
 
@@ -328,6 +291,3 @@ def uniform_at_cost(problem: Problem, cost: float, sites: Sequence[Site]) -> Cho
     window = round(a["alpha"] + share * (b["alpha"] - a["alpha"]))
     choice = Choice.of("sink_window", {"sink": max(a["sink"], b["sink"]), "alpha": window, "beta": 0.0})
     return {s.name: (choice,) * s.heads for s in sites}
-
-
-__all__ = ["Evaluator", "Made", "cost_tables", "make_plan", "uniform_at_cost"]

@@ -16,14 +16,15 @@ import numpy as np
 
 from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
 from attnopt.errors import ModelError, OptionError, ProfileError
-from attnopt.ir import DENSE, Choice, Site
+from attnopt.ir import DENSE, Choice, Share, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.interaction import correlations
 from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, code_of, times_faster
-from attnopt.planner.tried import FAMILIES, damage_of, tried_at
+from attnopt.planner.tried import FAMILIES, damage_of, forgotten_of, shares_at, tried_at
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
+from attnopt.units import MIB
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -43,6 +44,7 @@ def make_problem(
     profile: Profile, tables: Tables, sites: Sequence[Site], target_length: int,
     lengths: Sequence[int] | None = None, objective: str = "prefill", retrieval: float = RETRIEVAL,
     fitted: Fitted | None = None, allow: Sequence[str] = FAMILIES, own: Mapping[str, Sequence[Choice]] | None = None,
+    visits: Mapping[str, Mapping[int, Share]] | None = None,
 ) -> Problem:  # fmt: skip
     """The knapsack of a profile. `tables`: one cost table, or one per site name.
 
@@ -52,6 +54,7 @@ def make_problem(
     nats per token of text, where the profile holds one. fitted: what was tried besides spans, of which the families of
     `allow` are weighed; without it spans alone are. own: the choices that heads have in a plan, by site name: among
     the problem's, whether or not they are weighed, and allowed to their heads as far as the profile tells their damage.
+    visits: what heads of that plan visit whose keys are selected, by site and head, for where `fitted` does not tell.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"{objective!r} is no objective.", nearest(objective, OBJECTIVES, "Use one of"))
@@ -61,7 +64,7 @@ def make_problem(
     candidates = [item for _, item in CANDIDATES]
     own_windows = {s.mask.window for s in sites}
     spaces = {own: [c for k in candidates for c in k.space(grid, wanted, own)] for own in own_windows}
-    tried = {s.name: tried_at(fitted, s, allow, target_length) for s in sites}
+    tried = {s.name: weighed_at(fitted, s, allow, target_length, objective) for s in sites}
     choices = (DENSE, *dict.fromkeys(c for s in sites for c in spaces[s.mask.window] if c != DENSE))
     choices = (*choices, *dict.fromkeys(c for found in tried.values() for c in found if c not in choices))
     held = {s.name: (own or {}).get(s.name, ()) for s in sites}
@@ -70,6 +73,7 @@ def make_problem(
     cost: list[Array] = []
     span: list[Array] = []
     state: list[Array] = []
+    reads: list[Array] = []
     for site in sites:
         seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
         of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
@@ -77,12 +81,13 @@ def make_problem(
             of_text[:, choices.index(choice)] = damage_of(fitted, site, choice, seen, target_length)
         _own_damage(of_text, site, choices, held[site.name], up_to(seen, target_length))
         damage.append(of_text)
-        asked = [probed for o in seen if (probed := o.of_probe) is not None]
-        lost = _damage(site, choices, allowed, up_to(asked, target_length)) if asked and retrieval else 0.0
+        lost = _forgotten(site, choices, allowed, tried[site.name], seen, fitted, target_length) if retrieval else 0.0
         forgotten.append(np.where(np.isfinite(of_text), retrieval * lost, 0.0))
-        of_site = _costs(table_of(tables, site), site, choices, target_length)
-        for of_kind, values in zip((cost, span, state), of_site, strict=True):
-            of_kind.append(np.tile(values, (site.heads, 1)))
+        of_site = _costs(
+            table_of(tables, site), site, choices, target_length, fitted, (visits or {}).get(site.name, {})
+        )
+        for of_kind, values in zip((cost, span, state, reads), of_site, strict=True):
+            of_kind.append(values)
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
     problem = Problem(
         heads=tuple((s.name, h) for s in sites for h in range(s.heads)),
@@ -100,9 +105,18 @@ def make_problem(
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
         retrieval=np.concatenate(forgotten),
-        **(_beside_spans(choices, np.concatenate(span), np.concatenate(state)) if any(tried.values()) else {}),
+        **(_beside_spans(choices, *map(np.concatenate, (span, state, reads))) if any(tried.values()) else {}),
     )
     return weighed(problem, objective, tables, sites)
+
+
+def weighed_at(
+    fitted: Fitted | None, site: Site, allow: Sequence[str], length: int, objective: str
+) -> list[Choice]:  # fmt: skip
+    """What was tried at a site and may be worth something by an objective: what differs in decoding alone is not, where
+    decoding does not count, and keeps the whole cache."""
+    decoding = objective in ("decode", "mixed")
+    return [c for c in tried_at(fitted, site, allow, length) if decoding or not CANDIDATES[c.candidate].decoded]
 
 
 def left_dense(sites: Sequence[Site], allow: Sequence[str] = ()) -> tuple[str, ...]:
@@ -167,6 +181,21 @@ def _damage(site: Site, choices: Sequence[Choice], allowed: set[Choice], seen: S
     return damage
 
 
+def _forgotten(
+    site: Site, choices: Sequence[Choice], allowed: set[Choice], tried: Sequence[Choice], seen: Sequence[Observation],
+    fitted: Fitted | None, target: int,
+) -> Array | float:  # fmt: skip
+    """Nats per answer of the probe of every choice, (heads, C): as tried, or as of the span alone; 0 without one."""
+    asked = [probed for o in seen if (probed := o.of_probe) is not None]
+    if not asked:
+        return 0.0
+    lost = _damage(site, choices, allowed, up_to(asked, target))
+    for choice in tried:
+        if (own := forgotten_of(fitted, site, choice, seen, target)) is not None:
+            lost[:, choices.index(choice)] = own
+    return lost
+
+
 def _own_damage(
     damage: Array, site: Site, choices: Sequence[Choice], own: Sequence[Choice], seen: Sequence[Observation]
 ) -> None:  # fmt: skip
@@ -198,26 +227,42 @@ def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
     return [*seen, carried_on(longest, target)] if target > longest.length else list(seen)
 
 
-def _costs(table: Costs, site: Site, choices: Sequence[Choice], length: int) -> tuple[Array, Array, Array]:
-    """Cost, span code and state bytes of every choice, each (C,)."""
-    cost, span, state = np.zeros(len(choices)), np.zeros(len(choices), dtype=np.int64), np.zeros(len(choices))
+def _costs(
+    table: Costs, site: Site, choices: Sequence[Choice], length: int, fitted: Fitted | None,
+    visits: Mapping[int, Share],
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Cost, span code, state bytes and the code of what decoding reads, of every choice, each (heads, C): heads differ
+    where they select keys."""
+    shape = site.heads, len(choices)
+    cost, state = np.zeros(shape), np.zeros(shape)
+    span, reads = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for c, choice in enumerate(choices):
-        candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
-        cost[c] = candidate.cost(table, params, length, site.mask.window)
-        sink, window = candidate.span(params, length, site.mask.window)
-        span[c] = code_of(sink, window, length)
-        state[c] = candidate.state_bytes(params, site)
-    return cost, span, state
+        candidate, params, own = CANDIDATES[choice.candidate], dict(choice.params), site.mask.window
+        found = shares_at(fitted, site.name, choice, length, site.heads)
+        shares = [visits.get(head) if share is None else share for head, share in enumerate(found)]
+        if candidate.far != "selected" or candidate.refuse(site) is None:
+            of_share = {share: candidate.cost(table, params, length, own, share) for share in set(shares)}
+            cost[:, c] = [of_share[share] for share in shares]
+        sink, window = candidate.span(params, length, own)
+        span[:, c] = code_of(sink, window, length)
+        for head, share in enumerate(shares):
+            most_sinks, widest = candidate.reads(params, length, own, site.head_dim, share)
+            reads[head, c] = code_of(most_sinks, widest, length)
+        state[:, c] = candidate.state_bytes(params, site)
+    return cost, span, state, reads
 
 
-def _beside_spans(choices: Sequence[Choice], span: Array, state: Array) -> dict[str, Array]:
-    """What a Problem holds where choices are more than spans: two of one span are apart where their far parts are."""
+def _beside_spans(choices: Sequence[Choice], span: Array, state: Array, reads: Array) -> dict[str, Array]:
+    """What a Problem holds where choices are more than spans: two of one span are apart where their far parts are, or
+    what selects their keys."""
     kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
-    parts = [kind.far_part(params) for kind, params in kinds]
+    parts = [(kind.method(params), 0) if kind.far == "selected" else kind.far_part(params) for kind, params in kinds]
     number = {part: n for n, part in enumerate(dict.fromkeys(parts))}
-    of_span = np.unique(span, return_inverse=True)[1].reshape(span.shape)
+    pairs = np.stack([span.ravel(), reads.ravel()])
+    of_span = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(span.shape)
     group = of_span * len(number) + np.array([number[part] for part in parts])
-    return {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
+    found = {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
+    return found | ({"reads": reads} if any(kind.decoded for kind, _ in kinds) else {})
 
 
 def kind_of(tables: Tables) -> str:
@@ -233,12 +278,12 @@ def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Si
     per_kv = [table_of(tables, s).key_time for s in sites for _ in range(s.kv_heads)]
     times = np.array([t for t in per_kv if t is not None])
     timed = objective != "memory" and len(times) == len(per_kv)
-    keys = times if timed else problem.key_bytes / 1e6
+    keys = times if timed else problem.key_bytes / MIB
     # A state costs as many bytes of keys do; decoding reads it and writes it, every token.
     passes = 1 if objective == "memory" else 2
     states = passes * problem.states * (keys / problem.key_bytes)[problem.kv][:, None]
     if objective != "mixed":
-        unit = "ms a token" if timed else "MB read a token" if objective == "decode" else "MB of cache"
+        unit = "ms a token" if timed else "MiB read a token" if objective == "decode" else "MiB of cache"
         return replace(
             problem, cost=states, group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
             kind="roofline" if timed else "bytes", unit=unit,
@@ -267,7 +312,7 @@ def predicted_of(problem: Problem, solution: Solution, gap: float | None = None)
     )
 
 
-def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables) -> int:
+def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables, fitted: Fitted | None = None) -> int:
     """The measured length from which on these choices are cheaper than dense, MARGIN included; under it dense runs.
     One more than the longest measured length if they never are; 0 where nothing was measured."""
     of = {s.name: table_of(tables, s) for s in sites}
@@ -281,7 +326,7 @@ def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables) -> in
         planned = dense = 0.0
         for site in sites:
             table, own = of[site.name], site.mask.window
-            planned += planned_cost(table, length, choices[site.name], own)
+            planned += planned_cost(table, length, choices[site.name], own, site.name, fitted)
             dense += layer_cost(table, length, [CANDIDATES["dense"].span({}, length, own)] * site.heads)
         if planned >= (1 - MARGIN) * dense:
             break
@@ -289,11 +334,20 @@ def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables) -> in
     return found
 
 
-def planned_cost(table: Costs, length: int, choices: Sequence[Choice], own: int | None) -> float:
-    """One layer's cost with these choices, in the table's unit."""
-    kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
-    run = [(kind, params) for kind, params in kinds if kind.far != "gone"]
-    if not run:
-        return 0.0
-    spans = layer_cost(table, length, [kind.span(params, length, own) for kind, params in run])
-    return spans + sum(table.far_cost(length, *kind.far_part(params)) for kind, params in run if kind.far)
+def planned_cost(
+    table: Costs, length: int, choices: Sequence[Choice], own: int | None, site: str = "", fitted: Fitted | None = None
+) -> float:
+    """One layer's cost with these choices, in the table's unit. fitted: what heads that select keys visited."""
+    spans, methods, beside = [], set(), 0.0
+    for head, choice in enumerate(choices):
+        kind, params = CANDIDATES[choice.candidate], dict(choice.params)
+        if kind.far == "selected":
+            share = shares_at(fitted, site, choice, length, len(choices))[head]
+            beside += kind.cost(table, params, length, own, share)
+            methods.add(kind.method(params))
+        elif kind.far != "gone":
+            spans.append(kind.span(params, length, own))
+            beside += table.far_cost(length, *kind.far_part(params)) if kind.far else 0.0
+    near = layer_cost(table, length, spans) if spans else 0.0
+    further = max(len(methods) - (not spans), 0)
+    return near + beside + table.group_cost(length) * further

@@ -257,7 +257,7 @@ def verify_loop(
     if len(sweep) <= lowest:
         raise BudgetError("No replacement of any head is cheaper than dense here.", "Plan for a longer length.")
     search = _Search(problem, evaluate, budget, seed, max_evaluations, report, exact)
-    limit = budget.limit if budget.kind == "kl" else budget.limit / 100 * dense_loss
+    limit = budget.nats(dense_loss)
     missed = _close_in(search, sweep, limit, lowest)
     if missed is not None:
         _restore(search, *missed, limits)

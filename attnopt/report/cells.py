@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
+
+from attnopt.registry import CANDIDATES
 
 Row = TypeVar("Row")
 
@@ -20,6 +24,39 @@ def cell_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def rounded(value: float | None) -> float | None:
+    """To four significant digits, as the page's own figures are; None where it is not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 graph", "2 graphs"."""
+    return f"{n} {noun}" + ("s" if n != 1 else "")
+
+
+def outcomes(counts: Mapping[str, int]) -> str:
+    """The counts of `graphs_json` in a line."""
+    return (
+        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: {counts['rewritten']} "
+        f"rewritten, {counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
+    )
+
+
+def folded_name(name: str, times: int) -> str:
+    """ "layers.0-5.attn ×6": a name under which rows were folded, and how many."""
+    return name + (f" ×{times}" if times > 1 else "")
+
+
+def phase_of(record: Mapping[str, Any]) -> str:
+    """ "decode, StaticCache"; empty where the graphs were not traced phase by phase."""
+    return ", ".join(text for text in (record.get("phase"), record.get("cache")) if text)
+
+
+def at_longest(sites: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
+    """Of the sites of `profile_json`, what was seen at each one's longest length."""
+    return {site: by_length[max(by_length, key=int)] for site, by_length in sites.items()}
 
 
 # What a formula's ASCII stands for.
@@ -39,14 +76,6 @@ def scaled(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
-
-
-def bytes_text(size: int) -> str:
-    """Bytes in binary units to three digits: 64 MiB."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.3g} {unit}"
-    return f"{size} B"
 
 
 def short_source(source: str) -> str:
@@ -132,16 +161,28 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
 
 
+@cache
+def signs() -> dict[str, str]:
+    """The letter of every candidate whose heads are more, or less, than a span: L, T, C; x where they are gone. Of
+    those that select keys, which came later, the first letter of the name that is free."""
+    kinds = sorted((kind.far == "selected", name, kind.far) for name, kind in CANDIDATES if kind.far)
+    found: dict[str, str] = {}
+    for _, name, far in kinds:
+        free = (c for c in name.upper() if c.isalpha() and c not in found.values())
+        found[name] = "x" if far == "gone" else next(free, "?")
+    return found
+
+
 def far_sign(head: Mapping[str, Any]) -> str:
-    """The letter of a head whose far keys something stands in for, of the data of `plan_json`: L, T, C; x if gone."""
-    return "x" if head["far"] == "gone" else str(head["candidate"])[0].upper()
+    """The letter of a head that is more, or less, than a span, of the data of `plan_json`."""
+    return signs()[str(head["candidate"])]
 
 
 def otherwise(saving: Mapping[str, Any]) -> list[str]:
     """Of a record of savings: the attentions that another length makes something else of than the traced one."""
     found = []
     for lowering, count in saving.get("otherwise", {}).items():
-        who = f"{count} attention{'s' if count > 1 else ''}"
+        who = counted(count, "attention")
         verb, negated = ("is", "it is not") if count == 1 else ("are", "they are not")
         if lowering:
             verb, negated = ("becomes", "it does not") if count == 1 else ("become", "they do not")

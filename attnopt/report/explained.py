@@ -23,7 +23,16 @@ from attnopt.ir import GraphReport
 from attnopt.plan import Plan
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import environment, graphs_json, launched_sources, plan_facts, plan_json, profile_json
+from attnopt.report.data import (
+    environment,
+    graphs_json,
+    launched_sources,
+    plan_facts,
+    plan_json,
+    profile_json,
+    visits_json,
+    visits_lines,
+)
 from attnopt.report.fragment import fragment
 from attnopt.report.history import History
 from attnopt.report.page import write_page
@@ -83,6 +92,11 @@ class Explanation:
         print_planned(self, to)
         return to.export_html(inline_styles=True, code_format="{code}")
 
+    @property
+    def visits(self) -> dict[str, list[dict[str, Any]]]:
+        """What its heads visited so far whose keys are selected while running (`report.data.visits`)."""
+        return visits_json(site.name for graph in self.graphs for site in graph.sites)
+
     def to_json(self) -> dict[str, Any]:
         """The data of all the rest: that of the page, the history and what is known of generation."""
         data = self.page_data()
@@ -100,6 +114,8 @@ class Explanation:
             data["graphs"] = graphs_json(self.graphs)
             data["pictures"] = pictures_json(self.graphs)
             data["kernels"] = launched_sources()
+            data["visits"] = self.visits
+            data["notes"] += visits_lines(data["visits"])
         if self.plan is not None:
             data["plan"] = plan_json(self.plan)
             data["summary"] = plan_facts(data["plan"])
@@ -157,6 +173,8 @@ def printed(explained: Explanation, to: Console) -> str:
         to.print(f"{explained.name}: {'; '.join(explained.notes) or 'compiled by attnopt'}", soft_wrap=True)
     if explained.graphs:
         terminal.print_graphs(explained.graphs, to=to)
+        for line in visits_lines(explained.visits):
+            to.print(line, soft_wrap=True)
     if explained._generates:
         to.print(str(explained.generation), soft_wrap=True)
     print_planned(explained, to)

@@ -9,9 +9,8 @@ from zlib import crc32
 
 from attnopt.escapes import visible
 from attnopt.report import figures
-from attnopt.report.cells import cell_text
+from attnopt.report.cells import cell_text, folded_name, outcomes
 from attnopt.report.pictures import picture_svg
-from attnopt.report.terminal.console import counted
 
 MOST_PICTURES = 3
 # Lines and tints are shares of the page's own text colour: a notebook says in no common way whether it is dark.
@@ -56,13 +55,9 @@ def fragment(data: Mapping[str, Any], history: str, planned: str) -> str:
 
 def graphs(found: Mapping[str, Any]) -> list[str]:
     """The counts in a line, and a row for each outcome."""
-    counts = found["counts"]
-    said = (
-        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: "
-        f"{counts['rewritten']} rewritten, {counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
-    )
     notes = dict.fromkeys(note for graph in found["graphs"] for note in graph["notes"])
-    return [f"<p>{said}</p>", table(found["rows"]), *(f'<p class="soft">{escape(note)}</p>' for note in notes)]
+    said = f"<p>{outcomes(found['counts'])}</p>"
+    return [said, table(found["rows"]), *(f'<p class="soft">{escape(note)}</p>' for note in notes)]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -73,8 +68,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{name}</th>" for _, name in columns)
     lines = []
     for row in rows:
-        site = row["site"] + (f" ×{row['layers']}" if row["layers"] > 1 else "")
-        texts = {**row, "site": site, "done": row["done"] or row["state"]}
+        texts = {**row, "site": folded_name(row["site"], row["layers"]), "done": row["done"] or row["state"]}
         cells = (
             f'<td class="{STATES[row["state"]] if key == "done" else ""}">{escape(cell_text(texts.get(key)))}</td>'
             for key, _ in columns

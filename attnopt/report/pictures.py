@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.ir import REST, GraphReport, Op, Rewrite
 from attnopt.report import figures
-from attnopt.report.cells import fold_rows
+from attnopt.report.cells import counted, fold_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,14 +59,14 @@ def pictures_json(reports: Sequence[GraphReport]) -> list[dict[str, Any]]:
 
 
 def caption(rewrite: Rewrite) -> str:
-    return f"{rewrite.lowering}: {counted(rewrite.before)} before, {counted(rewrite.after)} after"
+    return f"{rewrite.lowering}: {operations(rewrite.before)} before, {operations(rewrite.after)} after"
 
 
-def counted(ops: Sequence[Op]) -> str:
+def operations(ops: Sequence[Op]) -> str:
     """ "40 operations", and how many a record that was cut off does not hold."""
     made = sum(op.op != "input" and op.name != REST for op in ops)
     rest = "".join(f" {op.op}" for op in ops if op.name == REST)
-    return f"{made} operation{'' if made == 1 else 's'}{rest}"
+    return counted(made, "operation") + rest
 
 
 def renamed(ops: Sequence[Op]) -> tuple[tuple[Any, ...], ...]:
@@ -98,7 +98,7 @@ def picture_svg(item: Mapping[str, Any]) -> str:
             title = 0.0 if beside or first else tall["before"] + 2.0
             top = title + ((rows - tall[side]) / 2 if beside else 0)
             _draw_panel(axes, boxes, layout, middle - layout.width / 2, top, scale)
-            axes.text(middle, title - 0.9, f"{side}: {counted(sides[side])}", ha="center", va="center", fontsize=9)
+            axes.text(middle, title - 0.9, f"{side}: {operations(sides[side])}", ha="center", va="center", fontsize=9)
         for n, (kind, text) in enumerate(MEANINGS.items()):
             at = across * (0.2 + 0.3 * n)
             axes.text(at, rows - 0.1, "■ " + text, color=COLOURS[kind], fontsize=NAME, ha="center", va="center")

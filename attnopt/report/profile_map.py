@@ -13,6 +13,7 @@ from torch import Tensor
 from attnopt.errors import DependencyError, ProfileError
 from attnopt.profile_file import Profile
 from attnopt.report import figures
+from attnopt.report.cells import at_longest
 from attnopt.statistics import Observation, distance_buckets
 
 WORST = 12  # heads in the list of the largest long-range damage
@@ -116,7 +117,7 @@ def _within(observation: Observation, head: int, distance: int) -> float:
 
 def _totals(sites: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> dict[str, float]:
     """Means over all heads at each site's longest length."""
-    heads = [head for by_length in sites.values() for head in by_length[max(by_length, key=int)]]
+    heads = [head for row in at_longest(sites).values() for head in row]
     if not heads:
         return {}
     return {
@@ -176,7 +177,7 @@ def draw_profile(found: Mapping[str, Any], path: Path) -> None:
         raise DependencyError("Pictures are drawn by matplotlib, which is not installed.", "pip install matplotlib")
     if not found["sites"]:
         raise ProfileError("The profile holds no site to draw.", "Profile some text first.")
-    heads = [by_length[max(by_length, key=int)] for by_length in found["sites"].values()]
+    heads = list(at_longest(found["sites"]).values())
     moved = heads[0][0]["damage"] is None
     panels = [
         (

@@ -18,7 +18,7 @@ from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
 from attnopt.mixed import attend
 from attnopt.planner import Problem
-from attnopt.planner.make import cost_tables, with_far_parts
+from attnopt.planner.costs import cost_tables, with_far_parts
 from attnopt.planner.problem import make_problem
 from attnopt.profiler import profile_model
 from attnopt.registry import CANDIDATES

@@ -13,7 +13,7 @@ from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import Costs, CostTable, interleaved, layer_cost, load_or_measure
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.passes.span import tables as tables_of
-from attnopt.planner.make import windows_at
+from attnopt.planner.costs import windows_at
 from attnopt.profiler import DEFAULT_GRID
 from attnopt.registry import CANDIDATES
 from benchmarks.record import relative_error

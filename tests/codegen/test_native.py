@@ -254,6 +254,7 @@ TOO_LARGE = {
     "decode": ["0 0 0 0 {} {} 0 0 0 0", "0 " * 11, f"0 1 1 {FAR} 32 32 0"],
     "step": ["0 0 0 0 0 0 {} 0 {} {}", "0 " * 17, f"1 1 1 {FAR} 0 32 32"],
     "look": ["0 0 0 0 0", "0 " * 14, "0", f"1 1 1 {FAR} 0 32 32"],
+    "blocks": ["0 " * 11, "0 " * 12, f"1 1 1 0 {FAR} 32 32 0 16 0 0"],
     "linear prefill": ["0 0 0 0 0 {} {} {} 0", "0 " * 8, "0 " * 12, f"1 1 1 1 {FAR} 32 1 {FAR} 0"],
     "linear decode": ["0 0 0 0 0 {} {} 0", "0 " * 8, "0 " * 6, f"1 1 1 1 {FAR} 32 1 {FAR} 0"],
 }
@@ -288,6 +289,7 @@ def asked_anew():
 def test_what_they_do_not_serve_is_said(asked_anew, monkeypatch):
     assert "float16" in native.unusable(torch.float16)
     assert not native.takes(torch.float32, 40, 32)
+    assert native.unusable(torch.bfloat16, "blocks") in ("", "this CPU does not multiply bfloat16")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert "AVX-512" in native.unusable()
     monkeypatch.setenv("ATTNOPT_NATIVE", "0")

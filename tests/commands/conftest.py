@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(work: Path) -> Iterator[Path]:
     """The same folder with a profile and a plan of the first model; costs are counted until the module ends."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnopt.planner.make.load_or_measure", density_as_time)
+        patch.setattr("attnopt.planner.costs.load_or_measure", density_as_time)
         command = ["profile", str(work / "model"), "--lengths", LENGTHS, "--samples", "2"]
         assert main([*command, "--text", str(work / "text.py"), "--out", str(work / "profile")]) == 0
         assert main(plan_command(work, work / "plan.json")) == 0

@@ -80,11 +80,11 @@ def test_only_time_is_called_fast() -> None:
     one = plan_of(l0="nnnd")
     counted, ms = (
         replace(one, objective=objective, predicted=replace(one.predicted, unit=unit))
-        for objective, unit in (("memory", "MB of cache"), ("prefill", "ms"))
+        for objective, unit in (("memory", "MiB of cache"), ("prefill", "ms"))
     )
     names = [[row["what"] for row in plans_json(*pair, ("a", "b"))["totals"]] for pair in ((ms, ms), (counted, ms))]
     assert "times as fast, predicted" in names[0] and not any("fast" in name for name in names[1])
-    assert "memory, MB of cache: dense / planned" in str(plans_json(counted, counted, ("a", "b"))["totals"])
+    assert "memory, MiB of cache: dense / planned" in str(plans_json(counted, counted, ("a", "b"))["totals"])
 
 
 def test_the_terminal_and_the_exit_code(

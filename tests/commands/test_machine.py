@@ -35,7 +35,7 @@ def test_the_machine_is_told_without_what_is_private(
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert lines[0] == "```text" and lines[-1] == "```" and lines.count("```") == 1
-    assert f"torch: {data['torch']}" in lines and "  attnopt: 1 files, 0.0 MB, ~/kept" in lines
+    assert f"torch: {data['torch']}" in lines and "  attnopt: 1 files, 5 B, ~/kept" in lines
     for private in (str(tmp_path), "hf_abc", "sesame", "word"):
         assert private not in text
 

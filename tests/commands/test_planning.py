@@ -56,7 +56,7 @@ def test_generation_is_timed_with_every_cache(planned: Path, capsys: pytest.Capt
     assert [r["variant"] for r in rows] == ["DynamicCache", "StaticCache", "attnopt exact", "attnopt planned"]
     dynamic, static, exact, _ = rows
     assert dynamic["error"] == 0.0 and static["error"] < 1e-5 and exact["error"] < 1e-5
-    assert all(r["batch"] == 2 and r["tokens_per_second"] > 0 and r["cache_megabytes"] > 0 for r in rows)
+    assert all(r["batch"] == 2 and r["tokens_per_second"] > 0 and r["cache_mib"] > 0 for r in rows)
     assert dynamic["times_dynamic"] == static["times_static"] == 1.0
 
 

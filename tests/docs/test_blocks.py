@@ -64,7 +64,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(kit: Path) -> Path:
     """What some pages ask for: a profile and a plan of that model. What costs are is counted, not timed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnopt.planner.make.load_or_measure", density_as_time)
+        patch.setattr("attnopt.planner.costs.load_or_measure", density_as_time)
         patch.chdir(kit)
         for command in ("profile MODEL --out profile.safetensors", PLAN):
             assert main(smaller(command.split())) == 0
@@ -90,7 +90,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delenv("ATTNOPT_ALWAYS", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr("attnopt.planner.make.load_or_measure", density_as_time)
+    monkeypatch.setattr("attnopt.planner.costs.load_or_measure", density_as_time)
     for registry in (PATTERNS, CANDIDATES, TARGETS):
         list(registry)
         monkeypatch.setattr(registry, "_items", dict(registry._items))

@@ -94,8 +94,8 @@ def test_an_answer_far_below_its_line(said: Callable[..., str]) -> None:
     """Nearer than in the example itself."""
     out = said("generate_long", LENGTH=1024, DISTANCE=500, TIMED=3, ROUNDS=1)
     assert out.count("(right)") == 2 and "LlamaForCausalLM: enabled" in out
-    megabytes = re.findall(r"tokens/s +(\S+) MB of cache", out)
-    assert len(megabytes) == 4 and float(megabytes[3]) < 0.7 * float(megabytes[2])
+    mib = re.findall(r"tokens/s +(\S+) MiB of cache", out)
+    assert len(mib) == 4 and float(mib[3]) < 0.7 * float(mib[2])
 
 
 def test_a_report_is_read(said: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compiling import compiled
-from mixtures import CHOICES, PRUNED, ExplicitMixtures, fits, linear, mean, naive, site, taylor, window
+from mixtures import CHOICES, PRUNED, ExplicitMixtures, attend, fits, linear, mean, naive, site, taylor, window
 from models import HEAD_DIM, build, make_plan, padding, tokens
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
-from tracing import Traced, qkv, trace
+from tracing import operators, qkv, trace
 
 import attnopt
 from attnopt import backend
@@ -29,22 +28,9 @@ def plan_of(choices: dict[str, tuple[Choice, ...]], fitted: Any = FITTED, min_le
     return replace(make_plan(choices, min_length), fitted=fitted)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
-    """The mask written out, as models do; a graph in which it stands for causal and padding."""
-    keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    keep = keep if pad is None else keep & pad[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=q.shape[1] != k.shape[1])
-
-
 def inputs(kv_heads: int, length: int = 37, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     q, k, v = qkv(2, 8, kv_heads, length, dtype=dtype)
     return 0.5 * q, 0.5 * k, v
-
-
-def operators(traced: Traced) -> list[str]:
-    graph = traced.program.gm.graph
-    names = [str(n.target) for n in graph.nodes if n.op == "call_function"]
-    return [name.removeprefix("attnopt.").removesuffix(".default") for name in names if name.startswith("attnopt.")]
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8], ids=["GQA", "MHA"])

@@ -45,10 +45,10 @@ def test_a_speed_that_was_not_timed_is_called_predicted() -> None:
 
 
 def test_what_is_no_time_is_no_speed() -> None:
-    counted = replace(pages.plan().predicted, cost="bytes", unit="MB of cache")
+    counted = replace(pages.plan().predicted, cost="bytes", unit="MiB of cache")
     tiles = by_label(of_plan(predicted=counted, objective="memory"))
     tile = tiles["Cost against dense"]
-    assert "Speed" not in tiles and tile.value == "40.5 %" and "memory: 12.3 to 5 MB of cache" in tile.detail
+    assert "Speed" not in tiles and tile.value == "40.5 %" and "memory: 12.3 to 5 MiB of cache" in tile.detail
 
 
 @pytest.mark.parametrize(

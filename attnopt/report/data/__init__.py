@@ -9,6 +9,7 @@ candidates_json(plan, profile)    what every head could have been replaced by, a
 front_json(plan, posed)           the Pareto front, the plan's point on it, predicted against measured
 head_json(plan, profile, posed, site, head)   why one head has its choice
 plans_json(a, b, names), profiles_json(a, b, names)   what two of them do not have in common
+visits_json(sites)      what heads whose keys are selected visited so far
 environment()           versions, hardware and variables; cached(): the folders of kernels and times
 launched_sources()      the kernels that ran in this process
 """
@@ -22,11 +23,12 @@ from attnopt.report.data.front import front_json
 from attnopt.report.data.graphs import examined_json, graphs_json
 from attnopt.report.data.kernels import launched_sources
 from attnopt.report.data.machine import cached, environment
-from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json
+from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json, window_text
+from attnopt.report.data.visits import visits_json, visits_lines
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
     "cached", "candidates_json", "constraint_texts", "environment", "examined_json", "finite", "front_json",
     "graphs_json", "head_json", "launched_sources", "plan_facts", "plan_json", "plans_json", "profile_json",
-    "profiles_json", "records_json",
+    "profiles_json", "records_json", "visits_json", "visits_lines", "window_text",
 ]  # fmt: skip

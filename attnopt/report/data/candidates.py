@@ -6,23 +6,29 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cost import CostTable
-from attnopt.ir import Choice
+from attnopt.ir import Choice, Share
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose
 from attnopt.registry import CANDIDATES
+from attnopt.report.cells import rounded
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
 
 
-def rounded(value: float) -> float | None:
-    """Four significant digits, which is more than any prediction here is worth; None where it is not finite."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+# Counts and windows from which on nothing is left away by them.
+NO_LIMIT = 1 << 20
 
 
 def label(choice: Choice) -> str:
-    """A choice in few words: "window 128, sink 4", "window N/8", "linear 64, window 128"."""
+    """A choice in few words: "window 128, sink 4", "window N/8", "linear 64, window 128", "pooled, mass 0.75, block
+    64"; of one that selects keys without what leaves nothing away."""
+    kind = CANDIDATES[choice.candidate]
+    if kind.far == "selected":
+        given = {p.name: choice[p.name] for p in kind.params}
+        idle = {p.name for p in kind.params if given[p.name] == 0 or given[p.name] >= NO_LIMIT}
+        return ", ".join([kind.name, *(f"{name} {value:g}" for name, value in given.items() if name not in idle)])
     params = {name: value for name, value in choice.params if name not in ("alpha", "beta", "window", "sink")}
     given = dict(choice.params)
     alpha, beta = given.get("alpha", given.get("window", 0)), given.get("beta", 0)
@@ -35,16 +41,17 @@ def label(choice: Choice) -> str:
     return ", ".join(word for word in words if word)
 
 
-def choice_facts(choice: Choice, length: int) -> dict[str, Any]:
+def choice_facts(choice: Choice, length: int, share: Share | None = None) -> dict[str, Any]:
     """A choice at a length. sink, window: of its span, None where it is dense there or gone; far: what stands in for
-    the keys outside; cost: share of dense's query-key pairs, where a far part counts as the pairs of equal work."""
+    the keys outside; cost: share of dense's query-key pairs, where a far part, or a selection, counts as the pairs of
+    equal work. share: what a head visits that selects its keys; without it all of them count."""
     kind, params, table = CANDIDATES[choice.candidate], dict(choice.params), CostTable.by_density()
     sink, window = kind.span(params, length)
     spans = 0 < window < length
     return {
         "choice": str(choice), "label": label(choice), "candidate": choice.candidate, "sink": sink if spans else None,
         "window": window if spans else None, "far": kind.far,
-        "cost": kind.cost(table, params, length) / table.cost(length, 0, length),
+        "cost": kind.cost(table, params, length, None, share) / table.cost(length, 0, length),
     }  # fmt: skip
 
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnopt.ir import DENSE, Choice, Site
+from attnopt.ir import DENSE, Choice, Share, Site
 from attnopt.plan import Constraints, Plan
 from attnopt.planner.again import Posed
 from attnopt.planner.constraints import protected
 from attnopt.planner.knapsack import GONE, Array
 from attnopt.planner.options import hulls
-from attnopt.planner.tried import not_pruned, refused
+from attnopt.planner.problem import table_of
+from attnopt.planner.tried import not_pruned, refused, shares_at
 from attnopt.registry import CANDIDATES
 from attnopt.report.data.candidates import choice_facts
+from attnopt.report.data.plans import visited_text
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -98,7 +100,8 @@ def head_json(
     """One head's candidates, cheapest first. damages: nats per token of text at each profiled length; damage: as
     weighed (see `candidates_json`); share: of the budget, in nats; cost: share of dense pairs; change: of the plan, if
     this head alone had the choice, damage in nats per token and cost in `cost_unit`; hull: whether any price makes it
-    the best. None where a figure is not known."""
+    the best; visits: of a choice that selects keys, what the head visits, recalls and pays for selecting. None
+    where a figure is not known."""
     seen = _Head(plan, profile, posed, fitted, next(s for s in posed.sites if s.name == site), head)
     budget = budget_in_nats(plan)
     choices = dict.fromkeys(posed.free.choices[c] for c in range(len(seen.damage)) if math.isfinite(seen.damage[c]))
@@ -136,9 +139,10 @@ def _row(seen: _Head, choice: Choice, budget: float | None) -> dict[str, Any]:
     change = None
     if at is not None and math.isfinite(weighed) and math.isfinite(seen.damage[seen.own]):
         change = {"damage": weighed - float(seen.damage[seen.own]), "cost": float(seen.cost[at] - seen.cost[seen.own])}
-    chosen = at == seen.own
+    chosen, share = at == seen.own, _share(seen, choice)
     return {
-        **choice_facts(choice, seen.plan.lengths.planned),
+        **choice_facts(choice, seen.plan.lengths.planned, share),
+        "visits": _visits(seen, choice, share),
         "damage": damage,
         "damages": {str(n): value for n, value in damages.items()},
         "share": None if damage is None or not budget else damage / budget,
@@ -147,6 +151,27 @@ def _row(seen: _Head, choice: Choice, budget: float | None) -> dict[str, Any]:
         "chosen": chosen,
         "why": "chosen" if chosen else _closed(seen, choice, at) or _compared(seen, change),
     }
+
+
+def _share(seen: _Head, choice: Choice) -> Share | None:
+    """What the head visits under a choice that selects keys; None where that is not known."""
+    heads = seen.site.heads
+    found = shares_at(seen.fitted, seen.site.name, choice, seen.plan.lengths.planned, heads)[seen.number]
+    own = choice == seen.posed.free.choices[seen.own]
+    return found or (seen.plan.visits.get(seen.site.name, {}).get(seen.number) if own else None)
+
+
+def _visits(seen: _Head, choice: Choice, share: Share | None) -> str:
+    """ "visits 23 % of its blocks, recalls 98.1 % of the mass, selection 0.12 of 0.9 ms"; empty where nothing is
+    known."""
+    if share is None:
+        return ""
+    kind, params, length = CANDIDATES[choice.candidate], dict(choice.params), seen.plan.lengths.planned
+    table, unit = table_of(seen.posed.tables, seen.site), "million kept pairs"
+    unit = unit if table.kind == "density" else "ms"
+    selection = table.selection_cost(length, kind.name, kind.timing(params), kind.scored(params, length))
+    whole = kind.cost(table, params, length, seen.site.mask.window, share)
+    return f"{visited_text(asdict(share))}, selection {selection:.3g} of {whole:.3g} {unit}"
 
 
 def _damages(seen: _Head, choice: Choice) -> dict[int, float]:

@@ -12,7 +12,7 @@ from attnopt.plan import Plan
 from attnopt.planner.again import Posed
 from attnopt.planner.knapsack import Solution
 from attnopt.planner.verify import Record
-from attnopt.report.data.candidates import rounded
+from attnopt.report.cells import rounded
 
 POINTS = 160  # of the front that are kept, evenly over its costs: more are not told apart in a chart
 

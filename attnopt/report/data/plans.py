@@ -14,22 +14,25 @@ from attnopt.plan import Measured, Plan
 from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
+from attnopt.report.cells import counted
 from attnopt.report.data.candidates import label
+from attnopt.units import MIB, bytes_text
 
 # Of all questions: so many fewer answers are worth a warning beside a budget that was kept.
 FORGOTTEN = 0.05
 # What plan_json says of a distinct span, in this order.
 SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
+# What heads whose keys are selected visited, of one head and as the mean over equal ones.
+SHARES = ("visited", "skipped", "recalled")
 
 
 def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]:
     """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
-    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left. sites: of the
+    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left, "selected" where
+    keys are selected while running. sites: of the
     model, where they are known: they tell bytes of cache."""
     length = plan.lengths.planned
     found = spans_at(plan, length)
-    spans = Counter(tuple(head[name] for name in SPAN[:-1]) for heads in found.values() for head in heads)
-    ordered = sorted(spans.items(), key=lambda item: (-item[0][SPAN.index("kept")], item[0]))
     density = density_of(found)
     labels = {str(choice): label(choice) for choices in plan.choices.values() for choice in choices}
     return {
@@ -57,29 +60,67 @@ def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]
         "seed": plan.seed,
         "versions": dict(plan.versions),
         "sites": found,
-        "spans": [
-            {"label": labels[span[0]], **dict(zip(SPAN, (*span, count), strict=True))} for span, count in ordered
-        ],
+        "spans": [{"label": labels[span["choice"]], **span} for span in distinct(found)],
         "candidates": dict(Counter(choice.candidate for choices in plan.choices.values() for choice in choices)),
         "density": density,
         "totals": _totals(plan, density, sites),
     }
 
 
+def distinct(sites: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The distinct spans of `spans_at`, those that keep most first. Heads of one choice whose keys are selected are
+    one: what they keep is their mean."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for heads in sites.values():
+        for head in heads:
+            own = ("choice",) if head["far"] == "selected" else SPAN[:-1]
+            groups.setdefault(tuple(head[name] for name in own), []).append(head)
+    found = []
+    for heads in groups.values():
+        known = [head for head in heads if head.get("recalled") is not None]
+        means = {name: sum(head[name] for head in known) / len(known) for name in SHARES if known}
+        kept = sum(head["kept"] for head in heads) / len(heads)
+        found.append({**{name: heads[0][name] for name in SPAN[:-1]}, "kept": kept, "heads": len(heads), **means})
+    return sorted(found, key=lambda span: (-span["kept"], [span[name] for name in SPAN[:3]]))
+
+
 def spans_at(plan: Plan, length: int) -> dict[str, list[dict[str, Any]]]:
-    """What every head of every site keeps at a total length."""
+    """What every head of every site keeps at a total length; of one whose keys are selected what it visited of the text
+    tried, of which None is known where the plan does not say."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, choices in plan.choices.items():
         heads = found[name] = []
-        for choice, sink, window in zip(choices, *plan.tables(name, length), strict=True):
-            dense = window >= length
-            sink, window = (0, length) if dense else (sink, window)
+        for head, (choice, sink, window) in enumerate(zip(choices, *plan.tables(name, length), strict=True)):
+            far = CANDIDATES[choice.candidate].far
+            dense = window >= length and (far != "selected" or length < plan.min_length)
+            sink, window = (0, length) if window >= length else (sink, window)
+            kept, shares = kept_pairs(length, sink, window) / kept_pairs(length, 0, length), dict[str, Any]()
+            if far == "selected" and not dense:
+                share = plan.visits.get(name, {}).get(head)
+                shares = dict.fromkeys(SHARES) if share is None else asdict(share)
+                kept = 1.0 if share is None else share.visited * (1 - share.skipped)
             heads.append({
-                "choice": str(choice), "sink": sink, "window": window,
-                "kept": kept_pairs(length, sink, window) / kept_pairs(length, 0, length), "dense": dense,
-                "candidate": choice.candidate, "far": CANDIDATES[choice.candidate].far,
+                "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
+                "candidate": choice.candidate, "far": far, **shares,
             })  # fmt: skip
     return found
+
+
+def window_text(span: Mapping[str, Any]) -> str:
+    """The window of a distinct span in a word."""
+    if span["far"] in ("gone", "selected"):
+        return "none" if span["far"] == "gone" else "selected"
+    return "all" if span["dense"] else str(span["window"])
+
+
+def visited_text(span: Mapping[str, Any]) -> str:
+    """ "visits 23 % of its blocks, skips 5 % of these, recalls 98.1 % of the mass", of data with `SHARES`; empty where
+    that is not known."""
+    if span.get("recalled") is None:
+        return ""
+    skipped = f", skips {100 * span['skipped']:.3g} % of these" if span["skipped"] else ""
+    recalled = f"recalls {100 * span['recalled']:.1f} % of the mass"
+    return f"visits {100 * span['visited']:.3g} % of its blocks{skipped}, {recalled}"
 
 
 def density_of(spans: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
@@ -135,8 +176,8 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
                             f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}"),
     ]  # fmt: skip
     if totals["kv_memory"] < 1:
-        sizes = "" if totals["kv_bytes"] is None else f", {_bytes(totals['kv_bytes'])} of "
-        sizes += "" if totals["kv_bytes"] is None else f"{_bytes(totals['dense_kv_bytes'])} a sequence"
+        sizes = "" if totals["kv_bytes"] is None else f", {bytes_text(totals['kv_bytes'])} of "
+        sizes += "" if totals["kv_bytes"] is None else f"{bytes_text(totals['dense_kv_bytes'])} a sequence"
         facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}"))
     facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
     # What decided first: the split that the search never saw.
@@ -159,6 +200,9 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan["min_length"]:
         stays = " but for pruned heads" if "pruned" in plan["candidates"] else ""
         facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}"))
+    selecting = [span for span in plan["spans"] if span["far"] == "selected"]
+    facts += [("selected", f"{counted(s['heads'], 'head')}, {s['label']}: {said}")
+              for s in selecting if (said := visited_text(s))]  # fmt: skip
     if set(plan["candidates"]) - {"dense", "sink_window"}:
         facts.append(("heads", ", ".join(f"{n} {name}" for name, n in plan["candidates"].items())))
     return facts
@@ -185,15 +229,6 @@ def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
         + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
         + (f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %" if retrieval else "")
     )
-
-
-def _bytes(count: float) -> str:
-    """As disks and transformers count: 12.6 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    raise AssertionError
 
 
 def _totals(plan: Plan, density: float, sites: Sequence[Site] | None) -> dict[str, Any]:
@@ -237,7 +272,7 @@ def _dense_kv_bytes(plan: Plan, sites: Sequence[Site] | None) -> int | None:
     """Of one sequence at the planned length; None where sizes are not known."""
     if sites is not None:
         return sum(s.kv_heads * key_bytes(s) for s in sites) * plan.lengths.planned
-    return round(plan.predicted.dense_cost * 1e6) if plan.predicted.unit == "MB of cache" else None
+    return round(plan.predicted.dense_cost * MIB) if plan.predicted.unit == "MiB of cache" else None
 
 
 def _list(values: Iterable[int]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from attnopt.report.cells import bytes_text, otherwise, scaled
+from attnopt.report.cells import otherwise, phase_of, scaled
 from attnopt.report.page.pieces import Part, soft, table
+from attnopt.units import bytes_text
 
 SAVING_COLUMNS = [
     ("phase", "phase"), ("length", "tokens"), ("before", "pairs before"), ("after", "pairs after"),
@@ -45,11 +46,6 @@ def examined(graphs: Mapping[str, Any]) -> list[Part]:
         if listed:
             parts.append((f"<h3>{heading}</h3>" + _causes(listed), heading.lower()))
     return parts
-
-
-def phase_of(record: Mapping[str, Any]) -> str:
-    """ "decode, StaticCache"; empty where the graphs were not traced phase by phase."""
-    return ", ".join(text for text in (record.get("phase"), record.get("cache")) if text)
 
 
 def _saving(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from attnopt.report.cells import bucket, far_sign, letter, short_labels
+from attnopt.report.cells import at_longest, bucket, counted, far_sign, letter, rounded, short_labels
+from attnopt.report.data.plans import visited_text
 from attnopt.report.page.pieces import Part, soft
 
 SHADES = 8  # of the ramp in page.css
@@ -43,7 +44,7 @@ def measures(data: Mapping[str, Any]) -> list[Measure]:
     if plan := data.get("plan"):
         found += [_chosen(plan), _kept(plan)]
     if profile := data.get("profile"):
-        heads = longest(profile)
+        heads = at_longest(profile["sites"])
         found += [_distance(profile, heads), _ranked("removal", "damage of removing the head", _of(heads, "ablation"))]
     if candidates := data.get("candidates"):
         damage: Values = {
@@ -52,11 +53,6 @@ def measures(data: Mapping[str, Any]) -> list[Measure]:
         }
         found.append(_ranked("harm", "damage of the choice", damage))
     return [measure for measure in found if measure is not None]
-
-
-def longest(profile: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """site -> its heads as they were seen at its longest length."""
-    return {site: by_length[max(by_length, key=int)] for site, by_length in profile["sites"].items()}
 
 
 def _of(heads: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Values:
@@ -232,14 +228,14 @@ def head_facts(data: Mapping[str, Any], site: str, head: int) -> list[str]:
     if (span := _at(plan.get("sites", {}).get(site), head, None)) is not None:
         said = next(known["label"] for known in plan["spans"] if known["choice"] == span["choice"])
         here = f"window {span['window']}" + (f", sink {span['sink']}" if span["sink"] else "")
-        told = span["far"] == "gone" or span["dense"] or here in said
+        told = span["far"] in ("gone", "selected") or span["dense"] or here in said
         lines.append(said if told else f"{said}; {here}")
-        lines.append(f"{100 * span['kept']:.1f} % of the dense pairs kept")
+        lines.append(visited_text(span) or f"{100 * span['kept']:.1f} % of the dense pairs kept")
     if profile := data.get("profile"):
-        seen = _at(longest(profile)[site] if site in profile["sites"] else None, head, None)
+        seen = _at(at_longest(profile["sites"])[site] if site in profile["sites"] else None, head, None)
         if seen is not None:
             low, high = seen["distance"]
-            within = f"{low} to {high} tokens" if low < high else f"{high} token{'' if high == 1 else 's'}"
+            within = f"{low} to {high} tokens" if low < high else counted(high, "token")
             lines.append(f"half of its mass within {within}")
             lines.append(f"entropy {seen['entropy']:.3g} nats")
             if seen["ablation"] is not None:
@@ -284,7 +280,7 @@ def _embedded(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence
         found["kinds"] = [[kinds.index(h["candidate"]) for h in plan["sites"].get(site, ())] for site in sites]
     profile = data.get("profile")
     if profile and "distances" in profile["grid"]:
-        rows = longest(profile)
+        rows = at_longest(profile["sites"])
         found["distances"] = profile["grid"]["distances"]
         found["mass"] = [[head.get("mass") for head in rows.get(site, ())] for site in sites]
     if curves := data.get("candidates") or (profile and _grid_curves(profile)):
@@ -299,7 +295,7 @@ def _embedded(data: Mapping[str, Any], shown: Sequence[Measure], sites: Sequence
 def _grid_curves(profile: Mapping[str, Any]) -> dict[str, Any] | None:
     """Without a plan there are no costs: the profile's own windows, in the shape of `candidates_json`."""
     grid = profile["grid"]
-    every = longest(profile)
+    every = at_longest(profile["sites"])
     key = "damage" if all(h["damage"] is not None for row in every.values() for h in row) else "moved"
     if not every or any(head[key] is None for row in every.values() for head in row):
         return None
@@ -311,11 +307,6 @@ def _grid_curves(profile: Mapping[str, Any]) -> dict[str, Any] | None:
              for site, row in every.items()}  # fmt: skip
     return {"unit": "nats per token" if key == "damage" else "squared change of output", "choices": choices,
             "sites": sites}  # fmt: skip
-
-
-def rounded(value: float | None) -> float | None:
-    """To four significant digits, as the page's own figures are."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
 def _unscripted() -> str:

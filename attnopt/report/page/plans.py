@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnopt.report import figures
-from attnopt.report.data.plans import plan_facts
+from attnopt.report.data.plans import plan_facts, window_text
 from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, facts, figure, folded, soft, table
 
 
@@ -16,7 +16,7 @@ def plan(data: Mapping[str, Any]) -> list[Part]:
     rows = [("plan", held["id"]), *plan_facts(held)]
     spans = [
         {"choice": s["label"], "heads": s["heads"], "sink": s["sink"],
-         "window": "none" if s["far"] == "gone" else "all" if s["dense"] else s["window"],
+         "window": window_text(s),
          "kept": f"{100 * s['kept']:.1f} %"}
         for s in held["spans"]
     ]  # fmt: skip

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from attnopt.report import figures
-from attnopt.report.cells import formula
-from attnopt.report.page.examined import examined, phase_of
+from attnopt.report.cells import formula, phase_of
+from attnopt.report.page.examined import examined
 from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, counts, figure, folded, soft, table
 
 SITE_COLUMNS = [

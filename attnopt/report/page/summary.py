@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from attnopt.report.cells import bytes_text, cell_text, scaled
+from attnopt.report.cells import cell_text, counted, phase_of, scaled
 from attnopt.report.data.plans import costs_text, timed
-from attnopt.report.page.examined import phase_of
 from attnopt.report.page.pieces import Part, facts
+from attnopt.units import bytes_text
 
 MARKS = {"good": "✓", "bad": "✕", "open": "?", "plain": ""}
 
@@ -89,7 +89,7 @@ def _budget(plan: Mapping[str, Any]) -> Tile:
 def _compiled(graphs: Mapping[str, Any]) -> list[Tile]:
     counts = graphs["counts"]
     sites, done, missed = counts["sites"], counts["rewritten"], counts["not_recognised"]
-    where = f"{counts['graphs']} graph{'' if counts['graphs'] == 1 else 's'}"
+    where = counted(counts["graphs"], "graph")
     return [
         Tile("Attentions rewritten", f"{done} of {sites}", f"recognised in {where}",
              "good" if sites and done == sites else "plain"),

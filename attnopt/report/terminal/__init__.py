@@ -14,7 +14,7 @@ from attnopt.report.terminal.examined import print_examined
 from attnopt.report.terminal.graphs import print_graphs
 from attnopt.report.terminal.plans import print_head, print_plan, print_records
 from attnopt.report.terminal.profiles import print_profile
-from attnopt.report.terminal.progress import Progress, progress
+from attnopt.report.terminal.progress import progress
 
 __all__ = [
     "WIDTH",

@@ -60,7 +60,3 @@ def print_titled(to: Console, title: str, table: Table) -> None:
     """A table under its title; rich would wrap a title of its own to the table's width."""
     to.print(Text(title, style="bold"))
     to.print(table)
-
-
-def counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("s" if n != 1 else "")

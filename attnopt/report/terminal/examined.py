@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from attnopt.report.cells import bytes_text, otherwise, scaled
-from attnopt.report.terminal.console import console, counted, print_titled, table
-from attnopt.report.terminal.graphs import dtypes, print_passes, print_reason, print_rows, totals
+from attnopt.report.cells import counted, folded_name, otherwise, outcomes, phase_of, scaled
+from attnopt.report.terminal.console import console, print_titled, table
+from attnopt.report.terminal.graphs import dtypes, print_passes, print_reason, print_rows
+from attnopt.units import bytes_text
 
 Record = Mapping[str, Any]
 
@@ -18,11 +19,11 @@ Record = Mapping[str, Any]
 def print_examined(found: Mapping[str, Any], to: Console | None = None) -> None:
     """Of the data of `examined_json`: totals, a table for each phase, savings, timings, breaks and recompilations."""
     to = to or console()
-    to.print(Text(totals(found["counts"]), style="bold"))
+    to.print(Text(outcomes(found["counts"]), style="bold"))
     for phase in found["phases"]:
         to.print()
         rows = [row for row in found["rows"] if (row["phase"], row["cache"]) == (phase["phase"], phase["cache"])]
-        to.print(Text(f"{title(phase)}: {short_totals(phase)}{dtypes(rows)}", style="bold"))
+        to.print(Text(f"{phase_of(phase)}: {short_outcomes(phase)}{dtypes(rows)}", style="bold"))
         if not rows:
             to.print("No attention was found in what was traced.")
         print_rows(rows, to)
@@ -40,16 +41,12 @@ def print_examined(found: Mapping[str, Any], to: Console | None = None) -> None:
     print_passes(found, to)
 
 
-def short_totals(counts: Record) -> str:
+def short_outcomes(counts: Record) -> str:
     """What there is of anything, in one graph unless it says otherwise."""
     states = {"rewritten": "rewritten", "left_alone": "left alone", "not_recognised": "not recognised"}
     found = ", ".join(f"{counts[name]} {said}" for name, said in states.items() if counts[name])
     graphs = f" in {counts['graphs']} graphs" if counts["graphs"] > 1 else ""
     return counted(counts["sites"], "attention") + graphs + (f", {found}" if found else "")
-
-
-def title(record: Record) -> str:
-    return record["phase"] + (f", {record['cache']}" if record["cache"] else "")
 
 
 def print_savings(savings: Sequence[Record], to: Console) -> None:
@@ -58,8 +55,8 @@ def print_savings(savings: Sequence[Record], to: Console) -> None:
     listed = table(["tokens", "pairs before", "after", *held.values()], ("pairs before", "after", *held.values()))
     shown, least = "", "<= " if to.options.ascii_only else "≤ "
     for row in (row for row in savings if row["pairs_before"]):
-        if title(row) != shown:
-            listed.add_row(shown := title(row))
+        if phase_of(row) != shown:
+            listed.add_row(shown := phase_of(row))
         after = (least if row["at_most"] else "") + scaled(row["pairs_after"])
         length = f"  {row['length'] or 'as traced'}"
         memory = (bytes_text(row[name]) if row[name] else "" for name in held)
@@ -69,8 +66,8 @@ def print_savings(savings: Sequence[Record], to: Console) -> None:
     print_titled(to, f"Counted for one sequence, in exact mode: query-key pairs{bytes_of}", listed)
     for row in savings:
         for line in otherwise(row):
-            to.print(Text(f"{title(row)}: {line}"))
-    for name, unsized in {title(row): row["unsized"] for row in savings if row["unsized"]}.items():
+            to.print(Text(f"{phase_of(row)}: {line}"))
+    for name, unsized in {phase_of(row): row["unsized"] for row in savings if row["unsized"]}.items():
         to.print(f"{name}: {counted(unsized, 'attention')} not counted, whose lengths do not follow the tokens.")
     to.print()
 
@@ -82,12 +79,12 @@ def print_timings(found: Record, to: Console) -> None:
     wrong, shown = [], ""
     for graph in found["graphs"]:
         for row in graph["timings"]:
-            name = row["site"] + (f" ×{row['like']}" if row["like"] > 1 else "")
+            name = folded_name(row["site"], row["like"])
             if row["wrong"]:
-                wrong.append(f"{title(graph)}, {name}: not timed, {row['wrong']}")
+                wrong.append(f"{phase_of(graph)}, {name}: not timed, {row['wrong']}")
                 continue
-            if title(graph) != shown:
-                listed.add_row(shown := title(graph))
+            if phase_of(graph) != shown:
+                listed.add_row(shown := phase_of(graph))
             figures = (f"{row['before_ms']:.3g}", f"{row['after_ms']:.3g}", f"{row['ratio']:.2f}")
             listed.add_row(f"  {name}", f"{row['queries']} × {row['keys']}", *figures)
     said = "median milliseconds, operation by operation, results equal"
@@ -100,7 +97,7 @@ def print_breaks(breaks: Sequence[Record], to: Console) -> None:
     to.print(Text(counted(len(breaks), "graph break") if breaks else "No graph breaks.", style="bold" * bool(breaks)))
     for row in breaks:
         times = f", {row['times']} times" if row["times"] > 1 else ""
-        said = f"{title(row)}: {row['cause']}{times}" + (f". {row['explanation']}" if row["explanation"] else "")
+        said = f"{phase_of(row)}: {row['cause']}{times}" + (f". {row['explanation']}" if row["explanation"] else "")
         print_reason(to, Text(said), row["source"])
 
 
@@ -108,5 +105,5 @@ def print_recompiles(recompiles: Sequence[Record], to: Console) -> None:
     count = counted(len(recompiles), "recompilation") if recompiles else "No recompilations."
     to.print(Text(count, style="bold" * bool(recompiles)))
     for row in recompiles:
-        said = f"{title(row)}, {row['when'] or 'the first call'}: {'; '.join(row['causes'])}"
+        said = f"{phase_of(row)}, {row['when'] or 'the first call'}: {'; '.join(row['causes'])}"
         print_reason(to, Text(said), f"{row['function']}, {row['source']}")

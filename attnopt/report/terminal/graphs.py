@@ -12,8 +12,8 @@ from rich.text import Text
 
 from attnopt.ir import GraphReport
 from attnopt.report import data
-from attnopt.report.cells import formula
-from attnopt.report.terminal.console import console, counted, table
+from attnopt.report.cells import folded_name, formula, outcomes
+from attnopt.report.terminal.console import console, table
 
 STATES = {"rewritten": "green", "left alone": "yellow", "not recognised": "red"}
 Row = Mapping[str, Any]
@@ -23,7 +23,7 @@ def print_graphs(reports: Sequence[GraphReport], to: Console | None = None) -> N
     """Every site, what was done to it or why not; equal layers together."""
     to = to or console()
     found = data.graphs_json(reports)
-    to.print(Text(totals(found["counts"]) + dtypes(found["rows"]), style="bold"))
+    to.print(Text(outcomes(found["counts"]) + dtypes(found["rows"]), style="bold"))
     if not found["rows"]:
         to.print("No attention was found in what was compiled." if reports else "Nothing was compiled.")
     print_rows(found["rows"], to)
@@ -34,13 +34,6 @@ def dtypes(rows: Sequence[Row]) -> str:
     """What all attentions compute in, where that is one dtype; else a column says it."""
     found = {row["dtype"] for row in rows if row["pattern"]}
     return f" ({found.pop()})" if len(found) == 1 else ""
-
-
-def totals(counts: Mapping[str, int]) -> str:
-    return (
-        f"{counted(counts['sites'], 'attention')} in {counted(counts['graphs'], 'graph')}: {counts['rewritten']} "
-        f"rewritten, {counts['left_alone']} left alone, {counts['not_recognised']} not recognised"
-    )
 
 
 def print_rows(rows: Sequence[Row], to: Console) -> None:
@@ -61,7 +54,7 @@ def print_rows(rows: Sequence[Row], to: Console) -> None:
         print_reason(to, Text(f"[{n}] {why}"), where)
     for row in rows:
         if not row["pattern"]:
-            head = Text(named(row))
+            head = Text(folded_name(row["site"], row["layers"]))
             head.append(f": {row['state']}, ", style=STATES[row["state"]])
             head.append(row["why"])
             print_reason(to, head, place(row))
@@ -75,21 +68,17 @@ def print_sites(sites: Sequence[Row], becomes: Sequence[Text], to: Console) -> N
     listed = table(["site", "form", "heads", "dim", "keeps", "becomes", *some])
     keeps = [formula(row["mask"], not to.options.ascii_only) for row in sites]
     for row, mask, done in zip(sites, keeps, becomes, strict=True):
-        cells = (named(row), row["pattern"], row["heads"], row["dim"], mask, done)
+        cells = (folded_name(row["site"], row["layers"]), row["pattern"], row["heads"], row["dim"], mask, done)
         listed.add_row(*cells, *(str(row[name]) for name in some))
     if Measurement.get(to, to.options.update(width=1000), listed).maximum <= to.width:
         to.print(listed)
         return
     for row, mask, done in zip(sites, keeps, becomes, strict=True):
         graphs = f", in {row['graphs']} graphs" if row["graphs"] > 1 else ""
-        to.print(Padding(Text(named(row)), (0, 0, 0, 1), expand=False))
+        to.print(Padding(Text(folded_name(row["site"], row["layers"])), (0, 0, 0, 1), expand=False))
         facts = f"{row['pattern']}, {row['heads']} heads of {row['dim']}, {row['dtype']}, keeps {mask}{graphs}"
         to.print(Padding(Text(facts), (0, 0, 0, 5), expand=False))
         to.print(Padding(done, (0, 0, 0, 5), expand=False))
-
-
-def named(row: Row) -> str:
-    return str(row["site"]) + (f" ×{row['layers']}" if row["layers"] > 1 else "")
 
 
 def place(row: Row) -> str:

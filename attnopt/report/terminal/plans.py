@@ -12,13 +12,18 @@ from rich.text import Text
 from attnopt.plan import Plan
 from attnopt.planner.verify import Record
 from attnopt.report import data
-from attnopt.report.cells import bucket, far_sign, letter
-from attnopt.report.terminal.console import console, counted, print_titled, table
+from attnopt.report.cells import bucket, counted, far_sign, letter
+from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
 # Styles of cells that no window tells apart.
 DENSE_STYLE = "#000000 on #aab4c0"
-FAR_STYLES = {"linear": "#000000 on #d6a4e8", "mean": "#000000 on #f2b07b", "gone": "#000000 on #ffffff"}
+FAR_STYLES = {
+    "linear": "#000000 on #d6a4e8",
+    "mean": "#000000 on #f2b07b",
+    "gone": "#000000 on #ffffff",
+    "selected": "#000000 on #8fd0e0",
+}
 WIDE = 120  # columns from which on a candidate's reason stands in its own row, and not below
 NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
 
@@ -38,7 +43,7 @@ def print_plan(plan: Plan | Mapping[str, Any], to: Console | None = None) -> Non
     right = ("heads", "sink", "window", "kept")
     listed = table(["choice", *right], right)
     for span in found["spans"]:
-        window = "none" if span["far"] == "gone" else "all" if span["dense"] else str(span["window"])
+        window = data.window_text(span)
         listed.add_row(span["label"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
     print_titled(to, f"Spans at {length} tokens", listed)
 
@@ -104,6 +109,7 @@ def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None
         )
     said = "" if budget["nats"] is None else f", {budget['nats']:.3g} nats per token"
     facts.append(("budget", f"{budget['limit']:g} {budget['unit']}{said}"))
+    facts += [("visits", row["visits"]) for row in found["candidates"] if row["chosen"] and row["visits"]]
     to.print(Text(found["head"], style="bold"))
     print_facts(to, facts)
     to.print()

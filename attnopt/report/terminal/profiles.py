@@ -12,7 +12,7 @@ from rich.text import Text
 
 from attnopt.profile_file import Profile
 from attnopt.report import data
-from attnopt.report.cells import letter
+from attnopt.report.cells import at_longest, letter
 from attnopt.report.profile_map import FIRST_KEYS, MOSTLY, NEAR
 from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import print_legend, print_map, ramp
@@ -34,7 +34,7 @@ def print_profile(profile: Profile, to: Console | None = None) -> None:
     if not found["sites"]:
         to.print("The profile holds no site.")
         return
-    heads = {site: by_length[max(by_length, key=int)] for site, by_length in found["sites"].items()}
+    heads = at_longest(found["sites"])
     totals = found["totals"]
     to.print(
         f"{totals['heads']} heads: {totals['local_heads']} with {MOSTLY:.0%} of their mass within {NEAR} tokens, "

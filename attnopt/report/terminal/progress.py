@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TextIO
@@ -14,10 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from attnopt.escapes import visible
+from attnopt.progress import Progress
 
-# Called with (what, done, of). What stands before ": " in `what` is the stage, what comes after it only where in that
-# stage the work is; of 0 is work whose end is not known.
-Progress = Callable[[str, int, int], None]
 # Seconds between two lines of a log.
 HEARTBEAT = 30.0
 # Columns of the whole line, and of the bar in it.

@@ -1,0 +1,41 @@
+"""channels: as top_tokens, with scores of the r most important features alone, which cost r / D of the bytes to read.
+
+    keep j < sink or p - j < recent or j in T,    T: the k largest sums of q_d k_jd over r features d
+
+Double Sparsity's (Yang et al., "Post-Training Sparse Attention with Double Sparsity", arXiv:2408.07092), with two
+differences: features are weighed at the end of the prompt, by its last 64 queries and all its keys, where the paper
+calibrates them offline; and for a KV head, not for each query head, so that its query heads share one copy of the
+features of its keys.
+"""
+
+from __future__ import annotations
+
+from attnopt.candidates import Param, Params
+from attnopt.candidates._tokens import MOST_STEPS, Tokens
+from attnopt.codegen.reference_tokens import TokenRule
+from attnopt.ir import Choice
+from attnopt.registry import CANDIDATES
+
+MOST_FEATURES = 1024
+# Features that are tried.
+OFFERED_FEATURES = (4, 8)
+
+
+class Channels(Tokens):
+    name = "channels"
+    params = (*Tokens.kept, Param("r", int, 1, MOST_FEATURES), Param("every", int, 1, MOST_STEPS))
+
+    def menu(self, length: int) -> list[Choice]:
+        return [choice for features in OFFERED_FEATURES for choice in self.offered({"r": features, "every": 1}, length)]
+
+    def token_rule(self, params: Params) -> TokenRule:
+        count, sink, recent, every, channels = (int(params[name]) for name in ("k", "sink", "recent", "every", "r"))
+        return TokenRule(count, sink, recent, every, channels=channels)
+
+    def scanned(self, params: Params, head_dim: int | None = None) -> float:
+        """Where the width of a head is not given, as many bytes as whole keys."""
+        share = 1.0 if head_dim is None else min(1.0, params["r"] / head_dim)
+        return super().scanned(params) * share
+
+
+CANDIDATES.register("channels")(Channels())

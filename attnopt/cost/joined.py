@@ -1,0 +1,52 @@
+"""Tables of spans, of far parts and of selected blocks, as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnopt.cost.blocks import BlockTable
+from attnopt.cost.far import FarTable
+from attnopt.cost.table import Costs
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A table of spans with those of other parts, where there are any."""
+
+    spans: Costs
+    far: FarTable | None = None
+    blocks: BlockTable | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.spans.kind
+
+    @property
+    def id(self) -> str:
+        return "+".join(table.id for table in (self.spans, self.far, self.blocks) if table is not None)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.spans.lengths
+
+    @property
+    def key_time(self) -> float | None:
+        return self.spans.key_time
+
+    def cost(self, length: int, sink: int, window: int) -> float:
+        return self.spans.cost(length, sink, window)
+
+    def group_cost(self, length: int) -> float:
+        return self.spans.group_cost(length)
+
+    def far_cost(self, length: int, kind: str, rank: int) -> float:
+        return self.spans.far_cost(length, kind, rank) if self.far is None else self.far.cost(length, kind, rank)
+
+    def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float:
+        of = self.spans.block_cost if self.blocks is None else self.blocks.cost
+        return of(length, block, visited, skipped)
+
+    def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float:
+        if self.blocks is None:
+            return self.spans.selection_cost(length, name, timed, pairs)
+        return self.blocks.selection(length, name, timed)
