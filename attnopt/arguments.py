@@ -31,6 +31,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def one_length(text: str) -> int:
+    """Of a command that has --lengths too."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one length; several go to --lengths")
+    return count(text)
+
+
 def number(text: str) -> float:
     """The number, or NaN, which no comparison takes."""
     try:

@@ -38,10 +38,11 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     for one in parsers_of(parser):
         for action in one._actions:
             words = next((WORDS[name] for name in action.option_strings if name in WORDS), "")
+            # An attribute that only shtab knows.
             if action.metavar in VALUES:
-                action.complete = VALUES[str(action.metavar)]  # type: ignore[attr-defined]
+                vars(action)["complete"] = VALUES[str(action.metavar)]
             elif words:
-                action.complete = shtab.cmd(f"echo {words}")  # type: ignore[attr-defined]
+                vars(action)["complete"] = shtab.cmd(f"echo {words}")
     made: str = shtab.complete(parser, shell)
     return made
 

@@ -30,15 +30,24 @@ def split_of(relative_path: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
+def _modules(root: Path) -> Iterator[Path]:
+    """Python files, with no look into what was installed beside the library: that is many times as much."""
+    for path in root.iterdir():
+        if path.is_dir() and not path.is_symlink() and path.name not in ("site-packages", "dist-packages"):
+            yield from path.rglob("*.py")
+        elif path.suffix == ".py":
+            yield path
+
+
 def library_files(split: str, root: Path | None = None) -> list[Path]:
     """Source files of one split, in a fixed shuffled order (by hash of the path, so that topics mix)."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
     root = root or library_root()
     found: list[tuple[str, Path]] = []
-    for path in root.rglob("*.py"):
+    for path in _modules(root):
         relative = path.relative_to(root).as_posix()
-        if relative.startswith(("site-packages/", "dist-packages/")) or "__pycache__" in relative:
+        if "__pycache__" in relative:
             continue
         if 200 <= path.stat().st_size <= MAX_FILE_BYTES and split_of(relative) == split:
             found.append((hashlib.sha256(relative.encode()).hexdigest(), path))

@@ -18,17 +18,16 @@ from attnopt import backend, hf, settings, text
 from attnopt.commands import bench_rows, emit, examine_model, say, stages, writable
 from attnopt.commands.reporting import Known, plan_report
 from attnopt.errors import BudgetError
-from attnopt.ir import GraphReport, Site
+from attnopt.ir import GraphReport
 from attnopt.plan import Budget
 from attnopt.planner.make import SEARCH_SHARE, Made, make_plan, uniform_at_cost
 from attnopt.probe import Probe
 from attnopt.profile_file import Profile
-from attnopt.profiler import discover, profile_model
+from attnopt.profiler import profile_model
 from attnopt.progress import Progress
 from attnopt.report import terminal
-from attnopt.report.data import environment, launched_sources, plan_facts
+from attnopt.report.data import launched_sources, page_data
 from attnopt.report.page import write_page
-from attnopt.report.pictures import pictures_json
 
 # (length, sequences) profiled, length planned and verified, sequences verified and looked at in the end. The verified
 # length is none of the profiled ones. Sized for five minutes on two CPU cores.
@@ -147,9 +146,9 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
         terminal.print_bench(rows)
     planned, exact = (next(r for r in rows if r["variant"] == f"attnopt {kind}") for kind in ("planned", "exact"))
     result = {
-        "report": str(folder / "report.html"),
-        "plan": str(folder / "plan.json"),
-        "profile": str(folder / "profile.safetensors"),
+        "report_file": str(folder / "report.html"),
+        "plan_file": str(folder / "plan.json"),
+        "profile_file": str(folder / "profile.safetensors"),
         "loss_increase_percent": final.increase,
         "loss_increase_upper_95_percent": final.upper_95,
         "uniform_loss_increase_percent": uniform,
@@ -159,20 +158,17 @@ def run(folder: Path, quick: bool, progress: Progress, tell: Say) -> dict[str, A
         "bench": rows,
         "seconds": time.perf_counter() - started,
     }
-    sites = list(discover(loaded.model, ids[:, :64]).sites.values())
-    write_page(folder / "report.html", page_of(result, made, profile, sites, graphs))
+    write_page(folder / "report.html", page_of(result, made, profile, graphs))
     for path in done_before:
         path.unlink(missing_ok=True)
     return result
 
 
-def page_of(
-    result: dict[str, Any], made: Made, profile: Profile, sites: list[Site], graphs: list[GraphReport]
-) -> dict[str, Any]:
+def page_of(result: dict[str, Any], made: Made, profile: Profile, graphs: list[GraphReport]) -> dict[str, Any]:
     """The full report of the demo's plan; graphs: those examined, before those compiled since."""
     reports = [*graphs, *backend.reports()]
     notes = [f"kernel target: {settings.target('cpu')}", *filter(None, [made.verified.undecided])]
-    found = plan_report(made.plan, Known(profile, None, sites, made.tables, made.verified.records, reports, notes))
+    found = plan_report(made.plan, Known(profile, None, made.sites, made.tables, made.verified.records, reports, notes))
     summary = [
         ("exact, against inductor", f"{result['exact_over_inductor']:.2f} times as fast"),
         ("planned, against exact", f"{result['planned_over_exact']:.2f} times as fast"),
@@ -180,15 +176,8 @@ def page_of(
          f"(at most {result['loss_increase_upper_95_percent']:.2f} %, budget {made.plan.budget})"),
         ("one window for all heads at the same cost", f"{result['uniform_loss_increase_percent']:.2f} %"),
     ]  # fmt: skip
-    return {
-        "title": "attnopt demo",
-        "summary": [*summary, *plan_facts(found["plan"])],
-        **found,
-        "bench": result["bench"],
-        "pictures": pictures_json(reports),
-        "kernels": launched_sources(),
-        "environment": environment(),
-    }
+    own = {"summary": summary, "bench": result["bench"], "kernels": launched_sources()}
+    return page_data("attnopt demo", {**found, **own})
 
 
 def silent(line: str) -> None:
@@ -201,4 +190,4 @@ def command(args: argparse.Namespace) -> None:
     writable(str(folder / "report.html"))
     with stages(args.progress) as progress:
         result = run(folder, args.quick, progress, silent if args.json else say)
-    emit(args, result, lambda: say(f"\nreport: {os.path.abspath(result['report'])}"))
+    emit(args, result, lambda: say(f"\nreport: {os.path.abspath(result['report_file'])}"))

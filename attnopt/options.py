@@ -13,6 +13,7 @@ from attnopt.arguments import (
     names,
     not_negative,
     numbers_or_none,
+    one_length,
     positive,
     speedup,
     whole_numbers,
@@ -105,7 +106,7 @@ def examine(made: Parser) -> None:
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="with --config: change a field; may be repeated"
     )
-    made.add_argument("--length", type=int, help="tokens of the traced input (default 256)")
+    made.add_argument("--length", type=one_length, help="tokens of the traced input (default 256)")
     made.add_argument(
         "--lengths", type=whole_numbers, default=[1024, 8192], help="count savings at these (default 1024,8192)"
     )
@@ -185,7 +186,7 @@ def distill(made: Parser) -> None:
         "--families",
         type=names,
         metavar="FAMILIES",
-        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold)",
+        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold,tokens)",
     )
 
 
@@ -297,6 +298,8 @@ def explain(made: Parser) -> None:
     )
     made.add_argument("--profile", metavar="FILE", help="the plan's own (default: found in the plan's folder)")
     made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: what was tried for the head")
+    made.add_argument("--model", metavar="MODEL", help="the plan's own: how its heads share keys, and their sizes")
+    with_settings(made, "of the model: ")
     made.add_argument("--all", action="store_true", help="also the candidates that are best at no price")
 
 

@@ -148,7 +148,8 @@ class Asked:
         may = may & counted[..., None]
         if self.pad is not None:
             may = may & self.pad[:, None, :]
-        scores = queries @ self.of_heads(self.k).to(self.wide).mT * self.scale
+        # Scaled before the product, which is the larger by far.
+        scores = (queries * self.scale) @ self.of_heads(self.k).to(self.wide).mT
         return Last(at, may, queries, masked_softmax(scores, may[:, None]))
 
 
@@ -192,8 +193,8 @@ def alikeness(x: Tensor, block: int, pad: Tensor | None = None) -> Tensor:
 
 def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
     """Soft-max over the last dimension where `keep`; 0 in a row that keeps nothing."""
-    weights = scores.masked_fill(~keep, -torch.inf).softmax(-1)
-    return weights.masked_fill(~keep, 0.0)
+    hidden = ~keep
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
 
 
 def reaching(weights: Tensor, mass: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Blocks selected while running: what each method recalls and loses at its density, and what selecting costs.
 
-    python -m benchmarks.dynamic                       # the shipped model, 4096 tokens
+    python -m benchmarks.dynamic                       # the shipped model, 2048 tokens
     python -m benchmarks.dynamic ./my-llama --length 8192 --methods pooled vertical_slash
     python -m benchmarks.dynamic --quick               # few and short, to check the script
     python -m benchmarks.dynamic --keep                # also benchmarks/results and docs/figures
@@ -42,24 +42,24 @@ from attnopt.codegen.emit import load, write_atomically
 from attnopt.codegen.spec import BLOCKS, BlockPrefill
 from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Choice, Site
-from attnopt.ops.selected import attend_selected, target_of
+from attnopt.ops.selected import Visits, attend_selected, target_of
 from attnopt.probe import Probe
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Asked, lists_of, most
 from attnopt.statistics import attention
-from attnopt.statistics.trials import Trials, Try
+from attnopt.statistics.trials import Kept, Trials, Try
 from attnopt.supervision import Sample, loss_and_gradient
 from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Subject
 from benchmarks.record import environment
 from benchmarks.timing import interleaved, ratio
 
-TAKES = "30 min"
+TAKES = "10 min"
 QUICK = ("--quick",)
 
 WAYS = ("method", "window", "oracle")
 COLOURS = ("#1668a8", "#c2632f", "#4f9a53", "#a45fb5", "#b0892a", "#c4507a", "#5f6b7a", "#2a9d8f")
-REPEATS, SECONDS = 7, 240.0
+REPEATS, SECONDS = 5, 60.0
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,16 @@ def asked_at(choice: Choice, q: Tensor, k: Tensor, scale: float, window: int) ->
     return asked_of(kind, q, k, heads, table, scale, None, window)
 
 
-def run_operator(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> tuple[Tensor, ...]:
-    """Output (B, H, N, Dv), lse (B, H, N) and blocks really visited (B, H, R), by the operator that a plan runs."""
+def run_operator(
+    choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Visits]:
+    """Output (B, H, N, Dv), lse (B, H, N) and what was visited, by the operator that a plan runs."""
     kind = CANDIDATES[choice.candidate]
     table = torch.tensor([kind.settings(dict(choice.params))] * q.shape[1], dtype=torch.float64)
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
     heads = torch.arange(q.shape[1], dtype=torch.int32)
     method = kind.method(dict(choice.params))
-    visits = attend_selected(q, k, v, heads, method, table, None, scale, window, out, lse)
-    return out, lse, visits.counts - visits.skipped
+    return out, lse, attend_selected(q, k, v, heads, method, table, None, scale, window, out, lse)
 
 
 def run_blocks(keep: Tensor, asked: Asked, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,12 +153,9 @@ class Trying:
         # The method first, for the two beside it take as many blocks.
         self.columns = tuple(Choice.of(way, {"setting": n}) for n in range(len(self.settings)) for way in WAYS)
         self.trials: dict[str, Trials] = {}
-        self.recalled = torch.zeros(len(self.columns), dtype=torch.float64)
-        self.visited = torch.zeros(len(self.settings), dtype=torch.float64)
-        self.rows = self.possible = 0.0
         self.weights, self.tell = torch.zeros(0), (lambda site: None)
         self._dense: tuple[Tensor, Tensor] | None = None
-        self._counts = torch.zeros(0)
+        self._visits: Visits | None = None
 
     def __call__(self, site: Site) -> Attention:
         held = self.trials.setdefault(site.name, Trials.zeros(site.heads, self.columns))
@@ -171,33 +169,38 @@ class Trying:
 
         return run
 
-    def _replaced(self, site: Site, column: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-        n, way = int(column["setting"]), column.candidate
-        choice, window = self.settings[n], site.mask.window or 0
+    def _replaced(
+        self, site: Site, column: Choice, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
+    ) -> tuple[Tensor, Kept]:
+        choice, window = self.settings[int(column["setting"])], site.mask.window or 0
         asked = asked_at(choice, q, k, site.scale, window)
         if column == self.columns[0]:
             self.tell(site.name)
             self._dense = true_mass(asked)
-            self.rows += float(self.weights.sum()) * q.shape[0] * site.heads
-            self.possible += float(asked.possible.sum()) * q.shape[0] * site.heads
         assert self._dense is not None
         mass, dense = self._dense
-        if way == "method":
-            out, lse, self._counts = run_operator(choice, q, k, v, site.scale, window)
-            self.visited[n] += self._counts.sum()
-        else:
-            out, lse = run_blocks(as_many(way, self._counts, asked, mass), asked, v)
-        share = (lse - dense).exp().clamp(max=1.0)
-        self.recalled[n * len(WAYS) + WAYS.index(way)] += (share.double() * self.weights).sum()
-        return out
+        if column.candidate == "method":
+            out, lse, self._visits = run_operator(choice, q, k, v, site.scale, window)
+        visits = self._visits
+        assert visits is not None
+        if column.candidate != "method":
+            keep = as_many(column.candidate, visits.counts - visits.skipped, asked, mass)
+            out, lse = run_blocks(keep, asked, v)
+        # Weighed, so that on recall prompts the rows that answer are what is recalled.
+        return out, Kept(visits.sums, (lse - dense).exp().clamp(max=1.0).double() * self.weights)
 
     def rows_of(self, text: str) -> list[Row]:
-        damage = sum(t.t2.sum(0) / 2 / t.tokens for t in self.trials.values()).tolist()  # type: ignore[union-attr]
-        recalled, found = (self.recalled / self.rows).tolist(), []
+        held = list(self.trials.values())
+        heads = sum(t.heads * t.tokens for t in held)
+        recalled = torch.stack([t.recalled.sum(0) for t in held]).sum(0) / heads
+        damage = torch.stack([t.t2.sum(0) / 2 / t.tokens for t in held]).sum(0)
+        possible, visited = (torch.stack([x.sum(0) for x in of]).sum(0) for of in (
+            [t.possible for t in held], [t.visited - t.skipped for t in held]))  # fmt: skip
+        found = []
         for n, choice in enumerate(self.settings):
-            at = range(n * len(WAYS), (n + 1) * len(WAYS))
-            share, nats = (dict(zip(WAYS, [of[i] for i in at], strict=True)) for of in (recalled, damage))
-            density = float(self.visited[n]) / self.possible
+            at = slice(n * len(WAYS), (n + 1) * len(WAYS))
+            share, nats = (dict(zip(WAYS, of[at].tolist(), strict=True)) for of in (recalled, damage))
+            density = float(visited[at][0] / possible[at][0])
             found.append(Row(text, choice.candidate, named(choice), density, share, nats))
         return found
 
@@ -329,9 +332,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--text", nargs="*", default=[], help="files; by default the library's own source")
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--block", type=int, default=64, choices=BLOCKS)
-    parser.add_argument("--samples", type=int, default=4, help="sequences of each kind of text")
+    parser.add_argument("--samples", type=int, default=2, help="sequences of each kind of text")
     parser.add_argument("--methods", nargs="*", default=[], help="candidates; by default all that select blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")

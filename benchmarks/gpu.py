@@ -1,5 +1,5 @@
-"""Kernels on a GPU: correctness, the card's ceilings; prefill, decoding, a step of the ragged cache, generation and
-linear heads against what others have.
+"""Kernels on a GPU: correctness, the card's ceilings; prefill by spans and by lists of blocks, decoding, a step of the
+ragged cache, generation and linear heads against what others have.
 
     python -m benchmarks.gpu                   # less than ten minutes on an H200; what there was no time for is said
     python -m benchmarks.gpu --out gpu.json    # the rows with hardware and versions, and gpu.svg beside it
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.block_mask import many_shapes
-from benchmarks.cuda import cache, checks, decode, generation, linear, prefill
+from benchmarks.cuda import blocks, cache, checks, decode, generation, linear, prefill
 from benchmarks.cuda.device import Budget, Device
 from benchmarks.record import RESULTS, Aim, Row, Run, environment
 from benchmarks.spans import DRY, Sizes
@@ -29,7 +29,15 @@ TAKES = "10 min"
 NEEDS = "a GPU"
 QUICK = ("--dry-run",)
 # Wall seconds of each section; with the ceilings' ten and what importing takes less than ten minutes.
-SECONDS = {"checks": 120.0, "prefill": 190.0, "decode": 70.0, "linear": 50.0, "cache": 50.0, "generation": 50.0}
+SECONDS = {
+    "checks": 120.0,
+    "prefill": 150.0,
+    "blocks": 50.0,
+    "decode": 70.0,
+    "linear": 50.0,
+    "cache": 50.0,
+    "generation": 50.0,
+}
 FIGURES = Path(__file__).parents[1] / "docs/figures"
 
 
@@ -50,10 +58,11 @@ def measured(
     print(
         f"ceilings: matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy'] / 1e12:.2f} TB/s", flush=True
     )
-    timed: dict[str, list[Row]] = {"prefill": [], "decode": [], "linear": [], "cache": []}
+    timed: dict[str, list[Row]] = {"prefill": [], "blocks": [], "decode": [], "linear": [], "cache": []}
     with many_shapes():
         for name, of, ceiling in (
             ("prefill", prefill, "matmul"),
+            ("blocks", blocks, "matmul"),
             ("decode", decode, "copy"),
             ("linear", linear, "copy"),
             ("cache", cache, "copy"),
@@ -66,8 +75,9 @@ def measured(
     rows = timed["prefill"]
     least = 16384 if 16384 in sizes.lengths else min(sizes.lengths)
     aims = [aim for dim in sizes.dims for aim in prefill.aims(rows, dim, least)] + decode.aims(timed["decode"])
-    aims += linear.aims(timed["linear"]) + cache.aims(timed["cache"]) + generation.aims(generated)
-    return [*checked, *rows, *timed["decode"], *timed["linear"], *timed["cache"], *generated], aims, notes, ceilings
+    aims += blocks.aims(timed["blocks"], least) + linear.aims(timed["linear"]) + cache.aims(timed["cache"])
+    found = [*checked, *(row for rows in timed.values() for row in rows), *generated]
+    return found, aims + generation.aims(generated), notes, ceilings
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ FIGURES = PAGE.parent / "figures"
 # Benchmark -> what its section is called and says. The order is that of the page.
 TITLES = {
     "cpu_prefill": "CPU: prefill of per-head spans",
+    "cpu_blocks": "CPU: prefill over lists of blocks",
     "cpu_backward": "CPU: gradients of per-head spans",
     "cpu_decode": "CPU: decoding with spans by KV head",
     "generate": "CPU: generation under a plan, end to end",
@@ -118,11 +119,11 @@ def section(stem: str, run: Run, figures: Path) -> str:
 
 def gpu_aims() -> list[Aim]:
     """What is aimed at on a GPU, as long as no run there is recorded."""
-    from benchmarks.cuda import cache, decode, generation, prefill
+    from benchmarks.cuda import blocks, cache, decode, generation, prefill
     from benchmarks.spans import Sizes
 
     aims = [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
-    return aims + cache.aims([]) + generation.aims([])
+    return aims + blocks.aims([]) + cache.aims([]) + generation.aims([])
 
 
 def aims_table(found: Sequence[tuple[str, Aim]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
@@ -29,13 +30,15 @@ import numpy as np
 import pytest
 import torch
 
+# pytest listens to loggers that do not propagate; for a listener of this one torch writes down all that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count() or 1))
 hypothesis.settings.register_profile("attnopt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attnopt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, then those with many: of files dealt out to processes, the last is waited for."""
+    """Slow files first, then those with many tests: of files dealt out to processes, the last is waited for."""
     slow, tests = {item.path for item in items if item.get_closest_marker("slow")}, Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 

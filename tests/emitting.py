@@ -1,15 +1,11 @@
-"""What the tests of every emitted Triton kernel ask: is its text the golden one and clean, and what are its numbers in
-Triton's interpreter, which takes a process of its own."""
+"""What the tests of every emitted Triton kernel ask of its text: is it the golden one, and clean?"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,15 +30,3 @@ def check_clean(folder: Path, texts: Iterable[str]) -> None:
     for command in (["check", "--output-format=concise"], ["format", "--diff"]):
         done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-
-
-def interpreted_rows(file: str, folder: Path, key: str = "case") -> dict[str, dict[str, Any]]:
-    """The JSON objects that `file`, a test module run as a script, prints in Triton's interpreter, by their `key`."""
-    # The interpreter of triton 3.6 fails on loops with run-time bounds under numpy 2.4.
-    pytest.importorskip("triton", minversion="3.7")
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "ATTNOPT_CACHE": str(folder)}
-    child = subprocess.run([sys.executable, file], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
-    return {row[key]: row for row in rows}

@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Case:
     """heads: those that are served, of four; pads: "" or where padding is; bounds: of the served heads, None for none;
-    listed: the share of the blocks that causality leaves; dims: of q and k, and of v."""
+    listed: the share of the blocks that causality leaves, or, where `above`, of all; dims: of q and k, and of v."""
 
     length: int
     keys: int
@@ -25,6 +25,7 @@ class Case:
     bounds: tuple[float, ...] | None = None
     listed: float = 0.5
     dims: tuple[int, int] = (64, 32)
+    above: bool = False
 
 
 BOUNDED = (-torch.inf, -1.0, -0.2)
@@ -50,6 +51,8 @@ CASES = {
     "pads on the left, window": Case(100, 100, pads="left", window=33),
     "pads on the right, chunk": Case(60, 100, pads="right"),
     "only pads": Case(40, 40, pads="all"),
+    "above the diagonal": Case(70, 120, above=True),
+    "threshold, above the diagonal": Case(70, 120, above=True, bounds=BOUNDED),
     "threshold": Case(150, 150, bounds=BOUNDED, listed=0.8),
     "threshold, whole lists": Case(128, 128, bounds=BOUNDED, listed=1.0),
     "threshold, chunk, pads, window": Case(90, 133, bounds=BOUNDED, pads="holes", window=70, listed=0.8),
@@ -71,7 +74,8 @@ def arguments(case: Case, dtype: torch.dtype = torch.float64, total: int = 4) ->
     k *= (0.1 + torch.rand(columns, generator=generator)).repeat_interleave(case.block)[: case.keys, None, None]
     last = (torch.arange(rows) * case.block + case.block).clamp(max=case.length) - 1 + case.keys - case.length
     keep = torch.rand(case.batch, len(case.heads), rows, columns, generator=generator) < case.listed
-    keep &= torch.arange(columns) * case.block <= last[:, None]
+    if not case.above:
+        keep &= torch.arange(columns) * case.block <= last[:, None]
     index = torch.arange(columns)
     column = torch.arange(case.keys)
     pads = {

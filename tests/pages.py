@@ -107,7 +107,7 @@ def front() -> dict[str, Any]:
 def records() -> list[Record]:
     one = Measured("verify", 2048, 32, 65504, 2.0, 2.01, 0.51234, 0.75, "abc")
     endless = replace(one, increase=float("inf"), upper_95=float("inf"))
-    return [Record("point 4", 0.01, 5.0, (one,), True), Record("point 8", 0.1, 2.0, (endless,), False)]
+    return [Record("point 4", 0.01, 5.0, (one,), True, 0.85), Record("point 8", 0.1, 2.0, (endless,), False, 0.85)]
 
 
 BENCH = [

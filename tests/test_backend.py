@@ -19,6 +19,8 @@ from attnopt import backend
 from attnopt.errors import OptionError, PlanError
 from attnopt.passes import lower_exact
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_reports():

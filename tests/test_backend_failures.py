@@ -12,6 +12,8 @@ from attnopt import backend
 from attnopt.backend import inductor
 from attnopt.passes import PIPELINE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_reports():

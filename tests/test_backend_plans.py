@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 from attnopt import backend
 from attnopt.errors import PlanError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_reports():

@@ -11,6 +11,8 @@ from torch import nn
 
 from attnopt import backend
 
+pytestmark = pytest.mark.slow
+
 
 def attend(q, k, v):
     """Causal attention whose mask is spelled out, so that there is something to rewrite."""

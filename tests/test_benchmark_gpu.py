@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnopt.codegen.reference_prefill import prefill as reference
 from benchmarks import gpu
 from benchmarks.block_mask import block_mask, mask_mod
-from benchmarks.cuda import baselines, cache, checks, decode, generation, linear, prefill
+from benchmarks.cuda import baselines, blocks, cache, checks, decode, generation, linear, prefill
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
@@ -31,7 +31,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "decode", "backward", "masked", "linear", "cache", "generation"}
+    assert kinds == {"prefill", "blocks", "decode", "backward", "masked", "linear", "cache", "generation"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():
@@ -39,6 +39,9 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     (row,) = (row for row in data["rows"] if row["case"].get("length") == 64)
     assert set(row["ratios"]) == {linear.OF_FLOOR, linear.WINDOWS} and row["case"]["kernel"] == "linear"
     assert said.index("correctness") < said.index("ceilings") < said.index("prefill mixture 16 96: error")
+    (row,) = (row for row in data["rows"] if row["case"].get("lists", "").endswith("thresholds"))
+    # Every head visits the first block of a row, and of the two blocks of the second row only the first.
+    assert row["case"]["skipped"] == 32 and set(row["ratios"]) == {blocks.BEST, blocks.UNBOUNDED, blocks.PER_WORK}
     # What is not to be had here is said.
     assert any("cudnn" in note for note in data["notes"]) and any("flash_attn" in note for note in data["notes"])
     assert (tmp_path / "gpu.svg").read_text().count("best SDPA") == 1
@@ -196,6 +199,34 @@ def test_linear_heads_are_judged_by_the_worst_length_and_by_their_slope():
     assert {a.verdict for a in linear.aims([])} == {"goal, unmeasured"}
     # bfloat16 q and result of every head, k and v of every KV head, and a float32 a row.
     assert linear.floor_bytes(SMALL, 16, 10) == 10 * (2 * 32 * 16 * 2 + 2 * 8 * 16 * 2 + 32 * 4)
+
+
+def test_lists_of_blocks_are_judged_by_their_own_work_and_thresholds_by_going_without():
+    def row(name, length, **ratios):
+        case = {"kernel": "blocks", "lists": name, "dim": 128, "length": length}
+        return blocks.Row(case, 0.0, 1e-2, {blocks.BEST: 1.5, **ratios}, {}, {})
+
+    free = [row(case.name, n, **{blocks.PER_WORK: 0.6 + n / 1e5}) for case in blocks.CASES[:3] for n in (8192, 16384)]
+    bounded = row(blocks.CASES[3].name, 16384, **{blocks.PER_WORK: 0.1, blocks.UNBOUNDED: 1.6})
+    found = [(a.found, a.verdict) for a in blocks.aims([*free, bounded])]
+    assert found == [(pytest.approx(0.76384), "met"), (1.5, "missed"), (1.6, "met")]
+    assert {a.verdict for a in blocks.aims([])} == {"goal, unmeasured"}
+
+
+@pytest.mark.parametrize("case", [blocks.Case(16, 2), blocks.Case(16, 1, bounded=True)])
+def test_the_error_of_lists_sees_one_block_too_few(case):
+    q, k, v = inputs(SMALL, 16, 96, CPU, torch.float64)
+    heads = torch.arange(32, dtype=torch.int32)
+    counts, lists = blocks.lists_of(16, (1, 32), 96, 96, CPU, case.sparse)
+    if case.bounded:
+        q, k = blocks.made_loud(q, k, 16)
+    bounds = torch.full((32,), -blocks.APART / 2 if case.bounded else -torch.inf)
+    out = torch.empty_like(q)
+    blocks.reference(q, k, v, heads, counts, lists, bounds, 0.25, None, 0, 16, out)
+    assert blocks.error_at(out, q, k, v, case, counts, lists) < 1e-6
+    # The last list without its first block, which is the loudest where there are thresholds.
+    lists[0, :, -1, 0] = lists[0, :, -1, 1]
+    assert blocks.error_at(out, q, k, v, case, counts, lists) > blocks.TOLERANCE_BF16
 
 
 def test_a_cache_of_half_the_bytes_is_judged_where_it_is_large_by_its_worst_case():

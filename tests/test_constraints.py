@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from attnopt.planner.constraints import (
     refuse_impossible,
 )
 from attnopt.planner.make import Made, make_plan
+from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
 from benchmarks.planner_front import synthetic_profile
@@ -127,9 +129,14 @@ def test_heads_are_protected_by_name_by_number_and_by_what_their_removal_does() 
     assert np.isinf(dense.damage[index, 1:]).all() and np.isfinite(dense.damage[index + 1, 1:]).any()
 
 
+@cache
+def observed() -> Profile:
+    sequences = [tokens(1, SHORT, seed=n) for n in range(2)]
+    return profile_model(NanoGPT().eval(), sequences, Grid((0, 2), (8, 16, 32)))
+
+
 def made(**options: Any) -> Made:
-    model = NanoGPT().eval()
-    profile = profile_model(model, [tokens(1, SHORT, seed=n) for n in range(2)], Grid((0, 2), (8, 16, 32)))
+    model, profile = NanoGPT().eval(), observed()
     verify, final = ({SHORT: tokens(8, SHORT, seed=n)} for n in (3, 4))
     budget = options.pop("budget", Budget("loss", 50.0))
     return make_plan(model, "nano", profile, verify, final, budget, SHORT, tables=CostTable.by_density(), **options)

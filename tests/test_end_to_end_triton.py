@@ -7,17 +7,12 @@ run as a script. The CPU target runs here.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-
 import pytest
 import torch
+from interpreting import interpreted
 from models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, ExplicitMasks, build, make_plan, padding, tokens
 
 LENGTH = 96
@@ -95,12 +90,8 @@ def test_cpu(cache_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_triton(tmp_path):
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "ATTNOPT_TARGET": "triton", "ATTNOPT_CACHE": str(tmp_path)}
-    command = [sys.executable, __file__]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    check(json.loads(ran.stdout.splitlines()[-1]), "triton", tmp_path / "kernels")
+    printed = interpreted(__file__, tmp_path, ATTNOPT_TARGET="triton")
+    check(json.loads(printed.splitlines()[-1]), "triton", tmp_path / "kernels")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from attnopt.ir import GraphReport, Mask, Miss, Site
 from attnopt.report import terminal
 from attnopt.report.data import examined_json, graphs_json
 
+pytestmark = pytest.mark.slow
+
 RAN: list[str] = []
 
 

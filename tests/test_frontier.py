@@ -12,6 +12,8 @@ from problems import LENGTH, SPANS, profile_like, spans_problem
 from attnopt.planner import Limits, Problem, compare, front, make_problem, solve
 from benchmarks.planner_front import synthetic_profile, synthetic_table
 
+pytestmark = pytest.mark.slow
+
 FEW = [SPANS[0], (0, 64), (4, 64), (0, 1024)]
 
 
@@ -44,7 +46,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2))])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_and_front_against_every_assignment(case: tuple[float, int, Limits], seed: int) -> None:
     group_cost, kv_heads, limits = case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,19 +14,32 @@ from attnopt.cost import CostTable
 from attnopt.errors import BudgetError, ModelError, TextError
 from attnopt.plan import Budget
 from attnopt.planner.make import Made, make_plan, uniform_at_cost
+from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
 
 LENGTH = 64
 
 
+@cache
+def observed() -> Profile:
+    sequences = [tokens(1, LENGTH, seed=n) for n in range(2)]
+    return profile_model(NanoGPT().eval(), sequences, Grid((0, 2), (8, 16, 32)))
+
+
 def made_with(budget: Budget, samples: int = 8, records: list[Any] | None = None) -> Made:
-    model = NanoGPT().eval()
-    profile = profile_model(model, [tokens(1, LENGTH, seed=n) for n in range(2)], Grid((0, 2), (8, 16, 32)))
     verify, final = ({LENGTH: tokens(samples, LENGTH, seed=n)} for n in (3, 4))
     report = records.append if records is not None else None
     return make_plan(
-        model, "nano", profile, verify, final, budget, LENGTH, tables=CostTable.by_density(), report=report
+        NanoGPT().eval(),
+        "nano",
+        observed(),
+        verify,
+        final,
+        budget,
+        LENGTH,
+        tables=CostTable.by_density(),
+        report=report,
     )
 
 

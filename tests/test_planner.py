@@ -286,7 +286,7 @@ def test_text_too_noisy_to_decide_says_how_much_is_needed() -> None:
     with pytest.raises(BudgetError) as caught:
         verify_loop(problem, noisy, Budget("loss", 1.0))
     assert "too short to decide" in caught.value.remedy
-    assert "tokens are needed where there are 6000" in caught.value.remedy
+    assert "tokens are needed where there are 6000 (--samples " in caught.value.remedy
 
 
 def test_tokens_needed_grow_with_the_square_of_the_width() -> None:

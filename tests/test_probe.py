@@ -14,6 +14,8 @@ from attnopt.ir import Choice
 from attnopt.measure import Spans
 from attnopt.probe import CODE, PROSE, Form, Probe, longest_reach, recall, words_of
 
+pytestmark = pytest.mark.slow
+
 
 class Letters:
     """One token per character, no vocabulary to ask for words, no first token."""
@@ -78,7 +80,6 @@ def test_an_answer_counts_only_in_full(demo: hf.Loaded) -> None:
 def test_the_shipped_model_recalls_and_a_window_does_not(demo: hf.Loaded) -> None:
     """What the probe is for: a window that text forgives takes the answers away."""
     probe, spans = Probe(demo.tokenizer, split="final"), Spans(demo.model)
-    spans.losses(torch.zeros(1, 64, dtype=torch.long), None)
     documents = probe.documents(700, 2)
     assert recall(spans.instrumented.logits, documents).share >= 0.9
     narrow = Choice.of("sink_window", {"sink": 4, "alpha": 128, "beta": 0.0})

@@ -9,19 +9,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from interpreting import interpreted_rows
 from torch import Tensor
 
 from attnopt.statistics import Grid, Observation, Observe, naive_observation, stream
 
-ROOT = Path(__file__).parents[1]
 GRID = Grid((0, 1, 4), (1, 3, 8, 20, 64, 500))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -157,7 +154,6 @@ def run(case: Case) -> dict[str, Any]:
 
 def whole_model() -> dict[str, Any]:
     """A profile whose passes run in the interpreter, and the same in PyTorch."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from models import NanoGPT, tokens
 
     from attnopt.profiler import profile_model
@@ -178,14 +174,8 @@ def main() -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, Any]]:
-    # The interpreter of triton 3.6 fails on loops with run-time bounds under numpy 2.4.
-    pytest.importorskip("triton", minversion="3.7")
-    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "ATTNOPT_TARGET": "triton"}
-    child = subprocess.run([sys.executable, __file__], env={**os.environ, **changes}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines()]
-    return {row["case"]: row for row in rows}
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return interpreted_rows(__file__, tmp_path_factory.mktemp("kernels"), ATTNOPT_TARGET="triton")
 
 
 @pytest.mark.slow

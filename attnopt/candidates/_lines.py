@@ -24,7 +24,7 @@ def slashes(last: Last) -> Tensor:
     key = (last.at[..., None] - distance)[:, None]  # (B | 1, 1, n, M)
     # Read where they stand and not added to where they go: sums come out the same every time, on any device.
     met = last.weights.gather(-1, key.clamp(min=0).expand_as(last.weights))
-    return met.masked_fill(key < 0, 0.0).sum(2)
+    return met.masked_fill_(key < 0, 0.0).sum(2)
 
 
 def blocks_on(keys: Tensor, distances: Tensor, asked: Asked) -> Tensor:

@@ -39,12 +39,10 @@ OFFERED = (64,)
 
 class Selected(Tried):
     """`params` of a subclass are its own; `block` and `skip` (0: never) are added to them. fixed: those of its own,
-    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`. timed: the
-    parameters that its selection's time depends on; None for all but `skip`."""
+    whole numbers, on which shapes depend; heads that are served by one call share them, as they do `block`."""
 
     far = "selected"
     fixed: ClassVar[tuple[str, ...]] = ()
-    timed: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -92,15 +90,13 @@ class Selected(Tried):
         return walk + selection + table.cost(length, 0, 1)
 
     def timing(self, params: Params) -> tuple[float, ...]:
-        """What the time of its selection depends on, as numbers."""
-        names = [p.name for p in self.params if p != SKIP] if self.timed is None else self.timed
-        return tuple(float(params[name]) for name in names)
+        """What the time of its selection depends on, as numbers: what its shapes do."""
+        return tuple(float(params[name]) for name in (*self.fixed, "block"))
 
     def scored(self, params: Params, length: int) -> int:
         """Query-key pairs that do the work of one head's selection, for where nothing is timed: by default each pair of
-        blocks is scored and sorted, and each query and key read once."""
-        blocks = -(-length // int(params["block"]))
-        return 2 * blocks**2 + 2 * length
+        blocks is scored and sorted, and each query and key read once. A pair is two products, of q and k and with v."""
+        return 2 * (-(-length // int(params["block"]))) ** 2 + 2 * length
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, params: Params, scale: float, own_window: int | None = None,

@@ -46,6 +46,10 @@ class Antidiagonal(Selected):
         tried = ((31 / 32, 8), (15 / 16, 16), (7 / 8, 8), (7 / 8, 16), (3 / 4, 16))
         return [c for mass, stride in tried for c in self.offered({"mass": mass, "stride": stride}, length)]
 
+    def scored(self, params: Params, length: int) -> int:
+        """Products of whole cells, as many positions each as `stride`, and no values."""
+        return length**2 // (2 * int(params["stride"])) + super().scored(params, length)
+
     def keep(self, asked: Asked) -> Tensor:
         stride, mass = asked.fixed["stride"], asked.setting("mass")
         scaled = asked.q.index_select(1, asked.heads) * asked.scale

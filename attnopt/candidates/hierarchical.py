@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.candidates import Param
+from attnopt.candidates import Param, Params
 from attnopt.candidates._selected import Selected
 from attnopt.candidates._strided import counting, rows_at_once
 from attnopt.ir import Choice
@@ -39,6 +39,12 @@ class Hierarchical(Selected):
         shares = (2, 4, 8, 16)
         counts = sorted({max(length // (64 * share), 1) for share in shares}, reverse=True)
         return [choice for count in counts for choice in self.offered({"count": count}, length)]
+
+    def scored(self, params: Params, length: int) -> int:
+        """Every query with the halves of `count` ranges at every step, without values."""
+        columns = -(-length // int(params["block"]))
+        count = min(int(params["count"]), columns)
+        return length * count * (-(-columns // count) - 1).bit_length() + super().scored(params, length)
 
     def keep(self, asked: Asked) -> Tensor:
         count = min(asked.fixed["count"], asked.columns)

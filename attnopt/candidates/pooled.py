@@ -23,7 +23,6 @@ MOST_BLOCKS = 1 << 20
 class Pooled(Selected):
     name = "pooled"
     family = "blocks"
-    timed = ("block",)
     params = (
         Param("mass", float, 1 / 64, 1.0, 1 / 64),
         Param("count", int, 1, MOST_BLOCKS),

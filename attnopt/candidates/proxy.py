@@ -53,6 +53,12 @@ class Proxy(Selected):
         named = [dict(zip(("mass", "group", "stride"), each, strict=True)) for each in tried]
         return [choice for own in named for choice in self.offered(own, length)]
 
+    def scored(self, params: Params, length: int) -> int:
+        """As if the head were alone in its group: every stride-th query with every stride-th key, without values; and
+        its last queries with all keys."""
+        cells = -(-length // int(params["stride"]))
+        return cells**2 // 2 + int(params["block"]) * length + super().scored(params, length)
+
     def keep(self, asked: Asked) -> Tensor:
         mass = asked.setting("mass")
         attended = blocks_of(asked.last(asked.block).weights.sum(2)[..., None], asked.block)[0].sum((3, 4))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnopt.candidates import Param
+from attnopt.candidates import Param, Params
 from attnopt.candidates._lines import blocks_on, slashes, verticals
 from attnopt.candidates._selected import Selected
 from attnopt.ir import Choice
@@ -38,9 +38,14 @@ class QueryAware(Selected):
     )
 
     def menu(self, length: int) -> list[Choice]:
-        published = {"trust": 3 / 32, "least": 2}
-        own = [{**published, "mass": mass} for mass in (31 / 32, 29 / 32, 3 / 4, 1 / 2)]
+        # The second is as published. Lines take many blocks, so that more trust is bolder.
+        pairs = ((31 / 32, 3 / 32), (29 / 32, 3 / 32), (29 / 32, 1 / 4), (3 / 4, 1 / 4), (1 / 2, 1 / 4))
+        own = [{"mass": mass, "trust": trust, "least": 2} for mass, trust in pairs]
         return [choice for params in own for choice in self.offered(params, length)]
+
+    def scored(self, params: Params, length: int) -> int:
+        """The last queries with every key besides."""
+        return int(params["block"]) * length + super().scored(params, length)
 
     def keep(self, asked: Asked) -> Tensor:
         last = asked.last(asked.block)

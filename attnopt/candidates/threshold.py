@@ -24,7 +24,6 @@ from attnopt.selection import Asked
 class Threshold(Selected):
     name = "threshold"
     family = "threshold"
-    timed = ("block",)
     params = (Param("sink", int, 0, MOST_TOKENS), Param("window", int, 1, MOST_TOKENS))
 
     def menu(self, length: int) -> list[Choice]:

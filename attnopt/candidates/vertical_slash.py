@@ -39,9 +39,14 @@ class VerticalSlash(Selected):
         return wrong
 
     def menu(self, length: int) -> list[Choice]:
-        lines = ((64, 1024), (32, 512), (64, 128), (16, 256), (8, 64))
-        kept = [{"vertical": v, "slash": s} for v, s in lines if 2 * s <= length]
+        # A distance takes two blocks of every row, a key one, so that fewer distances than keys are bold.
+        lines = ((128, 512), (64, 128), (128, 32), (16, 32), (32, 8))
+        kept = [{"vertical": v, "slash": s} for v, s in lines if max(2 * s, 4 * v) <= length]
         return [choice for own in kept for choice in self.offered(own, length)]
+
+    def scored(self, params: Params, length: int) -> int:
+        """The last queries with every key, and their lines."""
+        return LAST * length + super().scored(params, length)
 
     def keep(self, asked: Asked) -> torch.Tensor:
         last = asked.last(LAST)

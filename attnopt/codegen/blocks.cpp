@@ -5,6 +5,17 @@
 // a list names. A block of rows takes the scores of SPAN keys side by side, block after block in the order of the
 // contract, then their weights at once, then the products with values. What a bound skips is known from its scores and
 // the largest so far: the next block overwrites them, and neither an exponential nor its values are ever touched.
+//
+// Share of the work-saved ideal over torch's causal SDPA, 4 over 2 heads, 4096 keys, blocks of 64, of which 53 and 18 %
+// are listed at random; one thread of an EPYC that multiplies bfloat16 in vectors, torch 2.13; by keys whose scores are
+// held at once / keys in a panel, whose neighbours were one product:
+//                         512/64       512/256       1024/64      1024/256
+//     float32  D=64     1.25 1.08     1.23 1.04     1.19 1.08     1.19 1.05
+//     float32  D=128    1.19 1.11     1.16 1.03     1.24 1.07     1.23 1.03
+//     bfloat16 D=64     2.07 1.86     2.08 1.85     2.12 1.90     2.07 1.84
+//     bfloat16 D=128    2.18 1.85     2.09 1.80     2.16 1.97     2.17 1.92
+// Torch's own bfloat16 is no faster than its float32 there. A bound that skips nothing took 0 to 3 % more time, and up
+// to 9 % in blocks of 16; one that skips three quarters, 35 to 42 % less (benchmarks/cpu_blocks.py).
 
 namespace {
 
@@ -61,7 +72,7 @@ struct Laid {
   }
 };
 
-float largest_of(const float* x, int64_t count) {
+float largest(const float* x, int64_t count) {
   Vec found = Vec::loadu(x);
   for (int64_t c = Vec::size(); c < count; c += Vec::size()) found = at::vec::maximum(found, Vec::loadu(x + c));
   return largest(found);
@@ -112,7 +123,7 @@ struct Visit {
     float here[MOST_BLOCK];
     bool any = false, wanted = false;
     for (int64_t r = 0; r < rows; r++) {
-      here[r] = largest_of(scores(r, slot), block) * scale;
+      here[r] = largest(scores(r, slot), block) * scale;
       any |= here[r] != NONE;
       wanted |= here[r] != NONE && !(here[r] < most[r] + bound);
     }
@@ -128,7 +139,7 @@ struct Visit {
     for (int64_t r = 0; r < rows; r++) {
       float* row = scores(r, from) - odd;
       std::fill(row, row + odd, NONE);
-      if (!known) most[r] = std::max(most[r], largest_of(row + odd, columns) * scale);
+      if (!known) most[r] = std::max(most[r], largest(row + odd, columns) * scale);
       // A row that has met no kept key yet: -inf minus -inf would be NaN.
       float base = most[r] == NONE ? 0.0f : most[r];
       Vec factor(scale), away(-base), all(0.0f);

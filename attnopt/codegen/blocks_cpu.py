@@ -2,7 +2,7 @@
 
 Without the kernel (native.py says where), blocks of rows that list equally many blocks of keys are one product of
 matrices, whatever heads and batch entries they are of. Their keys are copied, and every score is made before a bound
-hides it: right, and not made to be fast.
+hides it: a fifth to a third of the kernel's speed, and a threshold saves nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from attnopt.codegen import native
 
-# Scores, and copied elements of keys, that are held at once.
+# Scores, and copied elements of keys, that are held at once. 4 over 2 heads of 64 features, 4096 keys, a quarter and an
+# eighth of the blocks of 64: times as fast as causal SDPA on one thread of an EPYC, 2**18, 2**20, 2**22:
+#     float32     1.05 1.81     1.33 2.65     1.44 2.44
+#     bfloat16    1.48 2.43     1.48 2.40     1.58 2.69
 MOST_HELD = 2**22
 
 
@@ -67,29 +70,35 @@ def _gathered(
     (batch, total, length, _), (_, groups, keys, width) = q.shape, v.shape
     rows, offset, inside = counts.shape[2], keys - length, torch.arange(block)
     queries, keyed, valued = (
-        F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block)) for x in (q[:, heads.long()], k, v)
+        F.pad(x.to(wide), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block)) for x in (q[:, heads.long()], k, v)
     )
     real = torch.arange(keyed.shape[2] * block) < keys
     kept = F.pad(pad, (0, len(real) - keys)) if pad is not None else real.expand(batch, -1)
-    mixed = queries.new_zeros((batch, len(heads), rows, block, width), dtype=wide)
-    sums = queries.new_full((batch, len(heads), rows, block), -torch.inf, dtype=wide)
+    mixed = queries.new_zeros((batch, len(heads), rows, block, width))
+    sums = queries.new_full((batch, len(heads), rows, block), -torch.inf)
     skipped = torch.zeros_like(counts)
     for size, b, n, r in _alike(counts, block * max(block, q.shape[3], width)):
         listed, group = blocks[b, n, r, :size].long(), heads[n].long() // (total // groups)
-        columns = (listed[..., None] * block + inside).flatten(1)
-        at = (r[:, None] * block + inside)[..., None]
-        apart = at + offset - columns[:, None]
-        # Rows past the last keep nothing: no bound waits for them.
-        keep = (apart >= 0) & (at < length) & kept[b[:, None], columns][:, None]
+        at = r[:, None] * block + inside
+        seen, values = (x[b[:, None], group[:, None], listed].flatten(1, 2) for x in (keyed, valued))
+        scores = (queries[b, n, r] @ seen.mT).mul_(scale)
+        # Of so many in front, no row hides a key.
+        whole = 0
+        if pad is None and not window:
+            whole = int(((listed + 1) * block <= at[:, :1] + offset + 1).sum(-1).min())
+        columns = (listed[:, whole:, None] * block + inside).flatten(1)
+        apart = (at + offset)[..., None] - columns[:, None]
+        keep = (apart >= 0) & kept[b[:, None], columns][:, None]
         if window:
             keep &= apart < window
-        seen, values = (x[b[:, None], group[:, None], listed].flatten(1, 2).to(wide) for x in (keyed, valued))
-        scores = queries[b, n, r].to(wide) @ seen.mT
-        scores = (scores * scale).masked_fill_(~keep, -torch.inf)
-        skipped[b, n, r] = _skip(scores.unflatten(2, (size, block)), bounds[n].to(wide))
-        lse_here = scores.logsumexp(-1)
-        weights = torch.exp(scores - lse_here.masked_fill(lse_here == -torch.inf, 0.0)[..., None])
-        mixed[b, n, r], sums[b, n, r] = weights @ values, lse_here
+        scores[..., whole * block :].masked_fill_(~keep, -torch.inf)
+        skipped[b, n, r] = _skip(scores.unflatten(2, (size, block)), bounds[n].to(wide), at < length)
+        most = scores.amax(-1, keepdim=True)
+        most.masked_fill_(most == -torch.inf, 0.0)
+        weights = scores.sub_(most).exp_()
+        weight = weights.sum(-1, keepdim=True)
+        mixed[b, n, r] = (weights @ values).div_(weight.clamp(min=torch.finfo(wide).tiny))
+        sums[b, n, r] = (weight.log() + most)[..., 0]
     out[:, heads.long()] = mixed.flatten(2, 3)[:, :, :length].to(out.dtype)
     if lse is not None:
         lse.copy_(sums.flatten(2)[..., :length])
@@ -105,12 +114,13 @@ def _alike(counts: Tensor, each: int) -> Iterator[tuple[int, Tensor, Tensor, Ten
         yield from ((size, b, n, r) for b, n, r in zip(*parts, strict=True))
 
 
-def _skip(scores: Tensor, bounds: Tensor) -> Tensor:
-    """scores (S, block, listed, block), of which those of skipped blocks become -inf; bounds (S,) -> how many, (S,)."""
+def _skip(scores: Tensor, bounds: Tensor, real: Tensor) -> Tensor:
+    """How many blocks are skipped, int32 (S,). scores (S, block, listed, block), of which theirs become -inf; bounds
+    (S,); real bool (S, block): the rows that there are."""
     skipped = torch.zeros(len(scores), dtype=torch.int32)
     if bool((bounds == -torch.inf).all()):
         return skipped
-    largest = scores.amax(-1)
+    largest = scores.amax(-1).masked_fill_(~real[..., None], -torch.inf)
     most = torch.full_like(largest[..., 0], -torch.inf)
     for at in (0, *range(largest.shape[2] - 1, 0, -1)):
         here = largest[..., at]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attnopt import hf, text
-from attnopt.commands.common import check_forward, emit, load, stages, token_ids
+from attnopt.commands.common import any_ids, check_forward, checked_sites, emit, load, stages
 from attnopt.errors import OptionError
 from attnopt.plan import Plan
 from attnopt.progress import Progress
@@ -58,16 +58,6 @@ def padded_mask(ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def check_plan(held: Plan, loaded: hf.Loaded) -> None:
-    """PlanError where the plan is of another model; the backend sees no weights and could not tell."""
-    from attnopt.fingerprint import fingerprint_of
-    from attnopt.profiler import discover
-
-    ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
-    sites = list(discover(loaded.model, ids).sites.values())
-    held.check(sites, fingerprint_of(loaded.model, sites))
-
-
 def bench(args: argparse.Namespace) -> None:
     held = Plan.load(args.plan) if args.plan else None
     loaded = load(args)
@@ -75,12 +65,12 @@ def bench(args: argparse.Namespace) -> None:
     if args.generate and not hasattr(loaded.model, "generate"):
         raise OptionError(f"{args.model} has no method generate.", "Give a model of transformers, or leave it away.")
     if held is not None:
-        check_plan(held, loaded)
+        checked_sites(held, loaded)
     tokens = text.stream(args.text, loaded.tokenizer, "final") if loaded.tokenizer is not None else None
     rows: list[dict[str, Any]] = []
     with stages(args.progress) as progress:
         for n in args.lengths:
-            ids = token_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
+            ids = any_ids(loaded, n) if tokens is None else text.sequences(tokens, n, 1, "final")
             ids = ids.to(next(loaded.model.parameters()).device)
             if args.generate:
                 rows += generate_rows(loaded, ids, held, args, progress)

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from attnopt import backend, hf
 from attnopt.benchmark import TOLERANCE
-from attnopt.commands.benching import check_plan
-from attnopt.commands.common import emit, load, stages, token_ids
+from attnopt.commands.common import any_ids, checked_sites, emit, load, stages
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.instrument import logits_of
 from attnopt.plan import Plan
@@ -168,7 +167,7 @@ def of_model(
 ) -> Bisection:
     """Find the rewrite that makes a model's logits differ from eager's by more than `tolerance`, relative."""
     model = loaded.model
-    ids = token_ids(loaded, length).to(next(model.parameters()).device)
+    ids = any_ids(loaded, length)
     progress("eager", 0, 1)
     reference, called = reference_of(model, ids)
     with torch.no_grad():
@@ -253,7 +252,7 @@ def bisect(args: argparse.Namespace) -> None:
             plan = Plan.load(args.plan) if args.plan is not None else None
             loaded = load(args)
             if plan is not None:
-                check_plan(plan, loaded)
+                checked_sites(plan, loaded)
             found = of_model(loaded, args.length, progress, plan, args.tolerance)
     data = found.to_json()
     emit(args, data, lambda: terminal.print_bisection(data))

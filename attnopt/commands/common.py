@@ -16,7 +16,10 @@ import torch
 from attnopt import hf
 from attnopt.errors import AttnoptError, ModelError, OptionError, first_line
 from attnopt.escapes import visible
+from attnopt.examine.calls import placed, token_ids
 from attnopt.hf.loading import told
+from attnopt.ir import Site
+from attnopt.plan import Plan
 from attnopt.progress import Progress
 from attnopt.report import terminal
 from attnopt.report.data import finite
@@ -75,7 +78,7 @@ def check_forward(loaded: hf.Loaded) -> None:
     """ModelError where a model that somebody's own code made does not take token ids."""
     if ":" not in loaded.name:
         return
-    ids = token_ids(loaded, 8).to(next(loaded.model.parameters()).device)
+    ids = any_ids(loaded, 8)
     try:
         with torch.no_grad():
             loaded.model(ids)
@@ -86,11 +89,26 @@ def check_forward(loaded: hf.Loaded) -> None:
         ) from error
 
 
-def token_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
-    """Any ids (1, length): their values do not matter to what is recognised."""
-    config = getattr(loaded.model, "config", None)
-    size = getattr(config, "vocab_size", None) or 100
-    return (torch.arange(length)[None] * 7 + 11) % size
+def any_ids(loaded: hf.Loaded, length: int) -> torch.Tensor:
+    """Token ids int64 (1, length) where the model is: their values do not matter to what is recognised."""
+    return placed(loaded.model, token_ids(loaded.model, length))
+
+
+def sites_of(loaded: hf.Loaded) -> list[Site]:
+    """The attentions of a model, in the order in which they run."""
+    from attnopt.profiler import discover
+
+    return list(discover(loaded.model, any_ids(loaded, 64)).sites.values())
+
+
+def checked_sites(plan: Plan, loaded: hf.Loaded) -> list[Site]:
+    """The attentions of a plan's model; PlanError where it is of another, which a backend, that sees no weights, could
+    not tell."""
+    from attnopt.fingerprint import fingerprint_of
+
+    sites = sites_of(loaded)
+    plan.check(sites, fingerprint_of(loaded.model, sites))
+    return sites
 
 
 def say(line: str) -> None:

@@ -38,7 +38,8 @@ def distill(args: argparse.Namespace) -> None:
         made = distill_model(loaded.model, fit, tried, menu, args.seed, progress, partial, seen, note)
     made.save(out)
     partial.unlink(missing_ok=True)
-    emit(args, {"fitted": str(out), **fitted_json(made)}, lambda: print_fitted(made))
+    found = fitted_json(made)
+    emit(args, {"fitted_file": str(out), "fitted": found}, lambda: print_fitted(found))
 
 
 def texts(

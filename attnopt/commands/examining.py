@@ -10,7 +10,7 @@ from attnopt.errors import OptionError
 from attnopt.examine import examine as examine_calls
 from attnopt.examine import examine_model
 from attnopt.report import terminal
-from attnopt.report.data import environment, examined_json
+from attnopt.report.data import examined_json, page_data
 from attnopt.report.page import write_page
 from attnopt.report.pictures import pictures_json
 
@@ -35,8 +35,8 @@ def examine(args: argparse.Namespace) -> None:
     data = examined_json(found)
     if page is not None:
         pictures = pictures_json([graph.report for graph in found.graphs])
-        parts = {"graphs": data, "pictures": pictures, "notes": list(found.notes), "environment": environment()}
-        write_page(page, {"title": f"attnopt examine {loaded.name}", **parts})
+        parts = {"graphs": data, "pictures": pictures, "notes": list(found.notes)}
+        write_page(page, page_data(f"attnopt examine {loaded.name}", parts))
     emit(args, data, lambda: terminal.print_examined(data))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attnopt.commands.common import emit
+from attnopt.commands.common import checked_sites, emit, load
 from attnopt.commands.given import named_head, plan_at, profile_at, profile_beside
 from attnopt.fitted import Fitted
 from attnopt.planner.again import pose
@@ -24,12 +24,13 @@ def explain(args: argparse.Namespace) -> None:
     fitted = Fitted.load(args.fitted) if args.fitted else None
     if fitted is not None:
         fitted.check_model(plan.fingerprint)
-    found = head_json(plan, profile, pose(plan, profile, fitted=fitted), site, head, fitted)
+    sites = checked_sites(plan, load(args)) if args.model else None
+    found = head_json(plan, profile, pose(plan, profile, sites, fitted), site, head, fitted)
     if (digest := calibration_of(profile)) != plan.calibration:
         found["notes"].append(f"The plan was made from another profile, {plan.calibration}; this one is {digest}.")
     if others:
         found["notes"].append(
             f"Taken from {file.name}; {' and '.join(others)} may be meant as well: --profile says which."
         )
-    found = {"plan": args.plan, "profile": str(file), **found}
+    found = {"plan_file": args.plan, "profile_file": str(file), **found}
     emit(args, found, lambda: terminal.print_head(found, args.all))

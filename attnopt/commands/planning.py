@@ -19,21 +19,23 @@ from attnopt.commands.common import (
     load,
     note,
     say,
+    sites_of,
     stages,
-    token_ids,
     writable,
 )
-from attnopt.commands.reporting import Known, page_of, plan_report, traced
+from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
 from attnopt.errors import AttnoptError, BudgetError, OptionError
 from attnopt.fitted import Fitted
 from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
+from attnopt.planner.costs import spec_of
 from attnopt.planner.make import Made
+from attnopt.planner.verify import Record
 from attnopt.profile_file import Profile
 from attnopt.progress import Progress
 from attnopt.report import terminal
-from attnopt.report.data import plan_json, records_json
+from attnopt.report.data import page_data, plan_json, records_json
 from attnopt.report.page import write_page
 
 # Verified beyond the profiled lengths: the planned one, or twice the longest where that is farther than this.
@@ -41,9 +43,7 @@ FARTHEST = 4
 
 
 def plan(args: argparse.Namespace) -> None:
-    from attnopt.planner.make import make_plan
     from attnopt.planner.tried import allowed_families
-    from attnopt.probe import Probe
 
     out = writable(args.out)
     page = writable(args.html) if args.html else None
@@ -58,6 +58,43 @@ def plan(args: argparse.Namespace) -> None:
     allowed_families(args.allow, fitted)
     loaded = load(args)
     check_forward(loaded)
+    tried: list[Record] = []
+    try:
+        made = searched(args, loaded, held, fitted, rooflines, out, tried)
+    except BudgetError as error:
+        if page is not None:
+            refused = [("no plan", error.problem), ("remedy", error.remedy)]
+            told = {"summary": refused, "records": records_json(tried)}
+            write_page(page, page_data(f"attnopt plan {args.model}", told))
+        raise
+    notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
+    if page is None:
+        report: dict[str, Any] = {"plan": plan_json(made.plan, made.sites)}
+    else:
+        report = plan_report(made.plan, known_of(made, held, fitted, loaded, notes))
+        write_page(page, page_data(f"attnopt plan {args.model}", report))
+    search = records_json(made.verified.records)
+    data = {"plan_file": str(out), "plan": report["plan"], "search": search, "notes": notes}
+
+    def show() -> None:
+        terminal.print_records(search)
+        terminal.print_plan(report["plan"])
+        for line in notes:
+            say(line)
+        say(f"wrote {out}")
+
+    emit(args, data, show)
+
+
+def searched(
+    args: argparse.Namespace, loaded: hf.Loaded, held: Profile, fitted: Fitted | None, tables: Any, out: Path,
+    tried: list[Record],
+) -> Made:  # fmt: skip
+    """The plan, written to `out`; each point is added to `tried` as it is measured. What was measured lies beside it
+    until then, and stays where no plan keeps the budget."""
+    from attnopt.planner.make import make_plan
+    from attnopt.probe import Probe
+
     target = next(loaded.model.parameters()).device
     lengths = args.verify_lengths or verified_lengths(held.lengths, args.length, loaded.model)
 
@@ -73,10 +110,10 @@ def plan(args: argparse.Namespace) -> None:
         progress("reading text", 0, 0)
         try:
             made = make_plan(
-                loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=rooflines,
+                loaded.model, args.model, held, split("verify"), split("final"), budget, args.length, tables=tables,
                 objective=args.objective, constraints=constraints_of(args), fitted=fitted, allow=args.allow,
                 exact=args.exact, probe=probe, probe_documents=args.probe, seed=args.seed, progress=progress,
-                partial=partial, tell=note,
+                report=tried.append, partial=partial, tell=note,
             )  # fmt: skip
         except BudgetError as error:
             kept = f"What was measured is kept in {partial}, for another budget."
@@ -88,32 +125,14 @@ def plan(args: argparse.Namespace) -> None:
             raise
     made.plan.save(out)
     partial.unlink(missing_ok=True)
-    notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
-    search = records_json(made.verified.records)
-    if page is not None:
-        report = plan_report(made.plan, known_of(made, held, fitted, loaded, notes))
-        write_page(page, page_of(f"attnopt plan {args.model}", report))
-    data = {"plan": str(out), **plan_json(made.plan), "search": search, "notes": notes}
-
-    def show() -> None:
-        terminal.print_records(made.verified.records)
-        terminal.print_plan(made.plan)
-        for line in notes:
-            say(line)
-        say(f"wrote {out}")
-
-    emit(args, data, show)
+    return made
 
 
 def known_of(made: Made, profile: Profile, fitted: Fitted | None, loaded: hf.Loaded, notes: Sequence[str]) -> Known:
     """What a plan's page can say where it was just made."""
-    from attnopt.profiler import discover
-
-    device = next(loaded.model.parameters()).device
-    sites = list(discover(loaded.model, token_ids(loaded, 64).to(device)).sites.values())
     graphs, untraced = traced(loaded, made.plan)
-    said = [*notes, *untraced]
-    return Known(profile, fitted, sites, made.tables, made.verified.records, graphs, said, device.type)
+    device, said = next(loaded.model.parameters()).device.type, [*notes, *untraced]
+    return Known(profile, fitted, made.sites, made.tables, made.verified.records, graphs, said, device)
 
 
 def constraints_of(args: argparse.Namespace) -> Constraints:
@@ -236,10 +255,6 @@ def specs_of(args: argparse.Namespace) -> list[SpanPrefill]:
 
 
 def model_specs(args: argparse.Namespace, dtype: str, target: str) -> list[SpanPrefill]:
-    from attnopt.profiler import discover
-
     loaded = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
     check_forward(loaded)
-    ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
-    sites = discover(loaded.model, ids).sites.values()
-    return [SpanPrefill(target, s.dtype, s.heads, s.kv_heads, s.head_dim, s.head_dim_v, False) for s in sites]
+    return [spec_of(site, target) for site in sites_of(loaded)]

@@ -44,7 +44,8 @@ def profile(args: argparse.Namespace) -> None:
         made.save(out)
         for left in ranks.leftovers(partial):
             left.unlink(missing_ok=True)
-        emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+        seen = profile_json(made)
+        emit(args, {"profile_file": str(out), "profile": seen}, lambda: terminal.print_profile(seen))
     ranks.leave()
 
 
@@ -106,4 +107,5 @@ def merge(args: argparse.Namespace) -> None:
     out = writable(args.out)
     made = merged(((name, Profile.load(name)) for name in args.profiles), args.mixed)
     made.save(out)
-    emit(args, {"profile": str(out), **profile_json(made)}, lambda: terminal.print_profile(made))
+    seen = profile_json(made)
+    emit(args, {"profile_file": str(out), "profile": seen}, lambda: terminal.print_profile(seen))

@@ -19,15 +19,12 @@ from attnopt.planner.verify import Record
 from attnopt.registry import TARGETS
 from attnopt.report.data import (
     candidates_json,
-    environment,
     front_json,
-    graphs_json,
-    plan_facts,
+    of_graphs,
     plan_json,
     profile_json,
     records_json,
 )
-from attnopt.report.pictures import pictures_json
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -51,13 +48,9 @@ class Known:
 
 
 def plan_report(plan: Plan, known: Known) -> dict[str, Any]:
-    """The parts of a page about a plan, but for its title and summary; those of which nothing is known are absent."""
+    """The parts of a page about a plan, those of which nothing is known are absent."""
     sites = known.sites if known.sites is not None else told_sites(plan)
-    found: dict[str, Any] = {"notes": list(known.notes)}
-    if known.graphs:
-        found["graphs"] = graphs_json(known.graphs)
-        found["pictures"] = pictures_json(known.graphs)
-    found["plan"] = plan_json(plan, sites)
+    found: dict[str, Any] = {"notes": list(known.notes), **of_graphs(known.graphs), "plan": plan_json(plan, sites)}
     if known.profile is not None:
         posed = pose(plan, known.profile, known.sites, known.fitted, known.tables)
         found["notes"] += posed.notes
@@ -93,8 +86,3 @@ def kernels(plan: Plan, sites: Sequence[Site], device: str = "cpu") -> dict[str,
     specs = {spec_of(s, target) for s in sites if any(c.candidate != "dense" for c in plan.choices.get(s.name, ()))}
     emitters = {spec: f"{spec.target} {spec.kernel}" for spec in specs}
     return {spec.key(): TARGETS[name].emit(spec) for spec, name in emitters.items() if name in TARGETS}
-
-
-def page_of(title: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A page of `plan_report`, its summary first."""
-    return {"title": title, "summary": plan_facts(found["plan"]), **found, "environment": environment()}

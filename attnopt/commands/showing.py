@@ -6,17 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attnopt.commands.common import emit, load, stages, token_ids, writable
+from attnopt.commands.common import checked_sites, emit, load, stages, writable
 from attnopt.commands.given import is_plan, profile_at
-from attnopt.commands.reporting import Known, page_of, plan_report, traced
+from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.errors import OptionError
-from attnopt.fingerprint import fingerprint_of
 from attnopt.fitted import Fitted
 from attnopt.plan import Plan
 from attnopt.planner.again import told_sites
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
-from attnopt.report.data import environment, plan_json, profile_json
+from attnopt.report.data import page_data, plan_json, profile_json
 from attnopt.report.page import write_page
 from attnopt.report.profile_map import draw_profile
 
@@ -51,8 +50,8 @@ def show(args: argparse.Namespace) -> None:
     for picture in pictures.values():
         draw_profile(data["profile"], picture)
     if page is not None:
-        write_page(page, {"title": f"attnopt show {file}", **data, "environment": environment()})
-    emit(args, data, lambda: terminal.print_profile(seen))
+        write_page(page, page_data(f"attnopt show {file}", data))
+    emit(args, data, lambda: terminal.print_profile(data["profile"]))
 
 
 def show_plan(args: argparse.Namespace, file: str, page: Path | None) -> None:
@@ -64,7 +63,7 @@ def show_plan(args: argparse.Namespace, file: str, page: Path | None) -> None:
     else:
         found = plan_report(plan, known or Known())
     if page is not None:
-        write_page(page, page_of(f"attnopt show {file}", found))
+        write_page(page, page_data(f"attnopt show {file}", found))
     emit(args, found, lambda: terminal.print_plan(found["plan"]))
 
 
@@ -80,14 +79,10 @@ def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:
         fitted.check_model(plan.fingerprint)
     if not args.model:
         return Known(profile, fitted)
-    from attnopt.profiler import discover
-
     loaded = load(args)
     with stages() as progress:
         progress("tracing", 0, 1)
-        ids = token_ids(loaded, 64).to(next(loaded.model.parameters()).device)
-        sites = list(discover(loaded.model, ids).sites.values())
-        plan.check(sites, fingerprint_of(loaded.model, sites))
+        sites = checked_sites(plan, loaded)
         graphs, notes = traced(loaded, plan)
         progress("tracing", 1, 1)
     return Known(profile, fitted, sites, graphs=graphs, notes=notes, device=args.device)

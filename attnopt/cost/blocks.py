@@ -42,11 +42,16 @@ Chosen = tuple[int, str, tuple[float, ...]]
 
 
 class Selection(NamedTuple):
-    """A selection to be timed: `timed` what its time depends on, `settings` one row of its operator's table."""
+    """A selection to be timed: `timed` what its time depends on, the numbers of its method, last the size of blocks;
+    `settings` one row of its operator's table."""
 
     name: str
     timed: tuple[float, ...]
     settings: tuple[float, ...]
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        return tuple(map(int, self.timed))
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def load_or_measure_blocks(
     path = blocks_path(key)
     table = BlockTable.load(path) if path.exists() else BlockTable(key, ())
     selections = sorted({(w.name, w.timed): w for w in wanted}.values())
-    sizes = sorted({block_of(w) for w in selections})
+    sizes = sorted({w.fixed[-1] for w in selections})
     todo = []
     for n in sorted(set(lengths)):
         walked = {size for (at, size, *_), _ in table.walks if at == n}
@@ -191,17 +196,6 @@ def load_or_measure_blocks(
         if progress is not None:
             progress(done + 1, len(todo), f"{n} tokens")
     return table
-
-
-def fixed_of(wanted: Selection) -> tuple[int, ...]:
-    """The numbers of its method, the size of its blocks last."""
-    kind = CANDIDATES[wanted.name]
-    names = [p.name for p in kind.params]
-    return tuple(int(wanted.settings[names.index(name)]) for name in (*kind.fixed, "block"))
-
-
-def block_of(wanted: Selection) -> int:
-    return fixed_of(wanted)[-1]
 
 
 def _times(
@@ -226,7 +220,7 @@ def _times(
     calls = [call for _, call in walks]
     for w in wanted:
         table = torch.tensor([w.settings] * heads, dtype=torch.float64, device=device)
-        calls.append(partial(select, w.name, table, fixed_of(w)))
+        calls.append(partial(select, w.name, table, w.fixed))
     times = [ms / heads for ms in interleaved(calls, rounds, device)]
     chosen = [((length, w.name, w.timed), ms) for w, ms in zip(wanted, times[len(walks) :], strict=True)]
     return [(what, ms) for (what, _), ms in zip(walks, times, strict=False)], chosen

@@ -76,10 +76,10 @@ class Savings:
         """(lowering, "") or ("", why not) at a length."""
         queries, keys = (self.scaled(length, size) for size in extents(region))
         form = choose(program, region, (queries, keys))
-        no = form if isinstance(form, Refusal) else scores_stay(program, region)
-        if no is not None:
-            return "", no.reason
-        return form[1], ""  # type: ignore[index]
+        if isinstance(form, Refusal):
+            return "", form.reason
+        no = scores_stay(program, region)
+        return (form[1], "") if no is None else ("", no.reason)
 
     def masks(self, program: Program, regions: list[Region], without: set[str], length: int) -> int:
         """Bytes of the masks that only attentions `without` a mask had read."""

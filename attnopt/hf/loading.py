@@ -78,6 +78,8 @@ def load(
     hf = transformers()
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
+    if not path.exists():
+        check_hub(name)
     try:
         cls = saved_class(name) if as_saved else hf.AutoModelForCausalLM
         model = cls.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
@@ -101,6 +103,22 @@ def load(
         ) from error
     tokenizer, note = tokenizer_of(name)
     return Loaded(model.to(device).eval(), tokenizer, name, note)
+
+
+def check_hub(name: str) -> None:
+    """ModelError where a model is neither in the hub's cache nor on the hub: asked once, where transformers would ask
+    again and again for half a minute. Whoever is offline on purpose is told by transformers."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    try:
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of the hub's own library, or of that which makes its connections
+        raise ModelError(
+            f"There is no folder {name}, and the hub does not give it: {first_line(error)}",
+            "Give a directory in transformers format, a hub name, or module:callable.",
+        ) from error
 
 
 def saved_class(name: str) -> Any:

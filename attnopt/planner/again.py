@@ -93,7 +93,7 @@ def pose(
     notes = [] if own_costs else [_other_costs(plan)]
     if not known:
         sizes = "as the stored cost table has them" if stored else "taken as one KV head a head"
-        notes.append(f"Sites are taken as plain causal attention, KV heads {sizes}; the model would tell.")
+        notes.append(f"Sites are taken as plain causal attention, KV heads {sizes}; --model MODEL tells.")
     asked = plan.constraints if own_costs else replace(plan.constraints, min_speedup=None)
     weight = RETRIEVAL if asked.retrieval is None else asked.retrieval
     free = make_problem(

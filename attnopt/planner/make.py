@@ -52,12 +52,13 @@ SEARCH_SHARE = 0.85
 
 @dataclass
 class Made:
-    """A verified plan and how it came about; `dense` and `planned` are the losses on the final split, per length.
-    notes: what no candidate can replace, and what could not be measured."""
+    """A verified plan and how it came about. sites: of the model, in the order in which they run; dense, planned: the
+    losses on the final split, per length; notes: what no candidate can replace, and what could not be measured."""
 
     plan: Plan
     problem: Problem
     verified: Verified
+    sites: tuple[Site, ...]
     tables: dict[str, Costs]
     dense: dict[int, Sequences] = field(default_factory=dict)
     planned: dict[int, Sequences] = field(default_factory=dict)
@@ -221,7 +222,7 @@ def make_plan(
         notes += unasked
     lengths = Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final})))
     plan = case.plan(name, budget, lengths, found, measured, seed)
-    return Made(plan, case.problem, found, case.tables, last.dense, last.planned, notes)
+    return Made(plan, case.problem, found, case.sites, case.tables, last.dense, last.planned, notes)
 
 
 def posed(

@@ -142,29 +142,35 @@ def final_check(
 
 
 def _more_text(measured: Sequence[Measured], budget: Budget) -> str:
-    needed = [n for m in measured if (n := tokens_needed(m, budget)) is not None and n > m.tokens]
-    if not needed:
+    found = [(n, m) for m in measured if (n := tokens_needed(m, budget)) is not None and n > m.tokens]
+    if not found:
         return ""
-    there = measured[0].tokens
-    return f"The text is too short to decide: about {min(needed)} tokens are needed where there are {there}."
+    needed, least = min(found, key=lambda pair: pair[0])
+    samples = math.ceil(needed / least.tokens * least.sequences)
+    return (
+        f"The text is too short to decide: about {needed} tokens are needed where there are {least.tokens} "
+        f"(--samples {samples})."
+    )
 
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluation of the loop: how the point was come by, what was predicted, what was measured, per length."""
+    """One evaluation of the loop: how the point was come by, what was predicted, what was measured, per length, and
+    whether that is within `limit`: the part of the budget that the search keeps to, in the budget's unit."""
 
     step: str
     predicted: float
     cost: float
     measured: tuple[Measured, ...]
     holds: bool
+    limit: float
 
     @property
     def worst(self) -> Measured:
         return max(self.measured, key=lambda m: m.upper_95)
 
     def __str__(self) -> str:
-        verdict = "holds" if self.holds else "misses"
+        verdict = f"{'holds' if self.holds else 'misses'} the search's {self.limit:.4g}"
         return (
             f"{self.step}: predicted {self.predicted:.3g} nats per token, cost {self.cost:.4g}; measured increase "
             f"{self.worst.increase:.4g}, at most {self.worst.upper_95:.4g} at length {self.worst.length}: {verdict}"
@@ -208,8 +214,9 @@ class _Search:
         several = [result] if isinstance(result, Evaluation) else list(result)
         found = tuple(judge(e, self.budget, "verify", choices_id(choices), self.seed) for e in several)
         record = Record(
-            step, self.problem.expected(solution), solution.cost, found, all(holds(m, self.budget) for m in found)
-        )
+            step, self.problem.expected(solution), solution.cost, found, all(holds(m, self.budget) for m in found),
+            self.budget.limit,
+        )  # fmt: skip
         self.seen[key] = record
         self.records.append(record)
         if self.report is not None:

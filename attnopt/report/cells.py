@@ -173,6 +173,14 @@ def signs() -> dict[str, str]:
     return found
 
 
+def search_title(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of the data of `records_json`: by what a point holds or misses, which is less than the budget."""
+    if not records:
+        return "Search on the verify split"
+    limit = f"{records[0]['limit']:.4g}"
+    return f"Search on the verify split: a point holds up to {limit}, the part of the budget that it keeps to"
+
+
 def far_sign(head: Mapping[str, Any]) -> str:
     """The letter of a head that is more, or less, than a span, of the data of `plan_json`."""
     return signs()[str(head["candidate"])]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,13 @@ from attnopt import backend
 from attnopt.errors import ModelError, OptionError
 from attnopt.ir import GraphReport
 from attnopt.plan import Plan
+from attnopt.planner.again import told_sites
 from attnopt.profile_file import Profile
 from attnopt.report import terminal
 from attnopt.report.data import (
-    environment,
-    graphs_json,
     launched_sources,
-    plan_facts,
+    of_graphs,
+    page_data,
     plan_json,
     profile_json,
     visits_json,
@@ -36,7 +35,6 @@ from attnopt.report.data import (
 from attnopt.report.fragment import fragment
 from attnopt.report.history import History
 from attnopt.report.page import write_page
-from attnopt.report.pictures import pictures_json
 from attnopt.report.terminal.console import Printer
 
 if TYPE_CHECKING:
@@ -74,8 +72,7 @@ class Explanation:
         return self.generation is not None and (self.generation.enabled or not self.graphs)
 
     def __str__(self) -> str:
-        width = terminal.console().width
-        return printed(self, Printer(file=io.StringIO(), width=width))
+        return printed(self, terminal.console().width)
 
     __repr__ = __str__
 
@@ -107,21 +104,22 @@ class Explanation:
 
     def page_data(self) -> dict[str, Any]:
         """What `report.page.write_page` takes."""
-        data: dict[str, Any] = {"title": f"attnopt: {self.name}", "notes": list(self.notes)}
+        data: dict[str, Any] = {"notes": list(self.notes)}
         if self._generates:
             data["notes"] += str(self.generation).splitlines()
         if self.graphs:
-            data["graphs"] = graphs_json(self.graphs)
-            data["pictures"] = pictures_json(self.graphs)
-            data["kernels"] = launched_sources()
-            data["visits"] = self.visits
+            data |= {**of_graphs(self.graphs), "kernels": launched_sources(), "visits": self.visits}
             data["notes"] += visits_lines(data["visits"])
+        return page_data(f"attnopt: {self.name}", data | self.planned())
+
+    def planned(self) -> dict[str, Any]:
+        """The data of the plan and of the profile that there are."""
+        found = {}
         if self.plan is not None:
-            data["plan"] = plan_json(self.plan)
-            data["summary"] = plan_facts(data["plan"])
+            found["plan"] = plan_json(self.plan, told_sites(self.plan))
         if self.profile is not None:
-            data["profile"] = profile_json(self.profile)
-        return {**data, "environment": environment()}
+            found["profile"] = profile_json(self.profile)
+        return found
 
     def write(self, path: Path | str) -> Path:
         """Write the page, one HTML file that loads nothing from elsewhere."""
@@ -167,8 +165,10 @@ def generation_if_any(model: Any) -> Generation | None:
         return None
 
 
-def printed(explained: Explanation, to: Console) -> str:
-    """The text of an explanation, by a console that writes into memory."""
+def printed(explained: Explanation, width: int) -> str:
+    """The text of an explanation, as a terminal of so many columns shows it."""
+    held = io.StringIO()
+    to = Printer(file=held, width=width)
     if explained.graphs or explained.notes:
         to.print(f"{explained.name}: {'; '.join(explained.notes) or 'compiled by attnopt'}", soft_wrap=True)
     if explained.graphs:
@@ -178,12 +178,12 @@ def printed(explained: Explanation, to: Console) -> str:
     if explained._generates:
         to.print(str(explained.generation), soft_wrap=True)
     print_planned(explained, to)
-    held: Callable[[], str] = to.file.getvalue  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in held().splitlines())
+    return "\n".join(line.rstrip() for line in held.getvalue().splitlines())
 
 
 def print_planned(explained: Explanation, to: Console) -> None:
-    if explained.plan is not None:
-        terminal.print_plan(explained.plan, to=to)
-    if explained.profile is not None:
-        terminal.print_profile(explained.profile, to=to)
+    found = explained.planned()
+    if "plan" in found:
+        terminal.print_plan(found["plan"], to=to)
+    if "profile" in found:
+        terminal.print_profile(found["profile"], to=to)

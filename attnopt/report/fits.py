@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -11,12 +13,14 @@ from rich.text import Text
 from attnopt.fitted import Fitted, plain_window
 from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
+from attnopt.report.data.candidates import label
 from attnopt.report.terminal.console import console, table
 
 
 def fitted_json(fitted: Fitted) -> dict[str, Any]:
     """All of it by site and choice. Damages in nats per token of every head, by length: of the choice and, where it has
-    one, of its own plain window; offered: the heads to which it may be."""
+    one, of its own plain window; offered: the heads to which it may be; visits: of a choice that selects keys, what
+    every head visited and recalled, by length."""
     header = fitted.header
     return {
         "fingerprint": header.fingerprint.structure,
@@ -34,13 +38,15 @@ def fitted_json(fitted: Fitted) -> dict[str, Any]:
 def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     name = CANDIDATES[choice.candidate].map_name(dict(choice.params))
     lengths = [length for of, length in fitted.trials if of == site]
-    plain = plain_window(choice)
+    plain, selects = plain_window(choice), CANDIDATES[choice.candidate].far == "selected"
     return {
+        "label": label(choice),
         "choice": str(choice),
         "family": CANDIDATES[choice.candidate].family,
         "replacement": name or choice.candidate,
         "window": None if plain is None else str(plain),
         "offered": fitted.offered(site, choice).nonzero()[:, 0].tolist(),
+        "visits": {str(n): [asdict(s) for s in fitted.shares(site, n, choice)] for n in lengths} if selects else None,
         "damage": {str(n): fitted.damage(site, n, choice).tolist() for n in lengths},
         "window_damage": None if plain is None else {str(n): fitted.damage(site, n, plain).tolist() for n in lengths},
         "fits": [
@@ -50,10 +56,10 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     }
 
 
-def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
-    """A line for every replacement at the narrowest window of each site, and how many heads each family is offered."""
+def print_fitted(found: Mapping[str, Any], to: Console | None = None) -> None:
+    """Of the data of `fitted_json`: a line for every replacement at the narrowest window of each site, and how many
+    heads each family is offered."""
     to = to or console()
-    found = fitted_json(fitted)
     longest = str(max(found["lengths"]))
     to.print(Text(f"fits of model {found['fingerprint']}", style="bold"))
     to.print(f"{found['settings']}; tried at {', '.join(map(str, found['lengths']))} tokens")
@@ -61,7 +67,8 @@ def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
     listed = table(columns, columns[2:5])
     # replacement -> (nats lost by it, by its window alone) of every head
     against: dict[str, list[tuple[float, float]]] = {}
-    for site, rows in found["sites"].items():
+    fixed = {site: [row for row in rows if row["visits"] is None] for site, rows in found["sites"].items()}
+    for site, rows in fixed.items():
         for row in _narrowest(rows):
             damage, window = row["damage"][longest], (row["window_damage"] or {}).get(longest)
             listed.add_row(
@@ -70,14 +77,36 @@ def print_fitted(fitted: Fitted, to: Console | None = None) -> None:
             )  # fmt: skip
             if window is not None:
                 against.setdefault(row["replacement"], []).extend(zip(damage, window, strict=True))
-    to.print(listed)
-    to.print(f"nats per token, summed over the heads of a site, at {longest} tokens and the narrowest window")
+    if any(fixed.values()):
+        to.print(listed)
+        to.print(f"nats per token, summed over the heads of a site, at {longest} tokens and the narrowest window")
+    print_selections(found["sites"], longest, to)
     for what, heads in against.items():
         loses, alone = (sum(column) for column in zip(*heads, strict=True))
         better = f"better on {sum(one < other for one, other in heads)} of {len(heads)} heads"
         to.print(f"{what}: loses {loses:.3g} where the window alone loses {alone:.3g}; {better}")
     for family, (offered, of) in _offered(found["sites"]).items():
         to.print(f"{family}: offered on {offered} of {of} heads{_why(family, offered < of)}")
+
+
+def print_selections(sites: dict[str, list[dict[str, Any]]], length: str, to: Console) -> None:
+    """A line for every choice that selects keys: over all heads of all sites, what they visited and recalled, and what
+    they lose together."""
+    columns = ("selection", "offered", "visits", "skips", "recalls", "loses")
+    listed, held = table(columns, columns[1:]), dict[str, list[dict[str, Any]]]()
+    for row in (row for rows in sites.values() for row in rows if row["visits"] is not None):
+        held.setdefault(row["label"], []).append(row)
+    for what, rows in held.items():
+        shares = [share for row in rows for share in row["visits"][length]]
+        means = (sum(share[name] for share in shares) / len(shares) for name in ("visited", "skipped", "recalled"))
+        loses = sum(sum(row["damage"][length]) for row in rows)
+        offered = f"{sum(len(row['offered']) for row in rows)} of {len(shares)}"
+        listed.add_row(what, offered, *(f"{100 * mean:.3g} %" for mean in means), f"{loses:.3g}")
+    if held:
+        to.print(listed)
+        to.print(
+            f"of all heads at {length} tokens: blocks visited, of these skipped, dense mass recalled; nats per token"
+        )
 
 
 def _narrowest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,6 +129,8 @@ def _offered(sites: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[int, int
 def _why(family: str, some_not: bool) -> str:
     if family == "prune":
         return " (whatever it loses: a plan's budget decides)"
+    if family == "threshold":
+        return "; on the others none skips anything within its bound of mass" if some_not else ""
     return "; on the others no choice of it is better than its own window at every length" if some_not else ""
 
 

@@ -42,13 +42,13 @@ def placed(graph: nx.DiGraph, widths: Mapping[Hashable, float]) -> Layout:
     for node in graph:
         rows[row[node]].append(node)
     links: list[tuple[Hashable, Hashable]] = []
-    bends: dict[tuple[Hashable, Hashable], list[Hashable]] = {}
+    bends: dict[tuple[Hashable, Hashable], list[Bend]] = {}
     for start, end in graph.edges:
-        between: list[Hashable] = [Bend(start, end, n) for n in range(row[start] + 1, row[end])]
+        between = [Bend(start, end, n) for n in range(row[start] + 1, row[end])]
         for bend in between:
-            rows[bend.row].append(bend)  # type: ignore[attr-defined]
+            rows[bend.row].append(bend)
         bends[start, end] = between
-        chain = [start, *between, end]
+        chain: list[Hashable] = [start, *between, end]
         links += pairwise(chain)
     whole = nx.DiGraph(links)
     whole.add_nodes_from(graph)

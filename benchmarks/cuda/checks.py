@@ -15,6 +15,7 @@ from attnopt.codegen.reference_prefill import prefill_lse, span_mask
 from attnopt.codegen.self_check import TOLERANCE, Results, error
 from attnopt.codegen.spec import SpanBackward, SpanDecode, SpanPrefill
 from attnopt.registry import TARGETS
+from benchmarks.cuda.blocks import block_checks
 from benchmarks.cuda.cache import cache_checks
 from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
@@ -133,6 +134,7 @@ def gradients(found: tuple[Tensor, ...]) -> Results:
 # Kernels that are timed come first.
 CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
     "span_prefill": prefill_checks,
+    "block_prefill": block_checks,
     "span_decode": decode_checks,
     "span_backward": backward_checks,
     "masked_prefill": masked_checks,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 
 from attnopt.codegen import emit, work_list_backward
 from attnopt.codegen.reference_backward import backward as reference

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 from ragged import TOLERANCE, relative
 
 from attnopt.cache import Layout

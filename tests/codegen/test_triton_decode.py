@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 from ragged import CASES, TOLERANCE, Case, arguments, drawn, relative
 
 from attnopt.codegen import decode_list, emit, self_check_decode

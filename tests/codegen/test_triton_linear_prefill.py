@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import linears
 import pytest
 import torch
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 
 from attnopt.codegen import emit, linear_tables, reference_linear, self_check_linear
 from attnopt.codegen.self_check import error

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from emitting import ROOT, check_clean, check_golden, interpreted_rows
+from emitting import ROOT, check_clean, check_golden
 from forms import CASES, Case, doubled, error, inputs_of
+from interpreting import interpreted_rows
 
 from attnopt.codegen import emit
 from attnopt.codegen.reference_masked import attend as reference

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 
 from attnopt.codegen import emit, work_list
 from attnopt.codegen.emit import write_atomically

@@ -36,7 +36,7 @@ def planned(work: Path) -> Iterator[Path]:
         patch.setattr("attnopt.planner.costs.load_or_measure", density_as_time)
         command = ["profile", str(work / "model"), "--lengths", LENGTHS, "--samples", "2"]
         assert main([*command, "--text", str(work / "text.py"), "--out", str(work / "profile")]) == 0
-        assert main(plan_command(work, work / "plan.json")) == 0
+        assert main(plan_command(work, work / "plan.json", probe="1")) == 0
         torch._dynamo.reset()
         yield work
 

@@ -23,7 +23,7 @@ def density_as_time(spec: Any, lengths: Any, windows: Any, sinks: Any, **_: Any)
 def plan_command(work: Path, out: Path, **changes: str) -> list[str]:
     options = {
         "profile": str(work / "profile"), "text": str(work / "text.py"), "length": str(LENGTH), "samples": "8",
-        "max-loss-increase": "50%", "verify-lengths": str(LENGTH), "probe": "1", "out": str(out),
+        "max-loss-increase": "50%", "verify-lengths": str(LENGTH), "probe": "0", "out": str(out),
     } | changes  # fmt: skip
     model = options.pop("model", str(work / "model"))
     return ["plan", model, *(part for name, value in options.items() for part in (f"--{name}", value))]

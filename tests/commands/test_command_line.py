@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,9 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_command_is_listed_once_in_a_group(capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.perf_counter()
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
-    assert ended.value.code == 0 and time.perf_counter() - started < 1
+    assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ") and line[2:3].isalpha()]
     assert sorted(named) == sorted(HELP) == sorted(OPTIONS) == sorted(EXAMPLES)
@@ -40,6 +39,12 @@ def test_every_command_is_listed_once_in_a_group(capsys: pytest.CaptureFixture[s
         "look:", "measure:", "plan:", "run:", "tools:", "options:",
     ]  # fmt: skip
     assert max(map(len, lines)) < 80 and set(INTERRUPTED) <= set(HELP)
+
+
+def test_help_is_there_before_torch_is() -> None:
+    """In a process of its own: in this one torch was imported long ago."""
+    code = "import sys, attnopt.cli\ntry: attnopt.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
 
 
 def test_without_a_command_there_is_a_start(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +60,7 @@ WRONG_LINES = {
     "plan demo --profile p --out x --progress loud": "invalid choice: 'loud'",
     "examine demo --lenght 3": "Did you mean --length?",
     "examine demo --dtype fp8": "fp8",
+    "examine demo --length 512,4096": "several go to --lengths",
     "examine demo --length 1": "--length must be at least 2",
     "examine demo --device nowhere": "nowhere",
     "profile demo --out x --lengths 64,many": "64,many",
@@ -91,6 +97,15 @@ def test_models_that_are_not_there(fails: Fails, tmp_path: Path) -> None:
     assert "could not be called" in fails(["examine", "no_such_module:model"])
 
 
+def test_the_hub_is_asked_once(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    said = fails(["examine", "no-such-model"])
+    assert "There is no folder no-such-model, and the hub does not give it: " in said and "Retrying" not in said
+
+
 def without_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
@@ -108,20 +123,24 @@ def of_an_unknown_kind(model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "nothing"}')
 
 
+@pytest.fixture
+def copied(work: Path, tmp_path: Path) -> Path:
+    """A model of one's own to spoil."""
+    return Path(shutil.copytree(work / "shallow", tmp_path / "model"))
+
+
 @pytest.mark.parametrize("spoil", [without_weights, with_half_its_weights, with_a_broken_config, of_an_unknown_kind])
-def test_a_spoilt_model_is_refused(spoil: Any, work: Path, fails: Fails, tmp_path: Path) -> None:
-    shutil.copytree(work / "shallow", tmp_path / "model")
-    spoil(tmp_path / "model")
-    message = fails(["examine", str(tmp_path / "model")])
-    assert f"The model in {tmp_path / 'model'} could not be loaded: " in message and "save_pretrained" in message
+def test_a_spoilt_model_is_refused(spoil: Any, copied: Path, fails: Fails) -> None:
+    spoil(copied)
+    message = fails(["examine", str(copied)])
+    assert f"The model in {copied} could not be loaded: " in message and "save_pretrained" in message
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(work / "shallow", tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text("{")
-    assert main(["profile", str(tmp_path / "model"), "--out", str(tmp_path / "p")]) == 2
+    (copied / "tokenizer.json").write_text("{")
+    assert main(["profile", str(copied), "--out", str(tmp_path / "p")]) == 2
     told = capsys.readouterr().err
     assert "The tokenizer of" in told and "line 1 column 2" in told and "comes without a tokenizer" in told
 
@@ -219,7 +238,7 @@ def test_what_a_model_prints_stays_out_of_the_document(
 ) -> None:
     (tmp_path / "talking_model.py").write_text(TALKING)
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["examine", "talking_model:make", "--length", "16", "--json"]) == 0
+    assert main(["examine", "talking_model:make", "--length", "16", "--prompt-only", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) and "imported" in captured.err and "no line end" in captured.err
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from attnopt.cli import main
+from attnopt.completion import WORDS
+from attnopt.cost import devices
+from attnopt.distill import FAMILIES
 
 ASK = """
 source "$1"; cd "$2"
@@ -48,6 +51,11 @@ def test_bash_completes(script: Path, tmp_path: Path) -> None:
     assert answers("examine", "") == {"demo", "models"}
     assert answers("examine", "demo", "--dtype", "f") == {"fp32", "fp16"}
     assert answers("demo", "--out", "") == {"models"}
+
+
+def test_words_are_those_that_there_are() -> None:
+    assert WORDS["--device-preset"].split() == list(devices())
+    assert WORDS["--families"].split() == WORDS["--allow"].split() == list(FAMILIES)
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])

@@ -34,9 +34,9 @@ def test_fits_are_written_and_told(
     command = ["distill", str(work / "shallow"), "--profile", str(profile), "--out", str(out), *words, *SMALL]
     assert main([*command, "--json"]) == 0
     told, made = json.loads(capsys.readouterr().out), Fitted.load(out)
-    assert told["fitted"] == str(out) and told["lengths"] == [64]
+    assert told["fitted_file"] == str(out) and told["fitted"]["lengths"] == [64]
     assert made.header.fingerprint == Profile.load(profile).header.fingerprint
-    rows = told["sites"][SITE]
+    rows = told["fitted"]["sites"][SITE]
     assert [row["family"] for row in rows] == 2 * ["compensation", "linear", "taylor"] + ["prune"]
     for row, choice in zip(rows, [c for c in made.choices(SITE) if c.candidate != "sink_window"], strict=True):
         assert row["offered"] == made.offered(SITE, choice).nonzero()[:, 0].tolist()
@@ -46,7 +46,7 @@ def test_fits_are_written_and_told(
         ]
         assert row["offered"] == [head for head, is_better in enumerate(better) if is_better]
     # The table says the same.
-    print_fitted(made)
+    print_fitted(told["fitted"])
     table = " ".join(capsys.readouterr().out.split())
     offered = len({head for row in rows if row["family"] == "taylor" for head in row["offered"]})
     assert f"taylor: offered on {offered} of 4 heads" in table and "prune: offered on 4 of 4 heads" in table

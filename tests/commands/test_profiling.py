@@ -24,13 +24,13 @@ def test_profiles_are_merged(work: Path, fails: Fails, tmp_path: Path, capsys: p
     def profiled(model: str, seed: int) -> str:
         out = str(tmp_path / f"{model}-{seed}")
         command = ["profile", str(work / model), "--lengths", "128", "--samples", "1", "--seed", str(seed)]
-        assert main([*command, "--text", str(work / "text.py"), "--out", out]) == 0
+        assert main([*command, "--probe", "0", "--text", str(work / "text.py"), "--out", out]) == 0
         return out
 
     one, two, other = profiled("model", 0), profiled("model", 1), profiled("weights", 2)
     capsys.readouterr()
     assert main(["merge", one, two, "--out", str(tmp_path / "both"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["profile"] == str(tmp_path / "both")
+    assert json.loads(capsys.readouterr().out)["profile_file"] == str(tmp_path / "both")
     assert Profile.load(tmp_path / "both").samples == {128: 2}
     before = snapshot(tmp_path)
     assert "observed the same text" in fails(["merge", one, two, one, "--out", str(tmp_path / "both")])
@@ -67,7 +67,7 @@ def test_supervision_from_the_command_line(work: Path, fails: Fails, tmp_path: P
     def header(name: str, *options: str) -> Any:
         capsys.readouterr()
         assert main([*base, *options, "--out", str(tmp_path / name)]) == 0
-        found = json.loads(capsys.readouterr().out)
+        found = json.loads(capsys.readouterr().out)["profile"]
         return found["supervision"], found["lengths"][0]["tokens"]
 
     words = ["--text", str(work / "text.py")]
@@ -122,7 +122,7 @@ def test_supervision_that_cannot_be(work: Path, fails: Fails, tmp_path: Path) ->
 def test_an_interrupted_profile_goes_on(work: Path, tmp_path: Path) -> None:
     samples, draws, out = 4, 5, tmp_path / "profile"
     partial = tmp_path / "profile.partial"
-    command = ["profile", str(work / "model"), "--lengths", "256", "--samples", str(samples), "--text",
+    command = ["profile", str(work / "shallow"), "--lengths", "256", "--samples", str(samples), "--text",
                str(work / "text.py"), "--draws", str(draws), "--probe", "0", "--out", str(out)]  # fmt: skip
     # A shell runs its background jobs with SIGINT ignored, and children inherit that; a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

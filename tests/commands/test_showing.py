@@ -90,7 +90,7 @@ def test_bytes_are_told_where_sizes_are_known(files: Path, capsys: pytest.Captur
     totals = answer(capsys, "show", "timed.json")["plan"]["totals"]
     dense = 2 * 2 * (64 + 64) * 4 * LENGTHS[-1]
     assert totals["dense_kv_bytes"] == dense and totals["kv_bytes"] == round(plan.predicted.kv_memory * dense)
-    assert f"{dense / 1e3:.3g} kB a sequence" in printed(capsys, "show", "timed.json")
+    assert f"{dense / 2**10:.3g} KiB a sequence" in printed(capsys, "show", "timed.json")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_whether_the_budget_was_kept(change: Any, said: str, files: Path, capsys
 
 def test_the_profile_is_found_beside_the_plan(files: Path, fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
     full = answer(capsys, "explain", "plan.json", f"{SITE}.2")
-    assert full["profile"] == str(files / "profile.safetensors") and full["head"] == f"{SITE}.2"
+    assert full["profile_file"] == str(files / "profile.safetensors") and full["head"] == f"{SITE}.2"
     for short in ("layers.1.self_attn.2", "layers.1.2", "1.2"):
         assert answer(capsys, "explain", "plan.json", short) == full
     text = printed(capsys, "explain", "plan.json", "1.2")
@@ -198,6 +198,10 @@ def test_the_whole_report_of_a_plan(work: Path, files: Path, capsys: pytest.Capt
     assert all(item["before"] and item["after"] for item in found["pictures"]) and found["pictures"]
     dense = sum(s.kv_heads * 2 * s.head_dim * 4 for s in sites) * LENGTHS[-1]
     assert found["plan"]["totals"]["dense_kv_bytes"] == dense and [s.kv_heads for s in sites] == [2, 2]
+    # The model tells how heads share keys, which the plan does not; without it they are said to share none.
+    notes = [answer(capsys, "explain", "plan.json", "0.1", "--profile", "own.safetensors", *more)["notes"]
+             for more in (["--model", str(work / "model")], [])]  # fmt: skip
+    assert not any("KV heads" in note for note in notes[0]) and any("--model MODEL tells" in note for note in notes[1])
     (source,) = found["kernels"].values()
     assert "def prefill(" in source
     page = Path("page.html").read_text(encoding="utf-8")

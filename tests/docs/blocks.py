@@ -36,6 +36,8 @@ SMALL = {
 }
 # Options that are only given another value, not added.
 KEPT_OUT = {"--generate"}
+# What is added to a command: everything that recompiles a model is a matter of other tests.
+FLAGS = {"examine": ["--prompt-only"]}
 # The words of a command that are others here: the model has one layer of four heads.
 WORDS = {
     "demo": "./my-model",
@@ -157,10 +159,11 @@ def smaller(arguments: list[str]) -> list[str]:
             arguments[at + 1 : end if option == "--text" else at + 2] = [value]
         elif option not in KEPT_OUT:
             arguments += [option, value]
-    return arguments
+    return arguments + [flag for flag in FLAGS.get(arguments[0], []) if flag not in arguments]
 
 
 def missing(shown: list[str], real: str) -> list[str]:
-    """The words of shown lines that real output lacks. Numbers, and what is drawn between them, may differ."""
-    there = set(re.findall(r"[^\W\d_][\w-]*", real))
-    return [word for line in shown for word in re.findall(r"[^\W\d_][\w-]*", line) if word not in there]
+    """From the first word of shown lines that does not follow those before it in real output. Numbers, what is drawn
+    between them, and what is printed beside what is shown, may differ."""
+    following = iter(re.findall(r"[^\W\d_][\w-]*", real))
+    return [word for line in shown for word in re.findall(r"[^\W\d_][\w-]*", line) if word not in following]

@@ -37,6 +37,8 @@ from .blocks import (
     smaller,
 )
 
+pytestmark = pytest.mark.slow
+
 PAGES = pages()
 BLOCKS = {page: list(blocks_of(page, text)) for page, text in PAGES.items()}
 # The page that is run through inductor as well; elsewhere the rewritten graph takes its place, or compiling would be
@@ -205,6 +207,7 @@ def test_an_indented_command_is_seen() -> None:
 def test_a_word_that_is_not_printed_is_seen() -> None:
     assert missing(["heads 32  windowed"], "heads 16: windowed") == []
     assert missing(["heads 32  windowed"], "heads 32") == ["windowed"]
+    assert missing(["heads windowed"], "windowed heads") == ["windowed"]
 
 
 def test_a_command_is_read_with_its_settings_and_continued_lines() -> None:

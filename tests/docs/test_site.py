@@ -11,6 +11,7 @@ import pytest
 from sphinx.application import Sphinx
 
 import attnopt
+from attnopt.completion import parsers_of
 from attnopt.options import build_parser
 from attnopt.parsing import HELP
 from attnopt.plan.schema import plan_schema
@@ -70,7 +71,7 @@ def test_every_page_is_in_the_sidebar_and_names_the_version(built: Built) -> Non
 
 def test_the_command_reference_has_every_option(built: Built) -> None:
     page = text_of(built, "reference/commands")
-    commands = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr, attr-defined]
+    commands = {parser.prog.split()[-1]: parser for parser in parsers_of(build_parser())[1:]}
     assert set(commands) == set(HELP)
     for name, parser in commands.items():
         section = page.split(f'<section id="{name}">')[1].split("<section id=")[0]

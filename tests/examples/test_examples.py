@@ -107,9 +107,14 @@ def test_a_report_is_read(said: Callable[..., str], tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.slow
-def test_plan_and_run(said: Callable[..., str]) -> None:
+@pytest.mark.parametrize("layers", ["one_layer", pytest.param("shipped", marks=pytest.mark.full)])
+def test_plan_and_run(said: Callable[..., str], layers: str, request: pytest.FixtureRequest) -> None:
     """On less text, which bounds less."""
-    said("plan_and_run", PROFILED=(128,), PLANNED=256, SAMPLES=16, BUDGET=Budget("loss", 60.0))
+    budget = Budget("loss", 60.0)
+    if layers == "one_layer":
+        request.getfixturevalue(layers)
+        budget = Budget("loss", 10_000.0)
+    said("plan_and_run", PROFILED=(128,), PLANNED=256, SAMPLES=16, BUDGET=budget)
 
 
 @pytest.mark.slow

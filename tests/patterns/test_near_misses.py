@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tracing import qkv, trace
 
 from . import near_misses_of_masks, near_misses_of_scores, tempered_spellings  # noqa: F401  (register theirs)
@@ -37,29 +36,3 @@ def test_near_misses(near_miss: NearMiss, sizes: Mapping[str, Any]) -> None:
     if near_miss.says and not traced.sites:
         assert any(re.search(near_miss.says, reason) for reason in traced.misses), traced.misses
     torch.testing.assert_close(traced.output, near_miss.fn(*inputs), atol=5e-5, rtol=1e-4, equal_nan=True)
-
-
-# --- what inductor's own patterns take for attention ------------------------------------------------------------------
-
-
-def over_queries(q, k, v):
-    return F.softmax(q @ k.transpose(-2, -1) / 8**0.5, dim=-2) @ v
-
-
-def over_heads(q, k, v):
-    return F.softmax(q @ k.transpose(-2, -1) / 8**0.5, dim=1) @ v
-
-
-def permuted(q, k, v):
-    """As many heads as positions, which change places in K."""
-    return F.softmax(q @ k.permute(0, 2, 3, 1) / 8**0.5, dim=-1) @ v
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fn", [over_queries, over_heads, permuted], ids=lambda fn: fn.__name__)
-def test_the_compiled_near_miss_is_right(fn: Any) -> None:
-    """Through inductor to the end, which alone (torch 2.13) gets these wrong."""
-    inputs = qkv(heads=8, length=8)
-    with torch.no_grad():
-        found = torch.compile(fn, backend="attnopt")(*inputs)
-    torch.testing.assert_close(found, fn(*inputs), atol=5e-5, rtol=1e-4)

@@ -100,10 +100,10 @@ def test_what_was_measured_stands_beside_the_front() -> None:
     posed = pose(plan, PROFILE, SITES)
     (own,) = front_json(plan, posed)["measured"]
     (point,) = [p for p in front_json(plan, posed)["points"] if p["chosen"]]
-    assert (own["upper_95"], own["holds"], own["split"]) == (0.75, True, "final") and own["cost"] == point["cost"]
+    assert (own["upper_95"], own["holds"]) == (0.75, True) and own["cost"] == point["cost"]
     over = replace(plan, measured=tuple(replace(m, upper_95=1.5) for m in plan.measured))
     assert not front_json(over, pose(over, PROFILE, SITES))["measured"][0]["holds"]
-    missed = Record("point 8 of 9", 0.5, 2.0, (replace(plan.measured[0], upper_95=math.inf),), False)
+    missed = Record("point 8 of 9", 0.5, 2.0, (replace(plan.measured[0], upper_95=math.inf),), False, 0.85)
     tried, last = front_json(plan, posed, [missed])["measured"]
     assert tried["upper_95"] is None and not tried["holds"] and last == own
 

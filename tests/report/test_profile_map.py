@@ -63,7 +63,7 @@ def test_heads_that_recall_are_listed_by_the_probe_alone(capsys: pytest.CaptureF
     found = profile_json(made)["recalling"]
     assert [(r["site"], r["head"]) for r in found[:2]] == [("layers.1.attn", 1), ("layers.0.attn", 1)]
     assert [r["nats_per_token"] for r in found] == pytest.approx([0.3, 0.15, 0, 0, 0, 0])
-    print_profile(made)
+    print_profile(profile_json(made))
     assert "answers about lines far above" in " ".join(capsys.readouterr().out.split())
 
 
@@ -125,4 +125,4 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         draw_profile(profile_json(made), tmp_path / "a.svg")
     assert main(["show", str(tmp_path / "p"), "--svg", str(tmp_path / "a.svg")]) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
-    terminal.print_profile(made)
+    terminal.print_profile(profile_json(made))

@@ -65,8 +65,8 @@ def profile() -> Profile:
 def records() -> list[Record]:
     one = Measured("verify", 2048, 32, 65504, 2.0, 2.01, 0.5, 0.75, "abc")
     return [
-        Record("point 4 of 9", 0.01, 5.0, (one,), True),
-        Record("point 8 of 9", 0.1, 2.0, (replace(one, increase=2.0, upper_95=float("inf")),), False),
+        Record("point 4 of 9", 0.01, 5.0, (one,), True, 0.85),
+        Record("point 8 of 9", 0.1, 2.0, (replace(one, increase=2.0, upper_95=float("inf")),), False, 0.85),
     ]
 
 
@@ -121,13 +121,13 @@ def test_a_source_line_is_shown_without_the_machine() -> None:
 
 
 def test_a_plan_is_shown_with_its_figures_and_its_map() -> None:
-    text = shown(terminal.print_plan, plan())
+    text = shown(terminal.print_plan, data.plan_json(plan()))
     assert "1 percent of the dense loss" in text and "2.50x" in text and "at most 0.75" in text
     assert "under 256 tokens every site runs dense" in text
     assert "layers.*.attn × heads" in text and "0 a a a # " in text and "1 # # # # " in text
     assert "window <= 128" in text and "window 128, sink 4" in text
     assert "edited" not in text and "edited" in shown(
-        terminal.print_plan, replace(plan(), choices={"layers.0.attn": (DENSE,)})
+        terminal.print_plan, data.plan_json(replace(plan(), choices={"layers.0.attn": (DENSE,)}))
     )
 
 
@@ -138,7 +138,7 @@ def test_heads_with_far_parts_and_without_attention_are_named() -> None:
         Choice.of("compensation", {"sink": 4, "alpha": 128, "beta": 0.0}),
     ]
     mixed = replace(plan(), choices={"layers.0.attn": (*tails, DENSE), "layers.1.attn": (Choice("pruned"),) * 4})
-    text = shown(terminal.print_plan, mixed)
+    text = shown(terminal.print_plan, data.plan_json(mixed))
     assert "0 L T C # " in text and "1 x x x x " in text and " x  pruned" in text and "window <=" not in text
     assert "1 linear, 1 taylor, 1 compensation, 1 dense, 4 pruned" in text
     assert "under 256 tokens every site runs dense but for pruned heads" in text
@@ -149,18 +149,19 @@ def test_heads_with_far_parts_and_without_attention_are_named() -> None:
 
 
 def test_a_profile_is_shown() -> None:
-    text = shown(terminal.print_profile, profile())
+    text = shown(terminal.print_profile, data.profile_json(profile()))
     assert "windows 8, 16; sinks 0, 4; float32" in text
     assert (
         "Damage of removing the head" in text and "Most damaged beyond a window of 8 (sink 4 kept), of the text" in text
     )
     empty = Profile.empty(Fingerprint("0", ()), Grid((0,), (8,)), [], [])
-    assert "holds no site" in shown(terminal.print_profile, empty)
+    assert "holds no site" in shown(terminal.print_profile, data.profile_json(empty))
 
 
 def test_searches_and_benchmarks_are_shown() -> None:
-    text = shown(terminal.print_records, records())
-    assert "point 4 of 9" in text and "holds" in text and "misses" in text and "inf" in text
+    text = shown(terminal.print_records, data.records_json(records()))
+    assert "point 4 of 9" in text and "holds" in text and "misses" in text and "no bound" in text
+    assert "a point holds up to 0.85, the part of the budget" in text
     bench = [{"case": "a", "dense_ms": 1.23456, "ok": True}, {"case": "b", "ratio": 2}]
     text = shown(terminal.print_bench, bench)
     assert "dense ms" in text and "1.235" in text and "yes" in text and "ratio" in text
@@ -206,7 +207,7 @@ SPOILT = "a\x1b]0;owned\x07\x1b[31m\x9b2J\x7f"
 def test_a_terminal_obeys_no_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     choices = {f"{SPOILT}.{name}": heads for name, heads in plan().choices.items()}
-    terminal.print_plan(replace(plan(), model=SPOILT, choices=choices))
+    terminal.print_plan(data.plan_json(replace(plan(), model=SPOILT, choices=choices)))
     terminal.print_graphs([replace(report(1), notes=(SPOILT,), sites=(site(SPOILT),))])
     with terminal.progress("always") as told:
         told(SPOILT, 0, 3)
@@ -217,5 +218,5 @@ def test_a_terminal_obeys_no_name(capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_no_colour_where_none_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    terminal.print_plan(plan())
+    terminal.print_plan(data.plan_json(plan()))
     assert "\x1b" not in capsys.readouterr().out

@@ -12,6 +12,7 @@ plans_json(a, b, names), profiles_json(a, b, names)   what two of them do not ha
 visits_json(sites)      what heads whose keys are selected visited so far
 environment()           versions, hardware and variables; cached(): the folders of kernels and times
 launched_sources()      the kernels that ran in this process
+page_data(title, found)  all of these, as a page takes them
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from attnopt.report.data.front import front_json
 from attnopt.report.data.graphs import examined_json, graphs_json
 from attnopt.report.data.kernels import launched_sources
 from attnopt.report.data.machine import cached, environment
+from attnopt.report.data.page import of_graphs, page_data
 from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json, window_text
 from attnopt.report.data.visits import visits_json, visits_lines
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
     "cached", "candidates_json", "constraint_texts", "environment", "examined_json", "finite", "front_json",
-    "graphs_json", "head_json", "launched_sources", "plan_facts", "plan_json", "plans_json", "profile_json",
-    "profiles_json", "records_json", "visits_json", "visits_lines", "window_text",
+    "graphs_json", "head_json", "launched_sources", "of_graphs", "page_data", "plan_facts", "plan_json", "plans_json",
+    "profile_json", "profiles_json", "records_json", "visits_json", "visits_lines", "window_text",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ def label(choice: Choice) -> str:
     kind = CANDIDATES[choice.candidate]
     if kind.far == "selected":
         given = {p.name: choice[p.name] for p in kind.params}
-        idle = {p.name for p in kind.params if given[p.name] == 0 or given[p.name] >= NO_LIMIT}
+        idle = {p.name for p in kind.params if given[p.name] in (0, min(p.least, 0)) or given[p.name] >= NO_LIMIT}
         return ", ".join([kind.name, *(f"{name} {value:g}" for name, value in given.items() if name not in idle)])
     params = {name: value for name, value in choice.params if name not in ("alpha", "beta", "window", "sink")}
     given = dict(choice.params)

@@ -112,7 +112,6 @@ def head_json(
         "head": f"{site}.{head}",
         "length": plan.lengths.planned,
         "cost_unit": posed.free.unit,
-        "costs": posed.free.kind,
         "chosen": str(posed.free.choices[seen.own]),
         "reason": _reason(seen),
         "price": posed.price,

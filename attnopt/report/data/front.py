@@ -34,7 +34,6 @@ def front_json(plan: Plan, posed: Posed, records: Sequence[Record] = ()) -> dict
         "length": plan.lengths.planned,
         "unit": problem.unit,
         "plan_unit": plan.predicted.unit,
-        "costs": problem.kind,
         "price": None if posed.price is None else rounded(posed.price),
         "budget": {"limit": plan.budget.limit, "unit": plan.budget.unit},
         "points": sorted(points, key=lambda p: (p["cost"], -(p["predicted"] or 0.0))),
@@ -61,7 +60,7 @@ def _measured(plan: Plan, posed: Posed, records: Sequence[Record]) -> list[dict[
     found = [
         {
             "predicted": rounded(r.predicted), "cost": rounded(r.cost), "increase": rounded(r.worst.increase),
-            "upper_95": rounded(r.worst.upper_95), "holds": r.holds, "split": "verify",
+            "upper_95": rounded(r.worst.upper_95), "holds": r.holds,
         }
         for r in records if posed.own_costs
     ]  # fmt: skip
@@ -71,6 +70,6 @@ def _measured(plan: Plan, posed: Posed, records: Sequence[Record]) -> list[dict[
         found.append({
             "predicted": rounded(plan.predicted.kl_nats_per_token), "cost": rounded(posed.solution.cost),
             "increase": rounded(worst.increase), "upper_95": rounded(worst.upper_95),
-            "holds": all(m.upper_95 <= plan.budget.limit for m in last), "split": worst.split,
+            "holds": all(m.upper_95 <= plan.budget.limit for m in last),
         })  # fmt: skip
     return found

@@ -127,21 +127,18 @@ def _graph(index: int, report: GraphReport) -> dict[str, Any]:
             "reasons": reasons.get(site.name, []),
             "seen": [_seen(refusal) for refusal in report.refusals if refusal.path == site.name],
         })  # fmt: skip
-    known = {site.name for site in report.sites}
     return {
         "index": index,
         "phase": "",
         "cache": "",
         "savings": [],
         "timings": [],
-        "plan": report.plan,
+        "plan_id": report.plan,
         "fallback": report.fallback,
         "fallback_code": report.fallback_code,
         "notes": list(report.notes),
         "sites": sites,
-        "refusals": [
-            asdict(refusal) | _seen(refusal) | {"known_site": refusal.path in known} for refusal in report.refusals
-        ],
+        "refusals": [asdict(refusal) | _seen(refusal) for refusal in report.refusals],
         "misses": [asdict(miss) | _seen(miss) for miss in report.misses],
         "passes": [asdict(step) for step in report.history],
         "rules": dict(report.rules),
@@ -182,9 +179,8 @@ def _folded(graphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "page": ", ".join(dict.fromkeys(s["page"] for s in site["seen"])),
                 "node": "",
             })  # fmt: skip
-        for refusal in graph["refusals"]:
-            if not refusal["known_site"]:
-                rows.append(phase | _bare(refusal, "left alone"))
+        known = {site["name"] for site in graph["sites"]}
+        rows += [phase | _bare(refusal, "left alone") for refusal in graph["refusals"] if refusal["path"] not in known]
         for miss in graph["misses"]:
             rows.append(phase | _bare(miss, "not recognised"))
         if graph["fallback"]:

@@ -280,7 +280,8 @@ def _list(values: Iterable[int]) -> str:
 
 
 def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The verify search: the figures of the worst length beside the prediction, and every measurement."""
+    """The verify search: the figures of the worst length beside the prediction, and every measurement. limit: the part
+    of the budget that the search keeps to, in the budget's unit, by which a point holds."""
     return [
         {
             "step": record.step,
@@ -290,6 +291,7 @@ def records_json(records: Sequence[Record]) -> list[dict[str, Any]]:
             "upper_95": finite(record.worst.upper_95),
             "length": record.worst.length,
             "holds": record.holds,
+            "limit": record.limit,
             "measured": [finite(asdict(m)) for m in record.measured],
         }
         for record in records

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnopt.report import figures
+from attnopt.report.cells import search_title
 from attnopt.report.data.plans import plan_facts, window_text
 from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, facts, figure, folded, soft, table
 
@@ -77,12 +78,13 @@ def front(data: Mapping[str, Any]) -> list[Part]:
 
 RECORD_COLUMNS = [
     ("step", "step"), ("predicted", "predicted, nats per token"), ("cost", "cost"), ("increase", "measured increase"),
-    ("upper_95", "at most (95 %)"), ("length", "length"), ("verdict", "budget"),
+    ("upper_95", "at most (95 %)"), ("length", "length"), ("verdict", "verdict"),
 ]  # fmt: skip
 
 
 def records(data: Mapping[str, Any]) -> list[Part]:
-    return _measured(data["records"], data)
+    found = data["records"]
+    return [(soft(search_title(found)), ""), *_measured(found, data)]
 
 
 def _measured(found: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Part]:

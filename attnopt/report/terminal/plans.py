@@ -9,10 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnopt.plan import Plan
-from attnopt.planner.verify import Record
 from attnopt.report import data
-from attnopt.report.cells import bucket, counted, far_sign, letter
+from attnopt.report.cells import bucket, cell_text, counted, far_sign, letter, search_title
 from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import Cell, print_legend, print_map, ramp
 
@@ -28,10 +26,9 @@ WIDE = 120  # columns from which on a candidate's reason stands in its own row, 
 NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
 
 
-def print_plan(plan: Plan | Mapping[str, Any], to: Console | None = None) -> None:
-    """Figures, a map of layers × heads, and the distinct spans with their counts; of a plan or its `plan_json`."""
+def print_plan(found: Mapping[str, Any], to: Console | None = None) -> None:
+    """Of the data of `plan_json`: figures, a map of layers × heads, and the distinct spans with their counts."""
     to = to or console()
-    found = data.plan_json(plan) if isinstance(plan, Plan) else plan
     to.print(Text(f"plan {found['id']}", style="bold"))
     print_facts(to, data.plan_facts(found))
     to.print()
@@ -85,17 +82,17 @@ def cells_of(plan: Mapping[str, Any]) -> tuple[Callable[[Mapping[str, Any]], Cel
     return cell, [(sign, style, f"{said} ({count})") for (sign, style, said), count in entries]
 
 
-def print_records(records: Sequence[Record], to: Console | None = None) -> None:
-    """The verify search, one line per evaluation."""
+def print_records(records: Sequence[Mapping[str, Any]], to: Console | None = None) -> None:
+    """The verify search, of the data of `records_json`: one line per evaluation."""
     to = to or console()
     numeric = ("predicted", "cost", "increase", "at most", "length")
-    listed = table(["step", *numeric, "budget"], numeric)
+    listed = table(["step", *numeric, "verdict"], numeric)
     for record in records:
-        worst = record.worst
-        verdict = Text("holds", style="green") if record.holds else Text("misses", style="red")
-        figures = (f"{record.predicted:.3g}", f"{record.cost:.4g}", f"{worst.increase:.4g}", f"{worst.upper_95:.4g}")
-        listed.add_row(record.step, *figures, str(worst.length), verdict)
-    print_titled(to, "Search on the verify split", listed)
+        verdict = Text("holds", style="green") if record["holds"] else Text("misses", style="red")
+        bound = "no bound" if record["upper_95"] is None else f"{record['upper_95']:.4g}"
+        figures = (f"{record['predicted']:.3g}", f"{record['cost']:.4g}", cell_text(record["increase"]), bound)
+        listed.add_row(record["step"], *figures, str(record["length"]), verdict)
+    print_titled(to, search_title(records), listed)
 
 
 def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None = None) -> None:

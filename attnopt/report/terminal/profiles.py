@@ -10,18 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from attnopt.profile_file import Profile
-from attnopt.report import data
 from attnopt.report.cells import at_longest, letter
 from attnopt.report.profile_map import FIRST_KEYS, MOSTLY, NEAR
 from attnopt.report.terminal.console import console, print_titled, table
 from attnopt.report.terminal.maps import print_legend, print_map, ramp
 
 
-def print_profile(profile: Profile, to: Console | None = None) -> None:
-    """Text seen, where each head's mass lies, what removing a head costs, and who needs distance most."""
+def print_profile(found: Mapping[str, Any], to: Console | None = None) -> None:
+    """Of the data of `profile_json`: text seen, where each head's mass lies, what removing a head costs, and who needs
+    distance most."""
     to = to or console()
-    found = data.profile_json(profile)
     grid = found["grid"]
     to.print(Text(f"profile of model {found['fingerprint']}", style="bold"))
     to.print(f"windows {_numbers(grid['windows'])}; sinks {_numbers(grid['sinks'])}; {', '.join(found['dtypes'])}")
