@@ -13,7 +13,7 @@ from __future__ import annotations
 from textwrap import indent
 
 from attnopt.codegen.self_check import footer
-from attnopt.codegen.spec import BlockPrefill
+from attnopt.codegen.spec import BLOCKS, BlockPrefill
 from attnopt.codegen.triton_blocks_host import host_text
 from attnopt.codegen.triton_text import check, dim_mask, fetch_text, load_text, mask_argument, need_triton, padded_dim
 from attnopt.registry import TARGETS
@@ -35,7 +35,7 @@ LAUNCHES_HALF_256: dict[str, dict[int, Launch]] = {
 }
 # float32 goes without tensor cores, which would round to tf32, and so needs small tiles and no descriptors.
 LAUNCHES_FLOAT: dict[int, Launch] = {16: (16, 2, 1), 32: (32, 8, 1), 64: (32, 8, 1), 128: (32, 8, 1)}
-LAUNCHES_FLOAT_256: dict[int, Launch] = {16: (16, 4, 1), 32: (16, 8, 1), 64: (16, 8, 1), 128: (16, 8, 1)}
+LAUNCHES_FLOAT_256: dict[int, Launch] = dict.fromkeys(BLOCKS, (16, 4, 1))
 
 
 def launches(spec: BlockPrefill) -> dict[str, Launch]:
