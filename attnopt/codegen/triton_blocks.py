@@ -3,7 +3,10 @@
 A program reads its list on the device, so that nothing waits for the selection. Every visited block is a tile, and a
 branch on a scalar masks those that causality, a window, padding or the end of the keys cuts. There are two loops: heads
 without a bound load values ahead like any prefill, and for the others the load of the values, the exponentials and
-their product stand behind a branch on whether any row needs them. Nothing here has been timed on a GPU.
+their product stand behind a branch on whether any row needs them.
+
+A block that is too large for one tile is divided, among rows too. What its rows need together is then found by a launch
+of its own, of scores alone and of heads with a bound alone. Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
