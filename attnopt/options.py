@@ -236,8 +236,8 @@ def plan(made: Parser) -> None:
         "--allow",
         type=names,
         metavar="FAMILIES",
-        help="of linear, taylor, compensation and prune, those weighed (default with --fitted: all but "
-        "prune, which removes heads)",
+        help="of linear, taylor, compensation, prune, blocks, threshold and tokens, those weighed (default with "
+        "--fitted: all that were tried but prune, which removes heads)",
     )
     made.add_argument(
         "--device-preset",
