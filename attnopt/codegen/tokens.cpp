@@ -41,32 +41,18 @@ struct Picking {
 // The largest of the scores that come in, with their positions, which ascend; of equal ones the first. A score is held
 // by its bits, so turned that they compare as the numbers do.
 struct Best {
-<<<<<<< HEAD
-  // Positions ascending; of `held`, for where it is cut.
-  std::vector<uint64_t> held, order;
-=======
   std::vector<uint32_t> bits;
   std::vector<int> places;
->>>>>>> tokens
   int64_t count = 0, size = 0;
   float least = NONE;
 
   void begin(int64_t wanted) {
     count = wanted, size = 0, least = NONE;
-<<<<<<< HEAD
-    held.resize(room() + 16);
-    order.resize(room() + 16);
-  }
-
-  // Words that are held before the least of the best is found anew. 256 of 4096 keys, 32 rows, one thread of a busy
-  // Xeon: three times as many as are wanted take 1.0 ms, twice as many .5.
-=======
     bits.resize(room() + 32);
     places.resize(room() + 32);
   }
 
   // Scores that are held before the least of the best is found anew.
->>>>>>> tokens
   int64_t room() const { return count + std::max<int64_t>(count, 128); }
 
   // Sixteen scores, the first of position `first`.
@@ -88,28 +74,6 @@ struct Best {
   // Leave the best. Their least is found bit by bit, which takes a sixth of what std::nth_element does.
   void cut() {
     if (size <= count) return;
-<<<<<<< HEAD
-    std::copy_n(held.begin(), size, order.begin());
-    std::nth_element(order.begin(), order.begin() + count - 1, order.begin() + size, std::greater<uint64_t>());
-    __m512i last = _mm512_set1_epi64(order[count - 1]);
-    int64_t to = 0;
-    for (int64_t i = 0; i < size; i += 8) {
-      __m512i words = _mm512_loadu_si512(&held[i]);
-      __mmask8 stay = _mm512_cmpge_epu64_mask(words, last) & (size - i < 8 ? (1 << (size - i)) - 1 : 0xff);
-      _mm512_storeu_si512(&held[to], _mm512_maskz_compress_epi64(stay, words));
-      to += __builtin_popcount(stay);
-    }
-    size = to;
-    uint32_t bits = order[count - 1] >> 32;
-    bits ^= bits & 0x80000000 ? 0x80000000 : 0xffffffff;
-    std::memcpy(&least, &bits, sizeof(least));
-  }
-
-  // The positions, and -1 behind them.
-  void write(int* to) {
-    cut();
-    for (int64_t i = 0; i < size; i++) to[i] = ~static_cast<uint32_t>(held[i]);
-=======
     std::fill_n(bits.begin() + size, 16, 0);
     uint32_t last = 0;
     for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
@@ -148,7 +112,6 @@ struct Best {
   void write(int* to) {
     cut();
     std::copy_n(places.begin(), size, to);
->>>>>>> tokens
     std::fill(to + size, to + count, -1);
   }
 };
