@@ -25,7 +25,8 @@ def linear_table() -> BlockTable:
         unit = n * n / 1024**2
         for visited, skipped in ((0.25, 0.0), (0.5, 0.0), (1.0, 0.0), (1.0, 0.8)):
             walks[n, 64, visited, skipped] = unit * (1 + 8 * visited * (1 - skipped / 2))
-    return BlockTable((), tuple(walks.items()), (((512, "pooled", (64.0,)), 1.0), ((1024, "pooled", (64.0,)), 2.0)))
+    selections = ((512, "pooled", (64.0,)), 1.0), ((1024, "pooled", (64.0,)), 2.0)
+    return BlockTable((), tuple(walks.items()), selections, ((512, 2.5), (1024, 10.0)))
 
 
 def test_a_walk_costs_what_it_visits_and_never_less_than_was_measured() -> None:
@@ -53,6 +54,9 @@ def test_a_head_pays_for_its_own_visits_its_selection_and_the_kernel_beside() ->
     half = (512 * 513 / 2 + 512 * 512) / (1024 * 1025 / 2)
     assert kind.cost(table, params, 1024, 512, Share(0.5)) == pytest.approx(1 + 8 * 0.5 * half + 2.5)
     assert table.id == f"{spans.id}+{linear_table().id}" and table.lengths == (1024,)
+    # On a machine that was half as fast when blocks were timed, they would have cost as much.
+    busy = replace(linear_table(), dense=((512, 5.0), (1024, 20.0)))
+    assert kind.cost(Joined(spans, None, busy), params, 1024) == pytest.approx((9.0 + 2.0) / 2 + 0.5)
     with pytest.raises(AttnoptError, match="spans only"):
         kind.cost(spans, params, 1024)
 
@@ -95,9 +99,11 @@ def test_walks_and_selections_are_timed_once_and_damaged_tables_are_named(monkey
     assert load_or_measure_blocks(SPEC, [80], [bolder]) == table  # stored: nothing is timed again
     more = load_or_measure_blocks(SPEC, [80], [pooled, whole])
     assert more.walks == table.walks
-    assert dict(more.selections) == {**dict(table.selections), (80, "threshold", (16.0,)): 3.5}
+    # Two heads of half as many took as long as dense on all: twice a head's share of what dense took before.
+    told = 2 * dict(table.dense)[80]
+    assert dict(more.selections) == {**dict(table.selections), (80, "threshold", (16.0,)): pytest.approx(told)}
     assert more.id != table.id == replace(more, selections=table.selections).id
-    path.write_text(path.read_text().replace(" 3.5]", " -1]"))
+    path.write_text(path.read_text().replace(f" {dict(table.dense)[80]}]", " -1]"))
     with pytest.raises(AttnoptError, match="damaged: -1 is no time"):
         load_or_measure_blocks(SPEC, [80], [pooled])
     path.unlink()

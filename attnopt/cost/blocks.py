@@ -5,8 +5,10 @@ and the selections that make them.
     blocks.cost(4096, 64, visited=0.25, skipped=0.0)     # ms of one head's walk over a quarter of the causal blocks
     blocks.selection(4096, "pooled", (64.0,))            # ms of one head's selection
 
-The walk's time is a line in the blocks visited, of which a skipped one costs its scores alone; a selection's does not
-depend on what it keeps, since all of its shapes are known beforehand.
+Everything of a length is timed in turn with dense attention, whose time is kept with it: two runs on a machine that
+others use too compare by what dense took in each (`Joined`). The walk's time is a line in the blocks visited, of which a
+skipped one costs its scores alone; a selection's does not depend on what it keeps, since all of its shapes are known
+beforehand.
 """
 
 from __future__ import annotations
@@ -56,11 +58,13 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockTable:
-    """Milliseconds per head for one sequence. key: as a CostTable's, and which kernel it was."""
+    """Milliseconds per head for one sequence. key: as a CostTable's, and which kernel it was; dense: length -> ms of
+    dense attention in the run that timed the rest."""
 
     key: tuple[tuple[str, str], ...]
     walks: tuple[tuple[Walk, float], ...]
     selections: tuple[tuple[Chosen, float], ...] = ()
+    dense: tuple[tuple[int, float], ...] = ()
 
     @property
     def id(self) -> str:
@@ -69,6 +73,10 @@ class BlockTable:
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(sorted({n for (n, *_), _ in self.walks}))
+
+    def of_dense(self, length: int) -> float:
+        """Dense attention of one head, in the same runs; as `cost` between lengths."""
+        return _along(self.dense, length)
 
     def cost(self, length: int, block: int, visited: float, skipped: float) -> float:
         """One head's walk over the share `visited` of all causal blocks, of which `skipped` are skipped. Never less
@@ -99,8 +107,10 @@ class BlockTable:
 
     def _text(self) -> str:
         data = json.dumps({"schema": SCHEMA, "key": dict(self.key)}, indent=2)[:-2]
-        for name in ("walks", "selections"):
-            rows = ",\n    ".join(json.dumps([*what, ms]) for what, ms in getattr(self, name))
+        for name in ("walks", "selections", "dense"):
+            entries = getattr(self, name)
+            lines = [[what, ms] if isinstance(what, int) else [*what, ms] for what, ms in entries]
+            rows = ",\n    ".join(map(json.dumps, lines))
             data += f',\n  "{name}": [\n    {rows}\n  ]'
         return data + "\n}\n"
 
@@ -114,7 +124,7 @@ class BlockTable:
         """AttnoptError, with what to do, if the file is no such table of this schema."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA or set(data) != {"schema", "key", "walks", "selections"}:
+            if data["schema"] != SCHEMA or set(data) != {"schema", "key", "walks", "selections", "dense"}:
                 raise ValueError(f"not schema {SCHEMA}")
             walks = tuple(
                 ((int(n), int(size), positive(seen), positive(left, zero=True)), positive(ms))
@@ -124,7 +134,8 @@ class BlockTable:
                 ((int(n), str(name), tuple(map(float, timed))), positive(ms))
                 for n, name, timed, ms in data["selections"]
             )
-            return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), walks, selections)
+            dense = tuple((int(n), positive(ms)) for n, ms in data["dense"])
+            return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), walks, selections, dense)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
@@ -188,11 +199,14 @@ def load_or_measure_blocks(
     for done, (n, blocks, missing) in enumerate(todo):
         if progress is not None:
             progress(done, len(todo), f"{n} tokens")
-        walks, times = _times(spec, n, blocks, missing, device, rounds)
+        walks, chosen, dense = _times(spec, n, blocks, missing, device, rounds)
+        # What is timed later is told by what dense took when this length was first timed.
+        before = dict(table.dense).get(n, dense)
         table = replace(
             table,
-            walks=tuple(sorted([*table.walks, *walks])),
-            selections=tuple(sorted([*table.selections, *times])),
+            walks=tuple(sorted([*table.walks, *((what, ms * before / dense) for what, ms in walks)])),
+            selections=tuple(sorted([*table.selections, *((of, ms * before / dense) for of, ms in chosen)])),
+            dense=tuple(sorted({**dict(table.dense), n: before}.items())),
         )
         table.save(path)
         if progress is not None:
@@ -202,9 +216,11 @@ def load_or_measure_blocks(
 
 def _times(
     spec: SpanPrefill, length: int, blocks: Sequence[int], wanted: Sequence[Selection], device: str, rounds: int
-) -> tuple[list[tuple[Walk, float]], list[tuple[Chosen, float]]]:
-    """Median ms per head, all interleaved, on half of the heads, as a plan has it: some, not all."""
+) -> tuple[list[tuple[Walk, float]], list[tuple[Chosen, float]], float]:
+    """Median ms per head, all in turn, on half of the heads, as a plan has it: some, not all; and of dense attention on
+    all of them."""
     from attnopt.candidates._selected import asked_of
+    from attnopt.codegen.emit import load
 
     drawn = torch.Generator().manual_seed(0)
     sizes = ((spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.head_dim_v))
@@ -223,9 +239,12 @@ def _times(
     for w in wanted:
         table = torch.tensor([w.settings] * heads, dtype=torch.float64, device=device)
         calls.append(partial(select, w.name, table, w.fixed))
-    times = [ms / heads for ms in interleaved(calls, rounds, device)]
-    chosen = [((length, w.name, w.timed), ms) for w, ms in zip(wanted, times[len(walks) :], strict=True)]
-    return [(what, ms) for (what, _), ms in zip(walks, times, strict=False)], chosen
+    sinks, windows = (torch.full((spec.heads,), n, dtype=torch.int32, device=device) for n in (0, length))
+    calls.append(partial(load(spec).prefill, q, k, v, sinks, windows, scale))
+    *times, dense = interleaved(calls, rounds, device)
+    per_head = [ms / heads for ms in times]
+    chosen = [((length, w.name, w.timed), ms) for w, ms in zip(wanted, per_head[len(walks) :], strict=True)]
+    return [(what, ms) for (what, _), ms in zip(walks, per_head, strict=False)], chosen, dense / spec.heads
 
 
 def _walks(

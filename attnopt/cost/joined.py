@@ -11,7 +11,8 @@ from attnopt.cost.table import Costs
 
 @dataclass(frozen=True)
 class Joined:
-    """A table of spans with those of other parts, where there are any."""
+    """A table of spans with those of other parts, where there are any. Times of blocks are told in the time of the
+    table of spans: as many times dense as they were where they were timed."""
 
     spans: Costs
     far: FarTable | None = None
@@ -43,10 +44,15 @@ class Joined:
         return self.spans.far_cost(length, kind, rank) if self.far is None else self.far.cost(length, kind, rank)
 
     def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float:
-        of = self.spans.block_cost if self.blocks is None else self.blocks.cost
-        return of(length, block, visited, skipped)
+        if self.blocks is None:
+            return self.spans.block_cost(length, block, visited, skipped)
+        return self._told(length) * self.blocks.cost(length, block, visited, skipped)
 
     def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float:
         if self.blocks is None:
             return self.spans.selection_cost(length, name, timed, pairs)
-        return self.blocks.selection(length, name, timed)
+        return self._told(length) * self.blocks.selection(length, name, timed)
+
+    def _told(self, length: int) -> float:
+        assert self.blocks is not None
+        return self.spans.cost(length, 0, length) / self.blocks.of_dense(length)
