@@ -140,8 +140,9 @@ class Asked:
         # The largest are the last; 0 is a query that does not count, of which the first then stands in.
         place = place.topk(count).values.flip(-1)
         counted, at = place > 0, (place - 1).clamp(min=0)
-        taken = at.expand(self.q.shape[0], -1)[:, None, :, None].expand(-1, len(self.heads), -1, self.q.shape[3])
-        queries = self.queries.gather(2, taken).masked_fill(~counted[:, None, :, None], 0.0)
+        taken = at.expand(self.q.shape[0], -1)[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
+        queries = self.q.gather(2, taken).index_select(1, self.heads).to(self.wide)
+        queries = queries.masked_fill(~counted[:, None, :, None], 0.0)
         at = at + self.offset
         apart = at[..., None] - torch.arange(self.k.shape[2], device=device)
         may = (apart >= 0) & (apart < self.window) if self.window else apart >= 0
@@ -192,9 +193,10 @@ def alikeness(x: Tensor, block: int, pad: Tensor | None = None) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
-    """Soft-max over the last dimension where `keep`; 0 in a row that keeps nothing."""
-    hidden = ~keep
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
+    """Soft-max over the last dimension where `keep`; 0 in a row that keeps nothing. Overwrites scores."""
+    # Not -inf, of which a row of nothing else would make NaN.
+    least = torch.finfo(scores.dtype).min
+    return scores.masked_fill_(~keep, least).softmax(-1).mul_(keep.any(-1, keepdim=True))
 
 
 def reaching(weights: Tensor, mass: Tensor) -> Tensor:

@@ -45,13 +45,13 @@ from attnopt.ir import Choice, Site
 from attnopt.ops.selected import Visits, attend_selected, target_of
 from attnopt.probe import Probe
 from attnopt.registry import CANDIDATES
-from attnopt.selection import Asked, lists_of, most
+from attnopt.selection import Asked, keep_of, lists_of, most
 from attnopt.statistics import attention
 from attnopt.statistics.trials import Kept, Trials, Try
 from attnopt.supervision import Sample, loss_and_gradient
 from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Subject
-from benchmarks.record import environment
+from benchmarks.record import WrongResult, environment, relative_error
 from benchmarks.timing import interleaved, ratio
 
 TAKES = "10 min"
@@ -59,6 +59,8 @@ QUICK = ("--quick",)
 
 WAYS = ("method", "window", "oracle")
 COLOURS = ("#1668a8", "#c2632f", "#4f9a53", "#a45fb5", "#b0892a", "#c4507a", "#5f6b7a", "#2a9d8f")
+# Of the operator against dense attention, in float32.
+TOLERANCE = 1e-4
 REPEATS, SECONDS = 5, 60.0
 
 
@@ -119,6 +121,19 @@ def run_blocks(keep: Tensor, asked: Asked, v: Tensor) -> tuple[Tensor, Tensor]:
     heads, lists = asked.heads.int(), lists_of(keep)
     load(spec).prefill(q, k, v, heads, *lists, none, asked.scale, None, asked.window, out, lse)
     return out, lse
+
+
+def check(choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> None:
+    """WrongResult unless the operator's first head is dense attention under the mask of its blocks."""
+    asked = asked_at(choice, q, k, scale, window)
+    keep = keep_of(CANDIDATES[choice.candidate].select(asked), asked.columns)[:, :1]
+    tokens = keep.repeat_interleave(asked.block, 2).repeat_interleave(asked.block, 3)[..., : q.shape[2], : k.shape[2]]
+    apart = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    tokens = tokens & (apart >= 0) & (apart < (window or q.shape[2]))
+    expected = F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], tokens, scale=scale)
+    error = relative_error(run_operator(choice, q, k, v, scale, window)[0][:, :1], expected)
+    if not error <= TOLERANCE:
+        raise WrongResult(f"WRONG: {choice}: relative error {error:.2e} > {TOLERANCE:.0e}")
 
 
 def true_mass(asked: Asked) -> tuple[Tensor, Tensor]:
@@ -248,6 +263,8 @@ def timed(subject: Subject, ids: Tensor, settings: Sequence[Choice]) -> dict[Cho
     }
     for n, choice in enumerate(settings):
         kind = CANDIDATES[choice.candidate]
+        if not choice["skip"]:
+            check(choice, q, k, v, site.scale, window)
         calls[f"select {n}"] = lambda kind=kind, c=choice: kind.select(asked_at(c, q, k, site.scale, window))  # type: ignore[misc]
         if target_of(q) != "reference":
             calls[f"whole {n}"] = partial(run_operator, choice, q, k, v, site.scale, window)
@@ -273,7 +290,8 @@ HEADER = ["method", "setting", "density", "recalled, %", *WAYS[1:], "damage, nat
 
 def described(found: dict[str, Any], rows: Sequence[Row]) -> str:
     """Of the documentation: a table for each kind of text."""
-    parts = [f"`{found['model']}`, {found['length']} tokens, blocks of {found['block']}, {found['samples']} sequences."]
+    sizes = f"{found['length']} tokens in blocks of {found['block']}, {found['samples']} sequences"
+    parts = [f"`{found['model']}`, {sizes}; times on {found['environment']['device']}, one thread, {found['dtype']}:"]
     for text in dict.fromkeys(row.text for row in rows):
         parts += [f"{text.capitalize()}:", markdown(HEADER, [cells(row) for row in rows if row.text == text])]
     return "\n\n".join(parts)
@@ -363,7 +381,7 @@ def main() -> None:
         write_atomically(path, json.dumps(data, indent=1) + "\n")
     if args.keep:
         figure(rows, root / f"docs/figures/{stem}.svg")
-        fill(root / "docs/selection.md", stem, described(found, rows))
+        fill(root / "docs/selection.md", stem, described(data, rows))
 
 
 if __name__ == "__main__":

@@ -234,9 +234,16 @@ def test_dynamic_from_the_start(eagerly):
             close(call(tokens(2, length), use_cache=False).logits, model(tokens(2, length), use_cache=False).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_prefill_and_decoding_with_a_cache(family, cache, eagerly):
+@pytest.mark.parametrize(
+    ("cache", "family"),
+    [
+        ("static", "llama"),
+        ("dynamic", "mistral"),
+        pytest.param("static", "mistral", marks=pytest.mark.full),
+        pytest.param("dynamic", "llama", marks=pytest.mark.full),
+    ],
+)
+def test_prefill_and_decoding_with_a_cache(cache, family, eagerly):
     import transformers
 
     model = build(family)

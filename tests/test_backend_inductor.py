@@ -64,8 +64,6 @@ LOOKALIKES = {
     "axis of the queries": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, -2) @ v,
     "axis of the heads": lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)) * 0.3, 1) @ v,
     "by hand": lambda q, k, v: hand_softmax((q @ k.transpose(-1, -2)) * 0.3) @ v,
-    # As many heads as positions, which change places in K.
-    "keys of another axis": lambda q, k, v: torch.softmax(q @ k.permute(0, 2, 3, 1) / 8**0.5, -1) @ v,
 }
 
 

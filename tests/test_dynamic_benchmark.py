@@ -60,6 +60,17 @@ def test_each_row_of_each_head_has_as_many_blocks(way: str) -> None:
     torch.testing.assert_close(out, scores.softmax(-1) @ v.repeat_interleave(2, 1))
 
 
+def test_a_wrong_operator_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs()
+    for choice in (WHOLE, BOLD, LINES):
+        dynamic.check(choice, q, k, v, 0.3, 0)
+        dynamic.check(choice, q, k, v, 0.3, 20)
+    right = dynamic.run_operator
+    monkeypatch.setattr(dynamic, "run_operator", lambda *of: (right(*of)[0] * 1.001, *right(*of)[1:]))
+    with pytest.raises(dynamic.WrongResult, match="WRONG: pooled"):
+        dynamic.check(BOLD, q, k, v, 0.3, 0)
+
+
 def test_what_is_recalled_and_lost(capsys: pytest.CaptureFixture[str]) -> None:
     subject: Any = SimpleNamespace(model=build("llama", num_hidden_layers=1))
     ids = tokens(1, 80)

@@ -170,7 +170,7 @@ def refuse(choices: Sequence[Choice], site: Site) -> None:
         )
     for head, choice in enumerate(choices):
         far = CANDIDATES[choice.candidate].far
-        if far:
+        if far not in ("", "selected"):
             what = "is gone" if far == "gone" else f"needs {choice.candidate} for its far keys"
             raise PlanError(
                 f"Head {head} of {site.name} {what}, and a cache for generation holds spans only.",

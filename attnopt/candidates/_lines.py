@@ -22,9 +22,10 @@ def slashes(last: Last) -> Tensor:
     """What they give to the key d positions before each of them, for every distance d: (B, h, M)."""
     distance = torch.arange(last.weights.shape[-1], device=last.at.device)
     key = (last.at[..., None] - distance)[:, None]  # (B | 1, 1, n, M)
+    # A key before the first is read as one that many after the query, which weighs 0.
+    key = key.remainder(last.weights.shape[-1])
     # Read where they stand and not added to where they go: sums come out the same every time, on any device.
-    met = last.weights.gather(-1, key.clamp(min=0).expand_as(last.weights))
-    return met.masked_fill_(key < 0, 0.0).sum(2)
+    return last.weights.gather(-1, key.expand_as(last.weights)).sum(2)
 
 
 def blocks_on(keys: Tensor, distances: Tensor, asked: Asked) -> Tensor:

@@ -7,7 +7,8 @@
 (Lee et al., "A Training-Free Sub-quadratic Cost Model Serving Framework with Hierarchically Pruned Attention",
 arXiv:2406.09827.) Of C blocks, 2 count log2(C / count) keys are looked at for each row of blocks, not all: what is
 alone among unlike keys is met by chance. Rows that see no more than `count` blocks visit them all. Padding is never the
-middle key, and no query of a row scores for others what it may not see.
+middle key, and no query of a row scores for others what it may not see. Published settings add a window of recent keys;
+here only what always lives is added, the first block and the row's own.
 
 In a chunk of a prompt a row searches all keys before it, as in the whole prompt; only where rows are cut differs.
 """

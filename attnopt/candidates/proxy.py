@@ -49,7 +49,7 @@ class Proxy(Selected):
         return wrong
 
     def menu(self, length: int) -> list[Choice]:
-        tried = ((31 / 32, 4, 4), (15 / 16, 4, 4), (15 / 16, MOST_HEADS, 4), (7 / 8, 4, 4), (3 / 4, 4, 8))
+        tried = ((31 / 32, 4, 4), (15 / 16, MOST_HEADS, 4), (7 / 8, 4, 4), (3 / 4, 4, 4), (1 / 2, 4, 8))
         named = [dict(zip(("mass", "group", "stride"), each, strict=True)) for each in tried]
         return [choice for own in named for choice in self.offered(own, length)]
 

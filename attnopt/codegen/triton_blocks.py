@@ -3,7 +3,10 @@
 A program reads its list on the device, so that nothing waits for the selection. Every visited block is a tile, and a
 branch on a scalar masks those that causality, a window, padding or the end of the keys cuts. There are two loops: heads
 without a bound load values ahead like any prefill, and for the others the load of the values, the exponentials and
-their product stand behind a branch on whether any row needs them. Nothing here has been timed on a GPU.
+their product stand behind a branch on whether any row needs them.
+
+A block that is too large for one tile is divided, among rows too. What its rows need together is then found by a launch
+of its own, of scores alone and of heads with a bound alone. Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 from textwrap import indent
 
 from attnopt.codegen.self_check import footer
-from attnopt.codegen.spec import BlockPrefill
+from attnopt.codegen.spec import BLOCKS, BlockPrefill
 from attnopt.codegen.triton_blocks_host import host_text
 from attnopt.codegen.triton_text import check, dim_mask, fetch_text, load_text, mask_argument, need_triton, padded_dim
 from attnopt.registry import TARGETS
@@ -35,7 +38,7 @@ LAUNCHES_HALF_256: dict[str, dict[int, Launch]] = {
 }
 # float32 goes without tensor cores, which would round to tf32, and so needs small tiles and no descriptors.
 LAUNCHES_FLOAT: dict[int, Launch] = {16: (16, 2, 1), 32: (32, 8, 1), 64: (32, 8, 1), 128: (32, 8, 1)}
-LAUNCHES_FLOAT_256: dict[int, Launch] = {16: (16, 4, 1), 32: (16, 8, 1), 64: (16, 8, 1), 128: (16, 8, 1)}
+LAUNCHES_FLOAT_256: dict[int, Launch] = dict.fromkeys(BLOCKS, (16, 4, 1))
 
 
 def launches(spec: BlockPrefill) -> dict[str, Launch]:

@@ -162,10 +162,12 @@ def _on_line(points: Sequence[tuple[float, float]], share: float) -> float:
 
 
 def key_of(spec: SpanPrefill, device: str) -> tuple[tuple[str, str], ...]:
-    """What the times of a site's shape depend on; `walk` says whose kernel it is."""
-    from attnopt.ops.selected import target_of
+    """What the times of a site's shape depend on; `walk` says whose kernel it is: on the CPU the compiled one also
+    serves dtypes in which that of spans does not pay."""
+    from attnopt.codegen import native
 
-    walk = target_of(torch.empty(0, device=device))
+    compiled = spec.target == "cpu" and not native.unusable(getattr(torch, spec.dtype), "blocks")
+    walk = "compiled" if compiled else spec.target
     return (*device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device), ("walk", walk))
 
 
@@ -252,13 +254,12 @@ def _walks(
     putting heads beside others' outputs costs."""
     from attnopt.codegen.emit import load
     from attnopt.codegen.spec import BlockPrefill
-    from attnopt.ops.selected import target_of
     from attnopt.selection import Asked
 
     length, device, served = q.shape[2], q.device, torch.arange(heads, device=q.device)
     asked = Asked(q, k, served, served // (spec.heads // spec.kv_heads), {}, spec.head_dim**-0.5, block)
     kernel = load(BlockPrefill(
-        target_of(q), spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v, block, False
+        spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim_v, block, False
     )).prefill  # fmt: skip
     near = v.new_zeros(1, spec.heads, length, spec.head_dim_v)
     # Whose first block is met with scores that no other reaches: everything behind it is skipped.

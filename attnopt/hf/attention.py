@@ -24,6 +24,7 @@ from attnopt import ops, settings
 from attnopt.codegen.cache_prefill import taken, together
 from attnopt.errors import AttnoptError, ModelError
 from attnopt.hf.cache import NAME
+from attnopt.hf.prompts import PromptSelection, selection_of
 from attnopt.hf.span_layer import Handle, autocast
 from attnopt.ir import DENSE, Choice, Site
 from attnopt.mixed import tables
@@ -115,19 +116,21 @@ def counted(query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Spans:
-    """The spans of a layer's heads as `attnopt::span_attention` reads them: int32 (H,) twice and float64 (H,)."""
+    """The spans of a layer's heads as `attnopt::span_attention` reads them, int32 (H,) twice and float64 (H,), and the
+    heads that select in a prompt."""
 
     sinks: Tensor
     alphas: Tensor
     betas: Tensor
     min_length: int
+    prompt: PromptSelection | None = None
 
 
 def spans_of(choices: Sequence[Choice] | None, site: Site, min_length: int) -> Spans | None:
     """The spans that a plan gives the heads of a site; None where all are dense."""
     if choices is None or all(choice == DENSE for choice in choices):
         return None
-    return Spans(**tables(choices, site.heads), min_length=min_length)
+    return Spans(**tables(choices, site.heads), min_length=min_length, prompt=selection_of(choices, site, min_length))
 
 
 def uncached(
@@ -159,10 +162,17 @@ def uncached(
     else:
         rules = Spans(**tables(None, query.shape[1]), min_length=0) if spans is None else spans
         numbers = None, scale, window, rules.min_length
+        selects = rules.prompt is not None and query.shape[2] >= rules.min_length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            if selects:
+                said = f"{type(module).__name__} selects blocks of keys under this plan, which has no gradient."
+                raise ModelError(said, "Run it under torch.no_grad(), or train under a plan of spans.")
             out = ops.span_attention_lse(query, key, value, rules.sinks, rules.alphas, rules.betas, *numbers)[0]
         else:
             out = ops.span_attention(query, key, value, rules.sinks, rules.alphas, rules.betas, *numbers)
+        if selects and rules.prompt is not None:
+            real = None if valid is None else valid.gather(1, order)
+            out = rules.prompt.attend_packed(query, key, value, out, real, scale)
     if valid is None or back is None:
         return out
     return taken(out, back).masked_fill(~valid[:, None, :, None], 0)

@@ -26,6 +26,7 @@ from attnopt.cache import TokenTable, layouts_of, tokens_of
 from attnopt.errors import CacheFull, ModelError, PlanError
 from attnopt.fingerprint import fingerprint_of
 from attnopt.hf import sites
+from attnopt.hf.prompts import selection_of
 from attnopt.hf.span_layer import ANOTHER, SpanLayer, autocast
 from attnopt.hf.token_state import TokenState
 from attnopt.plan import Plan
@@ -83,10 +84,13 @@ class SpanCache(Cache):
     def of(cls, found: list[sites.Attention], plan: Plan | None, length: int, slack: int = 0) -> SpanCache:
         here = [a.site for a in found]
         layouts, states = layouts_of(plan, here, length, slack), cls.states_of(tokens_of(plan, here, length))
-        rows = enumerate(zip(here, states, strict=True))
-        return cls(
-            [SpanLayer(layouts[site.name], site.mask.window, at == 0, state) for at, (site, state) in rows], length
-        )
+        whole = plan is None or length < plan.min_length
+        layers = []
+        for at, (site, state) in enumerate(zip(here, states, strict=True)):
+            choices = None if whole or plan is None else plan.choices.get(site.name)
+            prompt = selection_of(choices, site, 0)
+            layers.append(SpanLayer(layouts[site.name], site.mask.window, at == 0, state, prompt))
+        return cls(layers, length)
 
     @staticmethod
     def states_of(tables: list[TokenTable | None]) -> list[TokenState | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attnopt.cache import Layout, layouts_of
+from attnopt.cache import Layout, layouts_of, tokens_of
 from attnopt.hf import sites
 from attnopt.hf.generation import MARK, Installed, bucket
 from attnopt.ir import DENSE
@@ -18,7 +18,8 @@ TYPICAL = 4096
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer of a cache: its site, its own window, the layout, bytes of one row, and of the dense cache of a row."""
+    """One layer of a cache: its site, its own window, the layout, bytes of one row, and of the dense cache of a row;
+    selecting: query heads that select what a step reads."""
 
     name: str
     window: int | None
@@ -26,10 +27,13 @@ class LayerFacts:
     layout: Layout
     nbytes: int
     dense: int
+    selecting: int = 0
 
     def __str__(self) -> str:
         own = f", own window {self.window}" if self.window else ""
         how = "" if self.planned else ", not in the plan: exact"
+        if self.selecting:
+            how += f", {self.selecting} of {len(self.layout.head_sinks)} query heads select what they read"
         return f"{self.name}: {self.layout}, {bytes_text(self.nbytes)} of {bytes_text(self.dense)}{own}{how}"
 
 
@@ -59,7 +63,7 @@ class Generation:
         """The same as plain data; `nbytes` and `dense` are those of one row's cache at `length` tokens."""
         layers = [
             {"name": layer.name, "window": layer.window, "planned": layer.planned, "layout": str(layer.layout),
-             "nbytes": layer.nbytes, "dense": layer.dense}
+             "nbytes": layer.nbytes, "dense": layer.dense, "selecting": layer.selecting}
             for layer in self.layers
         ]  # fmt: skip
         return {
@@ -90,13 +94,16 @@ def generation_of(model: Any) -> Generation:
     plan = installed.plan
     length = installed.max_length or bucket(plan.lengths.planned if plan is not None else TYPICAL)
     layouts = layouts_of(plan, [a.site for a in installed.attentions], length)
+    tables = tokens_of(plan, [a.site for a in installed.attentions], length)
     layers = []
-    for site in (a.site for a in installed.attentions):
+    for site, table in zip((a.site for a in installed.attentions), tables, strict=True):
         widths = site.head_dim, site.head_dim_v, inner.dtype
         choices = plan.choices.get(site.name) if plan is not None else (DENSE,)
         nbytes = layouts[site.name].nbytes(*widths)
         dense = site.kv_heads * length * (site.head_dim + site.head_dim_v) * inner.dtype.itemsize
-        layers.append(LayerFacts(site.name, site.mask.window, choices is not None, layouts[site.name], nbytes, dense))
+        selecting = 0 if table is None else sum(rule is not None for rule in table.rules)
+        facts = site.name, site.mask.window, choices is not None, layouts[site.name], nbytes, dense, selecting
+        layers.append(LayerFacts(*facts))
     return Generation(name, True, (), tuple(changes(inner, installed)), tuple(layers), length, plan)
 
 

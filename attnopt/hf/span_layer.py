@@ -11,6 +11,7 @@ from attnopt import ops, settings  # noqa: F401  ops registers attnopt::attend_u
 from attnopt.cache import Layout
 from attnopt.errors import AttnoptError, CacheFull, OptionError
 from attnopt.hf import loading
+from attnopt.hf.prompts import PromptSelection
 from attnopt.hf.token_state import TokenState
 
 loading.transformers()
@@ -70,11 +71,12 @@ class SpanLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, layout: Layout, window: int | None = None, leads: bool = False, tokens: TokenState | None = None
-    ) -> None:
+        self, layout: Layout, window: int | None = None, leads: bool = False, tokens: TokenState | None = None,
+        prompt: PromptSelection | None = None,
+    ) -> None:  # fmt: skip
         """window: the model's own at this layer. leads: it is the first, which checks a call for all of them. tokens:
-        of heads that select what they read, None where none do."""
-        self.layout, self.window, self.leads, self.tokens = layout, window, leads, tokens
+        of heads that select what steps of decoding read, prompt: of those that select in a prompt; None for none."""
+        self.layout, self.window, self.leads, self.tokens, self.prompt = layout, window, leads, tokens, prompt
         self.is_initialized = False
         self.fresh = True
 
@@ -103,13 +105,19 @@ class SpanLayer(CacheLayerMixin):
         self.slots_v = torch.zeros(rows, slots, width_v, dtype=self.dtype, **own)
         self.n, self.pads, self.highest = (torch.zeros(rows, dtype=torch.int32, **own) for _ in range(3))
         self.marks = torch.zeros(rows, REMEMBERED if self.leads else 0, dtype=torch.int32, **own)
-        self.table, self.spans = self.layout.tables(self.device)
+        self._tables()
         if self.tokens is not None:
             self.tokens.allocate(self.layout, self.slots_k)
+
+    def _tables(self) -> None:
+        self.table, self.spans = self.layout.tables(self.device)
+        if self.prompt is not None:
+            self.narrowed = self.prompt.narrowed(self.spans)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held, the tables too."""
         beside = [] if self.tokens is None else self.tokens.tensors()
+        beside += [] if self.prompt is None else [self.narrowed]
         return [self.slots_k, self.slots_v, *self.counts(), self.table, self.spans, *beside]
 
     def counts(self) -> list[Tensor]:
@@ -140,9 +148,13 @@ class SpanLayer(CacheLayerMixin):
         before = self.n + self.pads if valid is not None and self.leads else None
         q = autocast(query)
         step: Any = attend if self.tokens is None else self.tokens.attend
+        selects = self.prompt is not None and self.fresh and self.prompt.serves(q.shape[2])
+        spans = self.narrowed if selects else self.spans
         out: Tensor = step(
-            q, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, self.spans, scale, self.fresh
+            q, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, spans, scale, self.fresh
         )
+        if selects and self.prompt is not None:
+            out = self.prompt.attend(q, key, value, out, valid, scale)
         if valid is not None:
             self.pads.add_((~valid).sum(1, dtype=torch.int32))
         if before is not None and valid is not None:
@@ -170,7 +182,8 @@ class SpanLayer(CacheLayerMixin):
             row, slot = (positions >= 0).nonzero(as_tuple=True)
             to = layout.slot_of(positions[row, slot], head)
             self.slots_k[row, to], self.slots_v[row, to] = k[row, start + slot], v[row, start + slot]
-        self.table, self.spans = layout.tables(self.device)
+        self.layout = layout
+        self._tables()
         if self.tokens is not None:
             self.tokens.move(before, layout)
 

@@ -19,7 +19,7 @@ from attnopt import settings as switches
 from attnopt.codegen.emit import load
 from attnopt.codegen.spec import BlockPrefill
 from attnopt.ops.span import empty_tokens_first, launches, prefill, tokens_first
-from attnopt.registry import CANDIDATES, TARGETS
+from attnopt.registry import CANDIDATES
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +72,13 @@ def attend_selected(
     asked = asked_of(candidate, q, k, served, table, scale, pad, window, tuple(map(int, fixed)))
     lists = candidate.select(asked)
     spec = BlockPrefill(
-        target_of(q), str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3],
+        switches.target(q.device.type), str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3],
         v.shape[3], asked.block, pad is not None,
     )  # fmt: skip
     launches[spec.key()] += 1
     skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds_of(asked), scale, pad, window, out, lse)
     possible = asked.possible.sum(-1, dtype=torch.int32).expand_as(lists.counts)
     return Visits(lists.counts, skipped, possible)
-
-
-def target_of(q: Tensor) -> str:
-    """The target of this device, or the reference where it has no such kernel."""
-    target = switches.target(q.device.type)
-    return target if f"{target} {BlockPrefill.kernel}" in TARGETS else "reference"
 
 
 @torch.library.custom_op("attnopt::selected_attention", mutates_args=())

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from emitting import check_clean, check_golden, interpreted_rows
+from emitting import check_clean, check_golden
+from interpreting import interpreted_rows
 from torch import Tensor
 
 from attnopt.codegen import emit, self_check_blocks

@@ -62,7 +62,7 @@ def choice(head: Head) -> Choice:
 def plan_of(model: Any, heads: Heads, **changes: Any) -> Plan:
     sites = models.sites_of(model)
     choices = {site.name: tuple(map(choice, layer)) for site, layer in zip(sites, heads, strict=True)}
-    return dataclasses.replace(models.plan_of(model, models.ALL_FULL), choices=choices, **changes)
+    return dataclasses.replace(models.plan_of(model, models.ALL_FULL[: len(sites)]), choices=choices, **changes)
 
 
 @contextmanager
@@ -86,6 +86,8 @@ def test_greedy_with_left_padding(name: str) -> None:
     model, (ids, mask) = models.shared("llama"), models.left_padded()
     with enabled(model, ALL[name]):
         out = generate(model, ids, mask, 12)
+        selecting = sum("k" in head for head in ALL[name][0])
+        assert f"{selecting} of 4 query heads select what they read" in str(attnopt.explain(model))
     assert_follows(model, ALL[name], ids, mask, out)
 
 
@@ -206,3 +208,16 @@ def test_a_source_that_does_not_select_is_refused() -> None:
 def test_a_window_of_the_model_itself_leaves_nothing_to_select() -> None:
     with pytest.raises(PlanError, match="cannot select tokens"):
         attnopt.enable(models.shared("mistral"), plan_of(models.shared("mistral"), EACH_STEP))
+
+
+def test_a_compiled_model(eagerly: list[Any]) -> None:
+    """Prefill and steps, padded; the state is written in place by what is compiled."""
+    model, heads = models.build("llama", layers=1), MIXED[:1]
+    with enabled(model, heads, max_length=64):
+        model.compile(backend="attnopt", fullgraph=True)
+        ids, mask = models.left_padded()
+        assert_follows(model, heads, ids, mask, generate(model, ids, mask, 12))
+        graphs = len(eagerly)
+        assert 1 <= graphs <= 3
+        assert_follows(model, heads, ids, mask, generate(model, ids, mask, 12))
+        assert len(eagerly) == graphs

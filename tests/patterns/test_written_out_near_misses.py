@@ -14,14 +14,6 @@ from .written import SCALE, positions, scores, triangle
 # --- near misses ----------------------------------------------------------------------------------------------------
 
 
-def softmax_over_queries(q, k, v):
-    return F.softmax(scores(q, k) * SCALE, -2) @ v
-
-
-def softmax_over_heads(q, k, v):
-    return F.softmax(scores(q, k) * SCALE, 1) @ v
-
-
 def permuted_keys(q, k, v):
     """Heads and positions of K change places: with as many heads as positions every shape is right."""
     return F.softmax((q @ k.permute(0, 2, 3, 1)) * SCALE, -1) @ v
@@ -70,10 +62,6 @@ def weights_used_twice(q, k, v):
     return weights @ v, weights.sum(-2)
 
 
-def values_on_the_left(q, k, v):
-    return v @ F.softmax(scores(q, k) * SCALE, -1)
-
-
 def active_dropout(q, k, v):
     return F.dropout(F.softmax(scores(q, k) * SCALE, -1), 1e-9, training=True) @ v
 
@@ -120,10 +108,8 @@ def strided(q, k, v):
 
 
 NEAR_MISSES = [
-    softmax_over_queries, softmax_over_heads, scaled_per_key,
-    filled_before_a_tiny_scale, filled_before_a_negative_scale, filled_with_zero,
-    masked_after_the_softmax, multiplied_after_the_softmax, values_on_the_left,
-    active_dropout, squared_scores,
+    scaled_per_key, filled_before_a_tiny_scale, filled_before_a_negative_scale, filled_with_zero,
+    masked_after_the_softmax, multiplied_after_the_softmax, active_dropout, squared_scores,
 ]  # fmt: skip
 # What is no plain attention: the kind of its bias and its mask.
 RECORDS = {
@@ -135,12 +121,8 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("fn", NEAR_MISSES, ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize(
-    "sizes", [{}, {"length": 4}, {"heads": 8, "length": 8}], ids=["general", "heads = length", "all 8"]
-)
+@pytest.mark.parametrize("sizes", [{}, {"heads": 8, "length": 8}], ids=["general", "all 8"])
 def test_near_misses(fn, sizes):
-    if fn is values_on_the_left:
-        sizes = {"length": 4, "dim_v": 4}
     inputs = qkv(**sizes)
     # Unverified: the matcher itself must refuse, not the check after it.
     traced = trace(fn, *inputs, verify=False)

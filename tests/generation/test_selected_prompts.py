@@ -1,0 +1,116 @@
+"""Generation under plans whose heads select blocks of keys in a prompt, and decode with all of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from generation import models
+from generation.models import difference, generate, produced_logits
+from generation.test_tokens import choice, top
+from torch import Tensor
+
+import attnopt
+from attnopt.errors import ModelError
+from attnopt.ir import DENSE, Choice
+from attnopt.measure import Spans
+from attnopt.plan import Plan
+
+LENGTH = 75
+FEW = Choice.of("pooled", {"mass": 0.25, "count": 1, "alike": -1.0, "block": 16, "skip": 0.0})
+EVERY = Choice.of("pooled", {**dict(FEW.params), "mass": 1.0, "count": 99})
+WINDOW = Choice.of("sink_window", {"sink": 2, "alpha": 9, "beta": 0.0})
+MIXED = ((FEW, DENSE, WINDOW, FEW), (FEW, choice(top(5, 1, 3)), FEW, DENSE))
+
+
+def plan_of(model: Any, choices: tuple[tuple[Choice, ...], ...], **changes: Any) -> Plan:
+    sites = models.sites_of(model)
+    named = {site.name: layer for site, layer in zip(sites, choices, strict=True)}
+    return dataclasses.replace(models.plan_of(model, models.ALL_FULL), choices=named, **changes)
+
+
+def as_prompt(model: Any, ids: Tensor, choices: tuple[tuple[Choice, ...], ...]) -> Tensor:
+    """Logits (B, N, V) out of the operators that plans are verified with; heads that select tokens are dense there."""
+    sites = models.sites_of(model)
+    layers = [tuple(DENSE if c.candidate == "top_tokens" else c for c in layer) for layer in choices]
+    with torch.no_grad():
+        return Spans(model).logits(ids, {s.name: layer for s, layer in zip(sites, layers, strict=True)})
+
+
+def test_the_prompt_is_what_was_verified_and_steps_read_every_key(eagerly: Any) -> None:
+    model, ids = models.shared("llama"), models.prompts(2, LENGTH)
+    expected = as_prompt(model, ids, MIXED)
+    dense = model(ids).logits
+    assert difference(expected, dense) > 1e-2
+    attnopt.enable(model, plan_of(model, MIXED), max_length=128)
+    try:
+        with torch.no_grad():
+            assert difference(model(ids, use_cache=False).logits, expected) < models.TOLERANCE
+            cache = attnopt.SpanCache.for_model(model, plan_of(model, MIXED), max_length=128)
+            assert difference(model(ids, past_key_values=cache).logits, expected) < models.TOLERANCE
+        out = generate(model, ids, None, 6)
+        again = generate(model, ids, None, 6)
+    finally:
+        attnopt.disable(model)
+    assert difference(produced_logits(out)[:, 0], expected[:, -1]) < models.TOLERANCE
+    assert torch.equal(out.sequences, again.sequences)
+
+
+def test_a_selection_of_everything_changes_nothing() -> None:
+    model, (ids, mask) = models.shared("llama"), models.left_padded(length=40)
+    plain = generate(model, ids, mask, 8)
+    attnopt.enable(model, plan_of(model, ((EVERY,) * 4, (EVERY, DENSE, DENSE, EVERY))))
+    try:
+        out = generate(model, ids, mask, 8)
+    finally:
+        attnopt.disable(model)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert difference(produced_logits(out), produced_logits(plain)) < models.TOLERANCE
+
+
+def test_a_padded_row_gives_what_it_gives_alone() -> None:
+    model, ids = models.shared("llama"), models.prompts(2, LENGTH)
+    mask = torch.ones_like(ids)
+    ids[0, :19], mask[0, :19] = 0, 0
+    attnopt.enable(model, plan_of(model, MIXED), max_length=128)
+    try:
+        both = produced_logits(generate(model, ids, mask, 4))
+        alone = produced_logits(generate(model, ids[:1, 19:], None, 4))
+    finally:
+        attnopt.disable(model)
+    assert difference(both[:1], alone) < models.TOLERANCE
+
+
+@pytest.mark.parametrize("least", [64, 1000])
+def test_below_the_least_length_of_a_plan_nothing_is_selected(least: int) -> None:
+    model, ids = models.shared("llama"), models.prompts(1, 40)
+    attnopt.enable(model, plan_of(model, ((FEW,) * 4,) * 2, min_length=least))
+    try:
+        out = generate(model, ids, None, 3)
+        with torch.no_grad():
+            uncached = model(ids, use_cache=False).logits
+    finally:
+        attnopt.disable(model)
+    dense = model(ids).logits
+    assert difference(uncached, dense) < models.TOLERANCE
+    # A cache is as long as it was made for, not as its prompt.
+    same = difference(produced_logits(out)[:, 0], dense[:, -1]) < models.TOLERANCE
+    assert same == (least > out.past_key_values.max_length)
+
+
+def test_a_gradient_is_refused_and_a_copied_cache_keeps_its_heads() -> None:
+    model, ids = models.build("llama"), models.prompts(1, 40)
+    plan = plan_of(model, ((FEW,) * 4,) * 2)
+    attnopt.enable(model, plan)
+    with pytest.raises(ModelError, match="no gradient"):
+        model(ids, use_cache=False)
+    cache = attnopt.SpanCache.for_model(model, plan, max_length=64)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=copy.deepcopy(cache)).logits
+        assert difference(model(ids, past_key_values=cache).logits, expected) == 0
+    cache.reset()
+    with torch.no_grad():
+        assert difference(model(ids, past_key_values=cache).logits, expected) == 0
