@@ -34,7 +34,7 @@ from attnopt.planner.verify import verify_loop
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.registry import CANDIDATES
-from attnopt.report.data import head_json, plan_facts, plan_json
+from attnopt.report.data import candidates_json, head_json, plan_facts, plan_json, plans_json
 from attnopt.statistics import Grid
 from attnopt.statistics.trials import VISITED, Trials
 from attnopt.supervision import Sample
@@ -293,6 +293,20 @@ def test_wrong_values_of_a_plan_are_named(made: Made, edit: Any, said: str) -> N
     edit(data)
     with pytest.raises(PlanError, match=said):
         Plan.parse(json.dumps(data))
+
+
+def test_two_plans_are_compared_by_what_such_heads_visit(made: Made, evidence: tuple[Profile, Fitted]) -> None:
+    plan = made.plan
+    dense = replace(plan, choices={**plan.choices, "h.0": (DENSE,) * HEADS}, visits={})
+    found = plans_json(dense, plan, ("a", "b"))
+    assert [(c["heads"], c["labels"][1].partition(",")[0]) for c in found["changes"]] == [
+        ("0", "pooled"),
+        ("1", "threshold"),
+    ]
+    assert [c["cost"][0] for c in found["changes"]] == [1.0, 1.0] and all(c["cost"][1] < 0.75 for c in found["changes"])
+    assert found["sites"]["h.0"][0]["kept"] == [1.0, pytest.approx(0.1)]
+    weighed = candidates_json(plan, evidence[0])["choices"]
+    assert next(c["cost"] for c in weighed if c["candidate"] == "pooled") < 0.3
 
 
 def test_what_is_not_known_is_taken_as_everything(made: Made) -> None:

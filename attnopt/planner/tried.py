@@ -46,7 +46,8 @@ def allowed_families(asked: Sequence[str] | None, fitted: Fitted | None) -> tupl
     if fitted is None:
         if asked:
             raise OptionError(
-                f"Nothing was fitted for {', '.join(asked)}.", "Fit with `attnopt distill`, and give --fitted FILE."
+                f"Nothing was fitted for {', '.join(asked)}.",
+                f"Fit or try them: `attnopt distill --families {','.join(asked)}`, and give --fitted FILE.",
             )
         return ()
     for name in asked or ():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cost import CostTable
 from attnopt.ir import Choice, Share
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose
+from attnopt.planner.tried import shares_at
 from attnopt.registry import CANDIDATES
 from attnopt.report.cells import rounded
 
@@ -55,6 +58,22 @@ def choice_facts(choice: Choice, length: int, share: Share | None = None) -> dic
     }  # fmt: skip
 
 
+def _mean_share(plan: Plan, posed: Posed, fitted: Fitted | None, choice: Choice) -> Share | None:
+    """Of a choice that selects keys, what heads visit of the text tried, as far as it is known: their mean."""
+    length, known = plan.lengths.planned, list[Share]()
+    for site in posed.sites:
+        own = {h: share for h, share in plan.visits.get(site.name, {}).items() if plan.choices[site.name][h] == choice}
+        tried = enumerate(shares_at(fitted, site.name, choice, length, site.heads))
+        known += [share for share in ({h: share for h, share in tried if share is not None} or own).values()]
+    return mean_share(known)
+
+
+def mean_share(shares: Sequence[Share]) -> Share | None:
+    """None of none."""
+    columns = zip(*map(astuple, shares), strict=True)
+    return Share(*(sum(column) / len(shares) for column in columns)) if shares else None
+
+
 def candidates_json(
     plan: Plan, profile: Profile, fitted: Fitted | None = None, posed: Posed | None = None
 ) -> dict[str, Any]:  # fmt: skip
@@ -70,7 +89,9 @@ def candidates_json(
         held = sites.setdefault(site, {"damage": [], "chosen": []})
         held["damage"].append([rounded(float(problem.damage[h, c])) for c in columns])
         held["chosen"].append(place[int(posed.solution.index[h])])
-    choices = [choice_facts(problem.choices[c], length) for c in columns]
+    choices = [
+        choice_facts(c, length, _mean_share(plan, posed, fitted, c)) for c in (problem.choices[c] for c in columns)
+    ]
     for facts in choices:
         facts["cost"] = rounded(facts["cost"])
     return {"length": length, "unit": "nats per token", "choices": choices, "sites": sites}

@@ -15,7 +15,7 @@ from attnopt.plan import Plan
 from attnopt.planner.make import calibration_of
 from attnopt.profile_file import Profile
 from attnopt.report.cells import fold_rows, number_ranges
-from attnopt.report.data.candidates import choice_facts, label
+from attnopt.report.data.candidates import choice_facts, label, mean_share
 from attnopt.report.data.plans import constraint_texts, density_of, plan_json, spans_at, timed
 
 MOVED = 12  # heads in the list of those that moved most
@@ -114,14 +114,23 @@ def _changes(one: Plan, other: Plan, length: int) -> list[dict[str, Any]]:
         for head, pair in enumerate(zip(heads, other.choices[site], strict=True)):
             if pair[0] != pair[1]:
                 groups.setdefault(pair, []).append(head)
-        rows += [{"site": site, "heads": number_ranges(n), "count": len(n), "pair": pair} for pair, n in groups.items()]
+        rows += [
+            {
+                "site": site, "heads": number_ranges(n), "count": len(n), "pair": pair,
+                "visits": [[p.visits[site][h] for h in n if h in p.visits.get(site, {})] for p in (one, other)],
+            }
+            for pair, n in groups.items()
+        ]  # fmt: skip
     folded = fold_rows(rows, lambda r: str(r["site"]), lambda r: (r["heads"], r["pair"]))
     return [
         {
             "sites": name, "heads": rows[0]["heads"], "count": sum(r["count"] for r in rows),
             "choices": [str(choice) for choice in rows[0]["pair"]],
             "labels": [label(choice) for choice in rows[0]["pair"]],
-            "cost": [choice_facts(choice, length)["cost"] for choice in rows[0]["pair"]],
+            "cost": [
+                choice_facts(choice, length, mean_share([s for row in rows for s in row["visits"][n]]))["cost"]
+                for n, choice in enumerate(rows[0]["pair"])
+            ],
         }
         for name, rows in folded
     ]  # fmt: skip
