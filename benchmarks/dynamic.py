@@ -37,12 +37,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from attnopt import settings as switches
 from attnopt.candidates._selected import Selected, asked_of, bounds_of
 from attnopt.codegen.emit import load, write_atomically
 from attnopt.codegen.spec import BLOCKS, BlockPrefill
 from attnopt.instrument import Attention, Instrumented, gradients_through
 from attnopt.ir import Choice, Site
-from attnopt.ops.selected import Visits, attend_selected, target_of
+from attnopt.ops.selected import Visits, attend_selected
 from attnopt.probe import Probe
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Asked, keep_of, lists_of, most
@@ -115,7 +116,7 @@ def run_blocks(keep: Tensor, asked: Asked, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and lse of the blocks of keep (B, H, R, C), by the same kernel."""
     q, k = asked.q, asked.k
     sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    spec = BlockPrefill(target_of(q), str(q.dtype).removeprefix("torch."), *sizes, asked.block, False)
+    spec = BlockPrefill(switches.target(q.device.type), str(q.dtype).removeprefix("torch."), *sizes, asked.block, False)
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
     none = torch.full_like(bounds_of(asked), -torch.inf)
     heads, lists = asked.heads.int(), lists_of(keep)
@@ -266,7 +267,7 @@ def timed(subject: Subject, ids: Tensor, settings: Sequence[Choice]) -> dict[Cho
         if not choice["skip"]:
             check(choice, q, k, v, site.scale, window)
         calls[f"select {n}"] = lambda kind=kind, c=choice: kind.select(asked_at(c, q, k, site.scale, window))  # type: ignore[misc]
-        if target_of(q) != "reference":
+        if switches.target(q.device.type) != "reference":
             calls[f"whole {n}"] = partial(run_operator, choice, q, k, v, site.scale, window)
     times = interleaved(calls, REPEATS, "thread", SECONDS)
     return {
