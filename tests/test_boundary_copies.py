@@ -19,7 +19,8 @@ CALL = "torch.ops.attnopt.span_attention.default("
 def calls_of(model, options, **inputs) -> str:
     """The part of inductor's wrapper that would run the model: launches and allocations, one a line."""
     compiled = torch.compile(model, backend=backend.attnopt, options=options)
-    with torch.no_grad():
+    # Nothing is written for a graph that is in inductor's cache.
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         codes = get_code(lambda: compiled(**inputs, use_cache=False))
     return str(codes[-1]).split("def call(", 1)[1]
 
