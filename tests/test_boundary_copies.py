@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from models import HEADS, LAYERS, build, make_plan, padding, tokens
-from torch._inductor.utils import get_code
+from torch._inductor.utils import run_and_get_code
 
 from attnopt import backend
 from attnopt.ir import Choice
@@ -17,11 +17,11 @@ CALL = "torch.ops.attnopt.span_attention.default("
 
 
 def calls_of(model, options, **inputs) -> str:
-    """The part of inductor's wrapper that would run the model: launches and allocations, one a line."""
+    """The part of inductor's wrapper that runs the model: launches and allocations, one a line."""
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend.attnopt, options=options)
-    # Nothing is written for a graph that is in inductor's cache.
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        codes = get_code(lambda: compiled(**inputs, use_cache=False))
+    with torch.no_grad():
+        _, codes = run_and_get_code(lambda: compiled(**inputs, use_cache=False))
     return str(codes[-1]).split("def call(", 1)[1]
 
 
