@@ -6,8 +6,8 @@ and the selections that make them.
     blocks.selection(4096, "pooled", (64.0,))            # ms of one head's selection
 
 Everything of a length is timed in turn with dense attention, whose time is kept with it: two runs on a machine that
-others use too compare by what dense took in each (`Joined`). The walk's time is a line in the blocks visited, of which a
-skipped one costs its scores alone; a selection's does not depend on what it keeps, since all of its shapes are known
+others use too compare by what dense took in each (`Joined`). The walk's time is a line in the blocks visited, of which
+a skipped one costs its scores alone; a selection's does not depend on what it keeps, since all of its shapes are known
 beforehand.
 """
 
@@ -199,13 +199,13 @@ def load_or_measure_blocks(
     for done, (n, blocks, missing) in enumerate(todo):
         if progress is not None:
             progress(done, len(todo), f"{n} tokens")
-        walks, chosen, dense = _times(spec, n, blocks, missing, device, rounds)
+        walks, selected, dense = _times(spec, n, blocks, missing, device, rounds)
         # What is timed later is told by what dense took when this length was first timed.
         before = dict(table.dense).get(n, dense)
         table = replace(
             table,
-            walks=tuple(sorted([*table.walks, *((what, ms * before / dense) for what, ms in walks)])),
-            selections=tuple(sorted([*table.selections, *((of, ms * before / dense) for of, ms in chosen)])),
+            walks=tuple(sorted(table.walks + tuple((of, ms * before / dense) for of, ms in walks))),
+            selections=tuple(sorted(table.selections + tuple((of, ms * before / dense) for of, ms in selected))),
             dense=tuple(sorted({**dict(table.dense), n: before}.items())),
         )
         table.save(path)

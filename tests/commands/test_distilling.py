@@ -80,8 +80,12 @@ def test_the_two_parts_of_the_text_are_apart(monkeypatch: pytest.MonkeyPatch) ->
 
     ids = torch.arange(1000)
     monkeypatch.setattr(distilling.text, "stream", lambda *_: ids)
-    loaded = SimpleNamespace(tokenizer=None, model=torch.nn.Linear(1, 1))
-    fit, tried = distilling.texts(SimpleNamespace(text=[], samples=3), loaded, (64, 200))  # type: ignore[arg-type]
+    args: Any = SimpleNamespace(text=[], samples=3)
+    loaded: Any = SimpleNamespace(tokenizer=None, model=torch.nn.Linear(1, 1))
+    fit, tried = distilling.texts(args, loaded, (64, 200), True)
     # A third does not hold two sequences of 200.
     assert [tuple(x.shape) for x in fit] == [(1, 64)] * 3 and [s.length for s in tried] == [64] * 3 + [200] * 3
     assert max(int(x.max()) for x in fit) < min(int(s.ids.min()) for s in tried)
+    # Where nothing is fitted the same is tried.
+    none, alike = distilling.texts(args, loaded, (64, 200), False)
+    assert none == [] and all(torch.equal(a.ids, b.ids) for a, b in zip(tried, alike, strict=True))
