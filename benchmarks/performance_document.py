@@ -23,6 +23,7 @@ TITLES = {
     "cpu_cache": "CPU: one step of a cache",
     "cpu_linear": "CPU: heads with a linear far part",
     "linear_decode": "CPU: decoding at equal loss, with and without far parts",
+    "token_decode": "CPU: decoding that reads the tokens it selects",
     "exact_windows": "CPU: exact mode on windows and packed documents",
     "exact_decode": "CPU: exact mode, decoding from a static cache",
     "exact_append": "CPU: exact mode, decoding from a dynamic cache",

@@ -132,7 +132,7 @@ def measure(case: Case, repeats: int) -> Row:
 
 def aims(rows: list[Row]) -> list[Aim]:
     """That it is really faster than reading everything, where the kernel serves."""
-    served = [row for row in rows if not row.wrong and not native.unusable(getattr(torch, row.case["dtype"]))]
+    served = [row for row in rows if not row.wrong and not native.unusable(getattr(torch, row.case["dtype"]), "tokens")]
     found = []
     for name in ("selected", "channels", "reused", "behind"):
         seen = [row.lower[name] for row in served if row.case["length"] >= 16384]
@@ -157,7 +157,7 @@ def main() -> None:
                     for length in args.lengths:
                         rows.append(measure(Case(threads, dtype, heads, kv_heads, dim, length), args.repeats))
                         print(rows[-1], flush=True)
-    notes = [f"{d}: {said}" for d in args.dtype if (said := native.unusable(getattr(torch, d)))]
+    notes = [f"dense decoding in {d}: {said}" for d in args.dtype if (said := native.unusable(getattr(torch, d)))]
     done = Run("token_decode", rows, environment(), aims(rows) if max(args.lengths) >= 16384 else [], notes)
     for line in (*done.aims, *done.notes):
         print(line)

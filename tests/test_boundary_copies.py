@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from models import HEADS, LAYERS, build, make_plan, padding, tokens
-from torch._inductor.utils import get_code
+from torch._inductor.utils import run_and_get_code
 
 from attnopt import backend
 from attnopt.ir import Choice
@@ -17,10 +17,11 @@ CALL = "torch.ops.attnopt.span_attention.default("
 
 
 def calls_of(model, options, **inputs) -> str:
-    """The part of inductor's wrapper that would run the model: launches and allocations, one a line."""
+    """The part of inductor's wrapper that runs the model: launches and allocations, one a line."""
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend.attnopt, options=options)
     with torch.no_grad():
-        codes = get_code(lambda: compiled(**inputs, use_cache=False))
+        _, codes = run_and_get_code(lambda: compiled(**inputs, use_cache=False))
     return str(codes[-1]).split("def call(", 1)[1]
 
 

@@ -58,7 +58,7 @@ def store(
 ) -> None:
     """The new tokens of `step` are written, and nobody attends; errors as there."""
     _refuse_inference(keys, values, n)
-    if native.takes(k.dtype, k.shape[3], v.shape[3]) and keys.stride(2) == values.stride(2) == 1:
+    if native.takes(k.dtype, k.shape[3], v.shape[3], "tokens") and keys.stride(2) == values.stride(2) == 1:
         native.step(None, k, v, keys, values, n, valid, table, spans, 1.0)
     else:
         refuse_overflow(k.shape[2], keys.shape[1], n, valid, table)

@@ -37,7 +37,8 @@ FEATURES = 32
 def unusable(dtype: torch.dtype = torch.float32, kernel: str = "") -> str:
     """Why the kernels cannot be used for a dtype in this process, or "". The first call compiles them.
 
-    kernel: "blocks" for `blocks`, which asks less of the CPU than the others do.
+    kernel: "blocks" for `blocks`, which asks less of the CPU than the others do; "tokens" for `pick`, and for `step`
+    without queries, which ask nothing more.
     """
     return _cannot(dtype, kernel) if settings.native() else "ATTNOPT_NATIVE is 0"
 
@@ -50,7 +51,7 @@ def _cannot(dtype: torch.dtype, kernel: str) -> str:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "this CPU has no AVX-512"
     library, reason = _loaded()
-    if library is None or dtype != torch.bfloat16:
+    if library is None or dtype != torch.bfloat16 or kernel == "tokens":
         return reason
     if kernel == "blocks":
         return "" if library.multiplies_pairs() else "this CPU does not multiply bfloat16"

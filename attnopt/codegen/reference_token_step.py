@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,28 +41,39 @@ class Part:
         return len(self.heads) // self.groups
 
 
-def parts_of(rules: Tensor, table: Tensor) -> list[Part]:
+def parts_of(rules: Tensor, table: Tensor) -> tuple[Part, ...]:
     """The heads that select, those alike together; rules int32 (H, 6), table int32 (G, 4)."""
-    flat, segments = read_table(rules), read_table(table)
-    width, share = rules.shape[1], rules.shape[0] // table.shape[0]
+    return _parts(read_table(rules), read_table(table), rules.shape[0] // table.shape[0])
+
+
+# Kept: a step of every layer asks anew.
+@lru_cache(maxsize=1024)
+def _parts(flat: tuple[int, ...], segments: tuple[int, ...], share: int) -> tuple[Part, ...]:
+    width = SOURCE + 1
     found: list[Part] = []
-    for group in range(table.shape[0]):
-        start, capacity = segments[4 * group], segments[4 * group + 1]
+    for group in range(len(segments) // 4):
+        start, capacity = segments[4 * group : 4 * group + 2]
         alike: dict[tuple[int, ...], list[int]] = {}
         for head in range(group * share, (group + 1) * share):
             rule = flat[width * head : width * (head + 1)]
             if rule[COUNT]:
                 alike.setdefault(rule, []).append(head)
         for rule, heads in alike.items():
-            last = found[-1] if found else None
+            part, last = Part(tuple(heads), group, 1, start, capacity, rule), found[-1] if found else None
             next_to = last is not None and last.group + last.groups == group and len(heads) == last.share == share
             if last is not None and next_to and (last.rule, last.capacity) == (rule, capacity):
-                found[-1] = Part(
-                    (*last.heads, *heads), last.group, last.groups + 1, last.start, capacity, rule
-                )  # fmt: skip
+                both, groups = (*last.heads, *heads), last.groups + 1
+                found[-1] = Part(both, last.group, groups, last.start, capacity, rule)
             else:
-                found.append(Part(tuple(heads), group, 1, start, capacity, rule))
-    return found
+                found.append(part)
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64, sent to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 def step(
@@ -84,12 +96,12 @@ def step(
     if chosen.shape[2]:
         label(keys, n, counts, table, chosen, labels)
     for part in parts_of(rules, table):
-        heads, stop = list(part.heads), part.start + part.groups * part.capacity
+        stop = part.start + part.groups * part.capacity
         shape = (len(n), part.groups, part.capacity, -1)
         held = keys[:, part.start : stop].view(shape), values[:, part.start : stop].view(shape)
         count, source = part.rule[COUNT], part.rule[SOURCE]
         # As index, which copies; the parts of most plans are all heads.
-        mine = slice(None) if len(heads) == q.shape[1] else torch.tensor(heads, device=q.device)
+        mine = slice(None) if len(part.heads) == q.shape[1] else _index(part.heads, q.device)
         queries = q[:, mine]
         if source >= 0:
             tokens = sources[source][:, mine, :count]

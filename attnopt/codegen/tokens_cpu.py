@@ -19,7 +19,7 @@ def step(
     if not q.numel():
         return
     state = n, valid, table, rules, similar, picked, asked, age, sources, chosen, labels
-    ours = scale > 0 and native.takes(q.dtype, q.shape[3], values.shape[2])
+    ours = scale > 0 and native.takes(q.dtype, q.shape[3], values.shape[2], "tokens")
     ours = ours and keys.stride(2) == values.stride(2) == out.stride(3) == 1
     whole = (n, table, rules, similar, picked, asked, age, chosen, labels, *sources)
     run = native.pick if ours and all(x.is_contiguous() for x in whole) else by_operators

@@ -55,8 +55,8 @@ OTHERS = [cell for cell in CELLS if cell != PLAINEST]
 
 
 def cells(number: int) -> list[Cell]:
-    """The cells of the n-th spelling: of every second one more than the plainest. Neither seven nor two divides the number
-    of others, so that neighbours get unlike cells, and each cell is met."""
+    """The cells of the n-th spelling: of every second one more than the plainest. Neither seven nor two divides the
+    number of others, so that neighbours get unlike cells, and each cell is met."""
     if os.environ.get("FULL_MATRIX") == "1":
         return CELLS
     return [PLAINEST] if number % 2 else [PLAINEST, OTHERS[number * 7 % len(OTHERS)]]
