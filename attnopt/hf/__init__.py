@@ -4,6 +4,8 @@ loading.py     finding and loading models and their tokenizers
 sites.py       which modules of a model attend, and which models cannot be served
 cache.py       SpanCache: a KV cache that holds what the plan keeps
 span_layer.py  one layer of it
+token_state.py what a layer holds where heads select what a step reads
+prompts.py     heads that select blocks of keys while a prompt runs
 attention.py   the attention and the mask function that transformers calls by the name "attnopt"
 generation.py  enable and disable
 explained.py   generation_of, for attnopt.explain

@@ -210,6 +210,7 @@ def test_a_window_of_the_model_itself_leaves_nothing_to_select() -> None:
         attnopt.enable(models.shared("mistral"), plan_of(models.shared("mistral"), EACH_STEP))
 
 
+@pytest.mark.full
 def test_a_compiled_model(eagerly: list[Any]) -> None:
     """Prefill and steps, padded; the state is written in place by what is compiled."""
     model, heads = models.build("llama", layers=1), MIXED[:1]
