@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,8 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    thread_time = perf_counter
+
     def kernel(self, q, k, v, sinks, windows, scale, pad=None):  # type: ignore[no-untyped-def]
         spans = windows.clamp(max=q.shape[2]).tolist()
         self.now += 1e-3 * len(set(spans)) + sum(5e-5 * w / 64 for w in spans)
@@ -167,6 +170,15 @@ def test_measuring_finds_the_time_per_head_and_per_group(monkeypatch: pytest.Mon
     # Spans a token apart, three more of them: a token of window is nearly nothing.
     assert table.group_cost(256) == pytest.approx(1.0, rel=0.01)
     assert dict(table.key)["heads"] == "4" and dict(table.key)["device"]
+
+
+def test_one_thread_is_not_charged_for_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it sleeps as while it waits for a processor; several threads are timed by the wall."""
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    for threads, waited in ((1, False), (2, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        (found,) = timing.interleaved([lambda: time.sleep(0.02)], 1, "cpu")
+        assert (found > 15) == waited
 
 
 def test_measuring_restores_the_number_of_threads() -> None:
