@@ -71,7 +71,8 @@ struct Best {
     if (size > room()) cut();
   }
 
-  // Leave the best. Their least is found bit by bit, which takes a sixth of what std::nth_element does.
+  // Leave the best. Their least is found bit by bit: a step that selects 256 of 4096 keys by 16 features, 32 query heads
+  // over 8 of 128, took 0.81 ms so and 1.31 ms with std::nth_element, thread time, each on a busy machine.
   void cut() {
     if (size <= count) return;
     std::fill_n(bits.begin() + size, 16, 0);
