@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnopt.cache.layout import Layout
-from attnopt.candidates._tokens import PLAN, Tokens, source_of
+from attnopt.candidates._tokens import PLAN, Tokens, source_of, with_sources
 from attnopt.codegen.reference_tokens import TokenRule
 from attnopt.codegen.work_list import tell_table
 from attnopt.errors import PlanError
@@ -105,6 +105,7 @@ class TokenTable:
 def token_tables(choices: Sequence[Sequence[Choice] | None], sites: Sequence[Site]) -> list[TokenTable | None]:
     """The table of every layer in their order; choices: None for a layer that is dense."""
     found: list[TokenTable | None] = []
+    choices = with_sources(choices, [site.heads for site in sites])
     for at, (of_site, site) in enumerate(zip(choices, sites, strict=True)):
         found.append(None if of_site is None else TokenTable.of(of_site, site, choices[:at]))
     return found

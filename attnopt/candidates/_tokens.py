@@ -94,8 +94,8 @@ def source_of(site: str, head: int, choice: Choice, earlier: Sequence[Sequence[C
     """What the head selects by whose tokens a head with this choice reads; None for one that selects itself.
 
     earlier: the choices of the attentions before this one, in their order, None for one that is dense. PlanError where
-    there is no such head: the layer is not there, or its head of this number selects nothing itself, or other than as
-    many tokens.
+    there is no such head: the layer is not there, or its head of this number keeps a span, reads another's tokens, or
+    selects other than as many. A dense head selects beside attending to every key, for those that ask it.
     """
     candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
     back = candidate.behind(params) if isinstance(candidate, Tokens) else 0
@@ -108,9 +108,31 @@ def source_of(site: str, head: int, choice: Choice, earlier: Sequence[Sequence[C
         raise PlanError(f"{said}, and there are {len(earlier)} before it.", PLAN)
     choices = earlier[-back] or ()
     source = choices[head] if head < len(choices) else DENSE
+    if source == DENSE:
+        return beside_every_key(int(choice["k"]))
     selects = CANDIDATES[source.candidate]
     if not isinstance(selects, Tokens) or selects.behind(dict(source.params)):
         raise PlanError(f"{said}, where that head selects none.", PLAN)
     if source["k"] != choice["k"]:
         raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", PLAN)
     return source
+
+
+def beside_every_key(count: int) -> Choice:
+    """A head that attends to every key and selects `count` of them, for others to read."""
+    own = {"k": count, "sink": 0, "recent": MOST_TOKENS, "every": 1, "similar": 0.0, "behind": 0}
+    return Choice.of("top_tokens", own)
+
+
+def with_sources(choices: Sequence[Sequence[Choice] | None], heads: Sequence[int]) -> list[tuple[Choice, ...] | None]:
+    """The choices of layers in their order, None for a dense one, where dense heads select what later ones read of
+    them. heads: of each layer."""
+    found: list[list[Choice]] = [
+        [DENSE] * n if of_layer is None else list(of_layer) for of_layer, n in zip(choices, heads, strict=True)
+    ]
+    for layer, of_layer in enumerate(choices):
+        for head, choice in enumerate(of_layer or ()):
+            back = int(dict(choice.params).get("behind", 0)) if CANDIDATES[choice.candidate].decoded else 0
+            if 0 < back <= layer and head < heads[layer - back] and found[layer - back][head] == DENSE:
+                found[layer - back][head] = beside_every_key(int(choice["k"]))
+    return [None if set(of_layer) == {DENSE} else tuple(of_layer) for of_layer in found]

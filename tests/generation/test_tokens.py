@@ -16,6 +16,7 @@ from generation.token_oracle import Head
 from torch import Tensor
 
 import attnopt
+from attnopt.cache.tokens import token_tables
 from attnopt.errors import PlanError
 from attnopt.hf.token_state import TokenState
 from attnopt.ir import Choice
@@ -199,10 +200,26 @@ def test_a_selection_that_is_not_there_is_refused(layer: int, head: Head, said: 
     assert "_attnopt" not in vars(model)
 
 
-def test_a_source_that_does_not_select_is_refused() -> None:
+@pytest.mark.parametrize("source", [span(1, 5), top(4, behind=1)])
+def test_a_source_that_does_not_select_is_refused(source: Head) -> None:
     model = models.shared("llama")
-    with pytest.raises(PlanError, match="where that head selects none"):
-        attnopt.enable(model, plan_of(model, [[DENSE] * 4, [top(4, behind=1)] * 4]))
+    with pytest.raises(PlanError, match=r"where that head selects none|there are 0 before it"):
+        attnopt.enable(model, plan_of(model, [[source] * 4, [top(4, behind=1)] * 4]))
+
+
+def test_a_dense_head_selects_for_those_that_read_it() -> None:
+    """It attends to every key all the same."""
+    model, (ids, mask), asking = models.shared("llama"), models.left_padded(), BEHIND[1]
+    with enabled(model, [[DENSE] * 4, asking]):
+        out = generate(model, ids, mask, 12)
+    assert_follows(model, [[top(int(head["k"]), recent=10**6) for head in asking], asking], ids, mask, out)
+
+
+def test_a_dense_head_selects_one_number_of_tokens() -> None:
+    site = models.sites_of(models.shared("llama"))[0]
+    layers = [None, (choice(top(4, behind=1)),) * 4, (choice(top(5, behind=2)),) * 4]
+    with pytest.raises(PlanError, match="which are 4 and not 5"):
+        token_tables(layers, [site] * 3)
 
 
 def test_a_window_of_the_model_itself_leaves_nothing_to_select() -> None:
