@@ -52,7 +52,11 @@ def best(scores: Tensor, count: int) -> Tensor:
     allowed = scores > -torch.inf
     if count >= scores.shape[-1]:
         return allowed
-    least = scores.topk(count, -1, sorted=True).values[..., -1:]
+    least = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    kept = (scores >= least) & allowed
+    # Where none are equal there is nothing to choose; a GPU is not asked, which would be waited for.
+    if scores.device.type == "cpu" and int(kept.sum(-1, dtype=torch.int32).amax()) <= count:
+        return kept
     above, equal = scores > least, scores == least
     room = count - above.sum(-1, keepdim=True)
     return (above | (equal & (equal.cumsum(-1) <= room))) & allowed
