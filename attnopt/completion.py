@@ -28,8 +28,8 @@ WORDS = {
     "--device": "cpu cuda",
     "--attention": "sdpa eager",
     "--device-preset": "a100 h100 h200 b200 mi300x",
-    "--families": "linear taylor compensation prune",
-    "--allow": "linear taylor compensation prune",
+    "--families": "linear taylor compensation prune blocks threshold tokens",
+    "--allow": "linear taylor compensation prune blocks threshold tokens",
 }
 
 

@@ -18,7 +18,7 @@ from attnopt.ir import Choice, Site
 from attnopt.measure import Spans
 from attnopt.mixed import attend
 from attnopt.planner import Problem
-from attnopt.planner.costs import cost_tables, with_far_parts
+from attnopt.planner.costs import cost_tables, with_parts
 from attnopt.planner.problem import make_problem
 from attnopt.profiler import profile_model
 from attnopt.registry import CANDIDATES
@@ -110,7 +110,7 @@ class Subject:
             self.say(f"{self.name}: timing kernels at {length}")
             spans = cost_tables(self.sites, self.profile, "cpu", "cpu", [length], None)
             families = ("linear", "taylor", "compensation")
-            self._tables[length] = with_far_parts(
+            self._tables[length] = with_parts(
                 spans, self.sites, self.fitted, families, "cpu", "cpu", [length], None
             )
         return self._tables[length]
