@@ -21,18 +21,19 @@ PER_SM = 4
 
 
 class Readers(NamedTuple):
-    """heads int32 (h,): the query heads that attend to lists of one tensor; parts: programs of a list; chunk: keys of
-    each."""
+    """heads int32 (h,): the query heads that attend to lists of one tensor; most: tokens that these have at most;
+    parts: programs of a list, with its sink and recent keys; chunk: keys of each."""
 
     heads: Tensor
+    most: int
     parts: int
     chunk: int
 
 
 class TokenLists(NamedTuple):
     """heads int32 (h,): the query heads that select themselves; places int32 (H,): where each stands among these, -1
-    for others; room: slots that a row of their scores has; readers: of the layer's own lists, and of each source's, None
-    where nobody reads them."""
+    for others; room: slots that a row of their scores has; readers: of the layer's own lists, and of those of each
+    source, None where nobody reads them."""
 
     heads: Tensor
     places: Tensor
@@ -65,7 +66,8 @@ def _built(
         if not found:
             return None
         longest = max(rows[h][COUNT] + sum(min(rows[h][c], capacities[h]) for c in (SINK, RECENT)) for h in found)
-        return Readers(tensor(found), *divided(longest, batch * len(found), PER_SM * workers))
+        most = max(rows[h][COUNT] for h in found)
+        return Readers(tensor(found), most, *divided(longest, batch * len(found), PER_SM * workers))
 
     own = [h for h, row in enumerate(rows) if row[COUNT] and row[SOURCE] < 0]
     places = [own.index(h) if h in own else -1 for h in range(heads)]

@@ -1,4 +1,4 @@
-"""The kernels of an emitted Triton step that attend to lists of tokens: one query head for each, and parts of long ones.
+"""The kernels of an emitted Triton step that attend to lists of tokens: one query head's, or a part of a long one.
 
 A list is what the head selected, and the keys at both ends; which key stands where in it is arithmetic, so that only
 the former is ever written. Keys and values are read row by row as the list names them: query heads of a KV head share

@@ -96,6 +96,8 @@ def step(
     valid = None if valid is None else valid.view(torch.int8)
     with torch.cuda.device_of(q):
         work = token_lists(rules, table, batch)
+        if len(sources) + 1 < len(work.readers):
+            raise ValueError(f"heads read {{len(work.readers) - 1}} sources, and {{len(sources)}} are given")
         if work.heads.numel():
             state = rules, similar, picked, asked, age, chosen, labels
             _select(work, q, keys, n, valid, table, *state)
@@ -138,6 +140,8 @@ def _select(work, q, keys, n, valid, table, rules, similar, picked, asked, age, 
 
 def _attend(readers, q, keys, values, n, valid, table, rules, lists, scale, out):
     batch, heads = q.shape[0], readers.heads
+    if lists.shape[2] < readers.most:
+        raise ValueError(f"lists of {{lists.shape[2]}} tokens, and a head reads {{readers.most}}")
     split = readers.parts > 1
     partial = torch.empty((readers.parts * split, heads.numel() * batch, {dim_v}), device=q.device)
     partial_lse = torch.empty((readers.parts * split, heads.numel() * batch), device=q.device)
@@ -184,7 +188,8 @@ def aot_signatures(features=0):
     yield _aot(
         scan,
         {{**asking, "labels": "*{element}", "chosen": "*i64", "n": "*i32", **tables, "due": "*i32", "places": "*i32"}}
-        | {{"scores": "*fp32", "items": "*i32", **dict.fromkeys(("batch", "served", "chunk", "features", "room"), "i32")}}
+        | {{"scores": "*fp32", "items": "*i32"}}
+        | dict.fromkeys(("batch", "served", "chunk", "features", "room"), "i32")
         | {{**wanted, **label_steps, "FEATURES": "constexpr", "BLOCK_N": "constexpr"}},
         {{"FEATURES": lanes, **LAUNCH["scan"]}},
     )

@@ -1,10 +1,11 @@
 """The Triton target for a step of heads that select tokens: the device decides who selects, and nobody waits for it.
 
-Five kernels. `decide` says of each query head whether it selects in this step, and writes down what that changes; `scan`
-and `pick` end at once where no head does, so that a step which reuses lists reads no key that it does not attend to.
-`scan` writes the scores of all keys, or of the features that are kept of them; `pick` finds the least score that is
-kept, digit by digit, and the positions from there on. `gather` attends to one list (triton_token_gather.py), and
-`merge` adds up the parts of those that are divided. Nothing here has been timed on a GPU.
+Five kernels. `decide` says of each query head whether it selects in this step, and writes down what that changes.
+`scan` and `pick` end at once where none does, so that a step which reuses lists reads no key that it does not attend
+to. `scan` writes the scores of all keys, or of the features that are kept of them; `pick` finds the least score that is
+kept, digit by digit, and the positions from there on: torch.topk would go through the scores in every step, and takes
+any of those that are equal. `gather` attends to one list (triton_token_gather.py), and `merge` adds up the parts of
+those that are divided. Nothing here has been timed on a GPU.
 
 Triton itself is imported by the emitted files alone.
 """
