@@ -70,7 +70,7 @@ def call(step: Callable[..., None], held: dict[str, Tensor], q: Tensor, sources:
 
 
 def _checks(spec: TokenStep, step: Callable[..., None], device: torch.device) -> Iterator[Check]:
-    batch, prompt, length = 2, 40, 48
+    batch, prompt, length = 2, 43, 48
     torch.manual_seed(0)
     dtype = getattr(torch, spec.dtype)
     rows = [RULES[h % len(RULES)] for h in range(spec.heads)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from selecting_tokens import RULES as SELECTING
 from selecting_tokens import decode
+from selecting_tokens import inputs as selecting_inputs
 from torch import Tensor
 
+from attnopt.codegen import reference_token_step
 from attnopt.codegen.reference_token_step import parts_of, step
 from attnopt.codegen.reference_tokens import Selection, TokenRule, channels_of, rows
 from attnopt.codegen.self_check_tokens import SCALE
@@ -102,3 +106,14 @@ def test_heads_that_are_alike_are_one_product() -> None:
     table = table.clone()
     table[1, 1] = 64
     assert [part.groups for part in parts_of(rules, table)] == [1, 1, 1, 1]
+
+
+def test_a_step_that_does_not_ask_whether_to_select(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where asking would wait: selected in every step, and put back where it is not due."""
+    rules = SELECTING["of all kinds"]
+    q, k, v = selecting_inputs(8, 2, 28, (64, 32), torch.float64)
+    expected, wanted = decode(step, q, k, v, rules, 20)
+    monkeypatch.setattr(reference_token_step, "may_ask", lambda device: False)
+    found, held = decode(step, q, k, v, rules, 20)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert all(torch.equal(held[name], wanted[name]) for name in ("picked", "asked", "age"))
