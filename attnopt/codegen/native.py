@@ -219,6 +219,8 @@ def blocks(
     """
     if not q.dtype == k.dtype == v.dtype == out.dtype:
         raise ValueError(f"q, k, v and out are {q.dtype}, {k.dtype}, {v.dtype} and {out.dtype}, expected one dtype")
+    if lse is not None and lse.dtype != torch.float32:
+        raise ValueError(f"lse is {lse.dtype}, expected torch.float32")
     q, k, v = map(_readable, (q, k, v))
     # Named, so that what a conversion makes is there until the call ends.
     tables = heads, counts, lists = _table(heads), _table(counts), _table(lists)

@@ -126,9 +126,10 @@ def may_ask(device: torch.device) -> bool:
 
 
 def label(keys: Tensor, n: Tensor, counts: Tensor, table: Tensor, chosen: Tensor, labels: Tensor) -> None:
-    """Write the features of the newest key of each row that has one."""
-    starts = table[:, 0].long()
-    slot = starts + (n.long() - 1).clamp(min=0)[:, None]
+    """Write the features of the newest key of each row that has one. Nobody selects by features in a ring, whose slots
+    may be fewer: there they stay within its own."""
+    starts, capacities = table[:, :2].long().unbind(1)
+    slot = starts + (n.long()[:, None] - 1).clamp(min=0).minimum(capacities - 1)
     new = keys.gather(1, slot[..., None].expand(-1, -1, keys.shape[2])).gather(2, chosen).mT
     where = slot[:, None].expand(new.shape)
     labels.scatter_(2, where, torch.where(counts[:, None, None], new, labels.gather(2, where)))

@@ -329,9 +329,10 @@ void attend_places(const Picking<T>& call, int64_t b, int64_t h, Scratch& work) 
   for (d = 0; d < call.dim_v; d++) out[d] = T(sums[d] / total);
 }
 
-// The features of the newest key.
+// The features of the newest key; of a ring that has gone round, in which nobody selects by features, none.
 template <typename T>
 void label(const Picking<T>& call, int64_t b, int64_t g) {
+  if (call.n[b] > call.table[g].capacity) return;
   const int64_t* chosen = call.chosen + (b * call.kv_heads + g) * call.features;
   int64_t slot = call.table[g].start + call.n[b] - 1;
   const T* key = call.keys.at(b, 0, slot);

@@ -36,7 +36,7 @@ BLOCK = 16
 
 
 class Case(NamedTuple):
-    """of: the sources of the heads; valid: whether tokens are missing; parts: programs of a list at most, at batch 2."""
+    """of: the sources of the heads; valid: whether tokens are missing; parts: most programs of a list, at batch 2."""
 
     rules: list[TokenRule | None]
     length: int
@@ -64,7 +64,7 @@ CASES = {
 
 
 def walk(case: Case) -> list[Tensor]:
-    """q, k, v in float64: queries that stay near each other, of few bits, so that no score is rounded and many equal."""
+    """q, k, v in float64: queries near each other, of few bits, so that no score is rounded and many are equal."""
     made = torch.Generator().manual_seed(case.length)
     heads = len(case.rules), 2, 2
     q, k, v = (

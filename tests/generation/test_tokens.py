@@ -43,6 +43,9 @@ NOW_AND_THEN: Heads = [
     [top(4, 1, 2, every=3), top(4, 1, 2, every=7), top(3, recent=2, every=1000, similar=0.5), top(4, every=9)],
     [top(4, 1, 2, every=5, similar=0.75)] * 4,
 ]
+# A ring that goes round, before and behind a KV head whose keys' features are kept.
+RING_FIRST: Heads = [[span(1, 5), span(0, 4), narrow(4, 5, recent=2), narrow(3, 2, sink=1, every=3)], [DENSE] * 4]
+RING_LAST: Heads = [[narrow(4, 5, recent=2), narrow(3, 2, sink=1, every=3), span(1, 5), span(0, 4)], [DENSE] * 4]
 BEHIND: Heads = [
     [top(4, 1, 2, every=4), top(3), top(4, every=2), top(5)],
     [top(4, 0, 1, behind=1), top(3, behind=1), top(4, 2, 2, behind=1), top(5, behind=1)],
@@ -90,6 +93,16 @@ def test_greedy_with_left_padding(name: str) -> None:
         selecting = sum("k" in head for head in ALL[name][0])
         assert f"{selecting} of 4 query heads select what they read" in str(attnopt.explain(model))
     assert_follows(model, ALL[name], ids, mask, out)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("heads", [RING_FIRST, RING_LAST], ids=["before", "behind"])
+def test_a_ring_beside_features(heads: Heads, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNOPT_NATIVE", native)
+    model, ids = models.shared("llama"), models.prompts()
+    with enabled(model, heads):
+        out = generate(model, ids, None, 40)
+    assert_follows(model, heads, ids, None, out)
 
 
 def test_what_is_selected_matters() -> None:

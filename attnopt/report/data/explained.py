@@ -166,6 +166,8 @@ def _visits(seen: _Head, choice: Choice, share: Share | None) -> str:
     if share is None:
         return ""
     kind, params, length = CANDIDATES[choice.candidate], dict(choice.params), seen.plan.lengths.planned
+    if kind.decoded:
+        return f"selects in {100 * share.visited:.3g} % of the steps, recalls {100 * share.recalled:.3g} % of the mass"
     table, unit = table_of(seen.posed.tables, seen.site), "million kept pairs"
     unit = unit if table.kind == "density" else "ms"
     selection = table.selection_cost(length, kind.name, kind.timing(params), kind.scored(params, length))
