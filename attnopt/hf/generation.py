@@ -247,7 +247,8 @@ def same_windows(a: SpanCache, b: SpanCache) -> bool:
 
     def of(layer: SpanLayer) -> tuple[Any, ...]:
         tokens = None if layer.tokens is None else layer.tokens.table
-        return layer.layout.head_sinks, layer.layout.head_windows, tokens
+        prompt = None if layer.prompt is None else layer.prompt.asked
+        return layer.layout.head_sinks, layer.layout.head_windows, tokens, prompt
 
     return all(of(x) == of(y) for x, y in zip(a.layers, b.layers, strict=True))
 

@@ -23,6 +23,8 @@ class PromptSelection:
 
     def __init__(self, choices: Sequence[Choice], site: Site, min_length: int) -> None:
         parts = [part for part in far_parts(choices) if part.far == "selected"]
+        # What two of them are compared by.
+        self.asked = tuple(parts)
         every, here = range(len(choices)), torch.device("cpu")
         with torch.inference_mode(False):
             self.parts = [hold(part, len(choices), None, site.name, every, here) for part in parts]
