@@ -43,13 +43,15 @@ class SpanCosts(Protocol):
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: ``kind`` is int or float; a float is a multiple of ``step`` so that it is exact in a file."""
+    """One parameter: ``kind`` is int or float; a float is a multiple of ``step`` so that it is exact in a file. Where
+    ``among`` is given, one of these."""
 
     name: str
     kind: type
     least: float
     most: float
     step: float = 0.0
+    among: tuple[Number, ...] = ()
 
     def problem(self, value: object) -> str:
         """What is wrong with `value`, or an empty string."""
@@ -60,6 +62,8 @@ class Param:
             return f"{self.name} must be between {self.least:g} and {self.most:g}, not {value!r}"
         if self.step and value / self.step != round(value / self.step):
             return f"{self.name} must be a multiple of {self.step:g}, not {value!r}"
+        if self.among and value not in self.among:
+            return f"{self.name} must be one of {', '.join(map(str, self.among))}, not {value!r}"
         return ""
 
 

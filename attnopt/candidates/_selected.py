@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from attnopt.feature_maps import FeatureMap
 
 # Of every selecting candidate: rows and keys of a block, and the threshold below which a block is skipped, times M.
-BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1])
+BLOCK = Param("block", int, BLOCKS[0], BLOCKS[-1], among=BLOCKS)
 SKIP = Param("skip", float, 0.0, 65536.0, 1 / 64)
 # Sizes of blocks that are tried: larger ones hold more keys that nobody asked for, smaller ones cost more to select.
 OFFERED = (64,)
@@ -58,12 +58,6 @@ class Selected(Tried):
         shape = asked.q.shape[0], len(asked.heads), asked.rows, asked.columns
         kept = (self.keep(asked) | asked.always) & asked.possible
         return lists_of(kept.expand(shape))
-
-    def problem(self, params: Params) -> str:
-        wrong = super().problem(params)
-        if not wrong and params["block"] not in BLOCKS:
-            return f"block must be one of {', '.join(map(str, BLOCKS))}, not {params['block']!r}"
-        return wrong
 
     def refuse(self, site: Site) -> Refusal | None:
         return refuse_span(site)

@@ -33,14 +33,8 @@ STRIDES = (4, 8, 16)
 class Antidiagonal(Selected):
     name = "antidiagonal"
     family = "blocks"
-    params = (Param("mass", float, 1 / 64, 1.0, 1 / 64), Param("stride", int, STRIDES[0], STRIDES[-1]))
+    params = (Param("mass", float, 1 / 64, 1.0, 1 / 64), Param("stride", int, STRIDES[0], STRIDES[-1], among=STRIDES))
     fixed = ("stride",)
-
-    def problem(self, params: Params) -> str:
-        wrong = super().problem(params)
-        if not wrong and params["stride"] not in STRIDES:
-            return f"stride must be one of {', '.join(map(str, STRIDES))}, not {params['stride']!r}"
-        return wrong
 
     def menu(self, length: int) -> list[Choice]:
         tried = ((31 / 32, 8), (15 / 16, 16), (7 / 8, 8), (7 / 8, 16), (3 / 4, 16))

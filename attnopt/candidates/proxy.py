@@ -38,15 +38,9 @@ class Proxy(Selected):
     params = (
         Param("mass", float, 1 / 64, 1.0, 1 / 64),
         Param("group", int, 1, MOST_HEADS),
-        Param("stride", int, STRIDES[0], STRIDES[-1]),
+        Param("stride", int, STRIDES[0], STRIDES[-1], among=STRIDES),
     )
     fixed = ("group", "stride")
-
-    def problem(self, params: Params) -> str:
-        wrong = super().problem(params)
-        if not wrong and params["stride"] not in STRIDES:
-            return f"stride must be one of {', '.join(map(str, STRIDES))}, not {params['stride']!r}"
-        return wrong
 
     def menu(self, length: int) -> list[Choice]:
         tried = ((31 / 32, 4, 4), (15 / 16, MOST_HEADS, 4), (7 / 8, 4, 4), (3 / 4, 4, 4), (1 / 2, 4, 8))

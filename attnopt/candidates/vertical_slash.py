@@ -30,13 +30,7 @@ LAST = 64
 class VerticalSlash(Selected):
     name = "vertical_slash"
     family = "blocks"
-    params = (Param("vertical", int, 0, MOST_TOKENS), Param("slash", int, 0, MOST_TOKENS))
-
-    def problem(self, params: Params) -> str:
-        wrong = super().problem(params)
-        if not wrong and not params["vertical"] and not params["slash"]:
-            return "vertical and slash are both 0: no line is followed"
-        return wrong
+    params = (Param("vertical", int, 0, MOST_TOKENS), Param("slash", int, 1, MOST_TOKENS))
 
     def menu(self, length: int) -> list[Choice]:
         # A distance takes two blocks of every row, a key one, so that fewer distances than keys are bold.

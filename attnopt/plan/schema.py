@@ -162,7 +162,9 @@ def choice(candidate: Any) -> Schema:
 
 
 def parameter(param: Any) -> Schema:
-    """The range of a Param, and the step that it is a multiple of."""
+    """The values of a Param, or its range and the step that it is a multiple of."""
+    if param.among:
+        return {"enum": list(param.among)}
     bounds = {"minimum": param.kind(param.least), "maximum": param.kind(param.most)}
     return {"type": TYPES[param.kind], **bounds, **({"multipleOf": param.step} if param.step else {})}
 

@@ -94,7 +94,7 @@ def choices() -> st.SearchStrategy[dict[str, Any]]:
     def parameters(name: str) -> st.SearchStrategy[dict[str, Any]]:
         values = {
             p.name: st.one_of(
-                st.sampled_from([p.least, p.most, p.least - 1, p.most + 1, p.step, p.step / 2, True, "1"]),
+                st.sampled_from([p.least, p.most, p.least - 1, p.most + 1, p.step, p.step / 2, True, "1", *p.among]),
                 st.integers(-5, 200),
             )
             for p in CANDIDATES[name].params
@@ -142,7 +142,7 @@ def test_every_key_says_what_it_means() -> None:
 
 def test_the_example_of_the_page_is_a_plan() -> None:
     page = (ROOT / "docs/plan-file.md").read_text(encoding="utf-8")
-    (example,) = [block for block in blocks_of("docs/plan-file.md", page) if block.kind == "json"]
+    (example,) = [block for block in blocks_of("docs/plan-file.md", page) if '"schema"' in block.text]
     assert VALIDATOR.is_valid(json.loads(example.text)) and Plan.parse(example.text)
 
 
