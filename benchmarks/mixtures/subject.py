@@ -110,9 +110,7 @@ class Subject:
             self.say(f"{self.name}: timing kernels at {length}")
             spans = cost_tables(self.sites, self.profile, "cpu", "cpu", [length], None)
             families = ("linear", "taylor", "compensation")
-            self._tables[length] = with_parts(
-                spans, self.sites, self.fitted, families, "cpu", "cpu", [length], None
-            )
+            self._tables[length] = with_parts(spans, self.sites, self.fitted, families, "cpu", "cpu", [length], None)
         return self._tables[length]
 
     def offers(self) -> list[str]:

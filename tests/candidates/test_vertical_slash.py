@@ -79,7 +79,7 @@ def test_what_the_last_queries_do_not_look_at_is_missed() -> None:
     visited = visits_by(LINES, params, inputs=(q, k, v))
     # One distance crosses it in two row blocks; as a key it would be kept in all.
     assert int(kept_by(LINES, params, inputs=(q, k, v))[..., 100 // 16].sum(-1).max()) <= 2
-    assert float(recalled(visited, asked)[..., 200:256].max()) < 0.3
+    assert float(recalled(visited, asked)[..., 200:256].median()) < 0.1
 
 
 def test_each_head_follows_its_own_settings() -> None:
