@@ -12,8 +12,9 @@ any choice of the set.
 
 front      the least cost, as a share of dense, at which a set's predicted damage is within so many nats per token: the
            mixture must be nowhere above another set
-measured   of the best plan of each set at some costs, on text that nothing was made with: divergence from the dense
-           model, nats per token, and the answers to far lines that are left
+measured   of the best plan of each set at some costs, on text and prompts that nothing was made with: divergence from
+           the dense model on text, nats per token; the rise of the loss of answers to far lines, nats per token of an
+           answer; and the answers that are left
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,14 @@ from attnopt.fitting.menu import Menu
 from attnopt.planner import Front, Problem, choices_from, front, make_problem
 from attnopt.planner.costs import costs_of
 from attnopt.planner.problem import closed
-from attnopt.probe import Probe
+from attnopt.probe import Probe, Recall
 from attnopt.profile_file import Profile
 from attnopt.profiler import DEFAULT_GRID, profile_model
 from attnopt.registry import CANDIDATES
 from attnopt.supervision import Sample
 from benchmarks.planners.page import fill, markdown
 from benchmarks.planners.subject import Subject
+from benchmarks.planners.terms import Choices
 from benchmarks.record import environment
 
 TAKES = "40 min"
@@ -53,20 +56,31 @@ QUICK = ("--quick",)
 FAMILIES = ("compensation", "blocks", "threshold")
 WORKLOADS = {"ordinary text": 0.0, "recall prompts": 1.0}
 # Shares of the dense time at which plans are measured, and predicted damages at which fronts are compared.
-SHARES = (0.7, 0.5, 0.35)
+SHARES = (0.7, 0.5, 0.35, 0.25)
 NATS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MIXTURE, STATIC = "mixture", "static"
 
 
 @dataclass(frozen=True)
+class Measured:
+    """share: of the dense time, as predicted; nats: KL(dense || plan) per token of text; answers: rise of the loss per
+    token of an answer, in nats; recalled: share of the answers that are right."""
+
+    share: float
+    nats: float
+    answers: float
+    recalled: float
+
+
+@dataclass(frozen=True)
 class Line:
     """One set of choices on one workload. costs: the least share of dense's time within each of NATS, None where that
-    is out of reach; measured: share asked for -> (share of the plan, nats per token, answers recalled)."""
+    is out of reach; measured: share asked for -> what the plan of that share was found to do."""
 
     workload: str
     name: str
     costs: tuple[float | None, ...]
-    measured: dict[str, tuple[float, float, float]]
+    measured: dict[str, Measured]
 
 
 def evidence(subject: Subject, args: argparse.Namespace) -> tuple[Profile, Fitted]:
@@ -105,10 +119,15 @@ def least_cost(sweep: Front, nats: float, dense: float) -> float | None:
     return None if found is None else found.cost / dense
 
 
-def solved(subject: Subject, problem: Problem, workload: str, args: argparse.Namespace) -> list[Line]:
+def solved(
+    subject: Subject,
+    problem: Problem,
+    workload: str,
+    asked: Callable[[Choices | None], Recall],
+    args: argparse.Namespace,
+) -> list[Line]:
     """Fronts of all sets, and the plans at SHARES of those that are measured."""
-    dense, lines = problem.dense.cost, []
-    probe = Probe(subject.tokenizer, split="final")
+    dense, lines, before = problem.dense.cost, [], asked(None).loss
     for name, columns in sets_of(problem).items():
         sweep = front_of(problem, columns)
         measured = {}
@@ -117,9 +136,8 @@ def solved(subject: Subject, problem: Problem, workload: str, args: argparse.Nam
             if solution is None:
                 continue
             choices = choices_from(problem, solution)
-            kl = subject.measure(choices).kl
-            recalled = subject.recalled(choices, probe, args.length, args.documents).share
-            measured[f"{share:g}"] = (solution.cost / dense, kl, recalled)
+            kl, answers = subject.measure(choices).kl, asked(choices)
+            measured[f"{share:g}"] = Measured(solution.cost / dense, kl, answers.loss - before, answers.share)
         lines.append(Line(workload, name, tuple(least_cost(sweep, nats, dense) for nats in NATS), measured))
     return lines
 
@@ -143,45 +161,59 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Line]]:
     begin = time.perf_counter()
     subject = Subject(args.model)
     profile, fitted = evidence(subject, args)
-    tables = costs_of(subject.sites, None, profile, args.length, fitted, FAMILIES, "cpu", None)
+    costs = costs_of(subject.sites, None, profile, args.length, fitted, FAMILIES, "cpu", None)
     subject.hold_out(subject.split("final", args.length, args.documents))
-    lines = []
+    probe, lines = Probe(subject.tokenizer, split="final"), []
+    asked = partial(subject.recalled, probe=probe, length=args.length, documents=args.documents)
     for workload, retrieval in WORKLOADS.items():
         problem = make_problem(
-            profile, tables, subject.sites, args.length, retrieval=retrieval, fitted=fitted, allow=FAMILIES
+            profile, costs, subject.sites, args.length, retrieval=retrieval, fitted=fitted, allow=FAMILIES
         )
-        lines += solved(subject, problem, workload, args)
-    dense = subject.recalled(None, Probe(subject.tokenizer, split="final"), args.length, args.documents)
+        lines += solved(subject, problem, workload, asked, args)
     facts = {
         "model": args.model,
         "length": args.length,
         "profiled": list(profile.lengths),
-        "dense_recalls": dense.share,
+        "dense_recalls": asked(None).share,
     }
     return {**facts, "behind": behind(lines), "seconds": round(time.perf_counter() - begin, 1)}, lines
 
 
-HEADER = ("choices", *(f"≤ {nats:g}" for nats in NATS), *(f"at {share:g}" for share in SHARES))
+PREDICTED = ("choices", *(f"≤ {nats:g}" for nats in NATS))
+FOUND = ("choices", *(f"at {share:g}" for share in SHARES))
 
 
-def cells(line: Line) -> list[str]:
-    """A row of the table: costs within each damage; nats and answers measured at each cost."""
-    costs = ["" if cost is None else f"{cost:.2f}" for cost in line.costs]
+def predicted(line: Line) -> list[str]:
+    """A row: costs within each damage."""
+    return [line.name, *("" if cost is None else f"{cost:.2f}" for cost in line.costs)]
+
+
+def found_at(line: Line) -> list[str]:
+    """A row: what was measured at each share of the time."""
     at = [line.measured.get(f"{share:g}") for share in SHARES]
-    return [line.name, *costs, *("" if m is None else f"{m[1]:.4f}; {100 * m[2]:.0f}%" for m in at)]
+    return [line.name, *("" if m is None else f"{m.nats:.4f}; {m.answers:.3f}; {m.recalled:.0%}" for m in at)]
+
+
+def tables(lines: Sequence[Line]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """Title, header and rows: what is predicted of each workload, and what was measured."""
+    made: list[tuple[str, tuple[str, ...], list[list[str]]]] = []
+    for workload in dict.fromkeys(line.workload for line in lines):
+        of = [line for line in lines if line.workload == workload]
+        named = workload[0].upper() + workload[1:]
+        made.append((f"{named}, predicted", PREDICTED, [predicted(line) for line in of]))
+        made.append((f"{named}, measured", FOUND, [found_at(line) for line in of if line.measured]))
+    return made
 
 
 def described(found: dict[str, Any], lines: Sequence[Line]) -> str:
     """For docs/selection.md."""
-    parts = []
-    for workload in dict.fromkeys(line.workload for line in lines):
-        rows = [cells(line) for line in lines if line.workload == workload]
-        parts.append(f"{workload[0].upper()}{workload[1:]}:\n\n{markdown(HEADER, rows)}")
+    parts = [f"{title}:\n\n{markdown(header, rows)}" for title, header, rows in tables(lines)]
     about = (
         f"`{found['model']}`, profiled at {', '.join(map(str, found['profiled']))} tokens, planned for and measured at "
-        f"{found['length']}, where dense recalls {100 * found['dense_recalls']:.0f} % of the answers. Left the least "
-        "share of the dense time at which the predicted damage is within so many nats per token, right what the plan "
-        "of such a share loses on other text: divergence in nats per token; answers recalled."
+        f"{found['length']}, where dense recalls {found['dense_recalls']:.0%} of the answers. Predicted: the least share "
+        "of the dense time at which the damage is within so many nats per token. Measured, of the plan of such a share, "
+        "on other text and prompts: divergence in nats per token of text; rise of the loss in nats per token of an "
+        "answer; answers recalled."
     )
     return "\n\n".join([about, *parts])
 
@@ -234,11 +266,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args, console = arguments(), Console()
     found, lines = run(args)
-    for workload in dict.fromkeys(line.workload for line in lines):
-        shown = Table(*HEADER, title=workload)
-        for line in lines:
-            if line.workload == workload:
-                shown.add_row(*cells(line))
+    for title, header, rows in tables(lines):
+        shown = Table(*header, title=title)
+        for row in rows:
+            shown.add_row(*row)
         console.print(shown)
     for workload, ratio in found["behind"].items():
         console.print(f"{workload}: the mixture costs at most {ratio:.3f} times what the best other set does")

@@ -11,7 +11,20 @@ from test_selected_plan import FAMILIES, FEW, SKIPPING, both, trials_of
 
 from attnopt.cost import CostTable
 from attnopt.planner import make_problem
-from benchmarks.dynamic_front import MIXTURE, NATS, STATIC, Line, behind, cells, described, figure, front_of, sets_of
+from benchmarks.dynamic_front import (
+    MIXTURE,
+    NATS,
+    STATIC,
+    Line,
+    Measured,
+    behind,
+    described,
+    figure,
+    found_at,
+    front_of,
+    predicted,
+    sets_of,
+)
 
 
 def test_sets_of_choices_and_their_fronts() -> None:
@@ -33,12 +46,12 @@ def test_sets_of_choices_and_their_fronts() -> None:
 def test_the_mixture_is_held_against_the_best_other_set(tmp_path: Path) -> None:
     out_of_reach: list[float | None] = [None] * (len(NATS) - 2)
     lines = [
-        Line("text", MIXTURE, (0.5, 0.25, *out_of_reach), {"0.5": (0.49, 0.0125, 0.75)}),
+        Line("text", MIXTURE, (0.5, 0.25, *out_of_reach), {"0.5": Measured(0.49, 0.0125, 0.25, 0.75)}),
         Line("text", STATIC, (0.5, 0.2, *out_of_reach), {}),
         Line("text", "pooled", (0.4, None, *out_of_reach), {}),
     ]
     assert behind(lines) == {"text": pytest.approx(1.25)}
-    assert cells(lines[0])[:3] == ["mixture", "0.50", "0.25"] and "0.0125; 75%" in cells(lines[0])
+    assert predicted(lines[0])[:3] == ["mixture", "0.50", "0.25"] and "0.0125; 0.250; 75%" in found_at(lines[0])
     facts = {"model": "m", "profiled": [64], "length": 128, "dense_recalls": 1.0}
     assert "| pooled | 0.40 |  |" in described(facts, lines)
     figure(lines, tmp_path / "front.svg")
