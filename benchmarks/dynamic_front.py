@@ -210,10 +210,10 @@ def described(found: dict[str, Any], lines: Sequence[Line]) -> str:
     parts = [f"{title}:\n\n{markdown(header, rows)}" for title, header, rows in tables(lines)]
     about = (
         f"`{found['model']}`, profiled at {', '.join(map(str, found['profiled']))} tokens, planned for and measured at "
-        f"{found['length']}, where dense recalls {found['dense_recalls']:.0%} of the answers. Predicted: the least share "
-        "of the dense time at which the damage is within so many nats per token. Measured, of the plan of such a share, "
-        "on other text and prompts: divergence in nats per token of text; rise of the loss in nats per token of an "
-        "answer; answers recalled."
+        f"{found['length']}, where dense recalls {found['dense_recalls']:.0%} of the answers. Predicted: the least "
+        "share of the dense time at which the damage is within so many nats per token. Measured, of the plan of such "
+        "a share, on other text and prompts: divergence in nats per token of text; rise of the loss in nats per token "
+        "of an answer; answers recalled."
     )
     return "\n\n".join([about, *parts])
 
