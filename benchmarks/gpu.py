@@ -1,5 +1,5 @@
 """Kernels on a GPU: correctness, the card's ceilings; prefill by spans and by lists of blocks, decoding, a step of the
-ragged cache, generation and linear heads against what others have.
+ragged cache, one of selected tokens, generation and linear heads against what others have.
 
     python -m benchmarks.gpu                   # less than ten minutes on an H200; what there was no time for is said
     python -m benchmarks.gpu --out gpu.json    # the rows with hardware and versions, and gpu.svg beside it
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.block_mask import many_shapes
-from benchmarks.cuda import blocks, cache, checks, decode, generation, linear, prefill
+from benchmarks.cuda import blocks, cache, checks, decode, generation, linear, prefill, tokens
 from benchmarks.cuda.device import Budget, Device
 from benchmarks.record import RESULTS, Aim, Row, Run, environment
 from benchmarks.spans import DRY, Sizes
@@ -36,6 +36,7 @@ SECONDS = {
     "decode": 70.0,
     "linear": 50.0,
     "cache": 50.0,
+    "tokens": 30.0,
     "generation": 50.0,
 }
 FIGURES = Path(__file__).parents[1] / "docs/figures"
@@ -58,7 +59,7 @@ def measured(
     print(
         f"ceilings: matmul {ceilings['matmul'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy'] / 1e12:.2f} TB/s", flush=True
     )
-    timed: dict[str, list[Row]] = {"prefill": [], "blocks": [], "decode": [], "linear": [], "cache": []}
+    timed: dict[str, list[Row]] = {"prefill": [], "blocks": [], "decode": [], "linear": [], "cache": [], "tokens": []}
     with many_shapes():
         for name, of, ceiling in (
             ("prefill", prefill, "matmul"),
@@ -66,6 +67,7 @@ def measured(
             ("decode", decode, "copy"),
             ("linear", linear, "copy"),
             ("cache", cache, "copy"),
+            ("tokens", tokens, "copy"),
         ):
             if name not in wrong:
                 print(name, flush=True)
@@ -76,6 +78,7 @@ def measured(
     least = 16384 if 16384 in sizes.lengths else min(sizes.lengths)
     aims = [aim for dim in sizes.dims for aim in prefill.aims(rows, dim, least)] + decode.aims(timed["decode"])
     aims += blocks.aims(timed["blocks"], least) + linear.aims(timed["linear"]) + cache.aims(timed["cache"])
+    aims += tokens.aims(timed["tokens"])
     found = [*checked, *(row for rows in timed.values() for row in rows), *generated]
     return found, aims + generation.aims(generated), notes, ceilings
 

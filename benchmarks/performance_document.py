@@ -120,11 +120,11 @@ def section(stem: str, run: Run, figures: Path) -> str:
 
 def gpu_aims() -> list[Aim]:
     """What is aimed at on a GPU, as long as no run there is recorded."""
-    from benchmarks.cuda import blocks, cache, decode, generation, prefill
+    from benchmarks.cuda import blocks, cache, decode, generation, prefill, tokens
     from benchmarks.spans import Sizes
 
     aims = [aim for dim in Sizes().dims for aim in prefill.aims([], dim, 16384)] + decode.aims([])
-    return aims + blocks.aims([]) + cache.aims([]) + generation.aims([])
+    return aims + blocks.aims([]) + cache.aims([]) + tokens.aims([]) + generation.aims([])
 
 
 def aims_table(found: Sequence[tuple[str, Aim]]) -> str:

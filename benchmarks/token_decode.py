@@ -54,31 +54,33 @@ class Case:
 
 
 class Side:
-    """A cache of its own with all tokens but the newest, and a step that adds it."""
+    """A cache of its own with all `tokens`, q (1, H, N, D), k and v (1, G, N, D), but the newest, and a step that adds
+    it. behind: what another side picked."""
 
-    def __init__(self, case: Case, tokens: list[Tensor], rule: TokenRule | None, behind: Tensor | None = None) -> None:
-        self.tokens, self.scale, dtype = tokens, case.dim**-0.5, getattr(torch, case.dtype)
-        layout = Layout.of_spans([0] * case.heads, [case.length] * case.heads, case.kv_heads, case.length)
-        self.keys, self.values = (torch.zeros(1, layout.slots, case.dim, dtype=dtype) for _ in range(2))
-        self.n = torch.zeros(1, dtype=torch.int32)
-        self.table, self.spans = layout.tables()
+    def __init__(self, tokens: list[Tensor], rule: TokenRule | None, behind: Tensor | None = None) -> None:
+        q, k = tokens[:2]
+        heads, groups, length, dim, like = q.shape[1], *k.shape[1:], dict(dtype=q.dtype, device=q.device)
+        self.tokens, self.scale, counts = tokens, dim**-0.5, dict(dtype=torch.int32, device=q.device)
+        layout = Layout.of_spans([0] * heads, [length] * heads, groups, length)
+        self.keys, self.values = (torch.zeros(1, layout.slots, dim, **like) for _ in range(2))
+        self.n = torch.zeros(1, **counts)
+        self.table, self.spans = layout.tables(q.device)
         self.state: tuple[object, ...] | None = None
         if rule is not None:
-            chosen = TokenTable((rule,) * case.heads, (0 if behind is None else 1,) * case.heads)
-            self.picked = torch.full((1, case.heads, COUNT), -1, dtype=torch.int32)
-            asked = torch.zeros(1, case.heads, case.dim, dtype=dtype)
-            features = torch.arange(chosen.features).repeat(1, case.kv_heads, 1)
-            labels = torch.zeros(1, chosen.features, layout.slots, dtype=dtype)
+            chosen = TokenTable((rule,) * heads, (0 if behind is None else 1,) * heads)
+            self.picked = torch.full((1, heads, rule.count), -1, **counts)
+            asked = torch.zeros(1, heads, dim, **like)
+            features = torch.arange(chosen.features, device=q.device).repeat(1, groups, 1)
+            labels = torch.zeros(1, chosen.features, layout.slots, **like)
             sources = [] if behind is None else [behind]
-            age = torch.full((1, case.heads), -1, dtype=torch.int32)
-            self.quick = chosen.quick(layout, "cpu")
-            self.state = *chosen.tensors(case.length, "cpu"), self.picked, asked, age, sources, features, labels
+            age = torch.full((1, heads), -1, **counts)
+            self.quick = chosen.quick(layout, q.device)
+            self.state = *chosen.tensors(length, q.device), self.picked, asked, age, sources, features, labels
         # As a prompt leaves it.
-        start = self.table[:, 0].tolist()
-        for group, slot in enumerate(start):
-            here = slice(slot, slot + case.length - 1)
+        for group, slot in enumerate(self.table[:, 0].tolist()):
+            here = slice(slot, slot + length - 1)
             self.keys[:, here], self.values[:, here] = (x[:, group, :-1] for x in tokens[1:])
-        self.n.fill_(case.length - 1)
+        self.n.fill_(length - 1)
         if rule is not None and rule.channels:
             relabel(tokens[0][:, :, :-1], None, self.keys, self.n, self.table, features, labels)
 
@@ -91,13 +93,13 @@ class Side:
         return torch.ops.attnopt.attend_tokens(*newest, *held, self.quick, self.spans, *self.state, self.scale, False)
 
 
-def expected(tokens: list[Tensor], scale: float, channels: Tensor | None = None) -> Tensor:
+def expected(tokens: list[Tensor], scale: float, rule: TokenRule, channels: Tensor | None = None) -> Tensor:
     """The newest token's output where every head selects now, in float64."""
     q, k, v = (x.double() for x in tokens)
     q, length = q[:, :, -1:], k.shape[2]
     narrow = (q, k) if channels is None else (of_channels(q, channels), of_channels(k, channels))
-    j = torch.arange(length)
-    keep = best(grouped(*narrow), COUNT) | (j < SINK) | (length - 1 - j < RECENT)
+    j = torch.arange(length, device=q.device)
+    keep = best(grouped(*narrow), rule.count) | (j < rule.sink) | (length - 1 - j < rule.recent)
     weights = (grouped(q, k) * scale).masked_fill(~keep, -torch.inf).softmax(-1)
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
@@ -108,17 +110,17 @@ def measure(case: Case, repeats: int) -> Row:
     sizes = case.heads, case.kv_heads, case.kv_heads
     tokens = [torch.randn(1, n, case.length, case.dim, generator=made).to(dtype) for n in sizes]
     often, once = TokenRule(COUNT, SINK, RECENT), TokenRule(COUNT, SINK, RECENT, every=1 << 16)
-    sides = {"selected": Side(case, tokens, often), "reused": Side(case, tokens, once)}
-    sides["channels"] = Side(case, tokens, TokenRule(COUNT, SINK, RECENT, channels=FEATURES))
-    sides["behind"] = Side(case, tokens, often, sides["selected"].picked)
-    sides["dense"] = Side(case, tokens, None)
+    sides = {"selected": Side(tokens, often), "reused": Side(tokens, once)}
+    sides["channels"] = Side(tokens, TokenRule(COUNT, SINK, RECENT, channels=FEATURES))
+    sides["behind"] = Side(tokens, often, sides["selected"].picked)
+    sides["dense"] = Side(tokens, None)
     packed = tokens[0][:, :, -1].reshape(1, case.kv_heads, -1, case.dim).contiguous()
     calls: dict[str, Callable[[], Tensor]] = {name: side.step for name, side in sides.items()}
     calls["packed"] = lambda: F.scaled_dot_product_attention(packed, tokens[1], tokens[2])
     scale = case.dim**-0.5
-    right = expected(tokens, scale)
+    right = expected(tokens, scale, often)
     features = channels_of(*(x[:, :, :-1] for x in tokens[:2]), FEATURES)
-    wanted = {"selected": right, "reused": right, "behind": right, "channels": expected(tokens, scale, features)}
+    wanted = {"selected": right, "reused": right, "behind": right, "channels": expected(tokens, scale, often, features)}
     error = max(relative_error(calls[name](), x) for name, x in wanted.items())
     between = torch.ones(BETWEEN // 4)
     clock = "thread" if case.threads == 1 else "wall"

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnopt.codegen.reference_prefill import prefill as reference
 from benchmarks import gpu
 from benchmarks.block_mask import block_mask, mask_mod
-from benchmarks.cuda import baselines, blocks, cache, checks, decode, generation, linear, prefill
+from benchmarks.cuda import baselines, blocks, cache, checks, decode, generation, linear, prefill, tokens
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.spans import DRY, Sizes, Spans, dense, inputs, mixture, sampled_error, sampled_rows, uniform
 
@@ -31,7 +31,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path, monkeypatch, capsys):
     assert data["benchmark"] == "gpu-dry-run" and data["aims"] == []
     assert not any("WRONG" in row for row in data["rows"])
     kinds = {row["case"].get("kernel") or row["case"]["check"] for row in data["rows"]}
-    assert kinds == {"prefill", "blocks", "decode", "backward", "masked", "linear", "cache", "generation"}
+    assert kinds == {"prefill", "blocks", "decode", "backward", "masked", "linear", "cache", "tokens", "generation"}
     rows = {row["case"]["heads"]: row for row in data["rows"] if row["case"].get("kernel") == "prefill"}
     assert set(rows) == {"mixture", "W256", "W1024", "W4096"}
     for row in rows.values():
@@ -196,7 +196,7 @@ def test_linear_heads_are_judged_by_the_worst_length_and_by_their_slope():
     assert [(a.found, a.verdict) for a in linear.aims(rows)] == [
         (0.41, "met"), (0.9, "missed"), (None, "goal, unmeasured"), (pytest.approx(1.1), "missed")
     ]  # fmt: skip
-    assert {a.verdict for a in linear.aims([])} == {"goal, unmeasured"}
+    assert {a.verdict for a in linear.aims([]) + tokens.aims([])} == {"goal, unmeasured"}
     # bfloat16 q and result of every head, k and v of every KV head, and a float32 a row.
     assert linear.floor_bytes(SMALL, 16, 10) == 10 * (2 * 32 * 16 * 2 + 2 * 8 * 16 * 2 + 32 * 4)
 

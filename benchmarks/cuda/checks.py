@@ -21,6 +21,7 @@ from benchmarks.cuda.check import Check, prefill_inputs, random
 from benchmarks.cuda.device import Budget, Device, poisoned
 from benchmarks.cuda.linear import linear_checks
 from benchmarks.cuda.masked import masked_checks
+from benchmarks.cuda.tokens import token_checks
 from benchmarks.record import Row
 from benchmarks.spans import Sizes
 
@@ -140,6 +141,7 @@ CHECKS: dict[str, Callable[[Sizes, Device], Iterator[Check]]] = {
     "masked_prefill": masked_checks,
     "linear_prefill": linear_checks,
     "cache_step": cache_checks,
+    "token_step": token_checks,
 }
 
 
