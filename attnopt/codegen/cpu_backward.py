@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnopt.codegen.cpu_text import filled
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.span_cpu_backward import tuning
 from attnopt.codegen.spec import SpanBackward
@@ -31,9 +32,6 @@ def backward(dout, q, k, v, out, lse, sinks, windows, scale, pad=None, dlse=None
         raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
 {check}    return span_cpu_backward.backward(dout, q, k, v, out, lse, sinks, windows, scale, {pad}, TUNING, dlse)
 '''
-UNPADDED = """    if pad is not None:
-        raise ValueError("emitted without a padding mask, called with one")
-"""
 
 
 @TARGETS.register("cpu span_backward")
@@ -41,15 +39,5 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanBackward) -> str:
         """Source of a module with ``backward`` (contract: attnopt/codegen/reference_backward.py)."""
-        text = TEMPLATE.format(
-            spec=spec,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            head_dim_v=spec.head_dim_v,
-            dtype=spec.dtype,
-            tuning=tuning(getattr(torch, spec.dtype), spec.head_dim),
-            check="" if spec.padded else UNPADDED,
-            pad="pad" if spec.padded else "None",
-        )
+        text = filled(TEMPLATE, spec, tuning=tuning(getattr(torch, spec.dtype), spec.head_dim))
         return text + footer(spec, "self_check_backward", "backward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.cpu_text import filled
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import BlockPrefill
 from attnopt.registry import TARGETS
@@ -30,9 +31,6 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
         raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
 {check}    return blocks_cpu.prefill(q, k, v, heads, counts, blocks, bounds, scale, {pad}, window, BLOCK, out, lse)
 '''
-UNPADDED = """    if pad is not None:
-        raise ValueError("emitted without a padding mask, called with one")
-"""
 
 
 @TARGETS.register("cpu block_prefill")
@@ -40,15 +38,5 @@ class Cpu:
     @staticmethod
     def emit(spec: BlockPrefill) -> str:
         """Source of a module with ``prefill`` (attnopt/codegen/reference_blocks.py has its contract)."""
-        text = TEMPLATE.format(
-            spec=spec,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            head_dim_v=spec.head_dim_v,
-            dtype=spec.dtype,
-            block=spec.block,
-            check="" if spec.padded else UNPADDED,
-            pad="pad" if spec.padded else "None",
-        )
+        text = filled(TEMPLATE, spec)
         return text + footer(spec, "self_check_blocks", "prefill")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.cpu_text import filled
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import SpanDecode
 from attnopt.registry import TARGETS
@@ -36,14 +37,6 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanDecode) -> str:
         """Source of a module with ``decode`` (attnopt/codegen/reference_decode.py has its contract)."""
-        text = TEMPLATE.format(
-            spec=spec,
-            heads=spec.heads,
-            tokens=spec.tokens,
-            head_dim=spec.head_dim,
-            head_dim_v=spec.head_dim_v,
-            kv_heads=spec.kv_heads,
-            dtype=spec.dtype,
-            arguments="q, k, v, starts, filled, scale" + (", sinks, windows, positions, at" if spec.positioned else ""),
-        )
+        more = ", sinks, windows, positions, at" if spec.positioned else ""
+        text = filled(TEMPLATE, spec, arguments=f"q, k, v, starts, filled, scale{more}")
         return text + footer(spec, "self_check_decode", "decode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.cpu_text import UNPADDED
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import Linear, LinearBackward, LinearDecode, LinearPrefill
 from attnopt.registry import TARGETS
@@ -57,9 +58,6 @@ KIND, DTYPE = "{kind}", torch.{dtype}
 CHECK = """    shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3], maps.heads, maps.rank)
     if (shape, maps.kind, q.dtype) != (SHAPE, KIND, DTYPE):
         raise ValueError(f"emitted for {SHAPE} {KIND} {DTYPE}, called with {shape} {maps.kind} {q.dtype}")
-"""
-UNPADDED = """    if pad is not None:
-        raise ValueError("emitted without a padding mask, called with one")
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attnopt.codegen.cpu_text import filled
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.span_cpu import tuning
 from attnopt.codegen.spec import SpanPrefill
@@ -43,9 +44,6 @@ def _check(q, k, v, pad):
     if shape != SHAPE or q.dtype != DTYPE:
         raise ValueError(f"emitted for {{SHAPE}} {{DTYPE}}, called with {{shape}} {{q.dtype}}")
 {check}'''
-UNPADDED = """    if pad is not None:
-        raise ValueError("emitted without a padding mask, called with one")
-"""
 
 
 @TARGETS.register("cpu span_prefill")
@@ -53,15 +51,5 @@ class Cpu:
     @staticmethod
     def emit(spec: SpanPrefill) -> str:
         """Source of a module with ``prefill`` and ``prefill_lse`` (contract: attnopt/codegen/reference_prefill.py)."""
-        text = TEMPLATE.format(
-            spec=spec,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            head_dim_v=spec.head_dim_v,
-            dtype=spec.dtype,
-            tuning=tuning(getattr(torch, spec.dtype), spec.head_dim),
-            check="" if spec.padded else UNPADDED,
-            pad="pad" if spec.padded else "None",
-        )
+        text = filled(TEMPLATE, spec, tuning=tuning(getattr(torch, spec.dtype), spec.head_dim))
         return text + footer(spec, "self_check_prefill", "prefill, prefill_lse")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnopt.codegen.cpu_text import filled
 from attnopt.codegen.self_check import footer
 from attnopt.codegen.spec import TokenStep
 from attnopt.registry import TARGETS
@@ -35,12 +36,5 @@ class Cpu:
     @staticmethod
     def emit(spec: TokenStep) -> str:
         """Source of a module with ``step`` (attnopt/codegen/reference_token_step.py has its contract)."""
-        text = TEMPLATE.format(
-            spec=spec,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            head_dim_v=spec.head_dim_v,
-            dtype=spec.dtype,
-        )
+        text = filled(TEMPLATE, spec)
         return text + footer(spec, "self_check_tokens", "step")
