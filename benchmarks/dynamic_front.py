@@ -56,7 +56,7 @@ QUICK = ("--quick",)
 FAMILIES = ("compensation", "blocks", "threshold")
 WORKLOADS = {"ordinary text": 0.0, "recall prompts": 1.0}
 # Shares of the dense time at which plans are measured, and predicted damages at which fronts are compared.
-SHARES = (0.7, 0.5, 0.35, 0.25)
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.15)
 NATS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MIXTURE, STATIC = "mixture", "static"
 
@@ -196,13 +196,13 @@ def found_at(line: Line) -> list[str]:
 
 def tables(lines: Sequence[Line]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
     """Title, header and rows: what is predicted of each workload, and what was measured."""
-    made: list[tuple[str, tuple[str, ...], list[list[str]]]] = []
+    found: list[tuple[str, tuple[str, ...], list[list[str]]]] = []
     for workload in dict.fromkeys(line.workload for line in lines):
         of = [line for line in lines if line.workload == workload]
         named = workload[0].upper() + workload[1:]
-        made.append((f"{named}, predicted", PREDICTED, [predicted(line) for line in of]))
-        made.append((f"{named}, measured", FOUND, [found_at(line) for line in of if line.measured]))
-    return made
+        found.append((f"{named}, predicted", PREDICTED, [predicted(line) for line in of]))
+        found.append((f"{named}, measured", FOUND, [found_at(line) for line in of if line.measured]))
+    return found
 
 
 def described(found: dict[str, Any], lines: Sequence[Line]) -> str:
@@ -273,7 +273,7 @@ def main() -> None:
         console.print(shown)
     for workload, ratio in found["behind"].items():
         console.print(f"{workload}: the mixture costs at most {ratio:.3f} times what the best other set does")
-    root, stem = Path(__file__).parents[1], f"dynamic-front-{Path(args.model).name}"
+    root, stem = Path(__file__).parents[1], f"dynamic-front-{Path(args.model).name}-{args.length}"
     data = {**found, "nats": NATS, "lines": [asdict(line) for line in lines], "environment": environment()}
     for path in [args.json] * (args.json is not None) + [root / f"benchmarks/results/{stem}.json"] * args.keep:
         write_atomically(path, json.dumps(data, indent=1) + "\n")
