@@ -220,6 +220,17 @@ def test_a_source_that_does_not_select_is_refused(source: Head) -> None:
         attnopt.enable(model, plan_of(model, [[source] * 4, [top(4, behind=1)] * 4]))
 
 
+def test_a_plan_that_reads_other_layers_is_refused_where_there_are_fewer(eagerly: list[Any]) -> None:
+    """In a compiled prefill nothing is read from another layer: what is there of the plan is dense."""
+    smaller, plan, ids = models.build("llama", layers=1), plan_of(models.shared("llama"), BEHIND), models.prompts()
+    with pytest.raises(PlanError, match="model.layers.1.self_attn"):
+        attnopt.enable(smaller, plan)
+    assert "_attnopt" not in vars(smaller)
+    with torch.no_grad():
+        found = torch.compile(smaller, backend="attnopt", options={"plan": plan})(ids, use_cache=False).logits
+        assert difference(found, smaller(ids, use_cache=False).logits) < 1e-4 and len(eagerly) == 1
+
+
 def test_a_dense_head_selects_for_those_that_read_it() -> None:
     """It attends to every key all the same."""
     model, (ids, mask), asking = models.shared("llama"), models.left_padded(), BEHIND[1]
