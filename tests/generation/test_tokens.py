@@ -223,7 +223,7 @@ def test_a_source_that_does_not_select_is_refused(source: Head) -> None:
 def test_a_plan_that_reads_other_layers_is_refused_where_there_are_fewer(eagerly: list[Any]) -> None:
     """In a compiled prefill nothing is read from another layer: what is there of the plan is dense."""
     smaller, plan, ids = models.build("llama", layers=1), plan_of(models.shared("llama"), BEHIND), models.prompts()
-    with pytest.raises(PlanError, match="model.layers.1.self_attn"):
+    with pytest.raises(PlanError, match=r"model\.layers\.1\.self_attn"):
         attnopt.enable(smaller, plan)
     assert "_attnopt" not in vars(smaller)
     with torch.no_grad():
