@@ -131,5 +131,7 @@ def asked_of(
 
 
 def bounds_of(asked: Asked) -> Tensor:
-    """ln(skip / M) of every head, float32 (h,), at most 0; -inf where `skip` is 0."""
-    return (asked.settings["skip"] / max(asked.k.shape[2], 1)).clamp(max=1.0).log().to(torch.float32)
+    """ln(skip / M) of every head, at most 0, -inf where `skip` is 0: float32 (h,), or (B, h) where M, the keys that
+    count, is another in each entry of a padded batch."""
+    keys = max(asked.k.shape[2], 1) if asked.pad is None else asked.pad.sum(-1, keepdim=True).clamp(min=1)
+    return (asked.settings["skip"] / keys).clamp(max=1.0).log().to(torch.float32)
