@@ -111,6 +111,11 @@ class Asked:
         own = (c >= start[:, None]) & (c <= self.reach[1][:, None])
         return own | (c == self.begins)[:, None, None, :]
 
+    @property
+    def every(self) -> Lists:
+        """All blocks that may be seen: dense attention."""
+        return lists_of(self.possible.expand(self.q.shape[0], len(self.heads), -1, -1))
+
     @cached_property
     def pooled_keys(self) -> Tensor:
         """Mean key of each block, over the keys that count: (B, h, C, D), wide."""

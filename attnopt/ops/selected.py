@@ -7,6 +7,7 @@ no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -55,13 +56,14 @@ def _beside(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor
 
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor, method: str, settings: Tensor, pad: Tensor | None, scale: float,
-    window: int, out: Tensor, lse: Tensor | None = None,
+    window: int, out: Tensor, lse: Tensor | None = None, every: bool = False,
 ) -> Visits:  # fmt: skip
     """Write the heads `heads`, int32 (h,), of out (B, H, N, Dv), and lse (B, h, N) where it is wanted.
 
     q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), M >= N; method: the candidate, its fixed parameters and the size of
     its blocks, "pooled/64" or "hierarchical/16/64"; settings float64 (h, P): all its parameters in their order; heads
-    and settings on the CPU. pad bool (B, M) true where a key counts; window: the model's own, 0 for none.
+    and settings on the CPU. pad bool (B, M) true where a key counts; window: the model's own, 0 for none. every: visit
+    all that there is.
     """
     from attnopt.candidates._selected import asked_of, bounds_of
 
@@ -70,13 +72,14 @@ def attend_selected(
     table = _beside(tuple(map(tuple, settings.tolist())), q.device)
     served = _beside(tuple((float(head),) for head in heads.tolist()), q.device)[:, 0].long()
     asked = asked_of(candidate, q, k, served, table, scale, pad, window, tuple(map(int, fixed)))
-    lists = candidate.select(asked)
+    lists, bounds = candidate.select(asked) if not every else asked.every, bounds_of(asked)
+    bounds = torch.full_like(bounds, -torch.inf) if every else bounds
     spec = BlockPrefill(
         switches.target(q.device.type), str(q.dtype).removeprefix("torch."), q.shape[1], k.shape[1], q.shape[3],
         v.shape[3], asked.block, pad is not None,
     )  # fmt: skip
     launches[spec.key()] += 1
-    skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds_of(asked), scale, pad, window, out, lse)
+    skipped = load(spec).prefill(q, k, v, served.int(), *lists, bounds, scale, pad, window, out, lse)
     possible = asked.possible.sum(-1, dtype=torch.int32).expand_as(lists.counts)
     return Visits(lists.counts, skipped, possible)
 
@@ -119,6 +122,59 @@ def selected_attention(
     return out
 
 
+@torch.library.custom_op("attnopt::selected_chunk", mutates_args=())
+def selected_chunk(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    n: Tensor,
+    starts: Sequence[int],
+    near: Tensor,
+    heads: Tensor,
+    method: str,
+    settings: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    model_window: int,
+    min_length: int,
+    site: str,
+) -> Tensor:
+    """`selected_attention` of a chunk of a prompt, whose keys and those before it a cache holds (`attend_update`).
+
+    q (B, H, T, D), near (B, H, T, Dv), valid bool (B, T) true for tokens that count, None for all; keys (B, S, D),
+    values (B, S, Dv): slots, n int32 (B,): tokens of each row, this chunk's among them. starts: of each KV head, where
+    its tokens stand in their order, -1 where not all are there, which the KV heads of `heads` must have: to a method
+    that looks at other heads these keys are 0. A row of less than `min_length` tokens visits every block. Waits for the
+    device, as shapes depend on n. Returns (B, H, T, Dv), physically (B, T, H, Dv).
+    """
+    out, seen = tokens_first(near.clone()), n.tolist()
+    if valid is None and len(set(seen)) == 1:
+        rows: list[tuple[slice, Tensor | slice]] = [(slice(None), slice(None))]
+    else:
+        every = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if valid is None else valid
+        rows = [(slice(b, b + 1), found.nonzero()[:, 0]) for b, found in enumerate(every)]
+    for row, real in rows:
+        here, length = out[row, :, real], seen[row][0]
+        if not here.numel():
+            continue
+        k, v = (in_order(x[row], starts, length) for x in (keys, values))
+        given = heads, method, settings, None, scale, model_window, here
+        visits = attend_selected(q[row, :, real], k, v, *given, every=length < min_length)
+        out[row, :, real] = here
+        if site:
+            count(site, q, heads, visits)
+    return out
+
+
+def in_order(slots: Tensor, starts: Sequence[int], length: int) -> Tensor:
+    """The first `length` tokens of each KV head of slots (B, S, D): (B, G, length, D), 0 where `starts` has -1."""
+    found = slots.new_zeros(slots.shape[0], len(starts), length, slots.shape[2])
+    for head, start in enumerate(starts):
+        if start >= 0:
+            found[:, head] = slots[:, start : start + length]
+    return found
+
+
 def count(site: str, q: Tensor, heads: Tensor, visits: Visits) -> None:
     """Add a call to `tally`."""
     held = tally.get(site)
@@ -131,6 +187,11 @@ def count(site: str, q: Tensor, heads: Tensor, visits: Visits) -> None:
 @selected_attention.register_fake
 def _(q, k, v, near, heads, method, settings, pad, scale, model_window, min_length, site):  # type: ignore[no-untyped-def]
     return empty_tokens_first(q, v.shape[3])
+
+
+@selected_chunk.register_fake
+def _(q, keys, values, n, starts, near, *rest):  # type: ignore[no-untyped-def]
+    return empty_tokens_first(q, values.shape[2])
 
 
 def _no_gradient(ctx: Any, *_: Any) -> None:
