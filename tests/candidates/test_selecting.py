@@ -96,6 +96,18 @@ def test_whole_blocks_of_padding_on_the_left_change_nothing(kind: Selected, para
         torch.testing.assert_close(beside[:, :, 48:], alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if "mass" in {p.name for p in kind.params}], ids=lambda k: k.name
+)
+def test_all_of_the_mass_is_every_block_that_may_be_seen(kind: Selected) -> None:
+    """Where most of the weights are 0 as numbers, and scores of the last queries are as far apart."""
+    params = {**dict(kind.menu(LENGTH)[0].params), "block": 16, "mass": 1.0}
+    for trust in (0.0, 1.0):
+        q, k, _ = any_inputs()
+        asked = asked_by(kind, {**params, "trust": trust} if "trust" in params else params, 1e4 * q, k, padded())
+        assert torch.equal(keep_of(kind.select(asked), 3), asked.possible.expand(2, 4, -1, -1))
+
+
 @every_setting
 def test_prompts_of_a_batch_are_selected_apart(kind: Selected, params: Params) -> None:
     """As if each were alone: heads and prompts share no threshold. Groups of heads may share a selection."""
