@@ -38,6 +38,9 @@ class Visits:
         return torch.stack([x.sum((0, 2)) for x in (self.possible, self.counts, self.skipped)], -1)
 
 
+# Tables are sent to the device, and counts begun there, by the first call that needs them: no CUDA graph may hold them.
+APART = (torch.Tag.cudagraph_unsafe,)
+
 # Site -> int64 (H, 4): blocks possible, listed, skipped, and calls, since `forget`; on the device of the
 # site, added to without waiting for it.
 tally: dict[str, Tensor] = {}
@@ -84,7 +87,7 @@ def attend_selected(
     return Visits(lists.counts, skipped, possible)
 
 
-@torch.library.custom_op("attnopt::selected_attention", mutates_args=())
+@torch.library.custom_op("attnopt::selected_attention", mutates_args=(), tags=APART)
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -122,7 +125,7 @@ def selected_attention(
     return out
 
 
-@torch.library.custom_op("attnopt::selected_chunk", mutates_args=())
+@torch.library.custom_op("attnopt::selected_chunk", mutates_args=(), tags=APART)
 def selected_chunk(
     q: Tensor,
     keys: Tensor,

@@ -176,3 +176,5 @@ def test_it_is_registered_as_it_should_be() -> None:
     q, k, v = inputs(33)
     given = q, k, v, torch.zeros_like(q), SERVED, f"pooled/{BLOCK}", table(FEW, FEW), None, SCALE, 0, 0, ""
     torch.library.opcheck(ops.selected_attention, given, test_utils=("test_schema", "test_faketensor"))
+    for name in ("selected_attention", "selected_chunk"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.attnopt, name).default.tags
