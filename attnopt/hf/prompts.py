@@ -43,11 +43,11 @@ class PromptSelection:
         return all(layout.whole[group] for group in self.groups)
 
     def narrowed(self, spans: Tensor) -> Tensor:
-        """The spans, int32 (H, 2), that are computed beside: those of the heads that select are the narrowest."""
+        """The spans, int32 (H, 2), that are computed beside: the heads that select keep nothing there."""
         with torch.inference_mode(False):
             made = spans.clone()
             for head in self.heads:
-                made[head, 0], made[head, 1] = 0, 1
+                made[head] = 0
         return made
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, valid: Tensor | None, scale: float) -> Tensor:
