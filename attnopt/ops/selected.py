@@ -121,7 +121,7 @@ def selected_attention(
         out.copy_(near)
     visits = attend_selected(q, k, v, heads, method, settings, pad, scale, model_window, out)
     if site:
-        count(site, q, heads, visits)
+        count(site, q, heads, visits.sums)
     return out
 
 
@@ -150,22 +150,24 @@ def selected_chunk(
     that looks at other heads these keys are 0. A row of less than `min_length` tokens visits every block. Waits for the
     device, as shapes depend on n. Returns (B, H, T, Dv), physically (B, T, H, Dv).
     """
-    out, seen = tokens_first(near.clone()), n.tolist()
-    if valid is None and len(set(seen)) == 1:
-        rows: list[tuple[slice, Tensor | slice]] = [(slice(None), slice(None))]
-    else:
-        every = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if valid is None else valid
-        rows = [(slice(b, b + 1), found.nonzero()[:, 0]) for b, found in enumerate(every)]
+    out, seen, every = tokens_first(near.clone()), n.tolist(), slice(None)
+    sums = torch.zeros(len(heads), 3, dtype=torch.int64, device=q.device)
+    rows: list[tuple[slice, Tensor | slice]] = [(every, every)]
+    if len(set(seen)) > 1 or (valid is not None and not bool(valid.all())):
+        counted = [every] * len(seen) if valid is None else [row.nonzero()[:, 0] for row in valid]
+        rows = [(slice(b, b + 1), found) for b, found in enumerate(counted)]
     for row, real in rows:
-        here, length = out[row, :, real], seen[row][0]
+        here = out[row, :, real]
         if not here.numel():
             continue
+        length = seen[row][0]
         k, v = (in_order(x[row], starts, length) for x in (keys, values))
         given = heads, method, settings, None, scale, model_window, here
         visits = attend_selected(q[row, :, real], k, v, *given, every=length < min_length)
         out[row, :, real] = here
-        if site:
-            count(site, q, heads, visits)
+        sums += visits.sums
+    if site:
+        count(site, q, heads, sums)
     return out
 
 
@@ -178,13 +180,13 @@ def in_order(slots: Tensor, starts: Sequence[int], length: int) -> Tensor:
     return found
 
 
-def count(site: str, q: Tensor, heads: Tensor, visits: Visits) -> None:
-    """Add a call to `tally`."""
+def count(site: str, q: Tensor, heads: Tensor, sums: Tensor) -> None:
+    """Add a call, whose `Visits.sums` these are, to `tally`."""
     held = tally.get(site)
     if held is None or held.device != q.device or held.shape[0] != q.shape[1]:
         held = tally[site] = torch.zeros(q.shape[1], 4, dtype=torch.int64, device=q.device)
     served = _beside(tuple((float(head),) for head in heads.tolist()), q.device)[:, 0].long()
-    held.index_add_(0, served, F.pad(visits.sums, (0, 1), value=1))
+    held.index_add_(0, served, F.pad(sums, (0, 1), value=1))
 
 
 @selected_attention.register_fake
