@@ -90,6 +90,11 @@ class Asked:
         return any_of(self.pad, self.block)
 
     @cached_property
+    def begins(self) -> Tensor:
+        """The first column block that holds a key that counts, int64 (B | 1, 1): where a padded prompt begins."""
+        return self.real.to(torch.int8).argmax(-1, keepdim=True)
+
+    @cached_property
     def possible(self) -> Tensor:
         """bool (B | 1, 1, R, C): blocks that hold a key some query of the row block may see."""
         c = torch.arange(self.columns, device=self.q.device)
@@ -104,8 +109,12 @@ class Asked:
         c = torch.arange(self.columns, device=self.q.device)
         start = (torch.arange(self.rows, device=self.q.device) * self.block + self.offset) // self.block
         own = (c >= start[:, None]) & (c <= self.reach[1][:, None])
-        sinks = c == self.real.to(torch.int8).argmax(-1, keepdim=True)
-        return own | sinks[:, None, None, :]
+        return own | (c == self.begins)[:, None, None, :]
+
+    @property
+    def every(self) -> Lists:
+        """All blocks that may be seen: dense attention."""
+        return lists_of(self.possible.expand(self.q.shape[0], len(self.heads), -1, -1))
 
     @cached_property
     def pooled_keys(self) -> Tensor:

@@ -156,7 +156,7 @@ def test_a_head_whose_needle_moves_is_given_a_selection() -> None:
     problem = make_problem(profile, DENSITY, sites, 512, fitted=fits, allow=FAMILIES)
     few, dense = column(problem, FEW), problem.cost[0, 0]
     kind, params = CANDIDATES["pooled"], dict(FEW.params)
-    expected = dense * 0.1 + (kind.scored(params, 512) + 512) / 1e6
+    expected = dense * 0.1 + kind.scored(params, 512) / 1e6
     assert problem.cost[:3, few] == pytest.approx(expected) and problem.cost[3, few] > dense
     assert problem.groups[0, few] != problem.groups[0, 0] == problem.groups[0, column(problem, DENSE)]
     # A skipped block costs its scores.

@@ -73,15 +73,14 @@ class Selected(Tried):
     def cost(
         self, table: SpanCosts, params: Params, length: int, own_window: int | None = None, share: Share | None = None
     ) -> float:  # fmt: skip
-        """Of the selection, the walk over what it keeps, and the kernel of spans beside it, to which the head is one of
-        a window of one key. Where nothing is known of what is kept, of every block."""
+        """Of the selection and the walk over what it keeps; where nothing is known of that, over every block."""
         visited, skipped = (1.0, 0.0) if share is None else (share.visited, share.skipped)
         # Blocks were counted among those within the model's own window: its share of all causal pairs.
         own = length if own_window is None else min(own_window, length)
         within = own * (2 * length - own + 1) / (length * (length + 1))
         walk = table.block_cost(length, int(params["block"]), visited * within, skipped)
         selection = table.selection_cost(length, self.name, self.timing(params), self.scored(params, length))
-        return walk + selection + table.cost(length, 0, 1)
+        return walk + selection
 
     def timing(self, params: Params) -> tuple[float, ...]:
         """What the time of its selection depends on, as numbers: what its shapes do."""
@@ -131,5 +130,7 @@ def asked_of(
 
 
 def bounds_of(asked: Asked) -> Tensor:
-    """ln(skip / M) of every head, float32 (h,), at most 0; -inf where `skip` is 0."""
-    return (asked.settings["skip"] / max(asked.k.shape[2], 1)).clamp(max=1.0).log().to(torch.float32)
+    """ln(skip / M) of every head, at most 0, -inf where `skip` is 0: float32 (h,), or (B, h) where M, the keys that
+    count, is another in each entry of a padded batch."""
+    keys = max(asked.k.shape[2], 1) if asked.pad is None else asked.pad.sum(-1, keepdim=True).clamp(min=1)
+    return (asked.settings["skip"] / keys).clamp(max=1.0).log().to(torch.float32)

@@ -1,6 +1,6 @@
 """hierarchical: blocks of keys by a search that halves ranges, of which each row of blocks keeps `count`.
 
-    1. cut the blocks that a row may see into `count` ranges
+    1. cut the blocks that a row may see, from the first with a key that counts, into `count` ranges
     2. halve each; score the halves by their middle key, max over the row's queries of q.k; keep the best `count`
     3. do 2 again until a range is a block
 
@@ -56,9 +56,12 @@ class Hierarchical(Selected):
     def found(self, asked: Asked, middles: Middles, count: int, rows: slice) -> Tensor:
         """What some rows of blocks keep: bool (B, h, rows, C)."""
         first, last = (x[rows, None] for x in asked.reach)
-        cuts = first + torch.arange(count + 1, device=first.device) * (last + 1 - first) // count
-        shape = asked.q.shape[0], len(asked.heads), len(cuts), count
-        start, end = cuts[:, :-1].expand(shape), cuts[:, 1:].expand(shape)
+        # Not from padding on the left: of such a prompt others would be found than of it alone.
+        first = torch.maximum(first, asked.begins[:, None])  # (B | 1, rows, 1)
+        seen = (last + 1 - first).clamp(min=0)
+        cuts = (first + torch.arange(count + 1, device=first.device) * seen // count)[:, None]
+        shape = asked.q.shape[0], len(asked.heads), len(last), count
+        start, end = cuts[..., :-1].expand(shape), cuts[..., 1:].expand(shape)
         longest = -(-asked.columns // count)
         # Half of n blocks is (n + 1) // 2.
         for _ in range((longest - 1).bit_length()):

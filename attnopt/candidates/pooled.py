@@ -37,8 +37,10 @@ class Pooled(Selected):
         return [choice for own in (*by_mass, tested, eighth) for choice in self.offered(own, length)]
 
     def keep(self, asked: Asked) -> torch.Tensor:
-        kept = reaching(asked.pooled_weights, asked.setting("mass"))
-        kept = kept & most(asked.pooled_weights, asked.setting("count"))
+        mass, count = asked.setting("mass"), asked.setting("count")
+        kept = reaching(asked.pooled_weights, mass) & most(asked.pooled_weights, count)
+        # What weighs nothing in numbers this wide, too.
+        kept = kept | ((mass >= 1.0) & (count >= asked.columns))
         least = asked.setting("alike")[..., 0]
         rows = alikeness(asked.queries, asked.block, asked.of_queries) < least
         columns = alikeness(asked.of_heads(asked.k).to(asked.wide), asked.block, asked.pad) < least

@@ -50,7 +50,8 @@ class QueryAware(Selected):
     def keep(self, asked: Asked) -> Tensor:
         last = asked.last(asked.block)
         trusted = estimate_error(asked, last) < asked.settings["trust"]
-        return torch.where(trusted[..., None, None], by_pooled(asked), by_lines(asked, last))
+        kept = torch.where(trusted[..., None, None], by_pooled(asked), by_lines(asked, last))
+        return kept | (asked.setting("mass") >= 1.0)
 
 
 def by_pooled(asked: Asked) -> Tensor:

@@ -36,7 +36,9 @@ class Threshold(Selected):
         start = torch.arange(asked.rows, device=asked.q.device) * asked.block + asked.offset
         first = (start - asked.setting("window")[..., 0] + 1).clamp(min=0)  # (h, R)
         in_window = (c + 1) * asked.block > first[..., None]
-        return in_window | (c * asked.block < asked.setting("sink"))
+        # Sinks are the first keys of a prompt, not padding before it.
+        in_sink = (c - asked.begins)[:, None, None] * asked.block < asked.setting("sink")  # (B | 1, h, 1, C)
+        return in_window | in_sink
 
 
 CANDIDATES.register("threshold")(Threshold())

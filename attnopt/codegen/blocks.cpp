@@ -26,7 +26,7 @@ constexpr int64_t WIDTH = SPAN + 16;
 
 struct Lists {
   const int *heads, *counts, *blocks;  // (h,), (B, h, R), (B, h, R, most)
-  const float* bounds;  // (h,)
+  const float* bounds;  // (B, h)
   const bool* pad;  // (B, M), or null
   int64_t count, rows, columns, most;  // h; blocks of rows and of keys; ids in a list
 
@@ -60,14 +60,19 @@ struct Laid {
   T* key(int64_t j) const { return &keys[j / panel * panel * dim + j % panel * PAIR]; }
   T* value(int64_t j) const { return &values[j * dim_v]; }
 
-  // n <= BLOCK keys and values from j on, a multiple of BLOCK; what is missing of the block is zero.
-  void put(const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t j, int64_t n) const {
+  // n <= BLOCK keys and values from j on, a multiple of BLOCK; what is missing of the block is zero. So are the values
+  // of padding, which `pad` (n,), or null, has: a weight of 0 does not hide what is no number.
+  void put(const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t j, int64_t n, const bool* pad) const {
     lay_out_keys(k, k_row, n, dim, key(j), panel);
     if constexpr (PAIR == 2) {
       lay_out_values(v, v_row, n, dim_v, value(j));
     } else {
       for (int64_t i = 0; i < n; i++) std::copy_n(v + i * v_row, dim_v, value(j + i));
       std::fill_n(value(j + n), (BLOCK - n) * dim_v, 0.0f);
+    }
+    for (int64_t i = 0; pad != nullptr && i < n; i++) {
+      if (pad[i]) continue;
+      for (int64_t d = 0; d < dim_v; d++) value(j + i / PAIR * PAIR)[d * PAIR + i % PAIR] = 0.0f;
     }
   }
 };
@@ -195,7 +200,7 @@ struct Listed {
     int64_t rows = std::min(block, length - first), p = first + keys - length;
     const int* list = lists.blocks + at * lists.most;
     const uint8_t* alive = &live[b * lists.columns];
-    float bound = lists.bounds[n];
+    float bound = lists.bounds[b * lists.count + n];
     bool bounded = bound != NONE;
     visit.start(rows);
     for (int64_t i = 0; i < size; i++) {
@@ -248,7 +253,8 @@ struct Listed {
         for (int64_t j = begin * step; j < end * step; j += BLOCK) {
           int64_t n = std::clamp<int64_t>(keys - j, 0, BLOCK), last = std::min(j + BLOCK, keys) - 1;
           if (!named[std::min(j, last) / block] && !named[last / block]) continue;
-          laid.put(k.at(b, g, j), k.row, v.at(b, g, j), v.row, j, n);
+          const bool* pad = lists.pad == nullptr ? nullptr : lists.pad + b * keys + j;
+          laid.put(k.at(b, g, j), k.row, v.at(b, g, j), v.row, j, n, pad);
         }
       });
       // Taken one by one, the long ones first.

@@ -69,10 +69,14 @@ def _gathered(
     wide = torch.promote_types(q.dtype, torch.float32)
     (batch, total, length, _), (_, groups, keys, width) = q.shape, v.shape
     rows, offset, inside = counts.shape[2], keys - length, torch.arange(block)
+    if pad is not None:
+        # A weight of 0 does not hide what is no number.
+        v = v.masked_fill(~pad[:, None, :, None], 0.0)
     queries, keyed, valued = (
         F.pad(x.to(wide), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block)) for x in (q[:, heads.long()], k, v)
     )
     real = torch.arange(keyed.shape[2] * block) < keys
+    bounds = bounds.to(wide).expand(batch, -1)
     kept = F.pad(pad, (0, len(real) - keys)) if pad is not None else real.expand(batch, -1)
     mixed = queries.new_zeros((batch, len(heads), rows, block, width))
     sums = queries.new_full((batch, len(heads), rows, block), -torch.inf)
@@ -92,7 +96,7 @@ def _gathered(
         if window:
             keep &= apart < window
         scores[..., whole * block :].masked_fill_(~keep, -torch.inf)
-        skipped[b, n, r] = _skip(scores.unflatten(2, (size, block)), bounds[n].to(wide), at < length)
+        skipped[b, n, r] = _skip(scores.unflatten(2, (size, block)), bounds[b, n], at < length)
         most = scores.amax(-1, keepdim=True)
         most.masked_fill_(most == -torch.inf, 0.0)
         weights = scores.sub_(most).exp_()

@@ -224,9 +224,9 @@ def blocks(
     q, k, v = map(_readable, (q, k, v))
     # Named, so that what a conversion makes is there until the call ends.
     tables = heads, counts, lists = _table(heads), _table(counts), _table(lists)
-    bounds, pad = bounds.to(torch.float32).contiguous(), None if pad is None else pad.contiguous()
-    skipped = torch.empty_like(counts)
+    skipped, pad = torch.empty_like(counts), None if pad is None else pad.contiguous()
     (batch, count, length, dim), (_, groups, keys, width) = q.shape, v.shape
+    bounds = bounds.to(torch.float32).expand(batch, len(heads)).contiguous()
     held = (q, k, v, out, lse, *tables, bounds, pad, skipped)
     call = _LISTS(
         *(0 if x is None else x.data_ptr() for x in held), *(step for x in held[:4] for step in x.stride()[:3]),

@@ -18,10 +18,11 @@ def prefill(
 
     q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), M >= N: the queries are the last N. counts int32 (B, h, R) and
     blocks int32 (B, h, R, L): row block r visits the column blocks ``blocks[b, h, r, :counts[b, h, r]]``, ascending and
-    different; what stands behind them is not read. bounds float32 (h,): natural logarithms of the thresholds lambda,
-    -inf for none. pad bool (B, M) true where a key counts; window: the model's own, 0 for none. out (B, H, N, Dv), of
-    any strides, and lse (B, h, N) in float32 (float64 for float64), where it is wanted, are written: 0 and -inf in a
-    row that keeps no key. Returns int32 (B, h, R), the blocks skipped by their bound.
+    different; what stands behind them is not read. bounds float32 (h,) or (B, h): natural logarithms of the thresholds
+    lambda, -inf for none. pad bool (B, M) true where a key counts, what stands elsewhere may be no number; window: the
+    model's own, 0 for none. out (B, H, N, Dv), of any strides, and lse (B, h, N) in float32 (float64 for float64),
+    where it is wanted, are written: 0 and -inf in a row that keeps no key. Returns int32 (B, h, R), the blocks skipped
+    by their bound.
 
     Blocks are visited in this order: the first of the list, where sinks are, then from the last, the diagonal,
     downward. With m_i the largest score of row i so far, a block is skipped where ``max_j s_ij < m_i + bound`` for
@@ -31,7 +32,10 @@ def prefill(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     share, offset = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
-    skipped = torch.zeros_like(counts)
+    skipped, bounds = torch.zeros_like(counts), bounds.expand(q.shape[0], -1)
+    if pad is not None:
+        # A weight of 0 does not hide what is no number.
+        v = v.masked_fill(~pad[:, None, :, None], 0.0)
     for b in range(q.shape[0]):
         for n, head in enumerate(heads.tolist()):
             keys, values = (x[b, head // share].to(wide) for x in (k, v))
@@ -51,7 +55,7 @@ def prefill(
                     here = scores.amax(-1)
                     if not bool(keep.any()):
                         continue
-                    if bool(((here < most + bounds[n]) | (here == -torch.inf)).all()):
+                    if bool(((here < most + bounds[b, n]) | (here == -torch.inf)).all()):
                         skipped[b, n, r] += 1
                         continue
                     new = torch.maximum(most, here)

@@ -139,6 +139,11 @@ def _prefill(
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     if not out.numel():
         return out
+    if idle := [head for group in groups if not group.sink + group.window for head in group.heads]:
+        out[:, idle] = 0.0
+        if lse is not None:
+            lse[:, idle] = float("-inf")
+        groups = [group for group in groups if group.sink + group.window]
     if ours:
         # Dense heads are SDPA's, but where padding has holes.
         spared = [group for group in groups if pad is None and group.window == length]
@@ -146,8 +151,8 @@ def _prefill(
         if chosen:
             native.prefill(q, k, v, out, lse, sinks, windows, pad, chosen, scale)
         groups = spared
-        if not groups:
-            return out
+    if not groups:
+        return out
     q, k, v, scale = _widen(q, k, v, scale, pad, tune.extra)
     # ATen's flash kernel, called without SDPA's own checks, reads features one after the other.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -288,11 +293,6 @@ def _group(
     (B, kv * share, N).
     """
     length, start = q.shape[2], group.sink + group.window
-    if start == 0:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(float("-inf"))
-        return
     result, sums = _flash(q[:, :, :start], k[:, :, :start], v[:, :, :start], scale, causal=True)
     out[:, :, :start].copy_(result[..., : out.shape[3]])
     if lse is not None:

@@ -182,7 +182,7 @@ def _program_text(spec: BlockPrefill) -> str:
     kv_head = head // {spec.share}
     count = tl.load(counts + batch * counts_batch + place.to(tl.int64) * counts_head + row_block * counts_row)
     listed = blocks + batch * blocks_batch + place.to(tl.int64) * blocks_head + row_block.to(tl.int64) * blocks_row
-    bound = tl.load(bounds + place) * LOG2E{needs}
+    bound = tl.load(bounds + pair) * LOG2E{needs}
 """
 
 

@@ -64,6 +64,8 @@ def _prefill(spec: BlockPrefill, split: bool) -> str:
         f"""
     # Of which column blocks every key is real; behind the last key there is none.
     whole = torch.nn.functional.pad(pad, (0, -keys % {block})).view(batch, -1, {block}).all(-1).view(torch.uint8)
+    # A weight of 0 does not hide what is no number.
+    v = v.masked_fill(~pad[:, None, :, None], 0.0)
     pad = pad.contiguous().view(torch.uint8)"""
         if spec.padded
         else ""
@@ -75,9 +77,9 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
 
     Writes the heads `heads`, int32 (h,), of out (B, {heads}, N, {dim_v}), and lse float32 (B, h, N) where it is given.
     counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each of R blocks of rows visits.
-    bounds float32 (h,), at most 0: a block is skipped where every score is less than its row's largest so far plus the
-    head's bound; -inf for none. pad {"bool (B, M)" if spec.padded else "None"}; window: of every head, 0 for none.
-    Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
+    bounds float32 (h,) or (B, h), at most 0: a block is skipped where every score is less than its row's largest so far
+    plus the head's bound; -inf for none. pad {"bool (B, M)" if spec.padded else "None"}; window: of every head, 0 for
+    none. Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
     """
     _check(q, k, v, heads, counts, blocks, pad, out)
     (batch, served, row_blocks), queries, keys = counts.shape, q.shape[2], k.shape[2]
@@ -123,7 +125,7 @@ def _call(spec: BlockPrefill, split: bool) -> str:
         heads.contiguous(),
         counts,
         blocks,
-        bounds.contiguous(),{pad}{needs_argument}
+        bounds.expand(batch, served).contiguous(),{pad}{needs_argument}
         queries,
         keys,
         row_blocks,

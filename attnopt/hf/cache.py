@@ -88,7 +88,7 @@ class SpanCache(Cache):
         layers = []
         for at, (site, state) in enumerate(zip(here, states, strict=True)):
             choices = None if whole or plan is None else plan.choices.get(site.name)
-            prompt = selection_of(choices, site, 0)
+            prompt = selection_of(choices, site, plan.min_length if plan is not None else 0)
             layers.append(SpanLayer(layouts[site.name], site.mask.window, at == 0, state, prompt))
         return cls(layers, length)
 

@@ -148,13 +148,15 @@ class SpanLayer(CacheLayerMixin):
         before = self.n + self.pads if valid is not None and self.leads else None
         q = autocast(query)
         step: Any = attend if self.tokens is None else self.tokens.attend
-        selects = self.prompt is not None and self.fresh and self.prompt.serves(q.shape[2])
+        selects = self.selects(q.shape[2])
         spans = self.narrowed if selects else self.spans
         out: Tensor = step(
             q, key, value, self.slots_k, self.slots_v, self.n, valid, self.table, spans, scale, self.fresh
         )
-        if selects and self.prompt is not None:
+        if selects and self.prompt is not None and self.fresh:
             out = self.prompt.attend(q, key, value, out, valid, scale)
+        elif selects and self.prompt is not None:
+            out = self.prompt.attend_chunk(q, self.slots_k, self.slots_v, self.n, self.layout, out, valid, scale)
         if valid is not None:
             self.pads.add_((~valid).sum(1, dtype=torch.int32))
         if before is not None and valid is not None:
@@ -164,6 +166,15 @@ class SpanLayer(CacheLayerMixin):
             self.marks.scatter_(1, columns % REMEMBERED, torch.where(last, 0, columns + 1).to(torch.int32))
         self.fresh = False
         return out
+
+    def selects(self, tokens: int) -> bool:
+        """Whether so many new tokens are a prompt, or a chunk of one, that is selected from."""
+        if self.prompt is None:
+            return False
+        if self.fresh:
+            return self.prompt.serves(tokens)
+        # So few may be drafts, of which as much must come as of tokens one by one: dense.
+        return tokens > 1 + max(ROLLBACK, self.layout.slack) and self.prompt.goes_on(self.layout)
 
     def grow(self, layout: Layout) -> None:
         """Go on with a layout for more tokens. What is held moves to its slots there; windows must be the same."""

@@ -8,7 +8,7 @@ from attnopt.ops.live import live_attention
 from attnopt.ops.masked import masked_attention
 from attnopt.ops.mean_far import mean_far
 from attnopt.ops.merge import compute, merge
-from attnopt.ops.selected import selected_attention
+from attnopt.ops.selected import selected_attention, selected_chunk
 from attnopt.ops.span import (
     launches,
     prefill,
@@ -35,6 +35,7 @@ __all__ = [
     "merge",
     "prefill",
     "selected_attention",
+    "selected_chunk",
     "span_attention",
     "span_attention_backward",
     "span_attention_lse",

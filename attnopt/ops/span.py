@@ -25,9 +25,15 @@ from attnopt.codegen.spec import SpanBackward, SpanPrefill
 launches: Counter[str] = Counter()
 
 
+# The alpha of a head that keeps nothing, as another operator serves it: its rows are 0.
+IDLE = -(2**31)
+
+
 def windows_at(alphas: Tensor, betas: Tensor, length: int, model_window: int = 0) -> Tensor:
-    """Windows int32 (H,) at `length` keys: clamp(floor(alpha + beta · N), 1, N), within the model's own if any."""
+    """Windows int32 (H,) at `length` keys: clamp(floor(alpha + beta · N), 1, N), within the model's own if any; 0 where
+    alpha is IDLE."""
     windows = torch.floor(alphas.double() + betas.double() * length).clamp(1, max(1, length))
+    windows.masked_fill_(alphas == IDLE, 0)
     return (windows.clamp(max=model_window) if model_window else windows).to(torch.int32)
 
 

@@ -99,6 +99,5 @@ def with_parts(
 
 
 def windows_at(windows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Windows to time: those observed, the larger shares of each length that a rule may ask for, and the one key that
-    the kernel of spans keeps of heads whose keys are selected."""
-    return sorted({1, *windows} | {n // d for n in lengths for d in (2, 4, 8)})
+    """Windows to time: those observed, and the larger shares of each length that a rule may ask for."""
+    return sorted(set(windows) | {n // d for n in lengths for d in (2, 4, 8)})

@@ -92,7 +92,9 @@ class Explanation:
     @property
     def visits(self) -> dict[str, list[dict[str, Any]]]:
         """What its heads visited so far whose keys are selected while running (`report.data.visits`)."""
-        return visits_json(site.name for graph in self.graphs for site in graph.sites)
+        compiled = [site.name for graph in self.graphs for site in graph.sites]
+        enabled = [] if self.generation is None else [layer.name for layer in self.generation.layers]
+        return visits_json([*compiled, *enabled])
 
     def to_json(self) -> dict[str, Any]:
         """The data of all the rest: that of the page, the history and what is known of generation."""
@@ -108,7 +110,9 @@ class Explanation:
         if self._generates:
             data["notes"] += str(self.generation).splitlines()
         if self.graphs:
-            data |= {**of_graphs(self.graphs), "kernels": launched_sources(), "visits": self.visits}
+            data |= {**of_graphs(self.graphs), "kernels": launched_sources()}
+        if self.graphs or self._generates:
+            data["visits"] = self.visits
             data["notes"] += visits_lines(data["visits"])
         return page_data(f"attnopt: {self.name}", data | self.planned())
 
@@ -173,10 +177,10 @@ def printed(explained: Explanation, width: int) -> str:
         to.print(f"{explained.name}: {'; '.join(explained.notes) or 'compiled by attnopt'}", soft_wrap=True)
     if explained.graphs:
         terminal.print_graphs(explained.graphs, to=to)
-        for line in visits_lines(explained.visits):
-            to.print(line, soft_wrap=True)
     if explained._generates:
         to.print(str(explained.generation), soft_wrap=True)
+    for line in visits_lines(explained.visits):
+        to.print(line, soft_wrap=True)
     print_planned(explained, to)
     return "\n".join(line.rstrip() for line in held.getvalue().splitlines())
 

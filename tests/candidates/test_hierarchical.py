@@ -42,8 +42,10 @@ def by_hand(asked: Asked, count: int) -> torch.Tensor:
     found = torch.zeros(asked.q.shape[0], len(asked.heads), asked.rows, asked.columns, dtype=torch.bool)
     first, last = (x.tolist() for x in asked.reach)
     for b, h, r in [(b, h, r) for b in range(found.shape[0]) for h in range(found.shape[1]) for r in range(asked.rows)]:
-        seen = last[r] + 1 - first[r]
-        cuts = [first[r] + n * seen // count for n in range(count + 1)]
+        real = [True] if asked.pad is None else asked.pad[b].tolist()
+        begin = max(first[r], real.index(True) // asked.block)
+        seen = max(last[r] + 1 - begin, 0)
+        cuts = [begin + n * seen // count for n in range(count + 1)]
         ranges = list(pairwise(cuts))
         while any(end - start > 1 for start, end in ranges):
             halves = [(start, (start + end + 1) // 2) for start, end in ranges]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from candidates.degenerate import KV_HEADS, SCALE, any_inputs
 from candidates.selecting import padded
 from torch import Tensor
@@ -61,7 +62,8 @@ def hard(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | 
         q, k, v = (x[:, :, :keys].to(dtype) for x in whole)
         for pad in (None, padded()[:, :keys], right[:, :keys], torch.zeros(2, keys, dtype=torch.bool)):
             hole = torch.zeros(2, 1, keys, 1, dtype=torch.bool) if pad is None else ~pad[:, None, :, None]
-            yield q.masked_fill(hole, torch.nan)[:, :, keys - queries :], k.masked_fill(hole, torch.nan), v, pad
+            hidden = [x.masked_fill(hole, torch.nan) for x in (q, k, v)]
+            yield hidden[0][:, :, keys - queries :], hidden[1], hidden[2], pad
 
 
 @every_setting
@@ -78,8 +80,32 @@ def test_no_prompt_is_too_short_or_too_padded(kind: Selected, params: Params, dt
 def test_what_comes_out_is_finite(kind: Selected) -> None:
     params = {**dict(kind.menu(LENGTH)[-1].params), "block": 16}
     for q, k, v, pad in hard(torch.bfloat16):
-        out = kind.reference(q.nan_to_num(), k.nan_to_num(), v, params, SCALE, None, pad=pad)
+        out = kind.reference(q.nan_to_num(), k, v, params, SCALE, None, pad=pad)
         assert out.shape == q.shape and out.dtype == torch.bfloat16 and bool(out.isfinite().all())
+
+
+@every_setting
+def test_whole_blocks_of_padding_on_the_left_change_nothing(kind: Selected, params: Params) -> None:
+    drawn, length = torch.Generator().manual_seed(1), 8 * 16 + 5
+    q, k, v = (torch.randn(1, heads, length, 8, generator=drawn, dtype=torch.float64) for heads in (2, 1, 1))
+    pad = torch.arange(48 + length)[None] >= 48
+    hidden = [F.pad(x, (0, 0, 48, 0), value=torch.nan) for x in (8 * q, k, v)]
+    for window in (0, 50):
+        alone = kind.reference(8 * q, k, v, params, SCALE, window)
+        beside = kind.reference(*hidden, params, SCALE, window, pad=pad)
+        torch.testing.assert_close(beside[:, :, 48:], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if "mass" in {p.name for p in kind.params}], ids=lambda k: k.name
+)
+def test_all_of_the_mass_is_every_block_that_may_be_seen(kind: Selected) -> None:
+    """Where most of the weights are 0 as numbers, and scores of the last queries are as far apart."""
+    params = {**dict(kind.menu(LENGTH)[0].params), "block": 16, "mass": 1.0}
+    for trust in (0.0, 1.0):
+        q, k, _ = any_inputs()
+        asked = asked_by(kind, {**params, "trust": trust} if "trust" in params else params, 1e4 * q, k, padded())
+        assert torch.equal(keep_of(kind.select(asked), 3), asked.possible.expand(2, 4, -1, -1))
 
 
 @every_setting

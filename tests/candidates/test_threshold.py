@@ -51,6 +51,16 @@ def test_a_row_loses_no_more_than_its_bound(skip: float, holes: bool) -> None:
     assert int(skipped[1].sum()) == 0 and (skip < 1 or int(skipped[0].sum()) > 0)
 
 
+def test_padding_is_neither_a_sink_nor_among_the_keys_that_a_bound_is_divided_by() -> None:
+    inputs, pad = tuple(torch.randn(2, n, 80, 8) for n in (HEADS, 2, 2)), padded(80)
+    params = {**EVERY, "sink": 17, "window": 1, "skip": 4.0}
+    bounds = bounds_of(asked_for(THRESHOLD, params, pad, inputs))
+    torch.testing.assert_close(bounds, (4 / pad.sum(-1, keepdim=True)).log().expand(2, HEADS))
+    # One entry begins in the second block.
+    found = visits_by(THRESHOLD, params, pad, inputs=inputs)[:, 0, 4].int()
+    assert found.tolist() == [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]
+
+
 @pytest.mark.parametrize("changed, said", [({"window": 0}, "window must be"), ({"skip": 0.01}, "a multiple of")])
 def test_wrong_parameters_are_named(changed: dict[str, Number], said: str) -> None:
     assert said in THRESHOLD.problem({**EVERY, **changed})

@@ -113,6 +113,26 @@ def test_nothing_is_read_that_no_list_names(dtype: torch.dtype, way: str) -> Non
     agrees(given, right)
 
 
+@pytest.mark.parametrize("name", ["pads with holes", "pads on the left, window", "threshold, chunk, pads, window"])
+@pytest.mark.parametrize("dtype", COMPILED, ids=str)
+def test_what_stands_at_padding_may_be_no_number(name: str, dtype: torch.dtype, way: str) -> None:
+    """Nor in the reference."""
+    right = arguments(CASES[name], dtype)
+    hole = ~right["pad"][:, None, :, None]
+    for value in (torch.nan, torch.inf):
+        given = right | {n: right[n].masked_fill(hole, value) for n in "kv"}
+        agrees(given, right)
+        agrees(right, given)
+
+
+def test_thresholds_of_each_entry(way: str) -> None:
+    given = arguments(CASES["threshold, whole lists"], torch.float32)
+    bounds = torch.stack([given["bounds"], given["bounds"].flip(0)])
+    agrees(given | {"bounds": bounds})
+    # It would be seen if the second had those of the first.
+    assert not differences(given, given | {"bounds": bounds})[2]
+
+
 @pytest.mark.parametrize("dtype", COMPILED, ids=str)
 def test_values_of_what_is_skipped_are_not_read(dtype: torch.dtype) -> None:
     """By the kernel: the skip is one."""

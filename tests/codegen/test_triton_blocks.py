@@ -76,7 +76,7 @@ CASES = {
     "bounds, blocks of 32, padded": Case(
         130, block=32, heads=(1,), bounds=(-0.5,), lists="all", dims=(64, 64), padding=[[20, 50]], level=3.0
     ),
-    "float16, bounds": Case(70, heads=(0, 3), dtype="float16", bounds=BOUNDED[::2], lists="all", level=2.0),
+    "float16, bounds": Case(70, heads=(0, 3), batch=2, dtype="float16", bounds=BOUNDED[::2], lists="all", level=2.0),
     "a block of two tiles, bounds": Case(66, 270, block=64, heads=(1,), bounds=(-1.0,), lists="all", level=2.0),
     "a block of two tiles, padded": Case(90, block=64, heads=(0, 2), bounds=(NEVER, -2.0), padding=[[40, 60]]),
     "blocks of 128, in one tile": Case(
@@ -177,6 +177,9 @@ def run(case: Case, near_misses: bool) -> dict[str, Any]:
     counts, blocks = lists_of(case, keys)
     heads = torch.tensor(case.heads, dtype=torch.int32)
     bounds = torch.tensor([case.bounds[n % len(case.bounds)] for n in range(len(served))])
+    if case.batch > 1:
+        # Of each entry its own.
+        bounds = torch.stack([bounds, bounds.flip(0)])
     pad = None
     if case.padding is not None:
         j = torch.arange(keys)
@@ -199,7 +202,11 @@ def run(case: Case, near_misses: bool) -> dict[str, Any]:
     if case.lse == "strided":
         lse = lse.mT.contiguous().mT
     given = heads, counts, blocks, bounds, case.scale, pad, case.window, out
-    skipped = module.prefill(q, k, v, *given, lse if case.lse else None)
+    hidden = k, v
+    if pad is not None:
+        # What stands at padding may be no number.
+        hidden = tuple(t.masked_fill(~pad[:, None, :, None], x) for t, x in ((k, float("inf")), (v, float("nan"))))
+    skipped = module.prefill(q, *hidden, *given, lse if case.lse else None)
     found = out[:, served]
     expected, expected_lse, expected_skipped = exact()
     row = {

@@ -140,6 +140,31 @@ def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     torch.testing.assert_close(out.double(), dense(*(x.double() for x in (q, k, v))), rtol=tolerance, atol=tolerance)
 
 
+def chunk(
+    slots: tuple[Tensor, ...], q: Tensor, heads: Tensor, row: dict[str, Number], least: int = 0
+) -> tuple[Any, ...]:
+    """What the operator takes for the last tokens of 70, of which `slots` hold all in one order for each KV head."""
+    n, settings = torch.full((2,), 70, dtype=torch.int32), table(*[row] * len(heads))
+    rest = f"pooled/{BLOCK}", settings, None, SCALE, 0, least, ""
+    return q, *slots, n, [0, 80], torch.zeros(2, HEADS, q.shape[2], DIM), heads, *rest
+
+
+def test_a_chunk_is_read_from_a_cache() -> None:
+    q, k, v = inputs(70, 40)
+    slots = tuple(F.pad(x, (0, 0, 0, 10), value=torch.nan).flatten(1, 2) for x in (k, v))
+    heads = torch.arange(HEADS, dtype=torch.int32)
+    given = chunk(slots, q, heads, FEW)
+    torch.library.opcheck(ops.selected_chunk, given, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(ops.selected_chunk(*given), call(q, k, v, None, heads, *[FEW] * HEADS))
+    found = ops.selected_chunk(*chunk(slots, q, heads, {**FEW, "skip": 70.0}, least=71))
+    torch.testing.assert_close(found, dense(q, k, v), rtol=1e-4, atol=1e-5)
+    # Only of the KV head that has them, and beside other heads.
+    one, gone = torch.tensor([0, 1], dtype=torch.int32), list(chunk(slots, q, SERVED, FEW))
+    gone[4:7] = [0, -1], torch.ones(2, HEADS, 40, DIM), one
+    found = ops.selected_chunk(*gone)
+    assert torch.equal(found[:, :2], call(q, k, v, gone[5], one, FEW, FEW)[:, :2]) and bool((found[:, 2:] == 1).all())
+
+
 def test_it_has_no_gradient_and_says_so() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(20))
     out = call(q, k, v, None, torch.arange(HEADS, dtype=torch.int32), *[FEW] * HEADS)
@@ -151,3 +176,5 @@ def test_it_is_registered_as_it_should_be() -> None:
     q, k, v = inputs(33)
     given = q, k, v, torch.zeros_like(q), SERVED, f"pooled/{BLOCK}", table(FEW, FEW), None, SCALE, 0, 0, ""
     torch.library.opcheck(ops.selected_attention, given, test_utils=("test_schema", "test_faketensor"))
+    for name in ("selected_attention", "selected_chunk"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.attnopt, name).default.tags

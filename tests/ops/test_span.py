@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnopt import ops
 from attnopt.codegen.reference_prefill import prefill_lse as reference
+from attnopt.ops.span import IDLE
 
 SINKS = torch.tensor([0, 3, 0, 90], dtype=torch.int32)
 ALPHAS = torch.tensor([2**30, 5, 1, 0], dtype=torch.int32)
@@ -57,6 +58,31 @@ def test_gradients(target: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(gradients, right)
         assert all(x.transpose(1, 2).is_contiguous() for x in gradients)
     assert [key.split("_h4")[0] for key in ops.launches] == [f"span_prefill_{target}", f"span_backward_{target}"]
+
+
+@pytest.mark.parametrize("pads", ["", "left", "holes"])
+def test_an_idle_head_is_zero_and_its_keys_are_not_read(pads: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 70, 32, generator=generator) for heads in (4, 2, 2))
+    column = torch.arange(70).repeat(2, 1)
+    pad = {"": None, "left": column >= torch.tensor([[20], [0]]), "holes": column % 7 > 0}[pads]
+    alphas = torch.tensor([IDLE, IDLE, IDLE, 9], dtype=torch.int32)
+    tables = torch.zeros(4, dtype=torch.int32), alphas, torch.zeros(4, dtype=torch.float64), pad
+    k[:, 0] = v[:, 0] = torch.nan
+    windows = torch.tensor([0, 0, 0, 9], dtype=torch.int32)
+    assert torch.equal(ops.windows_at(*tables[1:3], 70), windows)
+    right, sums = reference(q, k.nan_to_num(), v.nan_to_num(), tables[0], windows, 0.3, pad)
+    found, (out, lse) = ops.span_attention(q, k, v, *tables, *REST), ops.span_attention_lse(q, k, v, *tables, *REST)
+    for x in (found, out):
+        torch.testing.assert_close(x, right, rtol=1e-4, atol=1e-5)
+        assert not x[:, :3].any()
+    torch.testing.assert_close(lse, sums, rtol=1e-4, atol=1e-5)
+    # Below a plan's least length it is dense like the others.
+    k, v = k.nan_to_num(), v.nan_to_num()
+    whole = ops.span_attention(q, k, v, *tables, 0.3, 0, 71)
+    torch.testing.assert_close(
+        whole, reference(q, k, v, tables[0], windows * 0 + 70, 0.3, pad)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_registration() -> None:

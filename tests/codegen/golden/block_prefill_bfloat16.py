@@ -86,7 +86,7 @@ def block_prefill(
     kv_head = head // 4
     count = tl.load(counts + batch * counts_batch + place.to(tl.int64) * counts_head + row_block * counts_row)
     listed = blocks + batch * blocks_batch + place.to(tl.int64) * blocks_head + row_block.to(tl.int64) * blocks_row
-    bound = tl.load(bounds + place) * LOG2E
+    bound = tl.load(bounds + pair) * LOG2E
 
     inner = tl.arange(0, TILE)
     dims = tl.arange(0, 128)
@@ -239,9 +239,9 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
 
     Writes the heads `heads`, int32 (h,), of out (B, 32, N, 128), and lse float32 (B, h, N) where it is given.
     counts int32 (B, h, R) and blocks int32 (B, h, R, L): the column blocks that each of R blocks of rows visits.
-    bounds float32 (h,), at most 0: a block is skipped where every score is less than its row's largest so far plus the
-    head's bound; -inf for none. pad None; window: of every head, 0 for none.
-    Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
+    bounds float32 (h,) or (B, h), at most 0: a block is skipped where every score is less than its row's largest so far
+    plus the head's bound; -inf for none. pad None; window: of every head, 0 for
+    none. Returns int32 (B, h, R), the blocks skipped. Nothing is read on the host.
     """
     _check(q, k, v, heads, counts, blocks, pad, out)
     (batch, served, row_blocks), queries, keys = counts.shape, q.shape[2], k.shape[2]
@@ -269,7 +269,7 @@ def prefill(q, k, v, heads, counts, blocks, bounds, scale, pad, window, out, lse
         heads.contiguous(),
         counts,
         blocks,
-        bounds.contiguous(),
+        bounds.expand(batch, served).contiguous(),
         queries,
         keys,
         row_blocks,
