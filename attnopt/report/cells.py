@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+from attnopt.candidates import Candidate
 from attnopt.registry import CANDIDATES
 
 Row = TypeVar("Row")
@@ -161,13 +162,21 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
 
 
+def far_of(kind: Candidate) -> str:
+    """`Candidate.far`, and "tokens" where only steps of decoding select what they read."""
+    return "tokens" if kind.decoded else kind.far
+
+
 @cache
 def signs() -> dict[str, str]:
     """The letter of every candidate whose heads are more, or less, than a span: L, T, C; x where they are gone. Of
     those that select keys, which came later, the first letter of the name that is free."""
-    kinds = sorted((kind.far == "selected", name, kind.far) for name, kind in CANDIDATES if kind.far)
+    kinds = [(far, name) for name, kind in CANDIDATES if (far := far_of(kind))]
+    kinds.sort(
+        key=lambda kind: (("selected", "tokens").index(kind[0]) if kind[0] in ("selected", "tokens") else -1, kind[1])
+    )
     found: dict[str, str] = {}
-    for _, name, far in kinds:
+    for far, name in kinds:
         free = (c for c in name.upper() if c.isalpha() and c not in found.values())
         found[name] = "x" if far == "gone" else next(free, "?")
     return found
