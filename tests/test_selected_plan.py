@@ -325,7 +325,7 @@ def test_what_is_not_known_is_said_not_to_be(made: Made, evidence: tuple[Profile
     said = io.StringIO()
     terminal.print_plan(data, Console(file=said, width=120))
     terminal.print_difference(found, Console(file=said, width=120))
-    assert "selected      ?" in said.getvalue() and "100 -> ? %" in said.getvalue()
+    assert "selected         ? " in said.getvalue() and "100 -> ? %" in said.getvalue()
 
 
 def test_under_the_break_even_such_heads_are_dense(made: Made, evidence: tuple[Profile, Fitted]) -> None:

@@ -171,12 +171,10 @@ def far_of(kind: Candidate) -> str:
 def signs() -> dict[str, str]:
     """The letter of every candidate whose heads are more, or less, than a span: L, T, C; x where they are gone. Of
     those that select keys, which came later, the first letter of the name that is free."""
-    kinds = [(far, name) for name, kind in CANDIDATES if (far := far_of(kind))]
-    kinds.sort(
-        key=lambda kind: (("selected", "tokens").index(kind[0]) if kind[0] in ("selected", "tokens") else -1, kind[1])
-    )
+    later = {"selected": 1, "tokens": 2}
+    kinds = sorted((later.get(far_of(kind), 0), name, far_of(kind)) for name, kind in CANDIDATES if far_of(kind))
     found: dict[str, str] = {}
-    for far, name in kinds:
+    for _, name, far in kinds:
         free = (c for c in name.upper() if c.isalpha() and c not in found.values())
         found[name] = "x" if far == "gone" else next(free, "?")
     return found

@@ -157,7 +157,8 @@ def density_of(spans: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
 
 
 def density_text(plan: Mapping[str, Any]) -> str:
-    """Of the data of `plan_json`: "26.7 % of the dense query-key pairs at 2048 tokens", and how selecting heads count."""
+    """Of the data of `plan_json`: "26.7 % of the dense query-key pairs at 2048 tokens", and how heads count that
+    select."""
     spans, length = plan["spans"], plan["lengths"]["planned"]
     most = "at most " if any(span["kept"] is None for span in spans) else ""
     steps = " (of heads that select tokens, what a step attends to)" if any("attended" in s for s in spans) else ""
