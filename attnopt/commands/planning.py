@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> None:
             refused = [("no plan", error.problem), ("remedy", error.remedy)]
             told = {"summary": refused, "records": records_json(tried), "profile": profile_json(held)}
             write_page(page, page_data(f"attnopt plan {args.model}, refused", told))
-            note(f"wrote {page}: what was measured, and the profile")
+            raise BudgetError(error.problem, f"{error.remedy} {page} has the search and the profile.".strip()) from None
         raise
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
     if page is None:
