@@ -257,7 +257,7 @@ def test_a_plan_with_selections_is_measured_saved_and_runs(made: Made, tmp_path:
     assert [(h["head"], h["possible"], h["calls"]) for h in heads] == [(0, 20, 2), (1, 20, 2)]
     assert heads[0]["skipped"] == 0 and heads[0]["visited"] < 20 and heads[1]["visited"] == 20
     least, most = (f"{100 * h['visited'] / 20:.3g}" for h in heads)
-    said = f"h.0, heads 0-1: {least} to {most} % of the blocks visited, of these 0 to "
+    said = f"h.0, heads 0-1: {least} to {most} % of the blocks visited, of these 0 % skipped"
     assert said in " ".join(str(told).split())
 
 
