@@ -226,7 +226,8 @@ def plan(made: Parser) -> None:
         "--objective",
         default="prefill",
         choices=("prefill", "decode", "memory", "mixed"),
-        help="what costs are weighed: prefill (default), decoding or memory by what the cache keeps, or half of both",
+        help="what costs are weighed: prefill (default), decoding by what a step reads of the cache, memory by what it "
+        "keeps, or half prefill and half decoding",
     )
     with_constraints(made)
     made.add_argument(
