@@ -8,16 +8,20 @@ from typing import Any
 
 import pages
 import pytest
+import torch
 from made_plans import made_plan, random_profile, sites_of
 from rich.console import Console
 
+from attnopt.fitted import Fitted, Header
 from attnopt.ir import DENSE, Choice, Share
 from attnopt.plan import Plan
 from attnopt.planner.again import pose
 from attnopt.report import data, terminal
 from attnopt.report.cells import signs
 from attnopt.report.data.candidates import label
+from attnopt.report.fits import fitted_json, print_fitted
 from attnopt.report.page.heads import head_facts, measures
+from attnopt.statistics.trials import Trials
 
 OWN = {"k": 64, "sink": 4, "recent": 32}
 TOP = Choice.of("top_tokens", {**OWN, "every": 8, "similar": 0.875, "behind": 0})
@@ -105,3 +109,18 @@ def test_one_head_is_explained_by_the_same_words() -> None:
         "a step attends to 100 of 128 keys, selected in 12.5 % of the steps, recalls 91.0 % of the mass"
     )
     assert row["cost"] == 100 / 128 and row["label"] == label(TOP)
+
+
+def test_every_setting_that_was_tried_is_listed() -> None:
+    trials = Trials.zeros(4, (TOP, CHANNELS))
+    trials.tokens = trials.rows = 1000.0
+    trials.possible.fill_(1000.0)
+    trials.visited[:] = torch.tensor([125.0, 1000.0])
+    trials.recalled[:] = torch.tensor([910.0, 800.0])
+    trials.t2[:, 1] = 2 * 1000 * 0.01
+    found = fitted_json(Fitted(Header(pages.MODEL, lengths=(512,)), trials={(SITE, 512): trials}))
+    out = io.StringIO()
+    print_fitted(found, Console(file=out, width=200))
+    said = " ".join(out.getvalue().split())
+    assert f"{label(TOP)} 4 of 4 100 12.5 % 91 % 0" in said and f"{label(CHANNELS)} 4 of 4 100 100 % 80 % 0.04" in said
+    assert "keys that a step attends to, steps that select anew" in said and "replacement" not in said
