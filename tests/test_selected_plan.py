@@ -193,7 +193,7 @@ def test_shares_and_damage_beyond_what_was_tried() -> None:
     assert allowed_families(None, fits) == FAMILIES
     with pytest.raises(OptionError, match="no trials of linear") as caught:
         allowed_families(["linear"], fits)
-    assert "attnopt distill --families linear" in caught.value.remedy
+    assert "attnopt distill --families blocks,linear,threshold" in caught.value.remedy
 
 
 def test_what_is_lost_of_the_probe_is_what_was_tried_or_what_is_not_recalled() -> None:
