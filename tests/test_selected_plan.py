@@ -290,7 +290,7 @@ def test_reports_say_what_such_heads_visit(made: Made, evidence: tuple[Profile, 
         (lambda d: d["visits"]["h.0"]["0"].pop("recalled"), "'recalled' is missing"),
         (lambda d: d["sites"]["h.0"]["choices"]["0"].update(block=48), "block must be one of 16, 32, 64, 128"),
         (lambda d: d["sites"]["h.0"]["choices"]["0"].update(mass=1.25), "mass must be between"),
-        (lambda d: d["sites"]["h.0"]["choices"]["0"].update(count=0), "count must be between 1"),
+        (lambda d: d["sites"]["h.0"]["choices"]["0"].update(count=0), "count must be between 1 and 1048576, not 0"),
     ],
 )
 def test_wrong_values_of_a_plan_are_named(made: Made, edit: Any, said: str) -> None:
