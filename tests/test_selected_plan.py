@@ -335,6 +335,8 @@ def test_under_the_break_even_such_heads_are_dense(made: Made, evidence: tuple[P
     data = plan_json(plan)
     assert {(h["far"], h["kept"], h["dense"]) for h in data["sites"]["h.0"]} == {("", 1.0, True)}
     assert f"{LENGTH} are fewer, so what is predicted there does not run" in dict(plan_facts(data))["break-even"]
+    measured = f"at {LENGTH} tokens, where dense runs and its choices were measured, increase"
+    assert dict(plan_facts(data))["final text"].startswith(measured)
     notes = head_json(plan, evidence[0], pose(plan, evidence[0]), "h.0", 0)["notes"]
     assert notes[0] == f"Under {2 * LENGTH} tokens the plan runs every head dense, also at the {LENGTH} compared here."
 

@@ -218,7 +218,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     # What decided first: the split that the search never saw.
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
     facts += [("beware", lost) for lost in totals["lost"]]
-    facts += [(f"{m['split']} text", f"at {m['length']} tokens {_measured_text(m, plan)}{others}") for m in ordered]
+    facts += [(f"{m['split']} text", f"{_measured_text(m, plan)}{others}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
     facts += [
@@ -256,9 +256,11 @@ def _budget_text(plan: Mapping[str, Any]) -> str:
 
 def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     retrieval = m["planned_retrieval"] is not None
+    dense = ", where dense runs and its choices were measured," if m["length"] < plan["min_length"] else ""
     return (
-        f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {plan['budget']['unit']}; loss "
-        f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+        f"at {m['length']} tokens{dense} increase {m['increase']:.4g}, at most {m['upper_95']:.4g} "
+        f"{plan['budget']['unit']}; loss {m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token "
+        f"on {m['tokens']} tokens"
         + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
         + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
         + (f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %" if retrieval else "")
