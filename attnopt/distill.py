@@ -1,4 +1,4 @@
-"""Fit what may stand in for heads' far keys, and measure what it does to the loss: `attnopt distill`.
+"""Fit and try what may replace heads besides spans, and measure what it does to the loss: `attnopt distill`.
 
 Two parts of the calibration text, disjoint. On one the model runs forward and backward once, rows of every site are
 kept, and maps are fitted to them (attnopt/fitting). On the other every choice is tried: its outputs are computed in the

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from attnopt.units import number_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -225,7 +227,8 @@ class Choice:
         return dict(self.params)[key]
 
     def __str__(self) -> str:
-        return f"{self.candidate}({', '.join(f'{k}={v:g}' for k, v in self.params)})" if self.params else self.candidate
+        params = ", ".join(f"{name}={number_text(value)}" for name, value in self.params)
+        return f"{self.candidate}({params})" if params else self.candidate
 
 
 DENSE = Choice("dense")
@@ -233,9 +236,10 @@ DENSE = Choice("dense")
 
 @dataclass(frozen=True)
 class Share:
-    """What a head whose keys are selected visited and kept. visited: of the blocks it could, those listed; skipped: of
-    these, those left out by their scores; recalled: of the dense soft-max mass what was attended to, the mean over
-    rows."""
+    """What a head whose keys are selected did. visited: of the blocks it could visit, those listed, or, where single
+    tokens are selected while decoding, of the steps those that selected anew (0 where another layer does); skipped: of
+    the blocks listed, those left out by their scores; recalled: of the dense soft-max mass what was attended to, the
+    mean over rows."""
 
     visited: float = 1.0
     skipped: float = 0.0

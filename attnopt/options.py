@@ -122,8 +122,13 @@ def examine(made: Parser) -> None:
 def profile(made: Parser) -> None:
     with_model(made)
     with_text(made)
-    made.add_argument("--out", required=True, metavar="FILE")
-    made.add_argument("--lengths", type=whole_numbers, default=[1024, 2048, 4096])
+    made.add_argument("--out", required=True, metavar="FILE", help="the profile (safetensors)")
+    made.add_argument(
+        "--lengths",
+        type=whole_numbers,
+        default=[1024, 2048, 4096],
+        help="tokens of the sequences (default 1024,2048,4096)",
+    )
     made.add_argument("--samples", type=count, default=4, help="sequences at each length (default 4)")
     made.add_argument("--windows", type=whole_numbers, default=None, help="windows observed")
     made.add_argument(
@@ -152,7 +157,7 @@ def profile(made: Parser) -> None:
 
 def merge(made: Parser) -> None:
     made.add_argument("profiles", nargs="+", metavar="PROFILE")
-    made.add_argument("--out", required=True, metavar="FILE")
+    made.add_argument("--out", required=True, metavar="FILE", help="their sum (safetensors)")
     made.add_argument("--mixed", action="store_true", help="also add profiles whose losses were of something else")
 
 
@@ -160,7 +165,7 @@ def distill(made: Parser) -> None:
     with_model(made)
     with_text(made)
     made.add_argument("--profile", required=True, metavar="FILE", help="of this model: its lengths are tried")
-    made.add_argument("--out", required=True, metavar="FILE")
+    made.add_argument("--out", required=True, metavar="FILE", help="what was fitted and tried (safetensors)")
     made.add_argument(
         "--features",
         type=whole_numbers,
@@ -186,7 +191,8 @@ def distill(made: Parser) -> None:
         "--families",
         type=names,
         metavar="FAMILIES",
-        help="what is fitted and tried (default: linear,taylor,compensation,prune; others: blocks,threshold,tokens)",
+        help="what is fitted and tried, all that a plan is to weigh in one run, as it takes one file (default: "
+        "linear,taylor,compensation,prune; others: blocks,threshold,tokens)",
     )
 
 
@@ -210,8 +216,8 @@ def with_constraints(made: Parser) -> None:
 def plan(made: Parser) -> None:
     with_model(made)
     with_text(made)
-    made.add_argument("--profile", required=True, metavar="FILE")
-    made.add_argument("--out", required=True, metavar="FILE")
+    made.add_argument("--profile", required=True, metavar="FILE", help="of this model")
+    made.add_argument("--out", required=True, metavar="FILE", help="the plan (JSON)")
     budget = made.add_mutually_exclusive_group()
     budget.add_argument("--max-loss-increase", type=budget_percent, default=1.0, metavar="PERCENT", help="default 1%%")
     budget.add_argument("--max-kl", type=not_negative, metavar="NATS", help="nats per token instead")
@@ -220,7 +226,8 @@ def plan(made: Parser) -> None:
         "--objective",
         default="prefill",
         choices=("prefill", "decode", "memory", "mixed"),
-        help="what costs are weighed: prefill (default), decoding or memory by what the cache keeps, or half of both",
+        help="what costs are weighed: prefill (default), decoding by what a step reads of the cache, memory by what it "
+        "keeps, or half prefill and half decoding",
     )
     with_constraints(made)
     made.add_argument(
@@ -231,13 +238,13 @@ def plan(made: Parser) -> None:
         metavar="SECONDS",
         help="solve with HiGHS as well, at most so long for each point tried (default 10)",
     )
-    made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted: weigh it beside spans")
+    made.add_argument("--fitted", metavar="FILE", help="what `attnopt distill` fitted and tried: weighed beside spans")
     made.add_argument(
         "--allow",
         type=names,
         metavar="FAMILIES",
         help="of linear, taylor, compensation, prune, blocks, threshold and tokens, those weighed (default with "
-        "--fitted: all that were tried but prune, which removes heads)",
+        "--fitted: all that were tried but prune, which removes heads); tokens count in decoding alone",
     )
     made.add_argument(
         "--device-preset",
@@ -255,7 +262,9 @@ def plan(made: Parser) -> None:
         metavar="W",
         help="what a nat per answer of the profiled probe counts, in nats per token of text (default 0.05; 0: nothing)",
     )
-    made.add_argument("--samples", type=count, default=16, help="sequences of each verified length (default 16)")
+    made.add_argument(
+        "--samples", type=count, default=16, help="sequences of each verified length, 8 or more (default 16)"
+    )
     made.add_argument(
         "--probe",
         type=count_or_none,

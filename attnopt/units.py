@@ -1,4 +1,4 @@
-"""Amounts of memory, as every report, message and table writes them."""
+"""Amounts of memory and numbers, as every report, message and table writes them."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def bytes_text(size: float) -> str:
         if size >= 1 << power:
             return f"{size / (1 << power):.3g} {unit}"
     return f"{size:.0f} B"
+
+
+def number_text(value: float) -> str:
+    """A number as a file would hold it: 1048576, 0.96875."""
+    return str(int(value)) if float(value).is_integer() else str(value)

@@ -78,7 +78,7 @@ def told(level, monkeypatch, capsys, model=None):
 
 def test_level_1_has_sites_and_times_and_no_reasons(eagerly, monkeypatch, capsys):
     said = told(1, monkeypatch, capsys)
-    assert "2 attentions, 2 replaced, 0 left alone, 0 not recognised" in said
+    assert "2 attentions, 2 rewritten, 0 left alone, 0 not recognised" in said
     assert "  0: SDPA is_causal\n" in said and "  1: SDPA is_causal\n" in said
     (times,) = re.findall(r"^  ([\d.]+) ms: (.*)$", said, re.M)
     each = re.findall(r"(\w+) ([\d.]+)", times[1])

@@ -47,7 +47,7 @@ def test_torch_logs_prints_the_lines_of_attnopt(traced: tuple[Path, str]) -> Non
     """INFO and DEBUG in torch's own format, with the id of the compilation."""
     lines = traced[1].splitlines()
     (head,) = [line for line in lines if "attnopt graph 0:" in line]
-    assert head.startswith("I") and "[0/0] attnopt graph 0: 1 attention, 1 replaced" in head and "told.py:" in head
+    assert head.startswith("I") and "[0/0] attnopt graph 0: 1 attention, 1 rewritten" in head and "told.py:" in head
     assert any(line.startswith("I") and "SDPA is_causal" in line for line in lines)
     assert any(line.startswith("V") and "not recognised, " in line and "script.py:" in line for line in lines)
 

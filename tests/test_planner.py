@@ -285,7 +285,7 @@ def test_text_too_noisy_to_decide_says_how_much_is_needed() -> None:
     noisy.spread = noisy.spread - noisy.spread.mean()
     with pytest.raises(BudgetError) as caught:
         verify_loop(problem, noisy, Budget("loss", 1.0))
-    assert "too short to decide" in caught.value.remedy
+    assert "too short to tell whether a plan keeps the budget" in caught.value.remedy
     assert "tokens are needed where there are 6000 (--samples " in caught.value.remedy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from compiling import compiled
 from models import HEADS, LAYERS, NanoGPT, tokens
+from rich.console import Console
 from test_problem import small_profile
 
 import attnopt
@@ -34,6 +36,7 @@ from attnopt.planner.verify import verify_loop
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.registry import CANDIDATES
+from attnopt.report import terminal
 from attnopt.report.data import candidates_json, head_json, plan_facts, plan_json, plans_json
 from attnopt.statistics import Grid
 from attnopt.statistics.trials import VISITED, Trials
@@ -190,7 +193,7 @@ def test_shares_and_damage_beyond_what_was_tried() -> None:
     assert allowed_families(None, fits) == FAMILIES
     with pytest.raises(OptionError, match="no trials of linear") as caught:
         allowed_families(["linear"], fits)
-    assert "attnopt distill --families linear" in caught.value.remedy
+    assert "attnopt distill --families blocks,linear,threshold" in caught.value.remedy
 
 
 def test_what_is_lost_of_the_probe_is_what_was_tried_or_what_is_not_recalled() -> None:
@@ -253,7 +256,9 @@ def test_a_plan_with_selections_is_measured_saved_and_runs(made: Made, tmp_path:
     # Counted by the compiled model and by the measurement alike.
     assert [(h["head"], h["possible"], h["calls"]) for h in heads] == [(0, 20, 2), (1, 20, 2)]
     assert heads[0]["skipped"] == 0 and heads[0]["visited"] < 20 and heads[1]["visited"] == 20
-    assert "h.0, heads 0-1:" in " ".join(str(told).split()) and "of the blocks visited" in str(told)
+    least, most = (f"{100 * h['visited'] / 20:.3g}" for h in heads)
+    said = f"h.0, heads 0-1: {least} to {most} % of the blocks visited, of these 0 % skipped"
+    assert said in " ".join(str(told).split())
 
 
 def test_reports_say_what_such_heads_visit(made: Made, evidence: tuple[Profile, Fitted]) -> None:
@@ -285,7 +290,7 @@ def test_reports_say_what_such_heads_visit(made: Made, evidence: tuple[Profile, 
         (lambda d: d["visits"]["h.0"]["0"].pop("recalled"), "'recalled' is missing"),
         (lambda d: d["sites"]["h.0"]["choices"]["0"].update(block=48), "block must be one of 16, 32, 64, 128"),
         (lambda d: d["sites"]["h.0"]["choices"]["0"].update(mass=1.25), "mass must be between"),
-        (lambda d: d["sites"]["h.0"]["choices"]["0"].update(count=0), "count must be between 1"),
+        (lambda d: d["sites"]["h.0"]["choices"]["0"].update(count=0), "count must be between 1 and 1048576, not 0"),
     ],
 )
 def test_wrong_values_of_a_plan_are_named(made: Made, edit: Any, said: str) -> None:
@@ -309,8 +314,33 @@ def test_two_plans_are_compared_by_what_such_heads_visit(made: Made, evidence: t
     assert next(c["cost"] for c in weighed if c["candidate"] == "pooled") < 0.3
 
 
-def test_what_is_not_known_is_taken_as_everything(made: Made) -> None:
+def test_what_is_not_known_is_said_not_to_be(made: Made, evidence: tuple[Profile, Fitted]) -> None:
     bare = replace(made.plan, visits={})
-    head = plan_json(bare)["sites"]["h.0"][0]
-    assert (head["kept"], head["visited"]) == (1.0, None) and Share(1.0, 0.0, 1.0) == WHOLE
+    data, dense = plan_json(bare), replace(bare, choices={name: (DENSE,) * HEADS for name in bare.choices})
+    head = data["sites"]["h.0"][0]
+    assert (head["kept"], head["visited"]) == (None, None) and Share(1.0, 0.0, 1.0) == WHOLE
+    # It may visit everything: the sums say so.
+    assert data["density"] == 1.0 and dict(plan_facts(data))["density"].startswith("at most 100.0 % of the dense")
+    assert candidates_json(bare, evidence[0])["choices"][-1]["cost"] is None
+    found = plans_json(dense, bare, ("a", "b"))
+    assert [c["cost"] for c in found["changes"]] == [[1.0, None], [1.0, None]]
+    said = io.StringIO()
+    terminal.print_plan(data, Console(file=said, width=120))
+    terminal.print_difference(found, Console(file=said, width=120))
+    assert "selected         ? " in said.getvalue() and "100 -> ? %" in said.getvalue()
+
+
+def test_under_the_break_even_such_heads_are_dense(made: Made, evidence: tuple[Profile, Fitted]) -> None:
+    plan = replace(made.plan, min_length=2 * LENGTH)
+    data = plan_json(plan)
+    assert {(h["far"], h["kept"], h["dense"]) for h in data["sites"]["h.0"]} == {("", 1.0, True)}
+    assert f"{LENGTH} are fewer, so what is predicted there does not run" in dict(plan_facts(data))["break-even"]
+    measured = f"at {LENGTH} tokens, where dense runs and its choices were measured, increase"
+    assert dict(plan_facts(data))["final text"].startswith(measured)
+    notes = head_json(plan, evidence[0], pose(plan, evidence[0]), "h.0", 0)["notes"]
+    assert notes[0] == f"Under {2 * LENGTH} tokens the plan runs every head dense, also at the {LENGTH} compared here."
+
+
+def test_what_is_not_there_is_not_written(made: Made) -> None:
+    bare = replace(made.plan, visits={})
     assert "visits" not in json.loads(bare.dump())

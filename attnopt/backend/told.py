@@ -67,10 +67,10 @@ def lines(report: GraphReport, level: int, number: int = 0) -> Iterator[tuple[in
 
 
 def summary(report: GraphReport) -> str:
-    """Sites, replaced, left alone, not recognised; and the heads of the sites that run by a plan."""
-    replaced = {rewrite.site.name for rewrite in report.rewrites}
-    alone = {site.name for site in report.sites} - replaced
-    said = f"{len(report.sites)} attention{'s' * (len(report.sites) != 1)}, {len(replaced)} replaced"
+    """Sites, rewritten, left alone, not recognised; and the heads of the sites that run by a plan."""
+    rewritten = {rewrite.site.name for rewrite in report.rewrites}
+    alone = {site.name for site in report.sites} - rewritten
+    said = f"{len(report.sites)} attention{'s' * (len(report.sites) != 1)}, {len(rewritten)} rewritten"
     said += f", {len(alone)} left alone, {len(report.misses)} not recognised"
     heads = Counter(choice.candidate for rewrite in report.rewrites for choice in rewrite.choices)
     planned = ", ".join(f"{n} {candidate}" for candidate, n in heads.most_common()) or "no head of this graph"

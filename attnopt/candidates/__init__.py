@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from attnopt.ir import Choice, Refusal, Share, Site
+from attnopt.units import number_text
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +60,10 @@ class Param:
         if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
             return f"{self.name} must be {wanted}, not {value!r}"
         if not self.least <= value <= self.most:
-            return f"{self.name} must be between {self.least:g} and {self.most:g}, not {value!r}"
+            least, most = number_text(self.least), number_text(self.most)
+            return f"{self.name} must be between {least} and {most}, not {value!r}"
         if self.step and value / self.step != round(value / self.step):
-            return f"{self.name} must be a multiple of {self.step:g}, not {value!r}"
+            return f"{self.name} must be a multiple of {number_text(self.step)}, not {value!r}"
         if self.among and value not in self.among:
             return f"{self.name} must be one of {', '.join(map(str, self.among))}, not {value!r}"
         return ""

@@ -116,6 +116,12 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def wrote(*paths: Path | None) -> None:
+    """Which files there are now."""
+    if names := [str(path) for path in paths if path is not None]:
+        say(f"wrote {' and '.join(names)}")
+
+
 def note(line: str) -> None:
     """What is worth knowing of a run beside its result, on standard error."""
     print(visible(line), file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from attnopt import hf
-from attnopt.commands.common import check_device, emit, load, note, stages, writable
+from attnopt.commands.common import check_device, emit, load, note, stages, writable, wrote
 from attnopt.errors import OptionError
 from attnopt.examine import examine as examine_calls
 from attnopt.examine import examine_model
@@ -37,7 +37,12 @@ def examine(args: argparse.Namespace) -> None:
         pictures = pictures_json([graph.report for graph in found.graphs])
         parts = {"graphs": data, "pictures": pictures, "notes": list(found.notes)}
         write_page(page, page_data(f"attnopt examine {loaded.name}", parts))
-    emit(args, data, lambda: terminal.print_examined(data))
+
+    def told() -> None:
+        terminal.print_examined(data)
+        wrote(page)
+
+    emit(args, data, told)
 
 
 def check(args: argparse.Namespace, length: int) -> None:

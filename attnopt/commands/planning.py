@@ -22,6 +22,7 @@ from attnopt.commands.common import (
     sites_of,
     stages,
     writable,
+    wrote,
 )
 from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.cost import CostTable, Roofline, break_even, device, load_or_measure, path_of
@@ -31,11 +32,11 @@ from attnopt.ir import Site
 from attnopt.plan import Budget, Constraints, sidecar
 from attnopt.planner.costs import spec_of
 from attnopt.planner.make import Made
-from attnopt.planner.verify import Record
+from attnopt.planner.verify import LEAST_SEQUENCES, Record
 from attnopt.profile_file import Profile
 from attnopt.progress import Progress
 from attnopt.report import terminal
-from attnopt.report.data import page_data, plan_json, records_json
+from attnopt.report.data import page_data, plan_json, profile_json, records_json
 from attnopt.report.page import write_page
 
 # Verified beyond the profiled lengths: the planned one, or twice the longest where that is farther than this.
@@ -45,6 +46,11 @@ FARTHEST = 4
 def plan(args: argparse.Namespace) -> None:
     from attnopt.planner.tried import allowed_families
 
+    if args.samples < LEAST_SEQUENCES:
+        raise OptionError(
+            f"--samples {args.samples} are too few sequences to bound what a plan loses.",
+            f"Ask for {LEAST_SEQUENCES} or more.",
+        )
     out = writable(args.out)
     page = writable(args.html) if args.html else None
     rooflines = rooflines_of(args)
@@ -64,8 +70,9 @@ def plan(args: argparse.Namespace) -> None:
     except BudgetError as error:
         if page is not None:
             refused = [("no plan", error.problem), ("remedy", error.remedy)]
-            told = {"summary": refused, "records": records_json(tried)}
-            write_page(page, page_data(f"attnopt plan {args.model}", told))
+            told = {"summary": refused, "records": records_json(tried), "profile": profile_json(held)}
+            write_page(page, page_data(f"attnopt plan {args.model}, refused", told))
+            raise BudgetError(error.problem, f"{error.remedy} {page} has the search and the profile.".strip()) from None
         raise
     notes = [*made.notes, *([made.verified.undecided] if made.verified.undecided else [])]
     if page is None:
@@ -81,7 +88,7 @@ def plan(args: argparse.Namespace) -> None:
         terminal.print_plan(report["plan"])
         for line in notes:
             say(line)
-        say(f"wrote {out}")
+        wrote(out, page)
 
     emit(args, data, show)
 

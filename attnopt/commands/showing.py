@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attnopt.commands.common import checked_sites, emit, load, stages, writable
+from attnopt.commands.common import checked_sites, emit, load, stages, writable, wrote
 from attnopt.commands.given import is_plan, profile_at
 from attnopt.commands.reporting import Known, plan_report, traced
 from attnopt.errors import OptionError
@@ -51,7 +51,12 @@ def show(args: argparse.Namespace) -> None:
         draw_profile(data["profile"], picture)
     if page is not None:
         write_page(page, page_data(f"attnopt show {file}", data))
-    emit(args, data, lambda: terminal.print_profile(data["profile"]))
+
+    def told() -> None:
+        terminal.print_profile(data["profile"])
+        wrote(*pictures.values(), page)
+
+    emit(args, data, told)
 
 
 def show_plan(args: argparse.Namespace, file: str, page: Path | None) -> None:
@@ -64,7 +69,12 @@ def show_plan(args: argparse.Namespace, file: str, page: Path | None) -> None:
         found = plan_report(plan, known or Known())
     if page is not None:
         write_page(page, page_data(f"attnopt show {file}", found))
-    emit(args, found, lambda: terminal.print_plan(found["plan"]))
+
+    def told() -> None:
+        terminal.print_plan(found["plan"])
+        wrote(page)
+
+    emit(args, found, told)
 
 
 def known_of(args: argparse.Namespace, plan: Plan) -> Known | None:

@@ -124,7 +124,7 @@ class Measured:
 @dataclass(frozen=True)
 class Plan:
     """`choices` maps a site's name to one Choice per query head. `min_length`: under it every site runs dense, but for
-    heads that are gone. `visits`: by site and head, what heads whose keys are selected visited of the text tried, as
+    heads that are gone. `visits`: by site and head, what heads whose keys are selected did on the text tried, as
     expected at the planned length. `calibration`: hash of the profiled text; `cost_table`: the CostTable's id.
     `fitted`: the maps and means that its heads need, kept in a file beside the plan's; None where none does."""
 

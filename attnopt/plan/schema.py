@@ -140,8 +140,9 @@ def visits() -> Schema:
     """The one key that a plan may lack: where no head's keys are selected."""
     share = {"type": "number", "minimum": 0, "maximum": 1}
     meanings = {
-        "visited": "of the blocks of keys that it could visit",
-        "skipped": "of those visited, by their scores",
+        "visited": "of the blocks of keys that it could visit; of a head that selects tokens while decoding, of the "
+        "steps those that select anew, 0 where another layer does",
+        "skipped": "of the blocks visited, by their scores",
         "recalled": "of the dense soft-max mass, mean over rows",
     }
     heads = closed({name: share | {"description": meaning} for name, meaning in meanings.items()})
@@ -149,8 +150,8 @@ def visits() -> Schema:
     return {
         "type": "object",
         "additionalProperties": of_site,
-        "description": "by site and head, what heads whose keys are selected while running visited of the text tried, "
-        "as expected at the planned length; missing where no head's are",
+        "description": "by site and head, what heads whose keys are selected while running did on the text tried, as "
+        "expected at the planned length; missing where no head's are",
     }
 
 

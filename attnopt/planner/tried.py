@@ -43,22 +43,23 @@ MOST_GROWTH = 2.0
 def allowed_families(asked: Sequence[str] | None, fitted: Fitted | None) -> tuple[str, ...]:
     """The families to weigh, by default those of FAMILIES that were tried; OptionError where one does not exist or was
     not tried."""
+    for name in asked or ():
+        if name not in families():
+            raise OptionError(f"There is no family {name!r} of replacements.", nearest(name, families(), "There are"))
     if fitted is None:
         if asked:
             raise OptionError(
                 f"Nothing was fitted for {', '.join(asked)}.",
-                f"Fit or try them: `attnopt distill --families {','.join(asked)}`, and give --fitted FILE.",
+                f"Fit or try them, in one run: `attnopt distill --families {','.join(asked)}`, and give --fitted FILE.",
             )
         return ()
-    for name in asked or ():
-        if name not in families():
-            raise OptionError(f"There is no family {name!r} of replacements.", nearest(name, families(), "There are"))
     there = {CANDIDATES[c.candidate].family for trials in fitted.trials.values() for c in trials.choices}
     missing = [name for name in asked or () if name not in there]
     if missing:
+        every = ",".join(name for name in families() if name in there or name in missing)
         raise OptionError(
             f"The file of fits holds no trials of {', '.join(missing)}.",
-            f"Try them: `attnopt distill --families {','.join(asked or ())}`, and give that file.",
+            f"Try all that you want in one run, since a plan takes one file: `attnopt distill --families {every}`.",
         )
     return tuple(f for f in (FAMILIES if asked is None else families()) if f in (there if asked is None else asked))
 

@@ -136,20 +136,21 @@ def final_check(
             raise BudgetError(
                 f"On the final split the increase is at most {measured.upper_95:.4g}, over the budget of {budget} "
                 f"(length {measured.length}, mean {measured.increase:.4g}). {what} held on the verify split only.",
-                _more_text([measured], budget) or "Ask for a larger budget, or profile and verify on more text.",
+                _more_text([measured], budget, "it") or "Ask for a larger budget, or profile and verify on more text.",
             )
     return found
 
 
-def _more_text(measured: Sequence[Measured], budget: Budget) -> str:
+def _more_text(measured: Sequence[Measured], budget: Budget, what: str) -> str:
+    """How much text would tell whether `what` keeps the budget; empty where none would."""
     found = [(n, m) for m in measured if (n := tokens_needed(m, budget)) is not None and n > m.tokens]
     if not found:
         return ""
     needed, least = min(found, key=lambda pair: pair[0])
     samples = math.ceil(needed / least.tokens * least.sequences)
     return (
-        f"The text is too short to decide: about {needed} tokens are needed where there are {least.tokens} "
-        f"(--samples {samples})."
+        f"The text is too short to tell whether {what} keeps the budget: about {needed} tokens are needed where there "
+        f"are {least.tokens} (--samples {samples})."
     )
 
 
@@ -268,7 +269,8 @@ def verify_loop(
     missed = _close_in(search, sweep, limit, lowest)
     if missed is not None:
         _restore(search, *missed, limits)
-    undecided = _more_text([m for r in search.records for m in r.measured if not holds(m, budget)], budget)
+    what = "a plan" if search.best is None else "a cheaper plan"
+    undecided = _more_text([m for r in search.records for m in r.measured if not holds(m, budget)], budget, what)
     if search.best is None:
         closest = min(search.records, key=lambda r: r.worst.upper_95)
         raise BudgetError(

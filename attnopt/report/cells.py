@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+from attnopt.candidates import Candidate
 from attnopt.registry import CANDIDATES
 
 Row = TypeVar("Row")
@@ -161,11 +162,17 @@ def without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(title), [".".join(s[first : len(s) - last]) for s in split]
 
 
+def far_of(kind: Candidate) -> str:
+    """`Candidate.far`, and "tokens" where only steps of decoding select what they read."""
+    return "tokens" if kind.decoded else kind.far
+
+
 @cache
 def signs() -> dict[str, str]:
     """The letter of every candidate whose heads are more, or less, than a span: L, T, C; x where they are gone. Of
     those that select keys, which came later, the first letter of the name that is free."""
-    kinds = sorted((kind.far == "selected", name, kind.far) for name, kind in CANDIDATES if kind.far)
+    later = {"selected": 1, "tokens": 2}
+    kinds = sorted((later.get(far_of(kind), 0), name, far_of(kind)) for name, kind in CANDIDATES if far_of(kind))
     found: dict[str, str] = {}
     for _, name, far in kinds:
         free = (c for c in name.upper() if c.isalpha() and c not in found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +13,16 @@ from rich.text import Text
 from attnopt.fitted import Fitted, plain_window
 from attnopt.ir import Choice
 from attnopt.registry import CANDIDATES
-from attnopt.report.data.candidates import label
+from attnopt.report.cells import far_of
+from attnopt.report.data.candidates import label, steps_of
 from attnopt.report.terminal.console import console, table
 
 
 def fitted_json(fitted: Fitted) -> dict[str, Any]:
     """All of it by site and choice. Damages in nats per token of every head, by length: of the choice and, where it has
     one, of its own plain window; offered: the heads to which it may be; visits: of a choice that selects keys, what
-    every head visited and recalled, by length."""
+    every head visited, or selected, and recalled, by length; steps: of one that selects tokens, what a step of decoding
+    attends to, by length."""
     header = fitted.header
     return {
         "fingerprint": header.fingerprint.structure,
@@ -38,7 +40,8 @@ def fitted_json(fitted: Fitted) -> dict[str, Any]:
 def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
     name = CANDIDATES[choice.candidate].map_name(dict(choice.params))
     lengths = [length for of, length in fitted.trials if of == site]
-    plain, selects = plain_window(choice), CANDIDATES[choice.candidate].far == "selected"
+    plain, far = plain_window(choice), far_of(CANDIDATES[choice.candidate])
+    selects = far in ("selected", "tokens")
     return {
         "label": label(choice),
         "choice": str(choice),
@@ -47,6 +50,7 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
         "window": None if plain is None else str(plain),
         "offered": fitted.offered(site, choice).nonzero()[:, 0].tolist(),
         "visits": {str(n): [asdict(s) for s in fitted.shares(site, n, choice)] for n in lengths} if selects else None,
+        "steps": {str(n): steps_of(dict(choice.params), n) for n in lengths} if far == "tokens" else None,
         "damage": {str(n): fitted.damage(site, n, choice).tolist() for n in lengths},
         "window_damage": None if plain is None else {str(n): fitted.damage(site, n, plain).tolist() for n in lengths},
         "fits": [
@@ -57,8 +61,8 @@ def _choice_json(fitted: Fitted, site: str, choice: Choice) -> dict[str, Any]:
 
 
 def print_fitted(found: Mapping[str, Any], to: Console | None = None) -> None:
-    """Of the data of `fitted_json`: a line for every replacement at the narrowest window of each site, and how many
-    heads each family is offered."""
+    """Of the data of `fitted_json`: a line for every replacement at the narrowest window of each site and for every
+    choice that selects keys, and how many heads each family is offered."""
     to = to or console()
     longest = str(max(found["lengths"]))
     to.print(Text(f"fits of model {found['fingerprint']}", style="bold"))
@@ -80,7 +84,9 @@ def print_fitted(found: Mapping[str, Any], to: Console | None = None) -> None:
     if any(fixed.values()):
         to.print(listed)
         to.print(f"nats per token, summed over the heads of a site, at {longest} tokens and the narrowest window")
-    print_selections(found["sites"], longest, to)
+    rows = [row for rows in found["sites"].values() for row in rows if row["visits"] is not None]
+    print_blocks([row for row in rows if row["steps"] is None], longest, to)
+    print_tokens([row for row in rows if row["steps"] is not None], longest, to)
     for what, heads in against.items():
         loses, alone = (sum(column) for column in zip(*heads, strict=True))
         better = f"better on {sum(one < other for one, other in heads)} of {len(heads)} heads"
@@ -89,24 +95,51 @@ def print_fitted(found: Mapping[str, Any], to: Console | None = None) -> None:
         to.print(f"{family}: offered on {offered} of {of} heads{_why(family, offered < of)}")
 
 
-def print_selections(sites: dict[str, list[dict[str, Any]]], length: str, to: Console) -> None:
-    """A line for every choice that selects keys: over all heads of all sites, what they visited and recalled, and what
-    they lose together."""
+def print_blocks(rows: Sequence[dict[str, Any]], length: str, to: Console) -> None:
+    """A line for every choice that selects blocks of keys: over all heads of all sites, what they visited and recalled,
+    and what they lose together."""
     columns = ("selection", "offered", "visits", "skips", "recalls", "loses")
-    listed, held = table(columns, columns[1:]), dict[str, list[dict[str, Any]]]()
-    for row in (row for rows in sites.values() for row in rows if row["visits"] is not None):
-        held.setdefault(row["label"], []).append(row)
-    for what, rows in held.items():
-        shares = [share for row in rows for share in row["visits"][length]]
-        means = (sum(share[name] for share in shares) / len(shares) for name in ("visited", "skipped", "recalled"))
-        loses = sum(sum(row["damage"][length]) for row in rows)
-        offered = f"{sum(len(row['offered']) for row in rows)} of {len(shares)}"
-        listed.add_row(what, offered, *(f"{100 * mean:.3g} %" for mean in means), f"{loses:.3g}")
-    if held:
+    listed = table(columns, columns[1:])
+    for what, (offered, visited, skipped, recalled, loses) in _summed(rows, length).items():
+        listed.add_row(what, offered, *(f"{100 * mean:.3g} %" for mean in (visited, skipped, recalled)), f"{loses:.3g}")
+    if rows:
         to.print(listed)
         to.print(
             f"of all heads at {length} tokens: blocks visited, of these skipped, dense mass recalled; nats per token"
         )
+
+
+def print_tokens(rows: Sequence[dict[str, Any]], length: str, to: Console) -> None:
+    """The same of choices that select tokens while decoding: how many keys a step attends to, in how many steps they
+    are selected anew."""
+    columns = ("selection", "offered", "keys", "selects", "recalls", "loses")
+    listed = table(columns, columns[1:])
+    keys = {row["label"]: row["steps"][length]["attended"] for row in rows}
+    for what, (offered, selected, _, recalled, loses) in _summed(rows, length).items():
+        means = (f"{100 * mean:.3g} %" for mean in (selected, recalled))
+        listed.add_row(what, offered, str(keys[what]), *means, f"{loses:.3g}")
+    if rows:
+        to.print(listed)
+        to.print(
+            f"of all heads, as steps of decoding up to {length} tokens: keys that a step attends to, steps that select "
+            "anew, dense mass recalled; nats per token"
+        )
+
+
+def _summed(rows: Sequence[dict[str, Any]], length: str) -> dict[str, tuple[str, float, float, float, float]]:
+    """label -> heads it is offered to of those tried, the means over these of what was visited, skipped and recalled,
+    nats per token of all."""
+    held, found = dict[str, list[dict[str, Any]]](), {}
+    for row in rows:
+        held.setdefault(row["label"], []).append(row)
+    for what, of in held.items():
+        shares = [share for row in of for share in row["visits"][length]]
+        visited, skipped, recalled = (
+            sum(share[name] for share in shares) / len(shares) for name in ("visited", "skipped", "recalled")
+        )
+        offered = f"{sum(len(row['offered']) for row in of)} of {len(shares)}"
+        found[what] = (offered, visited, skipped, recalled, sum(sum(row["damage"][length]) for row in of))
+    return found
 
 
 def _narrowest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

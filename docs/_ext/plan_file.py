@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnopt.plan.schema import plan_schema
+from attnopt.units import number_text
 
 RECORDS = ("model", "budget", "constraints", "lengths", "predicted", "measured")
 SHORT = {"integer": "whole number", "object": "record", "array": "list"}
@@ -64,9 +65,12 @@ def candidates(choices: list[dict[str, Any]]) -> str:
 
 def span(schema: dict[str, Any]) -> str:
     """The range of a parameter. Bounds that only keep numbers sane are left out."""
+    if "enum" in schema:
+        return kind(schema)
     least, most = schema["minimum"], schema["maximum"]
-    bounds = [f"at least {least:g}"] * (least > -(2**30)) + [f"at most {most:g}"] * (most < 2**30)
-    step = [f"a multiple of {schema['multipleOf']:g}"] if "multipleOf" in schema else []
+    bounds = [f"at least {number_text(least)}"] * (least > -(2**30))
+    bounds += [f"at most {number_text(most)}"] * (most < 2**30)
+    step = [f"a multiple of {number_text(schema['multipleOf'])}"] if "multipleOf" in schema else []
     return ", ".join([SHORT.get(schema["type"], schema["type"]), *bounds, *step])
 
 

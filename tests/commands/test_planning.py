@@ -84,6 +84,7 @@ def test_another_models_profile_and_plan_are_refused(model: str, planned: Path, 
 
 
 def test_a_text_too_short_to_verify_on(planned: Path, fails: Fails, tmp_path: Path) -> None:
+    assert "--samples 2 are too few sequences" in fails([*plan_command(planned, tmp_path / "x"), "--samples", "2"])
     (tmp_path / "short").write_text("def f(): pass")
     assert "too short" in fails(plan_command(planned, tmp_path / "x", text=str(tmp_path / "short")))
     assert [p.name for p in tmp_path.iterdir()] == ["short"]
@@ -154,9 +155,11 @@ def test_a_budget_that_no_plan_keeps_writes_nothing(planned: Path, fails: Fails,
     partial = tmp_path / "plan.json.partial"
     assert "budget" in said and f"What was measured is kept in {partial}" in said
     assert sorted(tmp_path.iterdir()) == [page, partial]
-    # The page has the refusal and every point that was tried.
+    assert f"{page} has the search and the profile." in said
+    # The page has the refusal, every point that was tried and the map of the profile.
     told = page.read_text(encoding="utf-8")
     assert "No plan was found within the budget of 1e-300 nats" in told and "misses" in told and "point " in told
+    assert "Local heads" in told and 'role="grid"' in told
 
 
 def test_a_contradiction_is_refused_with_2_and_leaves_the_old_plan(planned: Path, fails: Fails, tmp_path: Path) -> None:

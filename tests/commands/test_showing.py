@@ -214,7 +214,8 @@ def test_a_profile_on_the_terminal_fits_80_columns(files: Path, capsys: pytest.C
     wide = random_profile(layers=3, heads=96)
     wide.save("wide")
     found = answer(capsys, "show", "wide")["profile"]
-    text = printed(capsys, "show", "wide")
+    text = printed(capsys, "show", "wide", "--html", "wide.html")
+    assert text.endswith("wrote wide.html") and Path("wide.html").is_file()
     totals = found["totals"]
     assert f"{totals['heads']} heads: {totals['local_heads']} with 80% of their mass within 64 tokens" in text
     # 96 heads are two blocks, each under its own ruler.

@@ -118,8 +118,8 @@ def test_an_edited_plan_has_measurements_of_another() -> None:
     for label in ("Cost in quality", "Budget kept"):
         assert tiles[label].value == "not known" and "edited" in tiles[label].detail
     assert "before it was edited" in tiles["Speed"].detail
-    labels = [label for label, _ in data.plan_facts(given["plan"])]
-    assert labels.index("edited") < labels.index("final text")
+    told = [text for label, text in data.plan_facts(given["plan"]) if label in ("prefill", "predicted", "final text")]
+    assert len(told) == 3 and all(text.endswith(", of other choices than these") for text in told)
 
 
 def test_graphs_and_profiles_alone_have_figures_of_their_own() -> None:

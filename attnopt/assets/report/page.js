@@ -160,7 +160,7 @@
     if (mass) curves.append(distances(mass));
     if (damage) {
       const points = data.choices.map((of, n) => ({ ...of, damage: damage[n], chosen: n === chosen }));
-      points.sort((a, b) => (a.cost ?? a.window) - (b.cost ?? b.window));
+      points.sort((a, b) => (a.cost ?? a.window ?? Infinity) - (b.cost ?? b.window ?? Infinity));
       curves.append(candidates(points));
       parts.push(listed(points));
     }

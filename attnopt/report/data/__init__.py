@@ -25,12 +25,20 @@ from attnopt.report.data.graphs import examined_json, graphs_json
 from attnopt.report.data.kernels import launched_sources
 from attnopt.report.data.machine import cached, environment
 from attnopt.report.data.page import of_graphs, page_data
-from attnopt.report.data.plans import constraint_texts, finite, plan_facts, plan_json, records_json, window_text
+from attnopt.report.data.plans import (
+    constraint_texts,
+    finite,
+    kept_text,
+    plan_facts,
+    plan_json,
+    records_json,
+    window_text,
+)
 from attnopt.report.data.visits import visits_json, visits_lines
 from attnopt.report.profile_map import profile_json
 
 __all__ = [
     "cached", "candidates_json", "constraint_texts", "environment", "examined_json", "finite", "front_json",
-    "graphs_json", "head_json", "launched_sources", "of_graphs", "page_data", "plan_facts", "plan_json", "plans_json",
-    "profile_json", "profiles_json", "records_json", "visits_json", "visits_lines", "window_text",
+    "graphs_json", "head_json", "kept_text", "launched_sources", "of_graphs", "page_data", "plan_facts", "plan_json",
+    "plans_json", "profile_json", "profiles_json", "records_json", "visits_json", "visits_lines", "window_text",
 ]  # fmt: skip

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
+from attnopt.candidates import Params
 from attnopt.cost import CostTable
 from attnopt.ir import Choice, Share
 from attnopt.plan import Plan
 from attnopt.planner.again import Posed, pose
 from attnopt.planner.tried import shares_at
 from attnopt.registry import CANDIDATES
-from attnopt.report.cells import rounded
+from attnopt.report.cells import far_of, rounded
+from attnopt.units import number_text
 
 if TYPE_CHECKING:
     from attnopt.fitted import Fitted
@@ -26,12 +28,13 @@ NO_LIMIT = 1 << 20
 
 def label(choice: Choice) -> str:
     """A choice in few words: "window 128, sink 4", "window N/8", "linear 64, window 128", "pooled, mass 0.75, block
-    64"; of one that selects keys without what leaves nothing away."""
+    64", "top_tokens, k 64, sink 4, recent 32, every 8"; of one that selects keys without what leaves nothing away."""
     kind = CANDIDATES[choice.candidate]
-    if kind.far == "selected":
+    if far_of(kind) in ("selected", "tokens"):
         given = {p.name: choice[p.name] for p in kind.params}
         idle = {p.name for p in kind.params if given[p.name] in (0, min(p.least, 0)) or given[p.name] >= NO_LIMIT}
-        return ", ".join([kind.name, *(f"{name} {value:g}" for name, value in given.items() if name not in idle)])
+        shown = (f"{name} {number_text(value)}" for name, value in given.items() if name not in idle)
+        return ", ".join([kind.name, *shown])
     params = {name: value for name, value in choice.params if name not in ("alpha", "beta", "window", "sink")}
     given = dict(choice.params)
     alpha, beta = given.get("alpha", given.get("window", 0)), given.get("beta", 0)
@@ -46,16 +49,28 @@ def label(choice: Choice) -> str:
 
 def choice_facts(choice: Choice, length: int, share: Share | None = None) -> dict[str, Any]:
     """A choice at a length. sink, window: of its span, None where it is dense there or gone; far: what stands in for
-    the keys outside; cost: share of dense's query-key pairs, where a far part, or a selection, counts as the pairs of
-    equal work. share: what a head visits that selects its keys; without it all of them count."""
+    the keys outside; cost: share of dense's query-key pairs, where a far part, or a selection of blocks, counts as the
+    pairs of equal work, and tokens that are selected while decoding as what a step attends to. share: what a head
+    visits that selects its keys; without it the cost of one that selects blocks is not known."""
     kind, params, table = CANDIDATES[choice.candidate], dict(choice.params), CostTable.by_density()
     sink, window = kind.span(params, length)
-    spans = 0 < window < length
+    spans, far, cost = 0 < window < length, far_of(kind), None
+    if far == "tokens":
+        cost = steps_of(params, length)["attended"] / length
+    elif far != "selected" or share is not None:
+        cost = kind.cost(table, params, length, None, share) / table.cost(length, 0, length)
     return {
         "choice": str(choice), "label": label(choice), "candidate": choice.candidate, "sink": sink if spans else None,
-        "window": window if spans else None, "far": kind.far,
-        "cost": kind.cost(table, params, length, None, share) / table.cost(length, 0, length),
+        "window": window if spans else None, "far": far, "cost": cost,
     }  # fmt: skip
+
+
+def steps_of(params: Params, length: int) -> dict[str, Any]:
+    """Of a head that selects tokens while decoding, at a total `length`. attended: keys that a step attends to, at
+    most; every: steps that a selection serves; behind: attentions between the one that selects and this, 0 where it
+    selects itself."""
+    near = params["k"] + params["sink"] + params["recent"]
+    return {"attended": min(int(near), length), "every": int(params["every"]), "behind": int(params.get("behind", 0))}
 
 
 def _mean_share(plan: Plan, posed: Posed, fitted: Fitted | None, choice: Choice) -> Share | None:

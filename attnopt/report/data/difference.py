@@ -37,7 +37,8 @@ def plans_json(
 ) -> dict[str, Any]:  # fmt: skip
     """changes: heads whose choice differs, layers and heads of equal changes together; sites: of every head whether it
     changed and what share of its pairs it keeps in either plan; of a change, cost: the share of dense pairs of both
-    choices. All shares of pairs are at the longer planned length. PlanError where the plans are not of the same
+    choices; None of a head whose selected blocks are not known. All shares of pairs are at the longer planned length,
+    of heads that select tokens what a step of decoding attends to. PlanError where the plans are not of the same
     attentions."""
     _same_sites({n: len(h) for n, h in one.choices.items()}, {n: len(h) for n, h in other.choices.items()}, PlanError)
     first, second = plan_json(one, sites), plan_json(other, sites)

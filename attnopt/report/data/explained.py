@@ -24,7 +24,7 @@ from attnopt.planner.options import hulls
 from attnopt.planner.problem import table_of
 from attnopt.planner.tried import not_pruned, refused, shares_at
 from attnopt.registry import CANDIDATES
-from attnopt.report.data.candidates import choice_facts
+from attnopt.report.data.candidates import choice_facts, steps_of
 from attnopt.report.data.plans import visited_text
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def head_json(
     choices = dict.fromkeys(posed.free.choices[c] for c in range(len(seen.damage)) if math.isfinite(seen.damage[c]))
     tried = [] if fitted is None else [c for _, kind in CANDIDATES for c in kind.tried(fitted, site)]
     choices |= dict.fromkeys([DENSE, *tried, posed.free.choices[seen.own]])
-    rows = sorted((_row(seen, choice, budget) for choice in choices), key=lambda r: r["cost"])
+    rows = sorted((_row(seen, choice, budget) for choice in choices), key=lambda r: (r["cost"] is None, r["cost"]))
     return {
         "head": f"{site}.{head}",
         "length": plan.lengths.planned,
@@ -117,8 +117,14 @@ def head_json(
         "price": posed.price,
         "budget": {"limit": plan.budget.limit, "unit": plan.budget.unit, "nats": budget},
         "candidates": rows,
-        "notes": list(posed.notes),
+        "notes": [*_dense_here(plan), *posed.notes],
     }
+
+
+def _dense_here(plan: Plan) -> list[str]:
+    """What is compared is what the heads would do; under the plan's break-even they do not."""
+    n, least = plan.lengths.planned, plan.min_length
+    return [f"Under {least} tokens the plan runs every head dense, also at the {n} compared here."] if n < least else []
 
 
 def budget_in_nats(plan: Plan) -> float | None:
@@ -161,18 +167,18 @@ def _share(seen: _Head, choice: Choice) -> Share | None:
 
 
 def _visits(seen: _Head, choice: Choice, share: Share | None) -> str:
-    """ "visits 23 % of its blocks, recalls 98.1 % of the mass, selection 0.12 of 0.9 ms"; empty where nothing is
-    known."""
+    """`visited_text`, of blocks with "selection 0.12 of 0.9 ms"; empty where nothing is known."""
+    kind, params, length = CANDIDATES[choice.candidate], dict(choice.params), seen.plan.lengths.planned
+    known = {} if share is None else asdict(share)
+    if kind.decoded:
+        return visited_text({**steps_of(params, length), **known}, length)
     if share is None:
         return ""
-    kind, params, length = CANDIDATES[choice.candidate], dict(choice.params), seen.plan.lengths.planned
-    if kind.decoded:
-        return f"selects in {100 * share.visited:.3g} % of the steps, recalls {100 * share.recalled:.3g} % of the mass"
     table, unit = table_of(seen.posed.tables, seen.site), "million kept pairs"
     unit = unit if table.kind == "density" else "ms"
     selection = table.selection_cost(length, kind.name, kind.timing(params), kind.scored(params, length))
     whole = kind.cost(table, params, length, seen.site.mask.window, share)
-    return f"{visited_text(asdict(share))}, selection {selection:.3g} of {whole:.3g} {unit}"
+    return f"{visited_text(known, length)}, selection {selection:.3g} of {whole:.3g} {unit}"
 
 
 def _damages(seen: _Head, choice: Choice) -> dict[int, float]:

@@ -14,23 +14,27 @@ from attnopt.plan import Measured, Plan
 from attnopt.planner.problem import key_bytes
 from attnopt.planner.verify import Record
 from attnopt.registry import CANDIDATES
-from attnopt.report.cells import counted
-from attnopt.report.data.candidates import label
+from attnopt.report.cells import counted, far_of
+from attnopt.report.data.candidates import label, steps_of
 from attnopt.units import MIB, bytes_text
 
 # Of all questions: so many fewer answers are worth a warning beside a budget that was kept.
 FORGOTTEN = 0.05
 # What plan_json says of a distinct span, in this order.
 SPAN = ("choice", "sink", "window", "kept", "dense", "candidate", "far", "heads")
-# What heads whose keys are selected visited, of one head and as the mean over equal ones.
+# What heads whose keys are selected did, of one head and as the mean over equal ones (`attnopt.ir.Share`).
 SHARES = ("visited", "skipped", "recalled")
+# What `steps_of` says of heads that select tokens.
+STEPS = ("attended", "every", "behind")
 
 
 def plan_json(plan: Plan, sites: Sequence[Site] | None = None) -> dict[str, Any]:
-    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs; far:
-    what stands in for the keys outside the span ("linear", "mean"), "gone" where no attention is left, "selected" where
-    keys are selected while running. sites: of the
-    model, where they are known: they tell bytes of cache."""
+    """The plan with every head's span worked out at the planned length. kept: share of the dense head's pairs, or of
+    the keys that a step of decoding attends to where it selects tokens, None where it is not known what a head
+    selects; density: their mean, at most; far: what stands in for the keys outside the span ("linear", "mean"), "gone"
+    where no attention is left, "selected" where blocks of keys are selected while running, "tokens" where steps of
+    decoding select, "" where the head is dense at that length. sites: of the model, where they are known: they tell
+    bytes of cache."""
     length = plan.lengths.planned
     found = spans_at(plan, length)
     density = density_of(found)
@@ -73,60 +77,92 @@ def distinct(sites: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for heads in sites.values():
         for head in heads:
-            own = ("choice",) if head["far"] == "selected" else SPAN[:-1]
+            own = ("choice",) if head["far"] in ("selected", "tokens") else SPAN[:-1]
             groups.setdefault(tuple(head[name] for name in own), []).append(head)
     found = []
     for heads in groups.values():
         known = [head for head in heads if head.get("recalled") is not None]
         means = {name: sum(head[name] for head in known) / len(known) for name in SHARES if known}
-        kept = sum(head["kept"] for head in heads) / len(heads)
+        means |= {name: heads[0][name] for name in STEPS if name in heads[0]}
+        every = [head["kept"] for head in heads if head["kept"] is not None]
+        kept = sum(every) / len(every) if every else None
         found.append({**{name: heads[0][name] for name in SPAN[:-1]}, "kept": kept, "heads": len(heads), **means})
-    return sorted(found, key=lambda span: (-span["kept"], [span[name] for name in SPAN[:3]]))
+    return sorted(found, key=lambda span: (-_at_most(span), [span[name] for name in SPAN[:3]]))
+
+
+def _at_most(span: Mapping[str, Any]) -> float:
+    """What a head keeps, everything where that is not known."""
+    return 1.0 if span["kept"] is None else float(span["kept"])
 
 
 def spans_at(plan: Plan, length: int) -> dict[str, list[dict[str, Any]]]:
-    """What every head of every site keeps at a total length; of one whose keys are selected what it visited of the text
-    tried, of which None is known where the plan does not say."""
+    """What every head of every site keeps at a total length; of one whose keys are selected what it did on the text
+    tried, None where the plan does not say, and of one that selects tokens `steps_of`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, choices in plan.choices.items():
         heads = found[name] = []
         for head, (choice, sink, window) in enumerate(zip(choices, *plan.tables(name, length), strict=True)):
-            far = CANDIDATES[choice.candidate].far
-            dense = window >= length and (far != "selected" or length < plan.min_length)
+            far = far_of(CANDIDATES[choice.candidate])
+            dense = window >= length and (far not in ("selected", "tokens") or length < plan.min_length)
             sink, window = (0, length) if window >= length else (sink, window)
-            kept, shares = kept_pairs(length, sink, window) / kept_pairs(length, 0, length), dict[str, Any]()
-            if far == "selected" and not dense:
+            kept: float | None = kept_pairs(length, sink, window) / kept_pairs(length, 0, length)
+            shares = dict[str, Any]()
+            if far in ("selected", "tokens") and not dense:
                 share = plan.visits.get(name, {}).get(head)
                 shares = dict.fromkeys(SHARES) if share is None else asdict(share)
-                kept = 1.0 if share is None else share.visited * (1 - share.skipped)
+                kept = None if share is None else share.visited * (1 - share.skipped)
+            if far == "tokens" and not dense:
+                shares |= steps_of(dict(choice.params), length)
+                sink, kept = int(choice["sink"]), shares["attended"] / length
             heads.append({
                 "choice": str(choice), "sink": sink, "window": window, "kept": kept, "dense": dense,
-                "candidate": choice.candidate, "far": far, **shares,
+                "candidate": choice.candidate, "far": "" if dense else far, **shares,
             })  # fmt: skip
     return found
 
 
 def window_text(span: Mapping[str, Any]) -> str:
     """The window of a distinct span in a word."""
-    if span["far"] in ("gone", "selected"):
+    if span["far"] in ("gone", "selected", "tokens"):
         return "none" if span["far"] == "gone" else "selected"
     return "all" if span["dense"] else str(span["window"])
 
 
-def visited_text(span: Mapping[str, Any]) -> str:
-    """ "visits 23 % of its blocks, skips 5 % of these, recalls 98.1 % of the mass", of data with `SHARES`; empty where
-    that is not known."""
-    if span.get("recalled") is None:
+def kept_text(span: Mapping[str, Any]) -> str:
+    """What a distinct span keeps of dense."""
+    return "?" if span["kept"] is None else f"{100 * span['kept']:.1f} %"
+
+
+def visited_text(span: Mapping[str, Any], length: int) -> str:
+    """ "visits 23 % of its blocks, skips 5 % of these, recalls 98.1 % of the mass", or of a head that selects tokens "a
+    step attends to 100 of 2048 keys, selected in 12.5 % of the steps, recalls 91.0 % of the mass", of data with
+    `SHARES`, or `STEPS`; empty of other heads, and where nothing is known."""
+    recalled = "" if span.get("recalled") is None else f"recalls {100 * span['recalled']:.1f} % of the mass"
+    if "attended" in span:
+        often = f"every {counted(span['every'], 'step')}" if span["every"] > 1 else "in every step"
+        often = f"in {100 * span['visited']:.3g} % of the steps" if recalled else often
+        often = f"by the attention {span['behind']} before" if span["behind"] else often
+        said = f"a step attends to {span['attended']} of {length} keys, selected {often}"
+        return ", ".join(filter(None, (said, recalled)))
+    if not recalled:
         return ""
     skipped = f", skips {100 * span['skipped']:.3g} % of these" if span["skipped"] else ""
-    recalled = f"recalls {100 * span['recalled']:.1f} % of the mass"
     return f"visits {100 * span['visited']:.3g} % of its blocks{skipped}, {recalled}"
 
 
 def density_of(spans: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
-    """The mean over heads of the share of dense pairs that they keep."""
-    every = [float(head["kept"]) for heads in spans.values() for head in heads]
+    """The mean over heads of the share of dense pairs that they keep, at most."""
+    every = [_at_most(head) for heads in spans.values() for head in heads]
     return sum(every) / len(every) if every else 1.0
+
+
+def density_text(plan: Mapping[str, Any]) -> str:
+    """Of the data of `plan_json`: "26.7 % of the dense query-key pairs at 2048 tokens", and how heads count that
+    select."""
+    spans, length = plan["spans"], plan["lengths"]["planned"]
+    most = "at most " if any(span["kept"] is None for span in spans) else ""
+    steps = " (of heads that select tokens, what a step attends to)" if any("attended" in s for s in spans) else ""
+    return f"{most}{100 * plan['density']:.1f} % of the dense query-key pairs at {length} tokens{steps}"
 
 
 # What a cost of Predicted.cost was added up from.
@@ -167,25 +203,22 @@ def constraint_texts(asked: Mapping[str, Any]) -> list[str]:
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The plan's figures as (label, value), of the data of `plan_json`: first what was asked for, had and paid."""
     lengths, predicted, totals = plan["lengths"], plan["predicted"], plan["totals"]
-    n = lengths["planned"]
+    n, others = lengths["planned"], ", of other choices than these" if plan["edited"] else ""
     facts = [
         ("budget", _budget_text(plan)),
-        ("density", f"{100 * plan['density']:.1f} % of the dense query-key pairs at {n} tokens; "
-                    f"{totals['replaced']} of {totals['heads']} heads replaced"),
+        ("density", f"{density_text(plan)}; {totals['replaced']} of {totals['heads']} heads replaced"),
         (plan["objective"], f"{predicted['dense_cost']:.4g} -> {predicted['planned_cost']:.4g} {predicted['unit']} "
-                            f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}"),
+                            f"at {n} tokens, {predicted['speedup']:.2f}x, {costs_text(predicted)}{others}"),
     ]  # fmt: skip
     if totals["kv_memory"] < 1:
         sizes = "" if totals["kv_bytes"] is None else f", {bytes_text(totals['kv_bytes'])} of "
         sizes += "" if totals["kv_bytes"] is None else f"{bytes_text(totals['dense_kv_bytes'])} a sequence"
-        facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}"))
-    facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token"))
+        facts.append(("KV cache", f"{100 * totals['kv_memory']:.1f} % of dense at {n} tokens{sizes}{others}"))
+    facts.append(("predicted", f"{predicted['kl_nats_per_token']:.3g} nats per token{others}"))
     # What decided first: the split that the search never saw.
     ordered = sorted(plan["measured"], key=lambda m: m["split"] != "final")
     facts += [("beware", lost) for lost in totals["lost"]]
-    if plan["edited"]:
-        facts.append(("edited", "what was predicted and measured belongs to other choices than these"))
-    facts += [(f"{m['split']} text", f"at {m['length']} tokens {_measured_text(m, plan)}") for m in ordered]
+    facts += [(f"{m['split']} text", f"{_measured_text(m, plan)}{others}") for m in ordered]
     if not plan["measured"]:
         facts.append(("measured", "nothing yet"))
     facts += [
@@ -199,10 +232,11 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("exact plan", f"at most {predicted['gap']:.2f} % cheaper than the front's"))
     if plan["min_length"]:
         stays = " but for pruned heads" if "pruned" in plan["candidates"] else ""
-        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}"))
-    selecting = [span for span in plan["spans"] if span["far"] == "selected"]
+        here = f"; {n} are fewer, so what is predicted there does not run" if n < plan["min_length"] else ""
+        facts.append(("break-even", f"under {plan['min_length']} tokens every site runs dense{stays}{here}"))
+    selecting = [span for span in plan["spans"] if span["far"] in ("selected", "tokens")]
     facts += [("selected", f"{counted(s['heads'], 'head')}, {s['label']}: {said}")
-              for s in selecting if (said := visited_text(s))]  # fmt: skip
+              for s in selecting if (said := visited_text(s, n))]  # fmt: skip
     if set(plan["candidates"]) - {"dense", "sink_window"}:
         facts.append(("heads", ", ".join(f"{n} {name}" for name, n in plan["candidates"].items())))
     return facts
@@ -222,9 +256,11 @@ def _budget_text(plan: Mapping[str, Any]) -> str:
 
 def _measured_text(m: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     retrieval = m["planned_retrieval"] is not None
+    dense = ", where dense runs and its choices were measured," if m["length"] < plan["min_length"] else ""
     return (
-        f"increase {m['increase']:.4g}, at most {m['upper_95']:.4g} {plan['budget']['unit']}; loss "
-        f"{m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token on {m['tokens']} tokens"
+        f"at {m['length']} tokens{dense} increase {m['increase']:.4g}, at most {m['upper_95']:.4g} "
+        f"{plan['budget']['unit']}; loss {m['dense_loss']:.4f} -> {m['planned_loss']:.4f} nats per token "
+        f"on {m['tokens']} tokens"
         + ("" if m["kl"] is None else f"; KL {m['kl']:.3g}")
         + ("" if m["top1"] is None else f"; same next token {100 * m['top1']:.2f} %")
         + (f"; retrieval {100 * m['dense_retrieval']:.0f} -> {100 * m['planned_retrieval']:.0f} %" if retrieval else "")

@@ -23,13 +23,19 @@ def visits_json(sites: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def visits_lines(visits: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A line for every site."""
+    """A line for every site, from the head with the least to that with the most."""
     lines = []
     for site, heads in visits.items():
-        possible, visited, skipped = (sum(h[name] for h in heads) for name in ("possible", "visited", "skipped"))
+        visited = _between([h["visited"] / max(h["possible"], 1) for h in heads])
+        skipped = _between([h["skipped"] / max(h["visited"], 1) for h in heads])
         which, calls = number_ranges(h["head"] for h in heads), max(h["calls"] for h in heads)
         lines.append(
-            f"{site}, heads {which}: {100 * visited / max(possible, 1):.3g} % of the blocks visited, of these "
-            f"{100 * skipped / max(visited, 1):.3g} % skipped by their scores, in {counted(calls, 'call')}"
+            f"{site}, head{'s' * (len(heads) > 1)} {which}: {visited} of the blocks visited, of these {skipped} "
+            f"skipped by their scores, in {counted(calls, 'call')}"
         )
     return lines
+
+
+def _between(shares: list[float]) -> str:
+    """ "12.5 %", or "12.5 to 88 %" where heads differ."""
+    return " to ".join(dict.fromkeys(f"{100 * share:.3g}" for share in (min(shares), max(shares)))) + " %"

@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from attnopt.report.cells import at_longest, bucket, counted, far_sign, letter, rounded, short_labels
-from attnopt.report.data.plans import visited_text
+from attnopt.report.data.plans import kept_text, visited_text
 from attnopt.report.page.pieces import Part, soft
 
 SHADES = 8  # of the ramp in page.css
@@ -85,6 +85,8 @@ def _kept(plan: Mapping[str, Any]) -> Measure:
     """Halves, quarters, eighths of the dense head's pairs: costs span orders, so classes are of equal ratio."""
 
     def mark(head: Mapping[str, Any]) -> tuple[str, str]:
+        if head["kept"] is None:
+            return "", ""
         halvings = min(int(-math.log2(max(head["kept"], LEAST))), SHADES - 1)
         return str(SHADES - 1 - halvings), letter(SHADES - 1 - halvings)
 
@@ -92,7 +94,10 @@ def _kept(plan: Mapping[str, Any]) -> Measure:
     for n in range(SHADES):
         high = 100 * 2.0 ** (n - SHADES + 1)
         legend.append((str(n), letter(n), f"≤ {high:.3g} %"))
-    values = {site: [100 * head["kept"] for head in row] for site, row in plan["sites"].items()}
+    values: Values = {
+        site: [None if head["kept"] is None else 100 * head["kept"] for head in row]
+        for site, row in plan["sites"].items()
+    }
     marks = {site: [mark(head) for head in row] for site, row in plan["sites"].items()}
     used = {shade for row in marks.values() for shade, _ in row}
     return Measure("kept", "share of pairs kept", "% of dense", values, marks, [e for e in legend if e[0] in used])
@@ -228,9 +233,9 @@ def head_facts(data: Mapping[str, Any], site: str, head: int) -> list[str]:
     if (span := _at(plan.get("sites", {}).get(site), head, None)) is not None:
         said = next(known["label"] for known in plan["spans"] if known["choice"] == span["choice"])
         here = f"window {span['window']}" + (f", sink {span['sink']}" if span["sink"] else "")
-        told = span["far"] in ("gone", "selected") or span["dense"] or here in said
+        told = span["far"] in ("gone", "selected", "tokens") or span["dense"] or here in said
         lines.append(said if told else f"{said}; {here}")
-        lines.append(visited_text(span) or f"{100 * span['kept']:.1f} % of the dense pairs kept")
+        lines.append(visited_text(span, plan["lengths"]["planned"]) or f"{kept_text(span)} of the dense pairs kept")
     if profile := data.get("profile"):
         seen = _at(at_longest(profile["sites"])[site] if site in profile["sites"] else None, head, None)
         if seen is not None:

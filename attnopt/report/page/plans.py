@@ -7,7 +7,7 @@ from typing import Any
 
 from attnopt.report import figures
 from attnopt.report.cells import search_title
-from attnopt.report.data.plans import plan_facts, window_text
+from attnopt.report.data.plans import kept_text, plan_facts, window_text
 from attnopt.report.page.pieces import NO_MATPLOTLIB, Part, facts, figure, folded, soft, table
 
 
@@ -18,7 +18,7 @@ def plan(data: Mapping[str, Any]) -> list[Part]:
     spans = [
         {"choice": s["label"], "heads": s["heads"], "sink": s["sink"],
          "window": window_text(s),
-         "kept": f"{100 * s['kept']:.1f} %"}
+         "kept": kept_text(s)}
         for s in held["spans"]
     ]  # fmt: skip
     columns = [(key, key) for key in ("choice", "heads", "sink", "window", "kept")]

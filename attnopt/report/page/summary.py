@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from attnopt.report.cells import cell_text, counted, phase_of, scaled
-from attnopt.report.data.plans import costs_text, timed
+from attnopt.report.data.plans import costs_text, density_text, timed
 from attnopt.report.page.pieces import Part, facts
 from attnopt.units import bytes_text
 
@@ -36,7 +36,7 @@ def strip(data: Mapping[str, Any]) -> list[Tile]:
 
 def _changed(data: Mapping[str, Any], plan: Mapping[str, Any]) -> Tile:
     totals = plan["totals"]
-    detail = f"{_percent(totals['density'])} of the dense query-key pairs at {plan['lengths']['planned']} tokens"
+    detail = density_text(plan)
     counts = (data.get("graphs") or {}).get("counts")
     if counts and counts["sites"]:
         detail += f"; {counts['rewritten']} of {counts['sites']} attentions rewritten"

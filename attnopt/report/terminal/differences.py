@@ -43,20 +43,24 @@ def _print_plans(to: Console, found: Mapping[str, Any]) -> None:
 
     def cell(head: Mapping[str, Any]) -> tuple[str, str]:
         before, after = head["kept"]
-        return SAME if not head["changed"] else LESS if after < before else MORE if after > before else OTHER
+        if not head["changed"]:
+            return SAME
+        if before is None or after is None or before == after:
+            return OTHER
+        return LESS if after < before else MORE
 
     print_map(to, {site: [cell(head) for head in heads] for site, heads in found["sites"].items()})
-    print_legend(to, [(*LESS, "keeps less"), (*MORE, "keeps more"), (*OTHER, "as much, otherwise"), (*SAME, "same")])
+    print_legend(to, [(*LESS, "keeps less"), (*MORE, "keeps more"), (*OTHER, "as much, or not known"), (*SAME, "same")])
     to.print()
     every = [*found["sites"], *(row["sites"] for row in found["changes"])]
     title, names = without_common(every)
     names = names[len(found["sites"]) :]
-    listed = table(["*" if title else "sites", "heads", "was", "is", "pairs"], ("pairs",))
+    listed = table(["*" if title else "sites", "heads", "was", "is", "work"], ("work",))
     for name, row in zip(names, found["changes"], strict=True):
-        pairs = " -> ".join(f"{100 * cost:.3g}" for cost in row["cost"])
-        listed.add_row(name, row["heads"], *row["labels"], f"{pairs} %")
+        work = " -> ".join("?" if cost is None else f"{100 * cost:.3g}" for cost in row["cost"])
+        listed.add_row(name, row["heads"], *row["labels"], f"{work} %")
     where = f" of {title}" if title else ""
-    print_titled(to, f"What changed{where}, and the share of dense pairs", listed)
+    print_titled(to, f"What changed{where}, and its work as a share of dense pairs", listed)
 
 
 def _print_profiles(to: Console, found: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attnopt.plan import UNITS
 from attnopt.report import data
 from attnopt.report.cells import bucket, cell_text, counted, far_sign, letter, search_title
 from attnopt.report.terminal.console import console, print_titled, table
@@ -21,6 +22,7 @@ FAR_STYLES = {
     "mean": "#000000 on #f2b07b",
     "gone": "#000000 on #ffffff",
     "selected": "#000000 on #8fd0e0",
+    "tokens": "#000000 on #b8d977",
 }
 WIDE = 120  # columns from which on a candidate's reason stands in its own row, and not below
 NARROWEST = 4  # windows of 2^4 keys and less have the ramp's first step
@@ -41,7 +43,7 @@ def print_plan(found: Mapping[str, Any], to: Console | None = None) -> None:
     listed = table(["choice", *right], right)
     for span in found["spans"]:
         window = data.window_text(span)
-        listed.add_row(span["label"], str(span["heads"]), str(span["sink"]), window, f"{100 * span['kept']:.1f} %")
+        listed.add_row(span["label"], str(span["heads"]), str(span["sink"]), window, data.kept_text(span))
     print_titled(to, f"Spans at {length} tokens", listed)
 
 
@@ -104,7 +106,8 @@ def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None
         facts.append(
             ("price", f"{price:.3g} nats per token for one {found['cost_unit']}, at the plan's point of the front")
         )
-    said = "" if budget["nats"] is None else f", {budget['nats']:.3g} nats per token"
+    counted_so = budget["nats"] is None or budget["unit"] == UNITS["kl"]
+    said = "" if counted_so else f", {budget['nats']:.3g} nats per token"
     facts.append(("budget", f"{budget['limit']:g} {budget['unit']}{said}"))
     facts += [("visits", row["visits"]) for row in found["candidates"] if row["chosen"] and row["visits"]]
     to.print(Text(found["head"], style="bold"))
@@ -119,10 +122,10 @@ def print_head(found: Mapping[str, Any], every: bool = False, to: Console | None
 
 
 def print_candidates(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], to: Console) -> None:
-    """Damage at each profiled length and as weighed, nats per token; cost as a share of dense pairs; the chosen one is
-    marked."""
+    """Damage at each profiled length and as weighed, nats per token; cost as a share of dense pairs, a far part or a
+    selection of blocks counted as the pairs of equal work; the chosen one is marked."""
     lengths = list(dict.fromkeys(n for row in found["candidates"] for n in row["damages"]))
-    right = [*lengths, "weighed", "pairs", "budget"]
+    right = [*lengths, "weighed", "work", "budget"]
     wide = to.width >= WIDE
     listed = table(["", "choice", *right, *(["why"] if wide else [])], right)
     for row in rows:
@@ -131,7 +134,7 @@ def print_candidates(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
         cells = [row["label"], *damages, _figure(row["damage"]), *shares, *([row["why"]] if wide else [])]
         listed.add_row(">" if row["chosen"] else "", *cells, style="bold" if row["chosen"] else "")
     title = f"Damage in nats per token at {' and '.join(lengths) or 'no'} tokens and as weighed for {found['length']}, "
-    print_titled(to, title + "pairs of dense, share of the budget", listed)
+    print_titled(to, title + "work as a share of dense pairs, share of the budget", listed)
     if not wide:
         print_facts(to, [(row["label"], row["why"]) for row in rows if not row["chosen"]])
         to.print()
