@@ -91,6 +91,10 @@ class Candidate(ABC):
             else next((text for p in self.params if (text := p.problem(params[p.name]))), "")
         )
 
+    def misfit(self, params: Params, site: Site) -> str:
+        """What of `params` cannot be at a site where the candidate can stand, or an empty string."""
+        return ""
+
     @abstractmethod
     def space(self, grid: Grid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
         """The choices worth weighing at `lengths`: few spans, and none narrower than the profile observed."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from attnopt.statistics.trials import Share
 
 PLAN = "Make a plan of this model: `attnopt profile`, `attnopt distill`, then `attnopt plan`."
+CORRECT = 'Correct "behind" or "k" of the head, or let `attnopt plan` make the plan.'
 # What is tried: shares of a text, and beside them the first tokens and the last.
 OFFERED_SHARES = (32, 8)
 OFFERED_SINK, OFFERED_RECENT = 4, 32
@@ -105,16 +106,16 @@ def source_of(site: str, head: int, choice: Choice, earlier: Sequence[Sequence[C
     if params["every"] != 1 or params["similar"]:
         raise PlanError(f"{said}, and is to select some itself.", 'Give it "every" 1 and "similar" 0.')
     if back > len(earlier):
-        raise PlanError(f"{said}, and there are {len(earlier)} before it.", PLAN)
+        raise PlanError(f"{said}, and there are {len(earlier)} before it.", CORRECT)
     choices = earlier[-back] or ()
     source = choices[head] if head < len(choices) else DENSE
     if source == DENSE:
         return beside_every_key(int(choice["k"]))
     selects = CANDIDATES[source.candidate]
     if not isinstance(selects, Tokens) or selects.behind(dict(source.params)):
-        raise PlanError(f"{said}, where that head selects none.", PLAN)
+        raise PlanError(f"{said}, where that head selects none.", CORRECT)
     if source["k"] != choice["k"]:
-        raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", PLAN)
+        raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", CORRECT)
     return source
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from attnopt.candidates import Param, Params
 from attnopt.candidates._tokens import MOST_STEPS, Tokens
 from attnopt.codegen.reference_tokens import TokenRule
-from attnopt.ir import Choice
+from attnopt.ir import Choice, Site
 from attnopt.registry import CANDIDATES
 
 MOST_FEATURES = 1024
@@ -31,6 +31,10 @@ class Channels(Tokens):
     def token_rule(self, params: Params) -> TokenRule:
         count, sink, recent, every, channels = (int(params[name]) for name in ("k", "sink", "recent", "every", "r"))
         return TokenRule(count, sink, recent, every, channels=channels)
+
+    def misfit(self, params: Params, site: Site) -> str:
+        most = site.head_dim
+        return f"r is {params['r']:g}, and its keys have {most} features" if params["r"] > most else ""
 
     def scanned(self, params: Params, head_dim: int | None = None) -> float:
         """Where the width of a head is not given, as many bytes as whole keys."""

@@ -68,7 +68,8 @@ class BlockTable:
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(self._text().encode()).hexdigest()[:12]
+        """Of what it was measured on: a plan finds its table again, whatever was timed beside since."""
+        return hashlib.sha256(repr(self.key).encode()).hexdigest()[:12]
 
     @property
     def lengths(self) -> tuple[int, ...]:

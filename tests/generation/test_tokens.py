@@ -202,15 +202,18 @@ def test_below_the_least_length_of_a_plan_every_head_is_dense() -> None:
         (1, top(4, behind=2), "there are 1 before it"),
         (1, top(5, behind=1), "which are 4 and not 5"),
         (1, top(4, behind=1, every=2), "is to select some itself"),
+        (1, narrow(4, 99), "Head 2 of model.layers.1.self_attn, channels: r is 99, and its keys have 16 features"),
     ],
 )
 def test_a_selection_that_is_not_there_is_refused(layer: int, head: Head, said: str) -> None:
     model = models.shared("llama")
     heads = [[top(4)] * 4, [top(4)] * 4]
     heads[layer][2] = head
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=said) as caught:
         attnopt.enable(model, plan_of(model, heads))
     assert "_attnopt" not in vars(model)
+    # What is wrong is an edit of this model's plan.
+    assert caught.value.remedy.startswith(("Correct", 'Give it "every" 1'))
 
 
 @pytest.mark.parametrize("source", [span(1, 5), top(4, behind=1)])
