@@ -6,14 +6,13 @@ text by `attnopt distill`, every row computed as the step it would be.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnopt.candidates import Number, Param, Params
+from attnopt.candidates import Number, Param, Params, SpanCosts
 from attnopt.candidates._tried import MOST_TOKENS, Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_tokens import TokenRule, rows
@@ -65,20 +64,15 @@ class Tokens(Tried):
         rule = self.token_rule(params)
         return Choice.of("sink_window", {"sink": rule.sink, "alpha": max(1, rule.recent), "beta": 0.0})
 
-    def scanned(self, params: Params, head_dim: int | None = None) -> float:
-        """Keys, in whole keys and values, that selecting once reads of each token of the cache: keys alone are half."""
-        return 0.5
-
-    def reads(
-        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
-        share: Share | None = None,
-    ) -> tuple[int, int]:  # fmt: skip
+    def selecting(
+        self, table: SpanCosts, params: Params, length: int, head_dim: int, share: Share | None = None
+    ) -> tuple[float, float]:
         """Where it was not tried, how often queries are dissimilar is not known, and taken for every step."""
         rule = self.token_rule(params)
         often = share.visited if share is not None else 1.0 if rule.similar else 1 / rule.every
-        scan = 0.0 if self.behind(params) else often * self.scanned(params, head_dim) * length
-        sink = min(rule.sink, length)
-        return sink, min(max(1, rule.recent + rule.count + math.ceil(scan)), length - sink or 1)
+        features = min(rule.channels or head_dim, head_dim)
+        found = 0.0 if self.behind(params) else often * table.scanned(length, features, head_dim)
+        return found, table.gathered(length, min(rule.sink + rule.recent + rule.count, length))
 
     def reference(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Params, scale: float,

@@ -10,6 +10,8 @@ features of its keys.
 
 from __future__ import annotations
 
+import torch
+
 from attnopt.candidates import Param, Params
 from attnopt.candidates._tokens import MOST_STEPS, Tokens
 from attnopt.codegen.reference_tokens import TokenRule
@@ -36,10 +38,9 @@ class Channels(Tokens):
         most = site.head_dim
         return f"r is {params['r']:g}, and its keys have {most} features" if params["r"] > most else ""
 
-    def scanned(self, params: Params, head_dim: int | None = None) -> float:
-        """Where the width of a head is not given, as many bytes as whole keys."""
-        share = 1.0 if head_dim is None else min(1.0, params["r"] / head_dim)
-        return super().scanned(params) * share
+    def state_bytes(self, params: Params, site: Site, length: int) -> int:
+        """The features of every key, of which the query heads of a KV head share one copy."""
+        return int(params["r"]) * length * getattr(torch, site.dtype).itemsize * site.kv_heads // site.heads
 
 
 CANDIDATES.register("channels")(Channels())

@@ -100,8 +100,10 @@ class Case:
         choices, asked, fitted = choices_from(self.problem, found.solution), self.asked, self.fitted
         # A cache asked to be small is so at every length, whether or not that saves time.
         small_cache = asked.max_kv_memory is not None or asked.max_kv_bytes is not None
-        saves_time = self.objective in ("prefill", "mixed") and not small_cache
-        min_length = min_length_of(choices, self.sites, self.tables, fitted) if saves_time else 0
+        min_length = asked.dense_below
+        if min_length is None:
+            at = min_length_of(choices, self.sites, self.tables, fitted, self.objective)
+            min_length = 0 if small_cache else at
         return Plan(
             model=name,
             fingerprint=self.fingerprint,
@@ -112,7 +114,7 @@ class Case:
             measured=(*found.measured, *measured),
             objective=self.objective,
             constraints=asked,
-            min_length=max(min_length, asked.dense_below or 0),
+            min_length=min_length,
             cost_table="+".join(sorted({t.id for t in self.tables.values()})),
             calibration=calibration_of(self.profile),
             seed=seed,
@@ -139,7 +141,8 @@ def case_of(
     profile.check_model(fingerprint)
     if fitted is not None:
         fitted.check_model(fingerprint)
-    of_site = costs_of(sites, tables, profile, target_length, fitted, asked.allow, spans.device.type, progress)
+    device = spans.device.type
+    of_site = costs_of(sites, tables, profile, target_length, fitted, asked.allow, device, progress, objective)
     notes = left_dense(sites, asked.allow)
     whole: dict[str, str] = {}
     if "prune" in asked.allow:

@@ -83,7 +83,8 @@ def shared_cost(problem: Problem) -> Array:
     if not len(problem.kv):
         return problem.cost
     part = (problem.key_cost / np.bincount(problem.kv))[problem.kv]
-    return problem.cost + part[:, None] * kept_keys(problem.read_spans, problem.length)
+    read = problem.reading
+    return problem.cost + part[:, None] * kept_keys(read.span, read.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,4 +168,6 @@ def within_memory(problem: Problem, limits: Limits) -> Problem:
     heads: dict[str, list[int]] = {}
     for site, head in problem.heads:
         heads.setdefault(site, []).append(head)
-    return closed(problem, heads, [c for c in problem.choices if CANDIDATES[c.candidate].decoded])
+    kept = closed(problem, heads, [c for c in problem.choices if CANDIDATES[c.candidate].decoded])
+    # What is left reads what it keeps.
+    return replace(kept, reads=np.zeros((0, 0), dtype=np.int64))
