@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from attnopt import settings
 from attnopt.cost import Costs
 from attnopt.errors import OptionError, TextError
 from attnopt.fingerprint import Fingerprint, fingerprint_of
@@ -32,6 +33,7 @@ from attnopt.planner.problem import (
     predicted_of,
 )
 from attnopt.planner.reuse import settled, within_memory
+from attnopt.planner.steps import fallen_back
 from attnopt.planner.tried import allowed_families, not_pruned, visits_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
@@ -130,7 +132,7 @@ def case_of(
 ) -> Case:  # fmt: skip
     """The problem of `make_plan`. ids int64 (1, n): what the model is traced with; asked: with the families that are
     weighed. ProfileError where the profile is of another model, OptionError where nothing is within the constraints."""
-    if "prune" in asked.allow and asked.dense_below is not None:
+    if "prune" in asked.allow and asked.dense_below:
         raise OptionError(
             "A pruned head is gone at every length, and --dense-below wants it back under one.",
             "Leave prune out of --allow, or --dense-below away.",
@@ -225,7 +227,23 @@ def make_plan(
         notes += unasked
     lengths = Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final})))
     plan = case.plan(name, budget, lengths, found, measured, seed)
+    notes += without_effect(plan)
+    if not any(table.kind == "roofline" for table in case.tables.values()):
+        notes += fallen_back(choices, case.sites, settings.target(case.spans.device.type))
     return Made(plan, case.problem, found, case.sites, case.tables, last.dense, last.planned, notes)
+
+
+def without_effect(plan: Plan) -> tuple[str, ...]:
+    """What to say of lengths that a plan was made for, or verified at, and at which it runs dense."""
+    short = sorted(n for n in {plan.lengths.planned, *plan.lengths.verified} if n < plan.min_length)
+    if not short:
+        return ()
+    of = "as asked" if plan.constraints.dense_below is not None else "since it is predicted to save nothing there"
+    return (
+        f"The plan changes nothing at {', '.join(map(str, short))} tokens, which it was made for or verified at: under "
+        f"{plan.min_length} tokens every head runs dense, {of}. Plan for more tokens (--length), or keep it at every "
+        "length (--dense-below 0).",
+    )
 
 
 def posed(

@@ -35,6 +35,7 @@ def test_a_row_attends_to_its_best_keys_and_those_at_both_ends() -> None:
 def test_prompts_run_dense_and_a_step_reads_less() -> None:
     assert candidate.rule(PARAMS) == CANDIDATES["dense"].rule({}) and candidate.decoded
     assert candidate.span(PARAMS, 100) == (0, 100)
+
     def takes(length: int = 100, **own: int) -> tuple[float, float]:
         return tuple(candidate.selecting(CostTable.by_density(), {**PARAMS, **own}, length, 16))
 

@@ -238,6 +238,18 @@ def test_a_dense_head_selects_one_number_of_tokens() -> None:
         token_tables(layers, [site] * 3)
 
 
+def test_what_selecting_keeps_is_counted_with_the_cache() -> None:
+    model = models.shared("llama")
+    with enabled(model, [[narrow(4, 5)] * 4, [span(0, 9)] * 4], max_length=64):
+        found = attnopt.explain(model).generation
+        cache = generate(model, models.prompts(1), None, 4).past_key_values
+    assert found is not None and cache.nbytes == found.nbytes
+    first, second = cache.layers
+    # Five features of every key of both KV heads, in float32, and less than a key of a token for what was selected.
+    more = first.nbytes - (first.slots_k.nbytes + first.slots_v.nbytes)
+    assert 5 * 2 * 64 * 4 < more < 5 * 2 * 64 * 4 + 1000 and second.nbytes == 2 * second.slots_k.nbytes
+
+
 def test_a_window_of_the_model_itself_leaves_nothing_to_select() -> None:
     with pytest.raises(PlanError, match="cannot select tokens"):
         attnopt.enable(models.shared("mistral"), plan_of(models.shared("mistral"), EACH_STEP))
