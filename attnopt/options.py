@@ -210,7 +210,10 @@ def with_constraints(made: Parser) -> None:
         help="leave dense; by name or number, may be repeated",
     )
     made.add_argument("--protect-top", type=count, metavar="K", help="leave dense the K heads whose removal hurts most")
-    made.add_argument("--dense-below", type=count, metavar="N", help="under this length all heads run dense")
+    made.add_argument(
+        "--dense-below", type=count_or_none, metavar="N",
+        help="under this length all heads run dense (default: where the plan is predicted to save nothing; 0: never)",
+    )  # fmt: skip
 
 
 def plan(made: Parser) -> None:

@@ -13,7 +13,7 @@ from problems import LENGTH, profile_like
 
 from attnopt.cost import CostTable
 from attnopt.errors import BudgetError, OptionError
-from attnopt.plan import Budget, Constraints
+from attnopt.plan import Budget, Constraints, Plan
 from attnopt.planner import Limits, Problem, front, kept_dense, make_problem
 from attnopt.planner.constraints import (
     MAX_SPANS,
@@ -22,7 +22,7 @@ from attnopt.planner.constraints import (
     refuse_contradiction,
     refuse_impossible,
 )
-from attnopt.planner.make import Made, make_plan
+from attnopt.planner.make import Made, make_plan, without_effect
 from attnopt.profile_file import Profile
 from attnopt.profiler import profile_model
 from attnopt.statistics import Grid
@@ -155,6 +155,16 @@ def test_a_plan_keeps_to_what_was_asked_for_and_says_so() -> None:
     assert plan.predicted.gap is None or plan.predicted.gap >= 0
     final = next(m for m in plan.measured if m.split == "final")
     assert final.kl is not None and final.kl >= 0 and final.top1 is not None and 0 < final.top1 <= 1
+
+
+def test_a_plan_that_does_nothing_where_it_was_made_for_says_so() -> None:
+    (said,) = made(constraints=Constraints(dense_below=SHORT + 1), exact=2.0).notes
+    assert f"changes nothing at {SHORT} tokens" in said and "as asked" in said and "--dense-below 0" in said
+    kept = made(constraints=Constraints(dense_below=0))
+    assert not kept.notes and kept.plan.min_length == 0
+    (said,) = without_effect(replace(kept.plan, min_length=SHORT + 1, constraints=Constraints()))
+    assert "predicted to save nothing there" in said
+    assert Plan.parse(kept.plan.dump()).constraints.dense_below == 0
 
 
 def test_contradictions_are_refused_before_the_search_and_misses_after_it() -> None:

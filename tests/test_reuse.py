@@ -82,6 +82,24 @@ def test_whatever_is_chosen_of_what_is_left_finds_its_source() -> None:
     assert np.isfinite(left.damage[:, links.behind > 0]).any() and np.isfinite(left.damage[:, 1]).any()
 
 
+def test_only_selecting_in_every_step_provides() -> None:
+    """Reading was tried behind a source that does: one that selects now and then is another."""
+    often = problem_of(2, 1)
+    seldom = tuple(
+        Choice.of(c.candidate, {**dict(c.params), "every": 64, "similar": 0.875})
+        if c.candidate == "top_tokens" and not c["behind"] else c for c in often.choices
+    )  # fmt: skip
+    every = (*often.choices, *(c for c in seldom if c not in often.choices))
+    at = [often.choices.index(c) if c in often.choices else seldom.index(c) for c in every]
+    problem = replace(often, choices=every, **{x: getattr(often, x)[:, at] for x in ("damage", "cost", "span")})
+    # Free of damage and nearly of cost, if it were allowed.
+    problem.damage[:, len(often.choices) :] = 0.0
+    left = settled(problem, 0.5)
+    reads = [c for c in every if c.candidate == "top_tokens" and c["behind"]]
+    assert any(np.isfinite(left.damage[1, every.index(c)]) for c in reads)
+    assert not np.isfinite(left.damage[0, len(often.choices) :]).any()
+
+
 def test_more_damage_allows_more_reading() -> None:
     problem = problem_of(6, 4, 2)
     open_to = [

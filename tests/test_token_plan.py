@@ -107,6 +107,7 @@ def test_what_is_weighed_is_what_a_step_reads(evidence: tuple[Profile, Fitted]) 
     chosen = next(c for c in decode.choices if c.candidate == "top_tokens" and c["every"] == 8)
     index = np.full(len(decode.heads), decode.choices.index(chosen))
     solution = decode.of(index)
+    # Of the sole query head of a KV head.
     read = int(chosen["k"]) + 32 + 4 + 4096 // 16
     assert solution.cost == pytest.approx(decode.dense.cost * read / 4096, rel=1e-6)
     # It keeps every key all the same.
@@ -121,10 +122,11 @@ def _sites() -> list:
 
 def test_a_similarity_costs_as_often_as_it_was_seen_to_select() -> None:
     kind, params = CANDIDATES["top_tokens"], dict(top(8, every=64, similar=0.5).params)
-    seldom, often = (kind.reads(params, 1024, share=Share(visited=visited))[1] for visited in (1 / 64, 0.5))
-    assert (seldom, often) == (2 + 8 + 8, 2 + 8 + 256)
+    table = CostTable.by_density()
+    seldom, often = (kind.selecting(table, params, 1024, 16, Share(visited=visited)) for visited in (1 / 64, 0.5))
+    assert (seldom, often) == ((8, 1 + 2 + 8), (256, 1 + 2 + 8))
     # Never tried: as if in each step.
-    assert kind.reads(params, 1024)[1] == 2 + 8 + 512
+    assert kind.selecting(table, params, 1024, 16) == (512, 1 + 2 + 8)
 
 
 def by_damage(evidence: tuple[Profile, Fitted]) -> tuple[Profile, Fitted]:
@@ -169,4 +171,6 @@ def test_a_plan_of_tokens_is_measured_as_it_decodes(evidence: tuple[Profile, Fit
     every = [c for heads in made.plan.choices.values() for c in heads]
     assert any(CANDIDATES[c.candidate].decoded for c in every)
     assert made.plan.predicted.speedup > 1 and made.plan.predicted.kv_memory > 0.9
+    # The compiled kernel takes no heads as narrow as these.
+    assert any("tokens are selected by torch's operators" in note for note in made.notes)
     assert made.plan.measured[-1].planned_loss != made.plan.measured[-1].dense_loss

@@ -23,7 +23,7 @@ from attnopt.planner.frontier import front
 from attnopt.planner.knapsack import GONE, Limits, code_of, settle
 from attnopt.planner.make import posed
 from attnopt.planner.problem import closed
-from attnopt.planner.tried import allowed_families, not_pruned
+from attnopt.planner.tried import allowed_families, grown_on, not_pruned
 from attnopt.profile_file import Profile
 from attnopt.registry import CANDIDATES
 from attnopt.statistics.trials import Trials
@@ -106,6 +106,12 @@ def test_beyond_the_trials_damage_grows_as_the_span_s_does() -> None:
     c, plain = column(problem, MEAN), column(problem, PLAIN)
     grown = problem.damage[0, plain] / near.damage[0, plain]
     assert grown > 1 and problem.damage[0, c] == pytest.approx(0.01 * grown)
+
+
+def test_damage_that_begins_behind_the_shorter_length_grows_as_fast_as_any() -> None:
+    tried = {256: np.array([0.0, 1e-12, 0.0, 0.01]), 1024: np.array([0.01, 0.01, 0.0, 0.02])}
+    grown = grown_on(tried, 4096)
+    assert grown.tolist() == pytest.approx([0.16, 0.16, 0.0, 0.04])
 
 
 def test_an_answer_of_the_probe_is_as_lost_as_without_a_far_part() -> None:

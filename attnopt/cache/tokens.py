@@ -63,6 +63,12 @@ class TokenTable:
         """How far behind the layers are that are read from."""
         return tuple(sorted({back for back in self.behind if back}))
 
+    def nbytes(self, layout: Layout, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one row's layer holds to select, beside its keys and values."""
+        per_head = 4 * min(self.most, layout.length) + 4 + head_dim * dtype.itemsize
+        per_feature = layout.slots * dtype.itemsize + 8 * len(layout.starts)
+        return len(self.rules) * per_head + min(self.features, head_dim) * per_feature
+
     def tensors(self, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """int32 (H, 6) and float32 (H,): `rules` and `similar` of attnopt/codegen/reference_token_step.py, for a cache
         of `length` tokens."""

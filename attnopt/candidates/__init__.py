@@ -31,7 +31,9 @@ class SpanCosts(Protocol):
     """A table of prefill costs, in milliseconds per head. far_cost: of what stands in for the keys outside a span, a
     feature map of `kind` ("exp", "taylor") and `rank`, or their mean ("mean", 0). block_cost: of a walk over the share
     `visited` of all causal blocks of that size, of which `skipped` are skipped by their scores; selection_cost: of what
-    candidate `name` selects them by, with settings `timed`, or, where nothing is timed, as so many `pairs` cost."""
+    candidate `name` selects them by, with settings `timed`, or, where nothing is timed, as so many `pairs` cost. Of a
+    step of decoding, in keys that are read in order: scanned, one selection of a KV head by `features` of the `dim` of
+    its keys; gathered, the `count` keys that a query head holds the places of."""
 
     def cost(self, length: int, sink: int, window: int) -> float: ...
 
@@ -40,6 +42,10 @@ class SpanCosts(Protocol):
     def block_cost(self, length: int, block: int, visited: float, skipped: float) -> float: ...
 
     def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float: ...
+
+    def scanned(self, length: int, features: int, dim: int) -> float: ...
+
+    def gathered(self, length: int, count: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ class Candidate(ABC):
             else next((text for p in self.params if (text := p.problem(params[p.name]))), "")
         )
 
+    def misfit(self, params: Params, site: Site) -> str:
+        """What of `params` cannot be at a site where the candidate can stand, or an empty string."""
+        return ""
+
     @abstractmethod
     def space(self, grid: Grid, lengths: Sequence[int], own_window: int | None = None) -> list[Choice]:
         """The choices worth weighing at `lengths`: few spans, and none narrower than the profile observed."""
@@ -137,14 +147,13 @@ class Candidate(ABC):
         window = min(max(math.floor(alpha + beta * length), 1), length)
         return (sink, window) if own_window is None else (0, min(window, own_window))
 
-    def reads(
-        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
-        share: Share | None = None,
-    ) -> tuple[int, int]:  # fmt: skip
-        """What a step of decoding reads of the cache on average, in keys with their values, as a sink and a window:
-        the span itself where nothing is selected. head_dim: the site's, where that matters; share: as in `cost`, of
-        steps of decoding those that select."""
-        return self.span(params, length, own_window)
+    def selecting(
+        self, table: SpanCosts, params: Params, length: int, head_dim: int, share: Share | None = None
+    ) -> tuple[float, float]:
+        """What a step of decoding takes beside its span, as many keys as take the same to read in order: what finding
+        keys takes on average, once for the query heads of a KV head, and what the head's own reading of them does.
+        head_dim: the site's; share: as in `cost`, of steps of decoding those that select."""
+        return 0.0, 0.0
 
     def far_part(self, params: Params) -> tuple[str, int]:
         """Kind and rank of what stands in for far keys, as cost tables know it; ("", 0) for nothing."""
@@ -162,8 +171,8 @@ class Candidate(ABC):
         """Where keys are selected: the parameters as numbers, in the order of `params`."""
         return ()
 
-    def state_bytes(self, params: Params, site: Site) -> int:
-        """What a cache keeps of one query head beyond its span's keys."""
+    def state_bytes(self, params: Params, site: Site, length: int) -> int:
+        """What a cache of `length` tokens keeps of one query head beyond its span's keys."""
         return 0
 
     def cost(

@@ -6,14 +6,13 @@ text by `attnopt distill`, every row computed as the step it would be.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnopt.candidates import Number, Param, Params
+from attnopt.candidates import Number, Param, Params, SpanCosts
 from attnopt.candidates._tried import MOST_TOKENS, Tried
 from attnopt.candidates.dense import UNBOUNDED
 from attnopt.codegen.reference_tokens import TokenRule, rows
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from attnopt.statistics.trials import Share
 
 PLAN = "Make a plan of this model: `attnopt profile`, `attnopt distill`, then `attnopt plan`."
+CORRECT = 'Correct "behind" or "k" of the head, or let `attnopt plan` make the plan.'
 # What is tried: shares of a text, and beside them the first tokens and the last.
 OFFERED_SHARES = (32, 8)
 OFFERED_SINK, OFFERED_RECENT = 4, 32
@@ -64,20 +64,15 @@ class Tokens(Tried):
         rule = self.token_rule(params)
         return Choice.of("sink_window", {"sink": rule.sink, "alpha": max(1, rule.recent), "beta": 0.0})
 
-    def scanned(self, params: Params, head_dim: int | None = None) -> float:
-        """Keys, in whole keys and values, that selecting once reads of each token of the cache: keys alone are half."""
-        return 0.5
-
-    def reads(
-        self, params: Params, length: int, own_window: int | None = None, head_dim: int | None = None,
-        share: Share | None = None,
-    ) -> tuple[int, int]:  # fmt: skip
+    def selecting(
+        self, table: SpanCosts, params: Params, length: int, head_dim: int, share: Share | None = None
+    ) -> tuple[float, float]:
         """Where it was not tried, how often queries are dissimilar is not known, and taken for every step."""
         rule = self.token_rule(params)
         often = share.visited if share is not None else 1.0 if rule.similar else 1 / rule.every
-        scan = 0.0 if self.behind(params) else often * self.scanned(params, head_dim) * length
-        sink = min(rule.sink, length)
-        return sink, min(max(1, rule.recent + rule.count + math.ceil(scan)), length - sink or 1)
+        features = min(rule.channels or head_dim, head_dim)
+        found = 0.0 if self.behind(params) else often * table.scanned(length, features, head_dim)
+        return found, table.gathered(length, min(rule.sink + rule.recent + rule.count, length))
 
     def reference(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Params, scale: float,
@@ -105,16 +100,16 @@ def source_of(site: str, head: int, choice: Choice, earlier: Sequence[Sequence[C
     if params["every"] != 1 or params["similar"]:
         raise PlanError(f"{said}, and is to select some itself.", 'Give it "every" 1 and "similar" 0.')
     if back > len(earlier):
-        raise PlanError(f"{said}, and there are {len(earlier)} before it.", PLAN)
+        raise PlanError(f"{said}, and there are {len(earlier)} before it.", CORRECT)
     choices = earlier[-back] or ()
     source = choices[head] if head < len(choices) else DENSE
     if source == DENSE:
         return beside_every_key(int(choice["k"]))
     selects = CANDIDATES[source.candidate]
     if not isinstance(selects, Tokens) or selects.behind(dict(source.params)):
-        raise PlanError(f"{said}, where that head selects none.", PLAN)
+        raise PlanError(f"{said}, where that head selects none.", CORRECT)
     if source["k"] != choice["k"]:
-        raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", PLAN)
+        raise PlanError(f"{said}, which are {source['k']:g} and not {choice['k']:g}.", CORRECT)
     return source
 
 

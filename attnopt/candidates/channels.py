@@ -10,10 +10,12 @@ features of its keys.
 
 from __future__ import annotations
 
+import torch
+
 from attnopt.candidates import Param, Params
 from attnopt.candidates._tokens import MOST_STEPS, Tokens
 from attnopt.codegen.reference_tokens import TokenRule
-from attnopt.ir import Choice
+from attnopt.ir import Choice, Site
 from attnopt.registry import CANDIDATES
 
 MOST_FEATURES = 1024
@@ -32,10 +34,13 @@ class Channels(Tokens):
         count, sink, recent, every, channels = (int(params[name]) for name in ("k", "sink", "recent", "every", "r"))
         return TokenRule(count, sink, recent, every, channels=channels)
 
-    def scanned(self, params: Params, head_dim: int | None = None) -> float:
-        """Where the width of a head is not given, as many bytes as whole keys."""
-        share = 1.0 if head_dim is None else min(1.0, params["r"] / head_dim)
-        return super().scanned(params) * share
+    def misfit(self, params: Params, site: Site) -> str:
+        most = site.head_dim
+        return f"r is {params['r']:g}, and its keys have {most} features" if params["r"] > most else ""
+
+    def state_bytes(self, params: Params, site: Site, length: int) -> int:
+        """The features of every key, of which the query heads of a KV head share one copy."""
+        return int(params["r"]) * length * getattr(torch, site.dtype).itemsize * site.kv_heads // site.heads
 
 
 CANDIDATES.register("channels")(Channels())

@@ -38,7 +38,7 @@ class Compensation(Tried):
     def far_part(self, params: Params) -> tuple[str, int]:
         return "mean", 0
 
-    def state_bytes(self, params: Params, site: Site) -> int:
+    def state_bytes(self, params: Params, site: Site, length: int) -> int:
         """Two sums and their count; query heads of one KV head and window could share them, which is not counted on."""
         return (site.head_dim + site.head_dim_v + 1) * STATE_ITEM
 

@@ -47,7 +47,7 @@ class Linear(Tried):
         """Features F of a key."""
         return int(params["features"])
 
-    def state_bytes(self, params: Params, site: Site) -> int:
+    def state_bytes(self, params: Params, site: Site, length: int) -> int:
         return self.width(params) * (site.head_dim_v + 1) * STATE_ITEM
 
     def reference(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attnopt import settings
-from attnopt.cost.table import log_log, positive
+from attnopt.cost.table import log_log, on_line, positive
 from attnopt.cost.timing import device_key, interleaved
 from attnopt.errors import AttnoptError
 from attnopt.registry import CANDIDATES
@@ -68,7 +68,8 @@ class BlockTable:
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(self._text().encode()).hexdigest()[:12]
+        """Of what it was measured on: a plan finds its table again, whatever was timed beside since."""
+        return hashlib.sha256(repr(self.key).encode()).hexdigest()[:12]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -97,12 +98,12 @@ class BlockTable:
         """At a measured length: between the shares measured on a line, never less than the least of them."""
         here = {(seen, left): ms for (n, size, seen, left), ms in self.walks if (n, size) == (length, block)}
         line = sorted((seen, ms) for (seen, left), ms in here.items() if not left)
-        whole = _on_line(line, visited)
+        whole = on_line(line, visited)
         most = max(((left, seen, ms) for (seen, left), ms in here.items() if left), default=None)
         if most is None or not skipped:
             return whole
         left, seen, ms = most
-        saved = max(_on_line(line, seen) - ms, 0.0) / (left * seen)
+        saved = max(on_line(line, seen) - ms, 0.0) / (left * seen)
         return max(whole - saved * skipped * visited, line[0][1])
 
     def _text(self) -> str:
@@ -149,16 +150,6 @@ def _along(points: Sequence[tuple[int, float]], length: int) -> float:
         return points[0][1]
     left, right = next((a, b) for a, b in pairwise(points) if length <= b[0])
     return right[1] if right[0] == length else log_log(length, left, right)
-
-
-def _on_line(points: Sequence[tuple[float, float]], share: float) -> float:
-    """The value at a share, of points ascending in it: on straight lines, never less than the first."""
-    if share <= points[0][0]:
-        return points[0][1]
-    for (low, a), (high, b) in pairwise(points):
-        if share <= high:
-            return a + (b - a) * (share - low) / (high - low)
-    return points[-1][1] * share / points[-1][0]
 
 
 def key_of(spec: SpanPrefill, device: str) -> tuple[tuple[str, str], ...]:

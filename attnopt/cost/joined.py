@@ -1,4 +1,4 @@
-"""Tables of spans, of far parts and of selected blocks, as one."""
+"""Tables of spans, of far parts, of selected blocks and of steps that select tokens, as one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attnopt.cost.blocks import BlockTable
 from attnopt.cost.far import FarTable
+from attnopt.cost.steps import StepTable
 from attnopt.cost.table import Costs
 
 
@@ -17,6 +18,7 @@ class Joined:
     spans: Costs
     far: FarTable | None = None
     blocks: BlockTable | None = None
+    steps: StepTable | None = None
 
     @property
     def kind(self) -> str:
@@ -24,7 +26,7 @@ class Joined:
 
     @property
     def id(self) -> str:
-        return "+".join(table.id for table in (self.spans, self.far, self.blocks) if table is not None)
+        return "+".join(table.id for table in (self.spans, self.far, self.blocks, self.steps) if table is not None)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -32,7 +34,7 @@ class Joined:
 
     @property
     def key_time(self) -> float | None:
-        return self.spans.key_time
+        return self.spans.key_time if self.steps is None else self.steps.key_time(self.steps.lengths[-1])
 
     def cost(self, length: int, sink: int, window: int) -> float:
         return self.spans.cost(length, sink, window)
@@ -52,6 +54,14 @@ class Joined:
         if self.blocks is None:
             return self.spans.selection_cost(length, name, timed, pairs)
         return self._told(length) * self.blocks.selection(length, name, timed)
+
+    def scanned(self, length: int, features: int, dim: int) -> float:
+        if self.steps is None:
+            return self.spans.scanned(length, features, dim)
+        return self.steps.scanned(length, features)
+
+    def gathered(self, length: int, count: int) -> float:
+        return self.spans.gathered(length, count) if self.steps is None else self.steps.gathered(length, count)
 
     def _told(self, length: int) -> float:
         assert self.blocks is not None

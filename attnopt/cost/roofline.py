@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from attnopt.cost.table import block_pairs, far_pairs, itemsize, kept_pairs
+from attnopt.cost.table import Counted, block_pairs, far_pairs, itemsize, kept_pairs
 from attnopt.errors import OptionError
 from attnopt.strict_json import Place, nearest
 
@@ -77,7 +77,7 @@ def _unknown(key: str, found: dict[str, Device]) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Roofline:
+class Roofline(Counted):
     """Milliseconds of one site's heads on `tensor_parallel` devices, among which the heads are shared out; a KV head is
     repeated where there are fewer than devices."""
 

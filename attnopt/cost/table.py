@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,22 @@ class Costs(Protocol):
 
     def selection_cost(self, length: int, name: str, timed: tuple[float, ...], pairs: int) -> float: ...
 
+    def scanned(self, length: int, features: int, dim: int) -> float: ...
+
+    def gathered(self, length: int, count: int) -> float: ...
+
+
+class Counted:
+    """What a step of decoding takes whose heads select, by the bytes that it reads, for where nothing is timed."""
+
+    def scanned(self, length: int, features: int, dim: int) -> float:
+        """One selection of a KV head by `features` of the `dim` of its keys, in keys with their values."""
+        return length * features / dim / 2
+
+    def gathered(self, length: int, count: int) -> float:
+        """The `count` keys that one query head attends to."""
+        return float(count)
+
 
 def itemsize(dtype: str) -> int:
     """Bytes of a number, by torch's name of its type."""
@@ -80,7 +97,7 @@ def kept_pairs(length: int, sink: int, window: int) -> int:
 
 
 @dataclass(frozen=True)
-class CostTable:
+class CostTable(Counted):
     """Milliseconds of prefill per head, for one sequence.
 
     key: what it was measured on: device, target, dtype, heads, kv_heads, head_dim, threads, versions.
@@ -115,7 +132,7 @@ class CostTable:
 
     @property
     def key_time(self) -> float | None:
-        """No decoding kernel is emitted, so none was timed."""
+        """Of prefill alone."""
         return None
 
     @property
@@ -226,6 +243,16 @@ def log_log(x: float, left: tuple[float, float], right: tuple[float, float]) -> 
     """The power law through two points, at x between them."""
     share = math.log(x / left[0]) / math.log(right[0] / left[0])
     return math.exp(math.log(left[1]) * (1 - share) + math.log(right[1]) * share)
+
+
+def on_line(points: Sequence[tuple[float, float]], share: float) -> float:
+    """The value at a share, of points ascending in it: on straight lines, never less than the first."""
+    if share <= points[0][0]:
+        return points[0][1]
+    for (low, a), (high, b) in pairwise(points):
+        if share <= high:
+            return a + (b - a) * (share - low) / (high - low)
+    return points[-1][1] * share / points[-1][0]
 
 
 def layer_cost(table: Costs, length: int, spans: Iterable[tuple[int, int]]) -> float:

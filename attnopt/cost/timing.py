@@ -86,14 +86,18 @@ def _measure_length(
     return times, max(*extra, 0.0)
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) -> list[float]:
-    """Median milliseconds of each call."""
+def interleaved(
+    calls: Sequence[Callable[[], Any]], rounds: int, device: str, before: Callable[[], Any] | None = None
+) -> list[float]:
+    """Median milliseconds of each call. before: what else is done ahead of every single one, untimed."""
 
     # One thread's own time does not count what others take: on two cores with a load of 7, 7 of 13 selections of blocks
     # that need 0.4 to 1.1 ms read 2.5 to 4.1 ms by the wall.
     clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def timed(call: Callable[[], Any], repeats: int) -> float:
+        if before is not None:
+            before()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         start = clock()
@@ -106,7 +110,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, device: str) ->
     with torch.no_grad():
         for call in calls:
             call()
-        repeats = [max(1, math.ceil(SAMPLE_SECONDS / max(timed(call, 1), 1e-7))) for call in calls]
+        once = before is not None
+        repeats = [1 if once else max(1, math.ceil(SAMPLE_SECONDS / max(timed(call, 1), 1e-7))) for call in calls]
         samples: list[list[float]] = [[] for _ in calls]
         one = sum(timed(call, 1) for call in calls)
         rounds = max(min(rounds, int(MOST_SECONDS / max(one, 1e-9))), LEAST_ROUNDS)

@@ -110,7 +110,7 @@ class SpanCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, of all rows and layers; 0 before they are allocated."""
+        """Bytes of keys and values and of what heads select by, of all rows and layers; 0 before they are allocated."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property

@@ -102,6 +102,7 @@ def generation_of(model: Any) -> Generation:
         nbytes = layouts[site.name].nbytes(*widths)
         dense = site.kv_heads * length * (site.head_dim + site.head_dim_v) * inner.dtype.itemsize
         selecting = 0 if table is None else sum(rule is not None for rule in table.rules)
+        nbytes += 0 if table is None else table.nbytes(layouts[site.name], site.head_dim, inner.dtype)
         facts = site.name, site.mask.window, choices is not None, layouts[site.name], nbytes, dense, selecting
         layers.append(LayerFacts(*facts))
     return Generation(name, True, (), tuple(changes(inner, installed)), tuple(layers), length, plan)

@@ -371,8 +371,11 @@ class SpanLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slots, 0 before the first token."""
-        return sum(x.numel() * x.element_size() for x in (self.slots_k, self.slots_v)) if self.is_initialized else 0
+        """Bytes of the slots and of what heads select by, 0 before the first token."""
+        if not self.is_initialized:
+            return 0
+        slots = sum(x.numel() * x.element_size() for x in (self.slots_k, self.slots_v))
+        return slots + (0 if self.tokens is None else self.tokens.nbytes)
 
     @property
     def ideal_nbytes(self) -> int:

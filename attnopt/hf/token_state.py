@@ -43,6 +43,11 @@ class TokenState:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in (*STATE, "rules", "similar", "quick")]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what has a row for each row of the batch."""
+        return sum(x.numel() * x.element_size() for x in (getattr(self, name) for name in STATE))
+
     def forget(self) -> None:
         """Nothing is selected any more: the next step selects anew."""
         self.age.fill_(-1)

@@ -186,6 +186,10 @@ class Plan:
             if len(self.choices[name]) != site.heads:
                 counts = f"The plan has {len(self.choices[name])} heads at {name}, this model has {site.heads}."
                 raise PlanError(counts, remedy)
+            for head, choice in enumerate(self.choices[name]):
+                wrong = CANDIDATES[choice.candidate].misfit(dict(choice.params), site)
+                if wrong:
+                    raise PlanError(f"Head {head} of {name}, {choice.candidate}: {wrong}.", "Correct it in the plan.")
         if fingerprint is not None:
             from attnopt.fingerprint import mismatch
 

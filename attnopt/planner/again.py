@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from attnopt import settings
-from attnopt.cost import BlockTable, Costs, CostTable, FarTable, Joined, Roofline, devices
+from attnopt.cost import BlockTable, Costs, CostTable, FarTable, Joined, Roofline, StepTable, devices
 from attnopt.errors import AttnoptError, OptionError, PlanError
 from attnopt.fingerprint import mismatch
 from attnopt.ir import Mask, Site
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from attnopt.fitted import Fitted
     from attnopt.profile_file import Profile
 
-T = TypeVar("T", CostTable, FarTable, BlockTable)
+T = TypeVar("T", CostTable, FarTable, BlockTable, StepTable)
 UNKNOWN_DIM = 64
 # By what names of files begin with; any other is a table of spans.
-KINDS: dict[str, type[FarTable] | type[BlockTable]] = {"far": FarTable, "blocks": BlockTable}
-Stored = CostTable | FarTable | BlockTable
+KINDS: dict[str, type[FarTable] | type[BlockTable] | type[StepTable]] = {
+    "far": FarTable, "blocks": BlockTable, "steps": StepTable,
+}  # fmt: skip
+Stored = CostTable | FarTable | BlockTable | StepTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +195,11 @@ def _costs(
     found: dict[str, Costs] = {}
     for site in sites:
         table, far = _of_heads(stored, site.heads, CostTable), _of_heads(stored, site.heads, FarTable)
-        blocks = _of_heads(stored, site.heads, BlockTable)
+        blocks, steps = _of_heads(stored, site.heads, BlockTable), _of_heads(stored, site.heads, StepTable)
         if table is None:
             return by_density, False
-        found[site.name] = Joined(table, far, blocks) if far is not None or blocks is not None else table
+        parts = far, blocks, steps
+        found[site.name] = Joined(table, *parts) if any(part is not None for part in parts) else table
     # Every table that the plan names takes part, or times of far parts would be missing.
     used = {part for t in found.values() for part in t.id.split("+")}
     return (found, True) if used == set(plan.cost_table.split("+")) else (by_density, False)

@@ -111,7 +111,8 @@ def _short_of(problem: Problem, limits: Limits, free: Problem, memory: bool) -> 
     def least(of: Problem, spans: int | None) -> float:
         if memory:
             nothing = np.zeros_like(of.group_cost)
-            of = replace(of, cost=of.states, group_cost=nothing, key_cost=of.key_bytes)
+            kept = np.zeros((0, 0), dtype=np.int64)
+            of = replace(of, cost=of.states, group_cost=nothing, key_cost=of.key_bytes, reads=kept)
         return float(front(harmless(of), Limits(spans=spans)).cost[-1])
 
     wanted = limits.memory if memory else limits.cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attnopt import settings
@@ -15,9 +16,10 @@ from attnopt.cost import (
     load_or_measure,
     load_or_measure_blocks,
     load_or_measure_far,
+    load_or_measure_steps,
 )
 from attnopt.ir import Site
-from attnopt.planner.problem import Tables, table_of
+from attnopt.planner.problem import Tables, table_of, weighed_at
 from attnopt.planner.tried import tried_at
 from attnopt.progress import Progress
 from attnopt.registry import CANDIDATES
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
 def costs_of(
     sites: Sequence[Site], tables: Tables | Callable[[Sequence[Site]], Tables] | None, profile: Profile,
     target_length: int, fitted: Fitted | None, families: Sequence[str], device: str, progress: Progress | None,
+    objective: str = "prefill",
 ) -> dict[str, Costs]:  # fmt: skip
     """The costs of every site: `tables`, or what that function makes of the sites, or, of None, times measured here at
-    lengths up to the planned one, with those of the `families` of far parts that were tried."""
+    lengths up to the planned one, with those of the `families` of far parts that were tried, and of steps that select
+    where the objective counts decoding."""
     given = tables(sites) if callable(tables) else tables
     if given is None:
         lengths = [n for n in sorted({1024, 2048, 4096, target_length}) if n <= target_length]
@@ -40,6 +44,7 @@ def costs_of(
         given = timed = cost_tables(sites, profile, target, device, lengths, progress)
         if fitted is not None:
             given = with_parts(timed, sites, fitted, families, target, device, lengths, progress)
+            given = with_steps(given, sites, fitted, families, target, device, lengths, progress, objective)
     return {s.name: table_of(given, s) for s in sites}
 
 
@@ -95,6 +100,29 @@ def with_parts(
             )  # fmt: skip
         if far is not None or blocks is not None:
             found[site.name] = Joined(tables[site.name], far, blocks)
+    return found
+
+
+def with_steps(
+    tables: Mapping[str, Costs], sites: Sequence[Site], fitted: Fitted, allow: Sequence[str], target: str, device: str,
+    lengths: Sequence[int], progress: Progress | None, objective: str,
+) -> dict[str, Costs]:  # fmt: skip
+    """The tables with the times of steps that select as was tried anywhere; of all sites or none, since a sum of times
+    and bytes is neither."""
+    tried = [c for s in sites for c in weighed_at(fitted, s, allow, max(lengths), objective)]
+    decoded = [dict(c.params) for c in tried if CANDIDATES[c.candidate].decoded]
+    if not decoded:
+        return dict(tables)
+    found: dict[str, Costs] = {}
+    for site in sites:
+        features = sorted({min(int(params.get("r", site.head_dim)), site.head_dim) for params in decoded})
+        steps = load_or_measure_steps(
+            spec_of(site, target), lengths, features, device=device,
+            progress=lambda done, of, at: progress(f"timing steps at {at}", done, of) if progress else None,
+        )  # fmt: skip
+        given = tables[site.name]
+        own = given if isinstance(given, Joined) else Joined(given)
+        found[site.name] = replace(own, steps=steps)
     return found
 
 

@@ -103,7 +103,8 @@ def _site(problem: Problem, site: int, price: float) -> Problem:
         heads=tuple(problem.heads[h] for h in heads),
         damage=damage,
         cost=problem.cost[heads] + price * np.where(np.isfinite(damage), damage, 0.0),
-        span=problem.read_spans[heads],
+        span=problem.span[heads],
+        reads=problem.reads[heads] if problem.reads.size else problem.reads,
         site=np.zeros(len(heads), dtype=np.int64),
         group_cost=problem.group_cost[[site]],
         kv=np.searchsorted(of_kv, problem.kv[heads]) if len(problem.kv) else problem.kv,
@@ -124,9 +125,9 @@ class _Program:
     """
 
     def __init__(self, problem: Problem, limits: Limits) -> None:
-        self.problem, self.limits = problem, limits
+        self.problem, self.reading, self.limits = problem, problem.reading, limits
         self.rows, self.columns = np.nonzero(np.isfinite(problem.damage))
-        codes = problem.read_spans[self.rows, self.columns]
+        codes = self.reading.span[self.rows, self.columns]
         groups = problem.groups[self.rows, self.columns]
         # The x that are run, and the group of each.
         self.run = np.flatnonzero(groups != GONE)
@@ -167,7 +168,7 @@ class _Program:
             raise DependencyError("The exact planner needs scipy.", "pip install scipy") from error
         problem, limits = self.problem, self.limits
         picked = problem.damage[self.rows, self.columns]
-        kept = kept_keys(self.unions[1], problem.length)
+        kept = kept_keys(self.unions[1], self.reading.length)
         # HiGHS's tolerances are absolute: all sums in units of their own size.
         damage_unit = max_damage or max(float(np.median(picked)), 1e-12) * len(problem.heads)
         cost_unit = max(problem.dense.cost, 1e-300)
@@ -242,11 +243,11 @@ class _Program:
 
     def _inside(self) -> tuple[Array, Array]:
         """Every pair of a union and an x of the same KV head whose span lies inside it."""
-        codes, kv = self.problem.read_spans[self.rows, self.columns], self.problem.kv[self.rows]
+        codes, kv = self.reading.span[self.rows, self.columns], self.problem.kv[self.rows]
         found = []
         for g in range(int(kv[-1]) + 1):
             unions, own = np.flatnonzero(self.unions[0] == g), np.flatnonzero(kv == g)
-            u, x = np.nonzero(within(codes[own], self.unions[1, unions], self.problem.length))
+            u, x = np.nonzero(within(codes[own], self.unions[1, unions], self.reading.length))
             found.append((unions[u], own[x]))
         union, x = (np.concatenate(part) for part in zip(*found, strict=True))
         return union, x

@@ -8,7 +8,7 @@ the whole front in a fraction of a second, `exact.py` one point with a proof.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ Array = np.ndarray[Any, Any]
 Choices = dict[str, tuple[Choice, ...]]
 # The group of heads without attention, which no kernel runs.
 GONE = -1
+# A length that no sum of keys reaches.
+EVERY = 1 << 62
 
 
 def code_of(sink: int, window: int, length: int) -> int:
@@ -29,6 +31,13 @@ def code_of(sink: int, window: int, length: int) -> int:
 def kept_keys(codes: Array, length: int) -> Array:
     """Keys that a cache keeps of each span at `length`."""
     return np.minimum((codes >> 32) + (codes & 0xFFFFFFFF), length)
+
+
+def unions(codes: Array, kv: Array) -> Array:
+    """The most sinks and the widest window of the spans of heads (H,), for each of their KV heads, `kv` ascending."""
+    first = np.flatnonzero(np.diff(kv, prepend=-1))
+    sinks, windows = (np.maximum.reduceat(part, first) for part in (codes >> 32, codes & 0xFFFFFFFF))
+    return np.asarray(sinks << 32 | windows)
 
 
 def within(codes: Array, unions: Array, length: int) -> Array:
@@ -72,10 +81,11 @@ class Problem:
     together, of one span and one far part, `GONE` where nothing is run; empty where spans alone tell that. site (H,):
     index of the head's site; group_cost (sites,): cost of every group of a site after the first. kv (H,): index of the
     head's KV head, ascending; key_cost, key_bytes (KV heads,): cost and bytes of one key that the cache keeps, where
-    the cache counts; reads (H, C): `code_of` what a step of decoding reads of the cache, empty where that is `span`,
-    all that is kept; state (H, C): bytes it keeps of a head besides keys, empty for none. kind: where costs
-    come from, "measured", "roofline", "density" or "bytes"; unit: what they are in. correlate() -> (H, H): how heads'
-    losses are correlated (attnopt/planner/interaction.py), empty where that is not known; asked for when it is needed.
+    the cache counts; reads (H, C): codes of what the heads of a KV head read together in a step of decoding, sinks and
+    windows that add up whatever the length, empty where that is `span`, all that is kept; state (H, C): bytes it keeps
+    of a head besides keys, empty for none. kind: where costs come from, "measured", "roofline", "density" or "bytes";
+    unit: what they are in. correlate() -> (H, H): how heads' losses are correlated (attnopt/planner/interaction.py),
+    empty where that is not known; asked for when it is needed.
     retrieval (H, C): the part of `damage` that is no loss on text, but of the probe's answers, weighed; empty for none.
     """
 
@@ -104,9 +114,11 @@ class Problem:
         return self.group if self.group.size else self.span
 
     @property
-    def read_spans(self) -> Array:
-        """`reads`, or what stands for it. (H, C)"""
-        return self.reads if self.reads.size else self.span
+    def reading(self) -> Problem:
+        """The problem whose spans are what decoding reads; itself where that is all that is kept."""
+        if not self.reads.size:
+            return self
+        return replace(self, span=self.reads, reads=np.zeros((0, 0), dtype=np.int64), length=EVERY)
 
     @property
     def states(self) -> Array:
@@ -132,20 +144,15 @@ class Problem:
         """The solution that gives head h the choice ``index[h]``."""
         rows = np.arange(len(index))
         kept = self.kept(index)
-        read = self.kept(index, self.reads) if self.reads.size else kept
-        cost = self._cost(index) + float((self.key_cost * read).sum())
+        cost = self._cost(index) + float((self.key_cost * self.reading.kept(index)).sum())
         memory = float((self.key_bytes * kept).sum()) + float(self.states[rows, index].sum())
         return Solution(index, float(self.damage[rows, index].sum()), cost, memory)
 
-    def kept(self, index: Array, of: Array | None = None) -> Array:
-        """Keys kept by each KV head's cache: the union over the query heads that share it. (KV heads,) of: other spans
-        than `span`, (H, C)."""
+    def kept(self, index: Array) -> Array:
+        """Keys kept by each KV head's cache: the union over the query heads that share it. (KV heads,)"""
         if not len(self.kv):
             return np.zeros(0)
-        codes = (self.span if of is None else of)[np.arange(len(index)), index]
-        first = np.flatnonzero(np.diff(self.kv, prepend=-1))
-        sinks, windows = (np.maximum.reduceat(part, first) for part in (codes >> 32, codes & 0xFFFFFFFF))
-        return kept_keys(sinks << 32 | windows, self.length)
+        return kept_keys(unions(self.span[np.arange(len(index)), index], self.kv), self.length)
 
     def _cost(self, index: Array) -> float:
         rows = np.arange(len(index))
@@ -247,4 +254,5 @@ def _shared(problem: Problem, index: Array) -> Array:
     if not problem.key_cost.any():
         return own
     heads_of = np.bincount(problem.kv)
-    return own + (problem.key_cost / heads_of)[problem.kv] * kept_keys(problem.read_spans[rows, index], problem.length)
+    read = problem.reading
+    return own + (problem.key_cost / heads_of)[problem.kv] * kept_keys(read.span[rows, index], read.length)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from attnopt import settings
 from attnopt.cost import Costs
 from attnopt.errors import OptionError, TextError
 from attnopt.fingerprint import Fingerprint, fingerprint_of
@@ -32,6 +33,7 @@ from attnopt.planner.problem import (
     predicted_of,
 )
 from attnopt.planner.reuse import settled, within_memory
+from attnopt.planner.steps import fallen_back
 from attnopt.planner.tried import allowed_families, not_pruned, visits_of
 from attnopt.planner.verify import LEAST_SEQUENCES, TYPICAL_LOSS, Record, Verified, final_check, verify_loop
 from attnopt.probe import Document, Probe, Recall, recall
@@ -100,8 +102,10 @@ class Case:
         choices, asked, fitted = choices_from(self.problem, found.solution), self.asked, self.fitted
         # A cache asked to be small is so at every length, whether or not that saves time.
         small_cache = asked.max_kv_memory is not None or asked.max_kv_bytes is not None
-        saves_time = self.objective in ("prefill", "mixed") and not small_cache
-        min_length = min_length_of(choices, self.sites, self.tables, fitted) if saves_time else 0
+        min_length = asked.dense_below
+        if min_length is None:
+            at = min_length_of(choices, self.sites, self.tables, fitted, self.objective)
+            min_length = 0 if small_cache else at
         return Plan(
             model=name,
             fingerprint=self.fingerprint,
@@ -112,7 +116,7 @@ class Case:
             measured=(*found.measured, *measured),
             objective=self.objective,
             constraints=asked,
-            min_length=max(min_length, asked.dense_below or 0),
+            min_length=min_length,
             cost_table="+".join(sorted({t.id for t in self.tables.values()})),
             calibration=calibration_of(self.profile),
             seed=seed,
@@ -128,7 +132,7 @@ def case_of(
 ) -> Case:  # fmt: skip
     """The problem of `make_plan`. ids int64 (1, n): what the model is traced with; asked: with the families that are
     weighed. ProfileError where the profile is of another model, OptionError where nothing is within the constraints."""
-    if "prune" in asked.allow and asked.dense_below is not None:
+    if "prune" in asked.allow and asked.dense_below:
         raise OptionError(
             "A pruned head is gone at every length, and --dense-below wants it back under one.",
             "Leave prune out of --allow, or --dense-below away.",
@@ -139,7 +143,8 @@ def case_of(
     profile.check_model(fingerprint)
     if fitted is not None:
         fitted.check_model(fingerprint)
-    of_site = costs_of(sites, tables, profile, target_length, fitted, asked.allow, spans.device.type, progress)
+    device = spans.device.type
+    of_site = costs_of(sites, tables, profile, target_length, fitted, asked.allow, device, progress, objective)
     notes = left_dense(sites, asked.allow)
     whole: dict[str, str] = {}
     if "prune" in asked.allow:
@@ -222,7 +227,23 @@ def make_plan(
         notes += unasked
     lengths = Lengths(tuple(profile.lengths), target_length, tuple(sorted({*verify, *final})))
     plan = case.plan(name, budget, lengths, found, measured, seed)
+    notes += without_effect(plan)
+    if not any(table.kind == "roofline" for table in case.tables.values()):
+        notes += fallen_back(choices, case.sites, settings.target(case.spans.device.type))
     return Made(plan, case.problem, found, case.sites, case.tables, last.dense, last.planned, notes)
+
+
+def without_effect(plan: Plan) -> tuple[str, ...]:
+    """What to say of lengths that a plan was made for, or verified at, and at which it runs dense."""
+    short = sorted(n for n in {plan.lengths.planned, *plan.lengths.verified} if n < plan.min_length)
+    if not short:
+        return ()
+    of = "as asked" if plan.constraints.dense_below is not None else "since it is predicted to save nothing there"
+    return (
+        f"The plan changes nothing at {', '.join(map(str, short))} tokens, which it was made for or verified at: under "
+        f"{plan.min_length} tokens every head runs dense, {of}. Plan for more tokens (--length), or keep it at every "
+        "length (--dense-below 0).",
+    )
 
 
 def posed(

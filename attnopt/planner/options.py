@@ -13,7 +13,7 @@ in none: that choice is free of fixed costs and of limits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Items:
 def items_of(problem: Problem, limits: Limits, memory_prices: Sequence[float] = (0.0,)) -> list[Items]:
     """The items of a problem. memory_prices: cost of a cached byte, several where memory is limited. What is shared of
     a KV head is what decoding reads of its cache."""
-    problem = replace(problem, span=problem.read_spans)
+    problem = problem.reading
     fixed = limits.spans is not None or bool((problem.group_cost > 0).any())
     cached = bool(problem.key_cost.any()) or any(memory_prices)
     if not fixed and not cached:

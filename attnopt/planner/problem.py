@@ -1,8 +1,9 @@
 """From a profile and a cost table to a knapsack, and from its solution to what a plan file says.
 
 What is weighed (`OBJECTIVES`): "prefill", the time of every head's own span and far part. "decode" and "memory", the
-keys that the cache keeps, the union over the query heads that share a KV head, and the states of far parts. "mixed",
-half of each, as shares of dense.
+keys that the cache keeps, the union over the query heads that share a KV head, and the states of far parts; where heads
+select keys while decoding, what a step reads of them (attnopt/planner/steps.py). "mixed", half of prefill and half of
+decode, as shares of dense.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnopt.cost import MARGIN, Costs, itemsize, layer_cost
+from attnopt.cost import MARGIN, Costs, layer_cost
 from attnopt.errors import ModelError, OptionError, ProfileError
 from attnopt.ir import DENSE, Choice, Share, Site
 from attnopt.plan import OBJECTIVES, Predicted
 from attnopt.planner.extrapolate import carried_on
 from attnopt.planner.interaction import correlations
 from attnopt.planner.knapsack import GONE, Array, Choices, Problem, Solution, code_of, times_faster
+from attnopt.planner.steps import key_bytes, read_of, step_share
 from attnopt.planner.tried import FAMILIES, damage_of, forgotten_of, shares_at, tried_at
 from attnopt.registry import CANDIDATES
 from attnopt.strict_json import nearest
@@ -74,6 +76,7 @@ def make_problem(
     span: list[Array] = []
     state: list[Array] = []
     reads: list[Array] = []
+    own_keys: list[Array] = []
     for site in sites:
         seen, allowed = observed(profile, site, lengths), {*spaces[site.mask.window], *tried[site.name]}
         of_text = _damage(site, choices, allowed - {*tried[site.name]}, up_to(seen, target_length))
@@ -86,7 +89,7 @@ def make_problem(
         of_site = _costs(
             table_of(tables, site), site, choices, target_length, fitted, (visits or {}).get(site.name, {})
         )
-        for of_kind, values in zip((cost, span, state, reads), of_site, strict=True):
+        for of_kind, values in zip((cost, span, state, reads, own_keys), of_site, strict=True):
             of_kind.append(values)
     sharing = [s.heads // s.kv_heads for s in sites for _ in range(s.kv_heads)]
     problem = Problem(
@@ -105,9 +108,9 @@ def make_problem(
         key_bytes=np.concatenate([np.full(s.kv_heads, key_bytes(s)) for s in sites]),
         correlate=cache(partial(correlations, profile, [s.name for s in sites], lengths)),
         retrieval=np.concatenate(forgotten),
-        **(_beside_spans(choices, *map(np.concatenate, (span, state, reads))) if any(tried.values()) else {}),
+        **(_beside_spans(choices, *map(np.concatenate, (span, state, reads, own_keys))) if any(tried.values()) else {}),
     )
-    return weighed(problem, objective, tables, sites)
+    return weighed(problem, objective, tables, sites, np.concatenate(own_keys))
 
 
 def weighed_at(
@@ -154,11 +157,6 @@ def closed(problem: Problem, heads: Mapping[str, Sequence[int]], choices: Sequen
     rows = [h for h, (site, head) in enumerate(problem.heads) if head in heads.get(site, ())]
     damage[np.ix_(rows, columns)] = np.inf
     return replace(problem, damage=damage)
-
-
-def key_bytes(site: Site) -> int:
-    """Bytes of K and V that one KV head keeps of a token."""
-    return (site.head_dim + site.head_dim_v) * itemsize(site.dtype)
 
 
 def _damage(site: Site, choices: Sequence[Choice], allowed: set[Choice], seen: Sequence[Observation]) -> Array:
@@ -230,11 +228,11 @@ def up_to(seen: Sequence[Observation], target: int) -> list[Observation]:
 def _costs(
     table: Costs, site: Site, choices: Sequence[Choice], length: int, fitted: Fitted | None,
     visits: Mapping[int, Share],
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Cost, span code, state bytes and the code of what decoding reads, of every choice, each (heads, C): heads differ
-    where they select keys."""
+) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    """Cost, span code, state bytes, and what decoding reads, the code of what KV heads share and the keys of a head's
+    own, of every choice, each (heads, C): heads differ where they select keys."""
     shape = site.heads, len(choices)
-    cost, state = np.zeros(shape), np.zeros(shape)
+    cost, state, own_keys = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     span, reads = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for c, choice in enumerate(choices):
         candidate, params, own = CANDIDATES[choice.candidate], dict(choice.params), site.mask.window
@@ -246,20 +244,21 @@ def _costs(
         sink, window = candidate.span(params, length, own)
         span[:, c] = code_of(sink, window, length)
         for head, share in enumerate(shares):
-            most_sinks, widest = candidate.reads(params, length, own, site.head_dim, share)
-            reads[head, c] = code_of(most_sinks, widest, length)
-        state[:, c] = candidate.state_bytes(params, site)
-    return cost, span, state, reads
+            reads[head, c], own_keys[head, c] = read_of(table, site, choice, length, share)
+        state[:, c] = candidate.state_bytes(params, site, length)
+    return cost, span, state, reads, own_keys
 
 
-def _beside_spans(choices: Sequence[Choice], span: Array, state: Array, reads: Array) -> dict[str, Array]:
+def _beside_spans(
+    choices: Sequence[Choice], span: Array, state: Array, reads: Array, own_keys: Array
+) -> dict[str, Array]:  # fmt: skip
     """What a Problem holds where choices are more than spans: two of one span are apart where their far parts are, or
     what selects their keys."""
     kinds = [(CANDIDATES[c.candidate], dict(c.params)) for c in choices]
     parts = [(kind.method(params), 0) if kind.far == "selected" else kind.far_part(params) for kind, params in kinds]
     number = {part: n for n, part in enumerate(dict.fromkeys(parts))}
-    pairs = np.stack([span.ravel(), reads.ravel()])
-    of_span = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(span.shape)
+    each = np.stack([span.ravel(), reads.ravel(), np.ceil(own_keys).astype(np.int64).ravel()])
+    of_span = np.unique(each, axis=1, return_inverse=True)[1].reshape(span.shape)
     group = of_span * len(number) + np.array([number[part] for part in parts])
     found = {"group": np.where([kind.far == "gone" for kind, _ in kinds], GONE, group), "state": state}
     return found | ({"reads": reads} if any(kind.decoded for kind, _ in kinds) else {})
@@ -271,22 +270,25 @@ def kind_of(tables: Tables) -> str:
     return next(kind for kind in ("density", "roofline", "measured") if kind in kinds)
 
 
-def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Site]) -> Problem:
-    """The problem with the costs of an objective, from one with those of prefill."""
+def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Site], own_keys: Array) -> Problem:
+    """The problem with the costs of an objective, from one with those of prefill. own_keys (H, C): that a step of
+    decoding reads of a head by itself."""
     if objective == "prefill":
         return problem
     per_kv = [table_of(tables, s).key_time for s in sites for _ in range(s.kv_heads)]
     times = np.array([t for t in per_kv if t is not None])
     timed = objective != "memory" and len(times) == len(per_kv)
     keys = times if timed else problem.key_bytes / MIB
-    # A state costs as many bytes of keys do; decoding reads it and writes it, every token.
-    passes = 1 if objective == "memory" else 2
+    # A state costs as many bytes of keys do; decoding reads and writes it, every token, unless it is there to select.
+    passes = np.array([0 if CANDIDATES[c.candidate].decoded else 2 for c in problem.choices])
+    passes = np.ones_like(passes) if objective == "memory" else passes
     states = passes * problem.states * (keys / problem.key_bytes)[problem.kv][:, None]
+    states += 0 if objective == "memory" else own_keys * keys[problem.kv][:, None]
     if objective != "mixed":
         unit = "ms a token" if timed else "MiB read a token" if objective == "decode" else "MiB of cache"
         return replace(
             problem, cost=states, group_cost=np.zeros_like(problem.group_cost), key_cost=keys,
-            kind="roofline" if timed else "bytes", unit=unit,
+            kind=problem.kind if timed else "bytes", unit=unit,
         )  # fmt: skip
     dense = 2 * problem.dense.cost
     dense_keys = 2 * float((keys * problem.kept(np.zeros(len(problem.heads), dtype=np.int64))).sum())
@@ -312,26 +314,41 @@ def predicted_of(problem: Problem, solution: Solution, gap: float | None = None)
     )
 
 
-def min_length_of(choices: Choices, sites: Sequence[Site], tables: Tables, fitted: Fitted | None = None) -> int:
+def min_length_of(
+    choices: Choices, sites: Sequence[Site], tables: Tables, fitted: Fitted | None = None, objective: str = "prefill"
+) -> int:  # fmt: skip
     """The measured length from which on these choices are cheaper than dense, MARGIN included; under it dense runs.
-    One more than the longest measured length if they never are; 0 where nothing was measured."""
+    One more than the longest measured length if they never are; 0 where nothing was measured of what the objective
+    weighs."""
     of = {s.name: table_of(tables, s) for s in sites}
     if not all(t.kind == "measured" for t in of.values()):
+        return 0
+    stepped = objective in ("decode", "mixed") and all(t.key_time is not None for t in of.values())
+    if not stepped and objective not in ("prefill", "mixed"):
         return 0
     lengths = sorted(set.intersection(*(set(t.lengths) for t in of.values())))
     if not lengths:
         return 0
     found = lengths[-1] + 1
     for length in reversed(lengths):
-        planned = dense = 0.0
-        for site in sites:
-            table, own = of[site.name], site.mask.window
-            planned += planned_cost(table, length, choices[site.name], own, site.name, fitted)
-            dense += layer_cost(table, length, [CANDIDATES["dense"].span({}, length, own)] * site.heads)
-        if planned >= (1 - MARGIN) * dense:
+        shares = [prefill_share(choices, sites, of, length, fitted)] if objective != "decode" else []
+        shares += [step_share(choices, sites, of, length, fitted)] if stepped else []
+        if sum(shares) >= (1 - MARGIN) * len(shares):
             break
         found = length
     return found
+
+
+def prefill_share(
+    choices: Choices, sites: Sequence[Site], tables: Mapping[str, Costs], length: int, fitted: Fitted | None
+) -> float:  # fmt: skip
+    """What a prefill with these choices costs of a dense one."""
+    planned = dense = 0.0
+    for site in sites:
+        table, own = tables[site.name], site.mask.window
+        planned += planned_cost(table, length, choices[site.name], own, site.name, fitted)
+        dense += layer_cost(table, length, [CANDIDATES["dense"].span({}, length, own)] * site.heads)
+    return planned / dense
 
 
 def planned_cost(

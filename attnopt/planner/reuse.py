@@ -1,10 +1,10 @@
 """Which layers select tokens, and which read what an earlier one selected.
 
 A head that reads another layer's tokens (`behind` attentions before) needs the head of the same number there to select
-as many, or to be dense. The knapsack knows no such conditions, so they are settled before it: along the layers, the
-heads of one number form a chain, and at a price of damage the best chain is found exactly, by dynamic programming over
-the layer that selected last. What no longer fits is closed; the rest is the knapsack's to choose, dense always among
-it.
+as many in every step, as it was tried, or to be dense. The knapsack knows no such conditions, so they are settled
+before it: along the layers, the heads of one number form a chain, and at a price of damage the best chain is found
+exactly, by dynamic programming over the layer that selected last. What no longer fits is closed; the rest is the
+knapsack's to choose, dense always among it.
 
 TidalDecode and DELTA name such layers by hand for each model; here what they damage was measured at every distance.
 """
@@ -26,10 +26,12 @@ STEPS = 16
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """The choices that select or read tokens, by column: `count` of tokens, 0 for every other choice; `behind`."""
+    """The choices that select or read tokens, by column: `count` of tokens, 0 for every other choice; `behind`;
+    `provides`, bool: whether it selects in every step, which is what reading another layer's tokens was tried with."""
 
     count: Array
     behind: Array
+    provides: Array
 
     @property
     def counts(self) -> list[int]:
@@ -39,11 +41,13 @@ class Links:
 
 def links_of(problem: Problem) -> Links:
     count, behind = (np.zeros(len(problem.choices), dtype=np.int64) for _ in range(2))
+    provides = np.zeros(len(problem.choices), dtype=bool)
     for c, choice in enumerate(problem.choices):
         params = dict(choice.params)
         if "behind" in params and CANDIDATES[choice.candidate].decoded:
             count[c], behind[c] = params["k"], params["behind"]
-    return Links(count, behind)
+            provides[c] = (params["every"], params["similar"], params["behind"]) == (1, 0, 0)
+    return Links(count, behind, provides)
 
 
 def settled(problem: Problem, nats: float) -> Problem:
@@ -79,7 +83,8 @@ def shared_cost(problem: Problem) -> Array:
     if not len(problem.kv):
         return problem.cost
     part = (problem.key_cost / np.bincount(problem.kv))[problem.kv]
-    return problem.cost + part[:, None] * kept_keys(problem.read_spans, problem.length)
+    read = problem.reading
+    return problem.cost + part[:, None] * kept_keys(read.span, read.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +120,7 @@ def solve(rows: Array, damage: Array, priced: Array, links: Links) -> Roles:
             reads[key][layer] = shared < free[layer]
             best[key] = best[key] + np.minimum(shared, free[layer])
         for count in links.counts:
-            provides = (links.behind == 0) & (links.count == count)
+            provides = links.provides & (links.count == count)
             provides[0] = True
             best[count, layer] = before + value[layer][:, provides].min(-1)
             came[count, layer] = [keys[n] for n in origin]
@@ -143,15 +148,15 @@ def _roles(
 
 
 def allowed(rows: Array, links: Links, roles: Roles, heads: int) -> Array:
-    """Which choices fit the roles, bool (H, C): of a layer that others read, dense and selecting as many tokens; of the
-    others everything but to read what is not there."""
+    """Which choices fit the roles, bool (H, C): of a layer that others read, dense and selecting as many tokens in each
+    step; of the others everything but to read what is not there."""
     fits = np.ones((heads, len(links.count)), dtype=bool)
     for layer, head in zip(*np.nonzero(rows >= 0), strict=True):
         row, source, provides = rows[layer, head], roles.source[layer, head], roles.provides[layer, head]
         there = (links.count == roles.tokens[layer, head]) & (links.behind == layer - source) & (source >= 0)
         fits[row] = (links.behind == 0) | there
         if provides:
-            fits[row] = (links.count == provides) & (links.behind == 0)
+            fits[row] = (links.count == provides) & links.provides
             fits[row, 0] = True
     return fits
 
@@ -163,4 +168,6 @@ def within_memory(problem: Problem, limits: Limits) -> Problem:
     heads: dict[str, list[int]] = {}
     for site, head in problem.heads:
         heads.setdefault(site, []).append(head)
-    return closed(problem, heads, [c for c in problem.choices if CANDIDATES[c.candidate].decoded])
+    kept = closed(problem, heads, [c for c in problem.choices if CANDIDATES[c.candidate].decoded])
+    # What is left reads what it keeps.
+    return replace(kept, reads=np.zeros((0, 0), dtype=np.int64))

@@ -4,8 +4,8 @@ The trials hold damage on text, by the same formula as a profile's (attnopt/stat
 probe where the profile has one. What they do not hold is taken from what the profile knows of the same span without its
 far part: what is lost of the probe's answers, all of it, since a diffuse summary recalls no line; and how damage grows
 towards a planned length beyond the trials', in proportion. Choices that select keys have no such span: theirs grows on
-as it did from one length tried to the next, and without a probe a head loses of its answers the share of what removing
-it would that it does not recall of its mass.
+as it did from one length tried to the next, as fast as any may from one at which nothing was lost, and without a probe
+a head loses of its answers the share of what removing it would that it does not recall of its mass.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def grown_on(tried: Mapping[int, Array], target: int) -> Array:
     shorter, last = tried[before[-1]], tried[longest]
     power = np.log(np.where(shorter > 0, last / np.where(shorter > 0, shorter, 1.0), 1.0).clip(min=1.0))
     power /= np.log(longest / before[-1])
+    # Nothing was lost where all keys were kept: how fast damage grows from there no ratio tells.
+    power = np.where((shorter == 0) & (last > 0), MOST_GROWTH, power)
     return np.asarray(last * (target / longest) ** np.minimum(power, MOST_GROWTH))
 
 

@@ -80,7 +80,7 @@ def cache_bytes(site: Site, choices: Sequence[Choice], length: int) -> int:
     spans = [span_of(c, length) for c in choices]
     keys = sum(sum(union(spans[g * share : (g + 1) * share], length)) for g in range(site.kv_heads))
     states = sum(
-        CANDIDATES[c.candidate].state_bytes(dict(c.params), site)
+        CANDIDATES[c.candidate].state_bytes(dict(c.params), site, length)
         for c in choices
         if far_of(c, length) in ("linear", "mean")
     )

@@ -6,6 +6,8 @@ import torch
 from candidates.degenerate import DIM, LENGTH, SCALE, Degenerate, Inputs, any_inputs
 
 from attnopt.codegen.reference_tokens import TokenRule
+from attnopt.cost import CostTable
+from attnopt.ir import Mask, Site
 from attnopt.registry import CANDIDATES
 
 candidate = CANDIDATES["channels"]
@@ -39,9 +41,17 @@ def test_as_many_features_as_there_are_change_nothing() -> None:
         torch.testing.assert_close(candidate.reference(*inputs, {**PARAMS, "r": r, "every": 4}, SCALE), expected)
 
 
+def test_features_are_kept_once_for_the_heads_of_a_kv_head() -> None:
+    site = Site("h", 0, "sdpa", 8, 2, 16, 16, 0.25, "bfloat16", Mask(causal=True))
+    # Two features of 800 keys in two bytes, for four query heads.
+    assert candidate.state_bytes(PARAMS, site, 800) == 2 * 800 * 2 / 4
+    assert candidate.misfit({**PARAMS, "r": 17}, site) and not candidate.misfit({**PARAMS, "r": 16}, site)
+
+
 def test_a_step_reads_a_share_of_the_keys() -> None:
     assert candidate.decoded and candidate.token_rule(PARAMS) == TokenRule(5, 1, 3, channels=2)
-    assert candidate.reads(PARAMS, 800, head_dim=16) == (1, 58)
-    assert candidate.reads({**PARAMS, "every": 2}, 800, head_dim=16) == (1, 33)
-    assert candidate.reads(PARAMS, 800) == CANDIDATES["top_tokens"].reads(TOP, 800) == (1, 408)
+    table = CostTable.by_density()
+    assert candidate.selecting(table, PARAMS, 800, 16) == (50, 9)
+    assert candidate.selecting(table, {**PARAMS, "every": 2}, 800, 16) == (25, 9)
+    assert candidate.selecting(table, PARAMS, 800, 2) == CANDIDATES["top_tokens"].selecting(table, TOP, 800, 2)
     assert candidate.problem({**PARAMS, "r": 0}) and not candidate.problem(PARAMS)

@@ -36,5 +36,5 @@ def test_the_dropped_keys_are_one_token_of_their_number() -> None:
 def test_it_follows_the_elastic_rule_and_keeps_two_sums() -> None:
     assert candidate.span({"sink": 4, "alpha": 0, "beta": 1 / 8}, 1024) == (4, 128)
     site = Site("layers.0", 0, "sdpa", HEADS, 2, DIM, 16, SCALE, "float16", Mask(causal=True))
-    assert candidate.state_bytes(PARAMS, site) == (DIM + 16 + 1) * 4
+    assert candidate.state_bytes(PARAMS, site, 512) == (DIM + 16 + 1) * 4
     assert (candidate.far, candidate.map_name(PARAMS), candidate.far_part(PARAMS)) == ("mean", "", ("mean", 0))

@@ -52,7 +52,7 @@ def test_reference_shares_one_normaliser() -> None:
 
 def test_it_names_its_map_and_its_state() -> None:
     assert (candidate.far, candidate.map_name(PARAMS), candidate.far_part(PARAMS)) == ("linear", "linear/8", ("exp", 8))
-    assert candidate.state_bytes(PARAMS, site()) == 8 * (DIM + 1) * 4  # float32, whatever the site's dtype
+    assert candidate.state_bytes(PARAMS, site(), 512) == 8 * (DIM + 1) * 4  # float32, whatever the site's dtype
     assert candidate.span(PARAMS, 4096) == (2, 9) and candidate.span(PARAMS, 5) == (2, 5)
 
 

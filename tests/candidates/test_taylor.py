@@ -51,4 +51,4 @@ def test_far_keys_weigh_as_the_series_says() -> None:
 def test_it_names_its_map_and_its_state() -> None:
     site = Site("layers.0", 0, "sdpa", HEADS, 2, DIM, DIM, SCALE, "float32", Mask(causal=True))
     assert (candidate.map_name(PARAMS), candidate.far_part(PARAMS)) == ("taylor/4", ("taylor", 4))
-    assert candidate.state_bytes(PARAMS, site) == (1 + 4 + 16) * (DIM + 1) * 4
+    assert candidate.state_bytes(PARAMS, site, 512) == (1 + 4 + 16) * (DIM + 1) * 4

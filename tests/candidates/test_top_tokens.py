@@ -7,6 +7,7 @@ import torch
 from candidates.degenerate import DIM, HEADS, KV_HEADS, LENGTH, SCALE, Degenerate, any_inputs
 
 from attnopt.codegen.reference_tokens import TokenRule
+from attnopt.cost import CostTable
 from attnopt.ir import Choice, Mask, Site
 from attnopt.registry import CANDIDATES
 
@@ -34,10 +35,14 @@ def test_a_row_attends_to_its_best_keys_and_those_at_both_ends() -> None:
 def test_prompts_run_dense_and_a_step_reads_less() -> None:
     assert candidate.rule(PARAMS) == CANDIDATES["dense"].rule({}) and candidate.decoded
     assert candidate.span(PARAMS, 100) == (0, 100)
-    assert candidate.reads({**PARAMS, "behind": 2}, 100) == (1, 8)
-    assert candidate.reads(PARAMS, 100) == (1, 58) and candidate.reads({**PARAMS, "every": 10}, 100) == (1, 13)
-    assert candidate.reads({**PARAMS, "k": 500}, 100) == (1, 99) and candidate.reads(PARAMS, 1) == (1, 1)
-    assert CANDIDATES["sink_window"].reads({"sink": 4, "alpha": 16, "beta": 0.0}, 100) == (4, 16)
+
+    def takes(length: int = 100, **own: int) -> tuple[float, float]:
+        return tuple(candidate.selecting(CostTable.by_density(), {**PARAMS, **own}, length, 16))
+
+    # Keys are half of keys and values.
+    assert takes() == (50, 9) and takes(every=10) == (5, 9) and takes(behind=2) == (0, 9)
+    assert takes(k=500) == (50, 100) and takes(1) == (0.5, 1)
+    assert CANDIDATES["sink_window"].selecting(CostTable.by_density(), {}, 100, 16) == (0, 0)
     assert candidate.token_rule({**PARAMS, "similar": 0.5}) == TokenRule(5, 1, 3, 1, 0.5)
     assert (candidate.behind(PARAMS), candidate.behind({**PARAMS, "behind": 3})) == (0, 3)
 

@@ -202,15 +202,18 @@ def test_below_the_least_length_of_a_plan_every_head_is_dense() -> None:
         (1, top(4, behind=2), "there are 1 before it"),
         (1, top(5, behind=1), "which are 4 and not 5"),
         (1, top(4, behind=1, every=2), "is to select some itself"),
+        (1, narrow(4, 99), "Head 2 of model.layers.1.self_attn, channels: r is 99, and its keys have 16 features"),
     ],
 )
 def test_a_selection_that_is_not_there_is_refused(layer: int, head: Head, said: str) -> None:
     model = models.shared("llama")
     heads = [[top(4)] * 4, [top(4)] * 4]
     heads[layer][2] = head
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=said) as caught:
         attnopt.enable(model, plan_of(model, heads))
     assert "_attnopt" not in vars(model)
+    # What is wrong is an edit of this model's plan.
+    assert caught.value.remedy.startswith(("Correct", 'Give it "every" 1'))
 
 
 @pytest.mark.parametrize("source", [span(1, 5), top(4, behind=1)])
@@ -244,6 +247,18 @@ def test_a_dense_head_selects_one_number_of_tokens() -> None:
     layers = [None, (choice(top(4, behind=1)),) * 4, (choice(top(5, behind=2)),) * 4]
     with pytest.raises(PlanError, match="which are 4 and not 5"):
         token_tables(layers, [site] * 3)
+
+
+def test_what_selecting_keeps_is_counted_with_the_cache() -> None:
+    model = models.shared("llama")
+    with enabled(model, [[narrow(4, 5)] * 4, [span(0, 9)] * 4], max_length=64):
+        found = attnopt.explain(model).generation
+        cache = generate(model, models.prompts(1), None, 4).past_key_values
+    assert found is not None and cache.nbytes == found.nbytes
+    first, second = cache.layers
+    # Five features of every key of both KV heads, in float32, and less than a key of a token for what was selected.
+    more = first.nbytes - (first.slots_k.nbytes + first.slots_v.nbytes)
+    assert 5 * 2 * 64 * 4 < more < 5 * 2 * 64 * 4 + 1000 and second.nbytes == 2 * second.slots_k.nbytes
 
 
 def test_a_window_of_the_model_itself_leaves_nothing_to_select() -> None:
