@@ -19,12 +19,17 @@ from .lines import LENGTH, LENGTHS, SITE, Fails, bench_command, plan_command, sn
 
 
 @pytest.mark.slow
-def test_from_profile_to_bench(planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("compiler", ["eagerly", pytest.param("inductor", marks=pytest.mark.full)])
+def test_from_profile_to_bench(
+    compiler: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     def answer(*command: str) -> Any:
         capsys.readouterr()
         assert main([*command, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
+    if compiler == "eagerly":
+        request.getfixturevalue(compiler)
     # One layer from here on: inductor compiles the model five times.
     profile, plan = tmp_path / "profile", tmp_path / "plan.json"
     model, words = str(planned / "shallow"), str(planned / "text.py")
@@ -58,7 +63,7 @@ def test_generation_is_timed_with_every_cache(planned: Path, capsys: pytest.Capt
     assert dynamic["times_dynamic"] == static["times_static"] == 1.0
 
 
-def test_the_plan_that_was_written_runs(planned: Path) -> None:
+def test_the_plan_that_was_written_runs(planned: Path, eagerly: list[Any]) -> None:
     from attnopt import backend, hf
 
     (final,) = [m for m in json.loads((planned / "plan.json").read_text())["measured"] if m["split"] == "final"]
