@@ -1,9 +1,9 @@
 """Runs a test module as a script in Triton's interpreter: python interpreting.py FILE, with TRITON_INTERPRET=1.
 
 Around every call of a device function the interpreter looks through Triton's whole language for what to replace, even
-though what it replaced at the launch is still in place. Here it does so once a launch: a third of the time less. And for
-every sum and product of integers it computes whether it overflows, for an assertion that it then leaves out: half of what
-is left.
+though what it replaced at the launch is still in place. Here it does so once a launch: a third of the time less. For
+every sum and product of integers it computes whether it overflows, for an assertion that it then leaves out: a quarter
+of what is left.
 """
 
 from __future__ import annotations
