@@ -185,7 +185,7 @@ def test_a_profile_without_a_backward_pass_is_not_planned_from(
         "profile",
         str(planned / "model"),
         "--lengths",
-        LENGTHS,
+        "128",
         "--samples",
         "1",
         "--text",
