@@ -20,17 +20,13 @@ from .lines import Fails, snapshot
 
 
 def test_profiles_are_merged(work: Path, fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(tmp_path / "weights", seed=1, num_hidden_layers=1)
-
-    def profiled(model: Path, seed: int) -> str:
-        out = str(tmp_path / f"{model.name}-{seed}")
-        command = ["profile", str(model), "--lengths", "128", "--samples", "1", "--seed", str(seed)]
+    def profiled(model: str, seed: int) -> str:
+        out = str(tmp_path / f"{model}-{seed}")
+        command = ["profile", str(work / model), "--lengths", "128", "--samples", "1", "--seed", str(seed)]
         assert main([*command, "--probe", "0", "--text", str(work / "text.py"), "--out", out]) == 0
         return out
 
-    shallow = work / "shallow"
-    one, two, other = profiled(shallow, 0), profiled(shallow, 1), profiled(tmp_path / "weights", 2)
-    shutil.rmtree(tmp_path / "weights")
+    one, two, other = profiled("shallow", 0), profiled("shallow", 1), profiled("weights", 2)
     capsys.readouterr()
     assert main(["merge", one, two, "--out", str(tmp_path / "both"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["profile_file"] == str(tmp_path / "both")
