@@ -108,6 +108,7 @@ def test_emitted_text_is_clean(tmp_path: Path) -> None:
     check_clean(tmp_path, [source(spec_of(case, dim)) for case in CASES.values() for dim in (16, 24)])
 
 
+@pytest.mark.slow
 def test_an_emitted_file_checks_itself(tmp_path: Path) -> None:
     """As it was emitted, and with a window that is shorter by a key."""
     pytest.importorskip("triton", minversion="3.7")

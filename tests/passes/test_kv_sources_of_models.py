@@ -141,6 +141,7 @@ STEPWISE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "cache", "attention", "dynamic"), STEPWISE)
 def test_generation(family, cache, attention, dynamic):
     lengths, kinds = GENERATION[family, cache]
