@@ -1,11 +1,15 @@
 """Runs a test module as a script in Triton's interpreter: python interpreting.py FILE, with TRITON_INTERPRET=1.
 
 Around every call of a device function the interpreter looks through Triton's whole language for what to replace, even
-though what it replaced at the launch is still in place. Here it does so once a launch: a third of the time less.
+though what it replaced at the launch is still in place. Here it does so once a launch: a third of the time less. For
+every sum and product of integers it computes whether it overflows, for an assertion that it then leaves out: a quarter
+of what is left.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -59,8 +63,19 @@ def replace_once_a_launch(interpreter: Any) -> None:
     interpreter._patch_lang = once
 
 
+def compute_what_is_read(interpreter: Any) -> None:
+    """No overflow for assertions that are there in debug mode only; numpy's type of a number once."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    found = interpreter._get_np_dtype
+    known = functools.cache(found)  # pointers have no hash
+    interpreter._get_np_dtype = lambda of: found(of) if of.scalar.is_ptr() else known(of.scalar)
+
+
 if __name__ == "__main__":
     from triton.runtime import interpreter
 
     replace_once_a_launch(interpreter)
+    compute_what_is_read(interpreter)
     runpy.run_path(sys.argv[1], run_name="__main__")

@@ -210,7 +210,7 @@ def test_graph_breaks(eagerly):
 
 def test_as_many_graphs_as_inductor(eagerly):
     """Our own questions about sizes add no guards: three lengths take as many compilations as without us."""
-    model = build("gpt2")
+    model = build("gpt2", n_layer=1)
 
     def graphs(name):
         torch._dynamo.reset()
@@ -222,12 +222,12 @@ def test_as_many_graphs_as_inductor(eagerly):
         return counters["stats"]["unique_graphs"]
 
     assert graphs(backend.attnopt) == graphs("eager")
-    assert len(rewritten()) == LAYERS * len(backend.reports())
+    assert len(rewritten()) == len(backend.reports()) > 0
 
 
 def test_dynamic_from_the_start(eagerly):
     """dynamic=True makes every float of a module an input; such a graph may be left alone, never wrong."""
-    model = build("llama")
+    model = build("llama", num_hidden_layers=1)
     call = torch.compile(model, backend=backend.attnopt, dynamic=True)
     for length in (20, 33):
         with torch.no_grad():
@@ -246,7 +246,7 @@ def test_dynamic_from_the_start(eagerly):
 def test_prefill_and_decoding_with_a_cache(cache, family, eagerly):
     import transformers
 
-    model = build(family)
+    model = build(family, num_hidden_layers=1)
 
     def generate(call):
         held = transformers.DynamicCache(config=model.config)

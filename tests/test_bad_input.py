@@ -1,4 +1,6 @@
-"""What a user may do to a compiled attention: the result is eager's, through inductor, or the mistake eager's too."""
+"""What a user may do to a compiled attention: the result is eager's, or the mistake eager's too.
+
+Through inductor itself where it has a say: sizes, types, modes, transforms, threads."""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_dtypes_that_are_no_attentions(dtype):
     same(written, *(torch.randn(3, 1, 2, 5, 8) * 2).to(dtype))
 
 
-def test_inputs_that_are_not_contiguous():
+def test_inputs_that_are_not_contiguous(eagerly):
     x = torch.randn(2, 6, 3, 8)
     same(attend, x.transpose(1, 2), x[:, :1].expand(2, 6, 3, 8).transpose(1, 2), x.flip(0).transpose(1, 2))
 
@@ -97,13 +99,13 @@ class Attention(nn.Module):
         return attend(q, k, v)
 
 
-def test_functional_call():
+def test_functional_call(eagerly):
     model, x = Attention(), torch.randn(1, 5, 16)
     weights = {name: p.detach() * 2 for name, p in model.named_parameters()}
     same(lambda x: torch.func.functional_call(model, weights, (x,)), x)
 
 
-def test_hooks():
+def test_hooks(eagerly):
     model, x, seen = Attention(), torch.randn(1, 5, 16), []
     model.qkv.register_forward_hook(lambda module, inputs, out: out * 2)
     model.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))

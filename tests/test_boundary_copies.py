@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from models import HEADS, LAYERS, build, make_plan, padding, tokens
+from models import HEADS, build, make_plan, padding, tokens
 from torch._inductor.utils import run_and_get_code
 
 from attnopt import backend
@@ -34,20 +34,22 @@ def counted(code: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_plan_adds_no_copies(tmp_path):
-    model = build("llama")
+    model = build("llama", num_hidden_layers=1)
     path = tmp_path / "plan.json"
-    make_plan({f"model.layers.{n}.self_attn": [WINDOW] * HEADS for n in range(LAYERS)}).save(path)
+    make_plan({"model.layers.0.self_attn": [WINDOW] * HEADS}).save(path)
     inputs = {"input_ids": tokens(1, 64)}
     exact, planned = (calls_of(model, options, **inputs) for options in ({}, {"plan": str(path)}))
-    assert CALL not in exact and planned.count(CALL) == LAYERS
-    assert counted(planned) == counted(exact) and counted(planned)["kernels"] >= 5 * LAYERS
+    assert CALL not in exact and planned.count(CALL) == 1
+    assert counted(planned) == counted(exact) and counted(planned)["kernels"] >= 5
 
 
 @pytest.mark.slow
 def test_runs_of_real_tokens_add_no_copies(monkeypatch):
     """Under padding the operator takes the tensors as SDPA does; a feature would be two copies a layer more."""
     monkeypatch.setenv("ATTNOPT_ALWAYS", "1")
-    code = calls_of(build("llama"), {}, input_ids=tokens(2, 64), attention_mask=padding(2, 64, "left"))
-    assert code.count(CALL) == LAYERS
+    code = calls_of(
+        build("llama", num_hidden_layers=1), {}, input_ids=tokens(2, 64), attention_mask=padding(2, 64, "left")
+    )
+    assert code.count(CALL) == 1
     # What writes q and k, turned by their positions, hands them over; what the mask needs is there once.
-    assert counted(code)["kernels"] <= 5 * LAYERS + 3 and counted(code)["clones"] == 0
+    assert counted(code)["kernels"] <= 5 + 3 and counted(code)["clones"] == 0

@@ -26,15 +26,15 @@ def gpt_neo():
 
 
 def openai_gpt():
-    """A float triangle b in each layer: scores * b - 1e4 * (1 - b)."""
+    """A float triangle b in its layer: scores * b - 1e4 * (1 - b)."""
     import transformers
 
-    config = transformers.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config = transformers.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     return transformers.OpenAIGPTLMHeadModel(config)
 
 
 FAMILIES = {"neo": gpt_neo, "openai": openai_gpt}
-MEANT = {"neo": ["j <= i", "j <= i and i - j < 6"], "openai": ["j <= i", "j <= i"]}
+MEANT = {"neo": ["j <= i", "j <= i and i - j < 6"], "openai": ["j <= i"]}
 
 
 def build(family):
@@ -77,7 +77,7 @@ def test_a_mask_in_a_buffer(family, change, monkeypatch):
         before = model(ids).logits
         torch.testing.assert_close(call(ids).logits, before, atol=1e-4, rtol=1e-4)
         (report,) = backend.reports()
-        assert [str(s.mask) for s in report.sites] == MEANT[family] and len(report.rewrites) == 2
+        assert [str(s.mask) for s in report.sites] == MEANT[family] and len(report.rewrites) == len(MEANT[family])
         CHANGES[change](model)
         after = model(ids).logits
         assert float((after - before).abs().max()) > 0.05

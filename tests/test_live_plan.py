@@ -116,6 +116,7 @@ print(json.dumps({{**counters["inductor"], **counters["aot_autograd"]}}))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_compiled_graph_even_for_another_plan(cache_folder):
     """Nothing of ours in the key may differ between processes, and the tables must not be part of what is stored."""
     # The number makes the graph new: in a new folder instead, inductor would first test its compiler for a minute.

@@ -114,6 +114,7 @@ def subject(tmp_path_factory):
         yield Subject("diffuse", sizes, lambda line: None)
 
 
+@pytest.mark.slow
 def test_every_family_is_measured_and_a_wrong_operator_has_no_figures(subject, monkeypatch, tmp_path):
     made = mixture.Mixture(subject, dict.fromkeys(mixture.OBJECTIVES, (0.6,)))
     rows = [row for objective in mixture.OBJECTIVES for row in made.rows(objective)]

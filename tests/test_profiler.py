@@ -56,8 +56,10 @@ def test_a_run_is_reproducible(whole):
 
 
 def test_sdpa_and_eager_give_equal_statistics():
-    sdpa, eager = (profile_model(build("llama", spelling), SEQUENCES, GRID) for spelling in ("sdpa", "eager"))
-    assert sdpa.sites == tuple(f"model.layers.{n}.self_attn" for n in range(LAYERS))
+    sdpa, eager = (
+        profile_model(build("llama", spelling, num_hidden_layers=1), SEQUENCES, GRID) for spelling in ("sdpa", "eager")
+    )
+    assert sdpa.sites == ("model.layers.0.self_attn",)
     assert eager.sites == sdpa.sites and eager.header.data == sdpa.header.data
     for key, seen in sdpa.observations.items():
         for name in seen.sums:

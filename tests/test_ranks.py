@@ -80,7 +80,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote: of a profile in which one makes a mistake, of one that both finish, and of the command:
     in one go, since each start imports torch three times."""
     folder = tmp_path_factory.mktemp("two")
-    save_model(folder / "command" / "model")
+    save_model(folder / "command" / "model", num_hidden_layers=1)
     (folder / "run.py").write_text(SCRIPT)
     torchrun(folder, str(folder / "run.py"), str(folder))
     return folder

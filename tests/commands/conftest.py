@@ -21,9 +21,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and a text."""
     folder = tmp_path_factory.mktemp("cli")
     save_model(folder / "model")
-    save_model(folder / "heads", num_attention_heads=8)
+    save_model(folder / "heads", num_attention_heads=8, num_hidden_layers=1)
     save_model(folder / "shallow", num_hidden_layers=1)
-    save_model(folder / "weights", seed=1)
+    save_model(folder / "weights", seed=1, num_hidden_layers=1)
     source = "".join(Path(str(m.__file__)).read_text(encoding="utf-8") for m in (argparse, typing))
     (folder / "text.py").write_text(source, encoding="utf-8")
     return folder
@@ -31,10 +31,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(work: Path) -> Iterator[Path]:
-    """The same folder with a profile and a plan of the first model; costs are counted until the module ends."""
+    """The same folder with a profile and a plan of the model of one layer, which is traced in half the time.
+
+    Costs are counted until the module ends."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("attnopt.planner.costs.load_or_measure", density_as_time)
-        command = ["profile", str(work / "model"), "--lengths", LENGTHS, "--samples", "2"]
+        command = ["profile", str(work / "shallow"), "--lengths", LENGTHS, "--samples", "2"]
         assert main([*command, "--text", str(work / "text.py"), "--out", str(work / "profile")]) == 0
         assert main(plan_command(work, work / "plan.json", probe="1")) == 0
         torch._dynamo.reset()

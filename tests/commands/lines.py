@@ -25,11 +25,11 @@ def plan_command(work: Path, out: Path, **changes: str) -> list[str]:
         "profile": str(work / "profile"), "text": str(work / "text.py"), "length": str(LENGTH), "samples": "8",
         "max-loss-increase": "50%", "verify-lengths": str(LENGTH), "probe": "0", "out": str(out),
     } | changes  # fmt: skip
-    model = options.pop("model", str(work / "model"))
+    model = options.pop("model", str(work / "shallow"))
     return ["plan", model, *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
-def bench_command(work: Path, model: str = "model", plan: Path | None = None) -> list[str]:
+def bench_command(work: Path, model: str = "shallow", plan: Path | None = None) -> list[str]:
     command = ["bench", str(work / model), "--text", str(work / "text.py"), "--lengths", "128", "--rounds", "1"]
     return [*command, "--plan", str(plan or work / "plan.json")]
 

@@ -41,9 +41,6 @@ pytestmark = pytest.mark.slow
 
 PAGES = pages()
 BLOCKS = {page: list(blocks_of(page, text)) for page, text in PAGES.items()}
-# The page that is run through inductor as well; elsewhere the rewritten graph takes its place, or compiling would be
-# most of what the tests do.
-INDUCTOR = "docs/plan-file.md"
 RUN = ("python", "console")
 PLAN = "plan MODEL --profile profile.safetensors --max-loss-increase 50% --out plan.json"
 # What the blocks of a page find in their namespace, as its text says.
@@ -86,8 +83,11 @@ def folder(tmp_path: Path, kit: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """The process as a user has it: in that folder, with the standard settings, and what is registered undone later."""
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, eagerly: list[Any]) -> Path:
+    """The process as a user has it: in that folder, with the standard settings, and what is registered undone later.
+
+    The rewritten graph takes the place of inductor, or compiling would be most of what the tests do.
+    """
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delenv("ATTNOPT_ALWAYS", raising=False)
@@ -96,8 +96,6 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
     for registry in (PATTERNS, CANDIDATES, TARGETS):
         list(registry)
         monkeypatch.setattr(registry, "_items", dict(registry._items))
-    if request.node.callspec.params["page"] != INDUCTOR:
-        request.getfixturevalue("eagerly")
     return folder
 
 

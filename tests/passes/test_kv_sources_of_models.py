@@ -115,19 +115,19 @@ def model_and_cache(family, cache, attention="sdpa", capacity=16):
         config._attn_implementation = attention
         model = transformers.Gemma2ForCausalLM(config).eval()
     else:
-        model = build(family, attention)
+        model = build(family, attention, num_hidden_layers=1)
     if cache == "dynamic":
         return model, lambda: transformers.DynamicCache(config=model.config)
     return model, lambda: transformers.StaticCache(config=model.config, max_cache_len=capacity)
 
 
-# Lengths of the calls, and the kinds of the two layers in each graph that was compiled.
+# Lengths of the calls, and the kinds of the layers in each graph that was compiled: one where all layers are alike.
 GENERATION = {
-    ("llama", "dynamic"): ((5, 1, 1, 1, 1), [["fresh"] * 2, ["cat"] * 2]),
-    ("llama", "static"): ((5, 1, 1), [["write"] * 2, ["write"] * 2]),
-    ("mistral", "dynamic"): ((5, 1, 1, 1, 1), [["fresh"] * 2, ["cat"] * 2]),
+    ("llama", "dynamic"): ((5, 1, 1, 1, 1), [["fresh"], ["cat"]]),
+    ("llama", "static"): ((5, 1, 1), [["write"], ["write"]]),
+    ("mistral", "dynamic"): ((5, 1, 1, 1, 1), [["fresh"], ["cat"]]),
     # A window of seven: two steps before the buffer is full, two after.
-    ("mistral", "static"): ((5, 1, 1, 1, 1), [["write"] * 2, ["write"] * 2, ["ring"] * 2]),
+    ("mistral", "static"): ((5, 1, 1, 1, 1), [["write"], ["write"], ["ring"]]),
     ("gemma2", "static"): ((5, 1, 1, 1, 1), [["write"] * 2, ["write"] * 2, ["ring", "write"]]),
 }
 
@@ -141,6 +141,7 @@ STEPWISE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "cache", "attention", "dynamic"), STEPWISE)
 def test_generation(family, cache, attention, dynamic):
     lengths, kinds = GENERATION[family, cache]
@@ -162,7 +163,7 @@ def test_several_tokens_at_a_full_window():
     model, cache = model_and_cache("mistral", "static")
     steps = generate(model, cache, (4, 5, 1, 2), None)
     assert [[r.site.kv for r in p.regions] for s in steps for p in s.programs] == [
-        ["write"] * 2, ["cat"] * 2, ["ring"] * 2, ["ring"] * 2,
+        ["write"], ["cat"], ["ring"], ["ring"],
     ]  # fmt: skip
 
 
