@@ -41,6 +41,7 @@ UNUSED = {"attnopt.capture.prepare.encoder_layer"}
 
 def check(said):
     model, ids = NanoGPT(flash=False).eval(), tokens()
+    model.h = model.h[:1]
     with torch.no_grad():
         found = torch.compile(model, backend=backend.attnopt)(ids)
     torch.testing.assert_close(found, model(ids), atol=1e-4, rtol=1e-4)
