@@ -48,7 +48,7 @@ def table_of(rows: list[dict[str, Any]]) -> StepTable:
         n, ms = row["case"]["length"], row["times_ms"]
         steps[n, 0, read] = ms["reused"]
         steps[n, FEATURES, read], steps[n, case["dim"], read] = ms["channels"], ms["selected"]
-    dense = tuple((row["case"]["length"], row["times_ms"]["dense"]) for row in rows)
+    dense = tuple(((row["case"]["length"],) * 2, row["times_ms"]["dense"]) for row in rows)
     key = (("heads", str(case["heads"])), ("kv_heads", str(case["kv_heads"])))
     return StepTable(key, dense, tuple(sorted(steps.items())))
 
@@ -153,6 +153,7 @@ def test_steps_are_timed_once_and_damaged_tables_are_named(monkeypatch: pytest.M
     assert [what for what, _ in table.steps] == [(64, 0, 32), (64, 4, 32), (64, 16, 32), *(
         (96, features, 48) for features in (0, 4, 16)
     )]  # fmt: skip
+    assert [what for what, _ in table.spans] == [(64, 32), (64, 64), (96, 48), (96, 96)]
     assert table.key_time(64) > 0 and table.gathered(64, 32) > 0 and table.scanned(96, 8) >= 0
     path: Path = steps_path(key_of(spec, "cpu"))
     assert StepTable.load(path) == table
@@ -167,6 +168,24 @@ def test_steps_are_timed_once_and_damaged_tables_are_named(monkeypatch: pytest.M
     path.write_text(path.read_text().replace("7.0", "-1", 1))
     with pytest.raises(AttnoptError, match="damaged: -1 is no time"):
         load_or_measure_steps(spec, [64], [4])
+
+
+def test_what_a_call_takes_is_no_part_of_a_key() -> None:
+    """3 ms whatever is read, and a thousandth for each key of 2 KV heads."""
+    spans = tuple(((n, w), 3 + 2 * w / 1000) for n in (1024, 4096) for w in (64, n))
+    steps = tuple(((n, seen, c), 4 + 8 * c / 500) for n in (1024, 4096) for seen in (0, 64) for c in (64, 320))
+    table = StepTable((("heads", "8"), ("kv_heads", "2")), spans, steps)
+    assert [table.key_time(n) for n in (1024, 4096)] == pytest.approx([1e-3] * 2)
+    assert table.overhead(4096) == pytest.approx(3 / 8 * 1000) and replace(table, spans=spans[1::2]).overhead(64) == 0
+    # All of a step of 8 heads, of which one key takes twice as long where it stands alone.
+    assert table.gathered(4096, 100) == pytest.approx(4 / 8 * 1000 + 2 * 100)
+    site, joined = site_of({"heads": 8, "kv_heads": 2, "dim": 64, "dtype": "float32"}), Joined(DENSITY, steps=table)
+    assert layer_keys(joined, site, [DENSE] * 8, 4096) == pytest.approx((3 + 2 * 4.096) * 1000, rel=1e-3)
+    reused = layer_keys(joined, site, [SETTINGS["reused"]] * 8, 4096)
+    assert reused == pytest.approx((4 + 8 * 324 / 500) * 1000, rel=0.02)
+    # Where dense was no slower than narrow, by chance.
+    even = replace(table, spans=tuple((at, 3.0) for at, _ in spans))
+    assert even.key_time(4096) == pytest.approx(0.3 / 4096 / 2)
 
 
 def test_where_no_kernel_selects_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,9 @@ class Joined:
     def gathered(self, length: int, count: int) -> float:
         return self.spans.gathered(length, count) if self.steps is None else self.steps.gathered(length, count)
 
+    def overhead(self, length: int) -> float:
+        return self.spans.overhead(length) if self.steps is None else self.steps.overhead(length)
+
     def _told(self, length: int) -> float:
         assert self.blocks is not None
         return self.spans.cost(length, 0, length) / self.blocks.of_dense(length)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Keys that every head reads, beside which what selecting them costs is timed: the last.
 COUNTS = (64, 320)
+# Keys of a window, by which is told what a step takes whatever it reads.
+NARROW = 64
+MOST_FIXED = 0.9
 # Bytes that are read between two calls, of a step's other layers.
 BETWEEN = 2**26
 # (length, features that the selection looks at, 0 for none, keys that are read) -> ms.
@@ -43,10 +46,10 @@ Step = tuple[int, int, int]
 @dataclass(frozen=True)
 class StepTable:
     """Milliseconds of a layer's step for one sequence, all heads alike. key: as a CostTable's, and which kernel it was;
-    dense: length -> ms where every key is read; steps: where some are."""
+    spans: (length, window) -> ms, dense where the window is the length; steps: where heads select."""
 
     key: tuple[tuple[str, str], ...]
-    dense: tuple[tuple[int, float], ...] = ()
+    spans: tuple[tuple[tuple[int, int], float], ...] = ()
     steps: tuple[tuple[Step, float], ...] = ()
 
     @property
@@ -56,15 +59,30 @@ class StepTable:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(n for n, _ in self.dense)
+        return tuple(n for (n, window), _ in self.spans if window == n)
 
     def key_time(self, length: int) -> float:
-        """ms that a dense step takes for one key of one KV head."""
-        return _along(self.dense, length) / (length * int(dict(self.key)["kv_heads"]))
+        """ms that a dense step takes for one key of one KV head, beside what it takes whatever it reads."""
+        dense = _along([(n, ms) for (n, window), ms in self.spans if window == n], length)
+        return (dense - self._fixed(length)) / (length * int(dict(self.key)["kv_heads"]))
+
+    def overhead(self, length: int) -> float:
+        """A query head's part of what a step with spans takes whatever it reads, in keys that are read in order."""
+        return self._fixed(length) / int(dict(self.key)["heads"]) / self.key_time(length)
+
+    def _fixed(self, length: int) -> float:
+        """On the line through a narrow window and all keys, at the timed length next to `length`."""
+        at = min(self.lengths, key=lambda n: abs(n - length))
+        here = sorted((window, ms) for (n, window), ms in self.spans if n == at)
+        (narrow, least), (every, most) = here[0], here[-1]
+        if every == narrow:
+            return 0.0
+        # At a few keys the two differ by chance alone: a key takes some time always.
+        return min(max(least - narrow * (most - least) / (every - narrow), 0.0), MOST_FIXED * most)
 
     def gathered(self, length: int, count: int) -> float:
-        """What one query head takes to read `count` keys it holds the places of, in keys that are read in order; on a
-        line between the numbers timed, never less than the least, and in proportion above the most."""
+        """What one query head takes to read `count` keys it holds the places of, all of its step, in keys that are read
+        in order; on a line between the numbers timed, never less than the least, and in proportion above the most."""
         counts = sorted({count for (_, features, count), _ in self.steps if not features})
         line = [(float(c), self._at(length, 0, c)) for c in counts]
         return on_line(line, count) / int(dict(self.key)["heads"]) / self.key_time(length)
@@ -88,7 +106,7 @@ class StepTable:
     def _text(self) -> str:
         data = json.dumps({"schema": SCHEMA, "key": dict(self.key)}, indent=2)[:-2]
         for name, lines in (
-            ("dense", [[n, ms] for n, ms in self.dense]),
+            ("spans", [[*w, ms] for w, ms in self.spans]),
             ("steps", [[*w, ms] for w, ms in self.steps]),
         ):
             rows = ",\n    ".join(map(json.dumps, lines))
@@ -105,11 +123,11 @@ class StepTable:
         """AttnoptError, with what to do, if the file is no such table of this schema."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA or set(data) != {"schema", "key", "dense", "steps"}:
+            if data["schema"] != SCHEMA or set(data) != {"schema", "key", "spans", "steps"}:
                 raise ValueError(f"not schema {SCHEMA}")
-            dense = tuple((int(n), positive(ms)) for n, ms in data["dense"])
+            spans = tuple(((int(n), int(window)), positive(ms)) for n, window, ms in data["spans"])
             steps = tuple(((int(n), int(features), int(c)), positive(ms)) for n, features, c, ms in data["steps"])
-            return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), dense, steps)
+            return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), spans, steps)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
@@ -157,10 +175,10 @@ def load_or_measure_steps(
     for done, (n, wanted) in enumerate(todo):
         if progress is not None:
             progress(done, len(todo), f"{n} tokens")
-        dense, steps = _times(spec, n, wanted, device, rounds)
+        spans, steps = _times(spec, n, wanted, device, rounds)
         table = replace(
             table,
-            dense=tuple(sorted({**dict(table.dense), n: dense}.items())),
+            spans=tuple(sorted([*(entry for entry in table.spans if entry[0][0] != n), *spans])),
             steps=tuple(sorted([*(entry for entry in table.steps if entry[0][0] != n), *steps])),
         )
         table.save(path)
@@ -171,8 +189,9 @@ def load_or_measure_steps(
 
 def _times(
     spec: SpanPrefill, length: int, features: Sequence[int], device: str, rounds: int
-) -> tuple[float, list[tuple[Step, float]]]:
-    """Median ms of a dense step, and of steps that read each of COUNTS or select the last of them."""
+) -> tuple[list[tuple[tuple[int, int], float]], list[tuple[Step, float]]]:
+    """Median ms of steps with a narrow window and with all keys, and of those that read each of COUNTS or select the
+    last of them."""
     from attnopt import ops  # noqa: F401  registers the operators
     from attnopt.cache import Layout
     from attnopt.codegen.reference_tokens import TokenRule
@@ -186,7 +205,7 @@ def _times(
     table, spans = layout.tables(device)
     n, scale = torch.zeros(1, dtype=torch.int32, device=device), spec.head_dim**-0.5
 
-    def dense() -> Tensor:
+    def span(cache: Sequence[Tensor], table: Tensor, spans: Tensor) -> Tensor:
         n.fill_(length - 1)
         out: Tensor = torch.ops.attnopt.attend_update(*newest, *cache, n, None, table, spans, scale, False)
         return out
@@ -202,9 +221,14 @@ def _times(
     for seen in features:
         rules[seen, counts[-1]] = TokenRule(counts[-1], 0, 1, channels=0 if seen == spec.head_dim else seen)
     calls = [partial(some, *_state(spec, layout, rule, cache[0], drawn)) for rule in rules.values()]
+    window = min(NARROW, max(length // 2, 1))
+    ring = Layout.of_spans([0] * spec.heads, [window] * spec.heads, spec.kv_heads, length)
+    small = [x[:, : ring.slots].contiguous() for x in cache]
+    calls += [partial(span, small, *ring.tables(device)), partial(span, cache, table, spans)]
     between = torch.ones(BETWEEN // 4, device=device)
-    *times, every = interleaved([*calls, dense], rounds, device, before=between.sum)
-    return every, [((length, *what), ms) for what, ms in zip(rules, times, strict=True)]
+    *times, narrow, every = interleaved(calls, rounds, device, before=between.sum)
+    timed = [((length, *what), ms) for what, ms in zip(rules, times, strict=True)]
+    return [((length, window), narrow), ((length, length), every)], timed
 
 
 def _state(

@@ -52,6 +52,8 @@ class Costs(Protocol):
 
     def gathered(self, length: int, count: int) -> float: ...
 
+    def overhead(self, length: int) -> float: ...
+
 
 class Counted:
     """What a step of decoding takes whose heads select, by the bytes that it reads, for where nothing is timed."""
@@ -63,6 +65,10 @@ class Counted:
     def gathered(self, length: int, count: int) -> float:
         """The `count` keys that one query head attends to."""
         return float(count)
+
+    def overhead(self, length: int) -> float:
+        """Nothing is read besides keys."""
+        return 0.0
 
 
 def itemsize(dtype: str) -> int:

@@ -292,6 +292,7 @@ def weighed(problem: Problem, objective: str, tables: Tables, sites: Sequence[Si
         )  # fmt: skip
     dense = 2 * problem.dense.cost
     dense_keys = 2 * float((keys * problem.kept(np.zeros(len(problem.heads), dtype=np.int64))).sum())
+    dense_keys += 2 * float(states[:, 0].sum())
     return replace(
         problem, cost=problem.cost / dense + states / dense_keys, group_cost=problem.group_cost / dense,
         key_cost=keys / dense_keys,

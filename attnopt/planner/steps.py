@@ -33,11 +33,11 @@ def key_bytes(site: Site) -> int:
 
 def read_of(table: Costs, site: Site, choice: Choice, length: int, share: Share | None) -> tuple[int, float]:
     """What a head reads at a step: the code of what is shared in its KV head, a span, or in the place of a sink the
-    keys that selecting takes; and the keys that it reads by itself."""
+    keys that selecting takes; and the keys that it reads by itself, or what its part of the call takes as long as."""
     candidate, params = CANDIDATES[choice.candidate], dict(choice.params)
     if not candidate.decoded:
         sink, window = candidate.span(params, length, site.mask.window)
-        return code_of(sink, window, length), 0.0
+        return code_of(sink, window, length), 0.0 if candidate.far == "gone" else table.overhead(length)
     found, own = candidate.selecting(table, params, length, site.head_dim, share)
     return math.ceil(found) << 32, own
 
