@@ -369,6 +369,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, console = arguments(), Console()
+    # Of a file or a pipe: cells of a table are not cut.
+    console.width = console.width if console.is_terminal else 160
     found, rows = run(args)
     for text in dict.fromkeys(row.text for row in rows):
         shown = Table(*HEADER, title=text)

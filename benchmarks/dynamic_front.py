@@ -265,6 +265,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, console = arguments(), Console()
+    # Of a file or a pipe: cells of a table are not cut.
+    console.width = console.width if console.is_terminal else 160
     found, lines = run(args)
     for title, header, rows in tables(lines):
         shown = Table(*header, title=title)
