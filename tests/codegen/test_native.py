@@ -167,8 +167,8 @@ def test_dtypes_must_agree(dtype):
 
 
 def test_the_prefill_takes_it(dtype, monkeypatch):
-    """Dense heads stay SDPA's, and those that keep nothing nobody's; with the switch off nothing is the kernel's, and the
-    results are as close."""
+    """But dense heads, which stay SDPA's, and those that keep nothing; with the switch off nothing is the kernel's, and
+    the results are as close."""
     q, k, v = inputs(300, dtype, dim=64)
     asked = []
     monkeypatch.setattr(native, "prefill", lambda *a, kernel=native.prefill: (asked.append(a[8]), kernel(*a)))
