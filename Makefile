@@ -28,8 +28,9 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/attnopt demo $(ARGS)
 
+# Processes that tests start would compile the package anew, each of them.
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # That version and what it needs lie before those of the environment; torch is not among them.
 oldest: $(VENV)/oldest/.$(OLDEST_TRANSFORMERS)

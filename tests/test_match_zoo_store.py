@@ -77,6 +77,7 @@ def test_the_summary_names_every_miss_and_every_error(tmp_path: Path) -> None:
     assert (tmp_path / "match_zoo.svg").stat().st_size > 1000
 
 
+@pytest.mark.full
 def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run in a worker process; the second time nothing is left to run."""
     command = ["--classes", "GPT2LMHeadModel", "--cells", "eager", "--jobs", "1", "--json"]

@@ -115,6 +115,7 @@ def subject(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_every_family_is_measured_and_a_wrong_operator_has_no_figures(subject, monkeypatch, tmp_path):
     made = mixture.Mixture(subject, dict.fromkeys(mixture.OBJECTIVES, (0.6,)))
     rows = [row for objective in mixture.OBJECTIVES for row in made.rows(objective)]

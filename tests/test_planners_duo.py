@@ -39,6 +39,7 @@ def test_open_gates_are_the_model_and_closed_ones_stream():
         torch.testing.assert_close(gated.hidden(ids), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_gates_stay_where_they_are_needed_and_fall_where_nothing_is_lost():
     body = build("llama").model
     free = train(body, EXAMPLES, sink=2, window=4, steps=5, penalty=0.0)

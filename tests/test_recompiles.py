@@ -82,7 +82,9 @@ def no_reports():
 SCALES = [(2, 8, 0.3), (2, 8, 0.7), (3, 12, 0.9)]
 
 
-@pytest.mark.parametrize("fn", [written, halved, scaled_after], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "fn", [written, pytest.param(halved, marks=pytest.mark.full), scaled_after], ids=lambda fn: fn.__name__
+)
 def test_a_float_argument_that_changes_is_no_new_graph(fn):
     found = graphs(fn, "attnopt", SCALES)
     assert found == graphs(fn, "inductor", SCALES) and found[1] == 1

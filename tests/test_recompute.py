@@ -26,7 +26,16 @@ def made(name: str) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(("name", "draws"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("mistral", 2), ("nanogpt", 1)])
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [
+        pytest.param("llama", 1, marks=pytest.mark.full),
+        ("llama", 2),
+        ("gpt2", 1),
+        pytest.param("mistral", 2, marks=pytest.mark.full),
+        ("nanogpt", 1),
+    ],
+)
 def test_profiles_are_the_same(name: str, draws: int) -> None:
     whole, pieces = (profile_model(made(name), SEQUENCES, GRID, draws=draws, recompute=r) for r in (False, True))
     assert whole.header == pieces.header and list(whole.observations) == list(pieces.observations)

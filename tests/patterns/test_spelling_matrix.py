@@ -55,11 +55,11 @@ OTHERS = [cell for cell in CELLS if cell != PLAINEST]
 
 
 def cells(number: int) -> list[Cell]:
-    """The cells of the n-th spelling: of every second one more than the plainest. Neither seven nor two divides the
-    number of others, so that neighbours get unlike cells, and each cell is met."""
+    """The cells of the n-th spelling: of every sixth one more than the plainest. The number of others has no divisor in
+    common with six or seven, so that neighbours get unlike cells, and each cell is met."""
     if os.environ.get("FULL_MATRIX") == "1":
         return CELLS
-    return [PLAINEST] if number % 2 else [PLAINEST, OTHERS[number * 7 % len(OTHERS)]]
+    return [PLAINEST] if number % 6 else [PLAINEST, OTHERS[number * 7 % len(OTHERS)]]
 
 
 # By name: which file of spellings is imported first depends on which tests run.
