@@ -44,7 +44,6 @@ def test_a_plan_adds_no_copies(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.full
 def test_runs_of_real_tokens_add_no_copies(monkeypatch):
     """Under padding the operator takes the tensors as SDPA does; a feature would be two copies a layer more."""
     monkeypatch.setenv("ATTNOPT_ALWAYS", "1")

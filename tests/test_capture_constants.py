@@ -86,8 +86,7 @@ def test_a_mask_in_a_buffer(family, change, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["openai", "neo"])
-@pytest.mark.full
+@pytest.mark.parametrize("family", ["openai", pytest.param("neo", marks=pytest.mark.full)])
 def test_a_mask_in_a_buffer_through_inductor(family):
     """As above; a model that is moved to another dtype and back has other buffers too."""
     backend.clear_reports()

@@ -9,7 +9,8 @@ import pytest
 
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import BlockTable, CostTable, Joined, Roofline, Selection, device, kept_pairs, load_or_measure_blocks
-from attnopt.cost.blocks import blocks_path, key_of
+from attnopt.cost.blocks import key_of
+from attnopt.cost.timing import path_of
 from attnopt.errors import AttnoptError
 from attnopt.ir import Share
 from attnopt.registry import CANDIDATES
@@ -93,7 +94,7 @@ def test_walks_and_selections_are_timed_once_and_damaged_tables_are_named(monkey
     at = [(visited, skipped) for (n, _, visited, skipped), _ in table.walks if n == 64]
     assert at[-2:] == [(1.0, 0.0), (1.0, pytest.approx(0.6))] and at[0][0] == pytest.approx(0.7)
     assert all(ms > 0 for _, ms in (*table.walks, *table.selections))
-    path: Path = blocks_path(key_of(SPEC, "cpu"))
+    path: Path = path_of(key_of(SPEC, "cpu"), "blocks")
     assert BlockTable.load(path) == table
     monkeypatch.setattr("attnopt.cost.blocks.interleaved", lambda calls, *_: [7.0] * len(calls))
     assert load_or_measure_blocks(SPEC, [80], [bolder]) == table  # stored: nothing is timed again

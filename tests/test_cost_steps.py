@@ -13,7 +13,8 @@ import pytest
 
 from attnopt.codegen.spec import SpanPrefill
 from attnopt.cost import CostTable, Joined, StepTable, load_or_measure_steps
-from attnopt.cost.steps import key_of, steps_path
+from attnopt.cost.steps import key_of
+from attnopt.cost.timing import path_of
 from attnopt.errors import AttnoptError
 from attnopt.ir import DENSE, Choice, Mask, Site
 from attnopt.planner import Problem
@@ -155,7 +156,7 @@ def test_steps_are_timed_once_and_damaged_tables_are_named(monkeypatch: pytest.M
     )]  # fmt: skip
     assert [what for what, _ in table.spans] == [(64, 32), (64, 64), (96, 48), (96, 96)]
     assert table.key_time(64) > 0 and table.gathered(64, 32) > 0 and table.scanned(96, 8) >= 0
-    path: Path = steps_path(key_of(spec, "cpu"))
+    path: Path = path_of(key_of(spec, "cpu"), "steps")
     assert StepTable.load(path) == table
     monkeypatch.setattr("attnopt.cost.steps.interleaved", lambda calls, *_, before: [7.0] * len(calls))
     assert load_or_measure_steps(spec, [64], [4]) == table  # stored: nothing is timed again

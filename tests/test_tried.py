@@ -282,7 +282,7 @@ def test_times_of_far_parts_grow_with_the_length_and_the_rank() -> None:
 
 def test_far_parts_are_timed_once_and_damaged_tables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "far.json"
-    monkeypatch.setattr("attnopt.cost.far.far_path", lambda key: path)
+    monkeypatch.setattr("attnopt.cost.far.path_of", lambda key, what: path)
     spec, parts = SpanPrefill("cpu", "float32", 4, 2, 8, 8, False), [("exp", 4), ("mean", 0)]
     table = load_or_measure_far(spec, [160, 200], parts, rounds=1)
     assert table.lengths == (160, 200) and set(table.parts) == set(parts)

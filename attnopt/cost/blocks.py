@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnopt import settings
-from attnopt.cost.table import log_log, on_line, positive
-from attnopt.cost.timing import device_key, interleaved
+from attnopt.cost.table import log_log, on_line, positive, undamaged
+from attnopt.cost.timing import device_key, interleaved, path_of
 from attnopt.errors import AttnoptError
 from attnopt.registry import CANDIDATES
 from attnopt.selection import Lists, lists_of
@@ -123,7 +122,7 @@ class BlockTable:
     @classmethod
     def load(cls, path: Path) -> BlockTable:
         """AttnoptError, with what to do, if the file is no such table of this schema."""
-        try:
+        with undamaged(path):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA or set(data) != {"schema", "key", "walks", "selections", "dense"}:
                 raise ValueError(f"not schema {SCHEMA}")
@@ -137,8 +136,6 @@ class BlockTable:
             )
             dense = tuple((int(n), positive(ms)) for n, ms in data["dense"])
             return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), walks, selections, dense)
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
 
 def _along(points: Sequence[tuple[int, float]], length: int) -> float:
@@ -162,13 +159,6 @@ def key_of(spec: SpanPrefill, device: str) -> tuple[tuple[str, str], ...]:
     return (*device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device), ("walk", walk))
 
 
-def blocks_path(key: tuple[tuple[str, str], ...]) -> Path:
-    """The file of the table with this key, under the cache folder."""
-    values = dict(key)
-    stem = f"blocks_{values['target']}_h{values['heads']}k{values['kv_heads']}d{values['head_dim']}_{values['dtype']}"
-    return settings.cache_dir() / "costs" / f"{stem}_{hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:10]}.json"
-
-
 def load_or_measure_blocks(
     spec: SpanPrefill, lengths: Sequence[int], wanted: Sequence[Selection], *, device: str = "cpu", rounds: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
@@ -176,7 +166,7 @@ def load_or_measure_blocks(
     """The table of a site's shape on this device: what is stored, and the lengths at which it lacks something timed
     now. Every length is stored when it is done. The size of a selection's blocks is its setting `block`."""
     key = key_of(spec, device)
-    path = blocks_path(key)
+    path = path_of(key, "blocks")
     table = BlockTable.load(path) if path.exists() else BlockTable(key, ())
     selections = sorted({(w.name, w.timed): w for w in wanted}.values())
     sizes = sorted({w.fixed[-1] for w in selections})

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnopt import settings
-from attnopt.cost.table import log_log, positive
-from attnopt.cost.timing import device_key, interleaved
+from attnopt.cost.table import log_log, positive, undamaged
+from attnopt.cost.timing import device_key, interleaved, path_of
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
@@ -87,14 +86,12 @@ class FarTable:
     @classmethod
     def load(cls, path: Path) -> FarTable:
         """AttnoptError, with what to do, if the file is no such table of this schema."""
-        try:
+        with undamaged(path):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA or set(data) != {"schema", "key", "entries"}:
                 raise ValueError(f"not schema {SCHEMA}")
             entries = tuple(((int(n), str(kind), int(rank)), positive(ms)) for n, kind, rank, ms in data["entries"])
             return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), entries)
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
 
 def _along(points: Sequence[tuple[int, float]], x: int) -> float:
@@ -108,13 +105,6 @@ def _along(points: Sequence[tuple[int, float]], x: int) -> float:
     return log_log(x, points[at - 1], points[at])
 
 
-def far_path(key: tuple[tuple[str, str], ...]) -> Path:
-    """The file of the table with this key, under the cache folder."""
-    values = dict(key)
-    stem = f"far_{values['target']}_h{values['heads']}k{values['kv_heads']}d{values['head_dim']}_{values['dtype']}"
-    return settings.cache_dir() / "costs" / f"{stem}_{hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:10]}.json"
-
-
 def load_or_measure_far(
     spec: SpanPrefill, lengths: Sequence[int], parts: Iterable[Part], *, device: str = "cpu", rounds: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
@@ -122,7 +112,7 @@ def load_or_measure_far(
     """The table of a site's shape on this device: what is stored, and the lengths at which it lacks something timed
     now. Every length is stored when it is done."""
     key = device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device)
-    path = far_path(key)
+    path = path_of(key, "far")
     table = FarTable.load(path) if path.exists() else FarTable(key, ())
     wanted = sorted(set(parts))
     there = dict(table.entries)

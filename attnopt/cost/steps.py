@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt import settings
-from attnopt.cost.table import log_log, on_line, positive
-from attnopt.cost.timing import device_key, interleaved
+from attnopt.cost.table import log_log, on_line, positive, undamaged
+from attnopt.cost.timing import device_key, interleaved, path_of
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
@@ -121,15 +120,13 @@ class StepTable:
     @classmethod
     def load(cls, path: Path) -> StepTable:
         """AttnoptError, with what to do, if the file is no such table of this schema."""
-        try:
+        with undamaged(path):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA or set(data) != {"schema", "key", "spans", "steps"}:
                 raise ValueError(f"not schema {SCHEMA}")
             spans = tuple(((int(n), int(window)), positive(ms)) for n, window, ms in data["spans"])
             steps = tuple(((int(n), int(features), int(c)), positive(ms)) for n, features, c, ms in data["steps"])
             return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), spans, steps)
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
 
 def _along(points: Sequence[tuple[int, float]], length: int) -> float:
@@ -150,13 +147,6 @@ def key_of(spec: SpanPrefill, device: str) -> tuple[tuple[str, str], ...]:
     return (*device_key(spec.target, spec.dtype, spec.heads, spec.kv_heads, spec.head_dim, device), ("step", of_step))
 
 
-def steps_path(key: tuple[tuple[str, str], ...]) -> Path:
-    """The file of the table with this key, under the cache folder."""
-    values = dict(key)
-    stem = f"steps_{values['target']}_h{values['heads']}k{values['kv_heads']}d{values['head_dim']}_{values['dtype']}"
-    return settings.cache_dir() / "costs" / f"{stem}_{hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:10]}.json"
-
-
 def load_or_measure_steps(
     spec: SpanPrefill, lengths: Sequence[int], features: Sequence[int], *, device: str = "cpu", rounds: int = 9,
     progress: Callable[[int, int, str], None] | None = None,
@@ -164,7 +154,7 @@ def load_or_measure_steps(
     """The table of a site's shape on this device: what is stored, and the lengths at which it lacks something timed
     now. Every length is stored when it is done. features: that selections look at, all of a head's or fewer."""
     key = key_of(spec, device)
-    path = steps_path(key)
+    path = path_of(key, "steps")
     table = StepTable.load(path) if path.exists() else StepTable(key)
     todo = []
     for n in sorted(set(lengths)):

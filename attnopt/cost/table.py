@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -226,15 +227,22 @@ class CostTable(Counted):
     @classmethod
     def load(cls, path: Path) -> CostTable:
         """AttnoptError, with what to do, if the file is no cost table of this schema."""
-        try:
+        with undamaged(path):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA or set(data) != {"schema", "key", "groups", "entries"}:
                 raise ValueError(f"not schema {SCHEMA}")
             entries = tuple(((int(n), int(s), int(w)), positive(ms)) for n, s, w, ms in data["entries"])
             groups = tuple((int(n), positive(ms, zero=True)) for n, ms in data["groups"])
             return cls(tuple((str(k), str(v)) for k, v in data["key"].items()), entries, groups)
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """What a stored table lacks, or has too much, is said as an AttnoptError with what to do."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise AttnoptError(f"The cost table {path} is damaged: {e}.", "Delete it and measure again.") from e
 
 
 def positive(value: Any, zero: bool = False) -> float:

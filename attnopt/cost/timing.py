@@ -148,10 +148,11 @@ def device_key(
     return tuple((name, str(value)) for name, value in key.items())
 
 
-def path_of(key: tuple[tuple[str, str], ...]) -> Path:
-    """The file of the table with this key, under the cache folder."""
+def path_of(key: tuple[tuple[str, str], ...], what: str = "") -> Path:
+    """The file of the table with this key, under the cache folder. what: is timed, where that is not spans."""
     values = dict(key)
-    stem = f"{values['target']}_h{values['heads']}k{values['kv_heads']}d{values['head_dim']}_{values['dtype']}"
+    shape = f"h{values['heads']}k{values['kv_heads']}d{values['head_dim']}"
+    stem = "_".join([*[what] * bool(what), values["target"], shape, values["dtype"]])
     return settings.cache_dir() / "costs" / f"{stem}_{hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:10]}.json"
 
 
