@@ -79,7 +79,7 @@ def _mean_share(plan: Plan, posed: Posed, fitted: Fitted | None, choice: Choice)
     for site in posed.sites:
         own = {h: share for h, share in plan.visits.get(site.name, {}).items() if plan.choices[site.name][h] == choice}
         tried = enumerate(shares_at(fitted, site.name, choice, length, site.heads))
-        known += [share for share in ({h: share for h, share in tried if share is not None} or own).values()]
+        known += [share for _, share in tried if share is not None] or own.values()
     return mean_share(known)
 
 
